@@ -1,0 +1,382 @@
+"""Configuration: an mmengine Python file and flags in, frozen dataclasses out.
+
+mmengine's ``Config`` keeps misspelt keys without a word, so everything it reads passes through the dataclasses
+below. All problems are reported at once, each with the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dual_loop.errors import ConfigError, explain
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture, precision, adapters and freeze policy.
+
+    Attributes:
+        name: shown in tables and reports.
+        tokenizer: ``"tiny"`` (the byte-level tokenizer in the package) or a folder with tokenizer files;
+            None takes the folder given as ``--model_path``.
+        vision: keyword arguments of transformers' ``InternVLVisionConfig``.
+        text: keyword arguments of transformers' ``Qwen2Config``.
+        downsample_ratio: pixel-shuffle factor between patches and image tokens (0.5 in InternVL).
+        sam2: ``{"image_size", "fpn_hidden_size", "backbone": {...}, "mask_decoder": {...}}``, see ``model.build``.
+        text_hidden_dim: inner width of ``text_hidden_fcs``; None is the language model's width.
+        template: chat template, a key of ``model.prompts.TEMPLATES``.
+        single_mask: use mask candidate 0 instead of the arg-max over three candidates.
+        dtype: ``"float32"``, ``"bfloat16"``: the dtype of the frozen weights.
+        attn_implementation: ``"sdpa"`` or ``"eager"`` for the vision-language part.
+        trainable: parameter groups that train, from ``model.adapters.GROUPS``.
+        train_embeddings: ``auto | none | new_tokens | all``; auto is none with imported weights, else new_tokens.
+        lora_r, lora_alpha, lora_dropout: LoRA on every linear layer of the language model but the head.
+        gradient_checkpointing: recompute activations in the language model and a trainable vision tower.
+        initial_weights: weights to start from when ``--pretrained_pth`` is not given; ``"tiny"`` is the checkpoint in
+            the package, None is random.
+    """
+
+    name: str = "sa2va_4b"
+    tokenizer: str | None = None
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    downsample_ratio: float = 0.5
+    sam2: Mapping[str, Any] = field(default_factory=dict)
+    text_hidden_dim: int | None = None
+    template: str = "phi3_chat"
+    single_mask: bool = False
+    dtype: str = "bfloat16"
+    attn_implementation: str = "sdpa"
+    trainable: tuple[str, ...] = ("lora", "mlp1", "mask_decoder", "text_hidden_fcs")
+    train_embeddings: str = "auto"
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    gradient_checkpointing: bool = True
+    initial_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is and how samples are chosen. A directory of None leaves the source out."""
+
+    sav_dir: str | None = None
+    sav_max_samples: int | None = None
+    sav_repeats: float = 1.0
+    sav_weight: float | None = None
+    sa1b_dir: str | None = None
+    sa1b_max_samples: int | None = None
+    sa1b_repeats: float = 1.0
+    sa1b_weight: float | None = None
+    sa1b_min_area: float = 0.001
+    sa1b_max_area: float = 0.95
+    sa1b_min_predicted_iou: float = 0.0
+    sa1b_min_stability_score: float = 0.0
+    openimage_dir: str | None = None
+    openimage_max_samples: int | None = None
+    openimage_repeats: float = 1.0
+    openimage_weight: float | None = None
+    openimage_csv: str | None = None
+    openimage_classes: str | None = None
+    openimage_images: str | None = None
+    openimage_masks: str | None = None
+    refcoco_dir: str | None = None
+    refcoco_repeats: float = 1.0
+    refcoco_weight: float | None = None
+    refcoco_max_samples: int | None = None
+    refcoco_datasets: tuple[str, ...] = ("refcoco", "refcoco+", "refcocog")
+    refcoco_split: str = "train"
+    refcoco_images: str | None = None
+    regions_per_image: int = 1
+    max_tiles: int = 1
+    grid_pooling: str = "area"
+    max_bad_fraction: float = 0.1
+    max_bad_grace: int = 50
+    index_dir: str | None = None
+    num_workers: int = 2
+    eval_dir: str | None = None
+    eval_split: str = "val"
+    eval_datasets: tuple[str, ...] = ("refcoco",)
+    eval_max_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Step 1 (captioning) and step 2 (the question that the caption goes into)."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    rollout_batch_size: int = 32
+    caption_question: str = "short"
+    segment_question: str = "segment"
+    on_rejected: str = "fallback"
+    fallback_caption: str = "the object"
+    max_rejected_fraction: float = 0.5
+    max_rejected_grace: int = 50
+    caption_supervision: bool = True
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and point sampling of step 3 (Sa2VA: mask 2.0, dice 0.5, language 1.0, 12,544 points)."""
+
+    mask_weight: float = 2.0
+    dice_weight: float = 0.5
+    language_weight: float = 1.0
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser step, its schedule, and what a run writes."""
+
+    output_dir: str = "outputs/run"
+    pretrained_pth: str | None = None
+    model_path: str | None = None
+    num_epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 2
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.05
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "auto"
+    device: str = "auto"
+    num_threads: int | None = None
+    seed: int = 42
+    resume: str | None = None
+    log_interval: int = 10
+    save_interval: int = 500
+    keep_checkpoints: int = 2
+    panel_interval: int = 200
+    panels_per_save: int = 4
+    eval_weights: str = "ema"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run; written to ``config.json`` in the run folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and scalars, as JSON holds them."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.attn_implementation": ("sdpa", "eager"),
+    "model.train_embeddings": ("auto", "none", "new_tokens", "all"),
+    "data.grid_pooling": ("area", "nearest"),
+    "loop.on_rejected": ("fallback", "drop", "error"),
+    "train.mixed_precision": ("auto", "no", "bf16"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "train.eval_weights": ("ema", "live"),
+}
+
+MINIMA: Mapping[str, float] = {
+    "model.lora_r": 1,
+    "data.regions_per_image": 1,
+    "data.max_tiles": 1,
+    "data.num_workers": 0,
+    "data.max_bad_fraction": 0,
+    "data.sav_repeats": 0,
+    "data.sa1b_repeats": 0,
+    "data.openimage_repeats": 0,
+    "data.refcoco_repeats": 0,
+    "loop.max_new_tokens": 1,
+    "loop.temperature": 0,
+    "loop.rollout_batch_size": 1,
+    "loss.num_points": 0,
+    "train.num_epochs": 1,
+    "train.max_steps": 1,
+    "train.batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.learning_rate": 0,
+    "train.weight_decay": 0,
+    "train.max_grad_norm": 0,
+    "train.log_interval": 1,
+    "train.save_interval": 1,
+    "train.keep_checkpoints": 1,
+}
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file, apply ``overrides`` (``{"train.seed": 1}``) and return the typed configuration.
+
+    Args:
+        path: an mmengine Python config, or the ``config.json`` of a run; None takes the defaults.
+        overrides: dotted keys to values; they win over the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or any key or value is wrong; the message lists every problem.
+    """
+    tree = _read_tree(Path(path)) if path is not None else {}
+    for key, value in (overrides or {}).items():
+        _set_dotted(tree, key, value)
+    problems: list[str] = []
+    config = _build(Config, tree, "", problems)
+    if not problems:
+        _check_values(config, problems)
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problem(s) in the configuration {path or '(defaults and flags)'}:\n{listing}")
+    return typing.cast(Config, config)
+
+
+def resolve_config_path(name: str) -> Path:
+    """Return the config file called ``name``: a path as given, or a name under the package's ``configs/``."""
+    candidates = [Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.py", CONFIG_DIR.parent / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.py"))
+    close = difflib.get_close_matches(Path(name).stem, known, n=1)
+    raise ConfigError(
+        explain(
+            "config file not found",
+            where=name,
+            expected=f"one of {', '.join(known)} or a path",
+            fix=f"did you mean {close[0]}?" if close else "check the path given to --config",
+        )
+    )
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    from mmengine.config import Config as MMConfig
+
+    try:
+        tree = MMConfig.fromfile(str(path), import_custom_modules=False).to_dict()
+    except Exception as error:  # mmengine raises many types, from SyntaxError to its own
+        raise ConfigError(
+            explain("config file cannot be read", str(path), seen=f"{type(error).__name__}: {error}", fix="mend the file")
+        ) from error
+    return typing.cast(dict[str, Any], tree)
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(explain("override goes below a value", dotted, seen=child, expected="a group of settings"))
+        node = child
+    node[leaf] = value
+
+
+def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Make dataclass ``cls`` from ``tree``; collect every problem instead of stopping at the first."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, raw in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            close = difflib.get_close_matches(key, list(hints), n=1)
+            problems.append(f"unknown key {dotted!r}" + (f"; did you mean {prefix}{close[0]!s}?" if close else ""))
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(raw, Mapping):
+                values[key] = _build(typing.cast(type[Any], hints[key]), raw, f"{dotted}.", problems)
+            else:
+                problems.append(f"{dotted}: seen {raw!r}, expected a group of settings")
+        else:
+            try:
+                values[key] = _coerce(raw, hints[key])
+            except (TypeError, ValueError):
+                problems.append(f"{dotted}: seen {raw!r}, expected {_type_name(hints[key])}")
+    return cls(**values)
+
+
+def _coerce(raw: Any, hint: Any) -> Any:
+    """Convert ``raw`` to type ``hint`` where nothing is lost; raise TypeError or ValueError otherwise."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if raw is None or (isinstance(raw, str) and raw.lower() == "none"):
+            return None
+        return _coerce(raw, next(a for a in typing.get_args(hint) if a is not type(None)))
+    if origin is tuple:
+        items = raw.split(",") if isinstance(raw, str) else list(raw)
+        args = typing.get_args(hint)
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise ValueError(raw)
+        return tuple(_coerce(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(raw, Mapping):
+            raise TypeError(raw)
+        return dict(raw)
+    if hint is bool:
+        return _to_bool(raw)
+    if hint is int:
+        if isinstance(raw, bool) or int(raw) != float(raw):
+            raise TypeError(raw)
+        return int(raw)
+    if hint is float:
+        if isinstance(raw, bool):
+            raise TypeError(raw)
+        return float(raw)
+    if hint is str and isinstance(raw, (str, Path)):
+        return str(raw)
+    raise TypeError(raw)
+
+
+def _to_bool(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.lower() in ("true", "1", "yes", "false", "0", "no"):
+        return raw.lower() in ("true", "1", "yes")
+    raise TypeError(raw)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _get_dotted(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _check_values(config: Any, problems: list[str]) -> None:
+    for dotted, allowed in CHOICES.items():
+        value = _get_dotted(config, dotted)
+        if value not in allowed:
+            close = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"{dotted}: seen {value!r}, expected one of {', '.join(allowed)}{hint}")
+    for dotted, minimum in MINIMA.items():
+        value = _get_dotted(config, dotted)
+        if value is not None and value < minimum:
+            problems.append(f"{dotted}: seen {value}, expected at least {minimum:g}")
+    for dotted in ("data.max_bad_fraction", "loop.max_rejected_fraction", "train.ema_decay"):
+        if not 0 <= _get_dotted(config, dotted) <= 1:
+            problems.append(f"{dotted}: seen {_get_dotted(config, dotted)}, expected a fraction between 0 and 1")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

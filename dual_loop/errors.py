@@ -1,0 +1,58 @@
+"""The errors that a user can meet, each with one message shape.
+
+Every message says, in this order: what failed, where, the value seen, the value expected, what to do.
+Use :func:`explain` to build it, so that no part is forgotten.
+"""
+
+from __future__ import annotations
+
+
+class DualLoopError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(DualLoopError):
+    """A config file, a flag or a combination of settings is wrong."""
+
+
+class SampleError(DualLoopError):
+    """One sample of a data set cannot be used. It is skipped and counted under ``reason``.
+
+    Args:
+        reason: a short stable key for the counter, such as ``"truncated_file"`` (see ``data/`` for the list).
+        message: the full message for the log (see :func:`explain`).
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # Default exception pickling would drop ``reason``; loader workers send these errors between processes.
+        return type(self), (self.reason, str(self))
+
+
+class PromptError(DualLoopError):
+    """A prompt cannot be built, or token counts and image features do not fit together."""
+
+
+class CheckpointError(DualLoopError):
+    """A checkpoint is missing, unsafe, incomplete, or does not fit the model."""
+
+
+class EnvironmentProblem(DualLoopError):
+    """The machine cannot do what was asked: no space, no device, a library that is missing."""
+
+
+def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:
+    """Return the one-paragraph message of an error: what failed, where, seen, expected, what to do."""
+    parts = [what.rstrip(".")]
+    if where:
+        parts.append(f"where: {where}")
+    if seen is not None:
+        parts.append(f"seen: {seen}")
+    if expected is not None:
+        parts.append(f"expected: {expected}")
+    if fix:
+        parts.append(f"to do: {fix}")
+    return "; ".join(parts)

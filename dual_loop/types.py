@@ -1,0 +1,236 @@
+"""The typed borders between the packages, and the letters used in every shape.
+
+Letters: ``B`` images, ``N`` regions in the batch (ragged over images), ``K`` captions per region, ``R = N*K``,
+``G`` side of the prompt grid (16 for Sa2VA), ``M = G*G`` image tokens of one tile, ``T`` image tiles, ``V`` views
+(an image that the vision tower sees; a frame pair has two), ``L`` sequence length, ``A`` answer length,
+``D`` language width, ``C`` SAM 2 prompt width, ``S`` SAM 2 input side, ``Q = S/4`` side of the mask logits,
+``H, W`` original size. ``G``, ``M``, ``S``, ``Q`` follow from the model's configuration.
+
+Only these types cross from one package to another:
+
+* :class:`RegionSample`: one image (or frame pair) of any data set, on the CPU, in numpy.
+* :class:`Batch`: tensors, made from region samples by ``data.prepare``.
+* :class:`CaptionRollout`: what step 1 wrote for the regions of one batch.
+* :class:`LossTerm`, :class:`StepOutput`: what step 3 returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SOURCES = ("sav", "sa1b", "openimages", "refcoco")
+
+
+@dataclass(frozen=True)
+class RegionSample:
+    """One image with N regions, from any data set.
+
+    Attributes:
+        source: name of the data set, one of :data:`SOURCES` or the name of a user's own source.
+        sample_id: names the image inside its source, in logs and results (for example ``"sa_223750"``).
+        image: (H, W, 3) uint8 RGB, the image that is captioned (and segmented, unless ``target_image`` is given).
+        masks: (N, H, W) bool, N >= 1, every mask non-empty, on ``image``.
+        region_ids: N names, unique inside the sample.
+        captions: N tuples of reference expressions; an empty tuple where a region has no text.
+        target_image: (H2, W2, 3) uint8 RGB, the other frame of a pair; None where the same image is used twice.
+        target_masks: (N, H2, W2) bool, the same N objects on ``target_image``; None exactly when it is None.
+    """
+
+    source: str
+    sample_id: str
+    image: np.ndarray
+    masks: np.ndarray
+    region_ids: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    target_image: np.ndarray | None = None
+    target_masks: np.ndarray | None = None
+
+    @property
+    def num_regions(self) -> int:
+        return int(self.masks.shape[0])
+
+    @property
+    def segmentation_image(self) -> np.ndarray:
+        """(H, W, 3) uint8: the image that step 2 segments."""
+        return self.image if self.target_image is None else self.target_image
+
+    @property
+    def segmentation_masks(self) -> np.ndarray:
+        """(N, H, W) bool: the masks that step 3 compares with."""
+        return self.masks if self.target_masks is None else self.target_masks
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that was skipped, with the reason that is counted and the message that is logged."""
+
+    source: str
+    sample_id: str
+    reason: str
+    message: str
+
+
+class RegionSource(Protocol):
+    """What every reader offers: an indexed collection of images with regions.
+
+    ``len()`` and ``entry_id`` work from the index alone and never open an image.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def entry_id(self, index: int) -> str:
+        """Name of entry ``index`` (the file stem or image id), for logs and exact resume checks."""
+        ...
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Read entry ``index``; choose regions with ``rng`` only, so that the result depends on nothing else.
+
+        Raises:
+            SampleError: the entry cannot be used.
+        """
+        ...
+
+
+@dataclass
+class Batch:
+    """Tensors of B images with N regions in all.
+
+    Attributes:
+        pixel_values: (T, 3, I, I) float32, ImageNet-normalised tiles of all views, view by view.
+        tiles_per_view: V integers that sum to T. The last tile of a view shows the whole image (thumbnail).
+        caption_view: B view indices: the view in which image b is captioned.
+        target_view: B view indices: the view in which image b is segmented (the same view for a single image).
+        g_pixel_values: (B, 3, S, S) uint8, 0..255, the segmentation image resized straight to S x S.
+        prompt_masks: (N, G, G) bool, the caption-side masks on the token grid, at least one cell each.
+        grid_rescued: (N,) bool, True where pooling alone would have left no cell.
+        target_masks: (N, Q, Q) uint8 0/1, the segmentation-side masks, nearest-neighbour resized.
+        region_image: (N,) int64, index of the image (0..B-1) of each region, ascending.
+        region_seeds: (N,) int64, seed of everything random about a region (points of the mask loss, sampling);
+            independent of how the global batch is split over ranks and micro-batches.
+        captions: N chosen reference expressions, None where a region has no text.
+        region_names: N strings ``source/sample_id#region_id`` for logs.
+        sources: B source names.
+        skipped: the samples that were skipped while this batch was collected.
+        samples: the B samples themselves where ``keep_samples`` was asked for (panels, evaluation), else empty.
+    """
+
+    pixel_values: torch.Tensor
+    tiles_per_view: list[int]
+    caption_view: list[int]
+    target_view: list[int]
+    g_pixel_values: torch.Tensor
+    prompt_masks: torch.Tensor
+    grid_rescued: torch.Tensor
+    target_masks: torch.Tensor
+    region_image: torch.Tensor
+    region_seeds: torch.Tensor
+    captions: list[str | None]
+    region_names: list[str]
+    sources: list[str]
+    skipped: list[SkippedSample] = field(default_factory=list)
+    samples: list[RegionSample] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sources)
+
+    @property
+    def num_regions(self) -> int:
+        return len(self.region_names)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with every tensor on ``device``."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with every tensor in pinned memory (called by the data loader)."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, function: Any) -> Batch:
+        import torch
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass
+class CaptionRollout:
+    """What step 1 wrote for the N regions of one batch.
+
+    Attributes:
+        captions: N cleaned captions, as step 2 will read them (a fallback where the policy says so).
+        token_ids: N lists of generated ids, without the end of the turn.
+        rejected: N reasons why the generated caption was refused, None where it was not.
+        from_reference: N flags: True where the caption is the data set's own text.
+        keep: N flags: False where the region is left out of step 2 (``on_rejected = drop``).
+    """
+
+    captions: list[str]
+    token_ids: list[list[int]]
+    rejected: list[str | None]
+    from_reference: list[bool]
+    keep: list[bool]
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(reason is not None for reason in self.rejected)
+
+
+@dataclass
+class Segmentation:
+    """What the mask decoder returns for N prompts.
+
+    Attributes:
+        mask_logits: (N, Q, Q) float, the chosen candidate.
+        predicted_iou: (N, 3) or (N, 1) float in 0..1, one for each candidate.
+        chosen: (N,) int64 index of the chosen candidate.
+        object_score_logits: (N, 1) float.
+    """
+
+    mask_logits: torch.Tensor
+    predicted_iou: torch.Tensor
+    chosen: torch.Tensor
+    object_score_logits: torch.Tensor
+
+
+@dataclass
+class LossTerm:
+    """A loss as a weighted sum and what it is to be divided by, so that averages are taken once, globally.
+
+    Attributes:
+        total: scalar tensor with graph, already multiplied by the term's weight.
+        count: number of items (objects, tokens) that ``total`` sums over.
+    """
+
+    total: torch.Tensor
+    count: float
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The average over this batch alone (for logs; training divides by the global count)."""
+        return self.total / max(self.count, 1.0)
+
+
+@dataclass
+class StepOutput:
+    """What one micro-batch gives the trainer.
+
+    Attributes:
+        terms: loss terms by name: ``mask_loss``, ``dice_loss``, ``llm_loss`` and those that options add.
+        metrics: sums to be added over micro-batches and ranks; a key ``x/sum`` goes with ``x/count``.
+        segmentation: the masks of this micro-batch, detached, for panels and rewards.
+        captions: the captions that step 2 read, one a region.
+    """
+
+    terms: Mapping[str, LossTerm]
+    metrics: Mapping[str, float]
+    segmentation: Segmentation | None = None
+    captions: Sequence[str] = ()
