@@ -241,7 +241,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         _check_values(config, problems)
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"{len(problems)} problem(s) in the configuration {path or '(defaults and flags)'}:\n{listing}")
+        origin = path or "(defaults and flags)"
+        raise ConfigError(f"{len(problems)} problem(s) in the configuration {origin}:\n{listing}")
     return typing.cast(Config, config)
 
 
@@ -270,7 +271,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
         tree = MMConfig.fromfile(str(path), import_custom_modules=False).to_dict()
     except Exception as error:  # mmengine raises many types, from SyntaxError to its own
         raise ConfigError(
-            explain("config file cannot be read", str(path), seen=f"{type(error).__name__}: {error}", fix="mend the file")
+            explain("config file cannot be read", str(path), f"{type(error).__name__}: {error}", fix="mend the file")
         ) from error
     return typing.cast(dict[str, Any], tree)
 
@@ -281,7 +282,7 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(explain("override goes below a value", dotted, seen=child, expected="a group of settings"))
+            raise ConfigError(explain("override goes below a value", dotted, child, expected="a group of settings"))
         node = child
     node[leaf] = value
 
