@@ -1,0 +1,445 @@
+"""Masks and images: run-length codes, polygons, PNG files, resizing, pooling to the prompt grid, safe paths.
+
+Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``broken_rle``, ``bad_polygon``, ``empty_mask``,
+``mask_too_small``, ``mask_too_large``, ``size_mismatch``, ``missing_file``, ``truncated_file``, ``not_an_image``,
+``unsafe_path``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dual_loop.errors import ConfigError, SampleError, explain
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 1 << 28
+"""Largest H*W that a run-length code may claim: above it a broken file could ask for all memory."""
+
+MAX_CHARACTERS_PER_RUN = 7
+"""A run of the COCO string has 5 bits a character; 7 characters hold every length below :data:`MAX_PIXELS`."""
+
+SIZE_TOLERANCE = 2
+"""Pixels per side by which a mask may differ from its image before the pair counts as mismatched."""
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+"""What Pillow raises on damaged files, depending on the format and on where the damage is."""
+
+
+# --- run-length codes and polygons -----------------------------------------------------------------------------------
+
+
+def decode_rle(rle: Mapping[str, Any], where: str) -> np.ndarray:
+    """Decode a COCO run-length code ``{"size": [H, W], "counts": str | bytes | list of int}``.
+
+    Runs alternate background, foreground, ... in column-major order. The code is checked completely before a mask is
+    made (pycocotools reads out of bounds on a damaged string): every run is non-negative and they sum to H*W.
+
+    Args:
+        rle: the code, compressed (COCO's string) or not (a list of run lengths).
+        where: file and annotation, for the message.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        SampleError: reason ``broken_rle``.
+    """
+    if not isinstance(rle, Mapping) or "counts" not in rle or "size" not in rle:
+        raise _broken_rle("a run-length code lacks its keys", where, _short(rle), '{"size": [H, W], "counts": ...}')
+    height, width = _rle_size(rle["size"], where)
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        runs = _parse_rle_string(counts, where)
+    elif isinstance(counts, Sequence):
+        runs = _parse_rle_list(counts, where)
+    else:
+        raise _broken_rle("counts have an unknown type", where, type(counts).__name__, "str, bytes or list of int")
+    if runs.size and (int(runs.min()) < 0 or int(runs.max()) > height * width):
+        seen = f"lengths from {runs.min()} to {runs.max()}"
+        raise _broken_rle("a run is negative or too long", where, seen, f"0 to {height * width}")
+    if int(runs.sum()) != height * width:
+        raise _broken_rle("the runs do not fill the mask", where, int(runs.sum()), f"{height} * {width} pixels")
+    values = (np.arange(runs.size) % 2).astype(bool)
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def _rle_size(size: Any, where: str) -> tuple[int, int]:
+    expected = "[H, W], two positive integers"
+    if not isinstance(size, Sequence) or isinstance(size, (str, bytes)) or len(size) != 2:
+        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
+    if any(isinstance(side, bool) or not isinstance(side, (int, np.integer)) or side < 1 for side in size):
+        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
+    height, width = int(size[0]), int(size[1])
+    if height * width > MAX_PIXELS:
+        raise _broken_rle("size of a run-length code is too large", where, size, f"at most {MAX_PIXELS} pixels")
+    return height, width
+
+
+def _parse_rle_string(counts: str | bytes, where: str) -> np.ndarray:
+    """Return the run lengths (int64) of COCO's string code, checked character by character.
+
+    Each character minus 48 holds 5 bits, lowest first, and a continuation flag (32); the last character's bit 16 is
+    the sign. From the fourth run on, the value is the difference to the run two before (pycocotools maskApi.c).
+    """
+    try:
+        raw = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+    except UnicodeEncodeError as error:
+        raise _broken_rle("a run-length string is not ASCII", where, _short(counts), "characters '0' to 'o'") from error
+    codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
+    if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
+        raise _broken_rle("a run-length string is empty or has foreign characters", where, _short(counts), "'0' to 'o'")
+    ends = np.flatnonzero((codes & 32) == 0)
+    if ends.size == 0 or ends[-1] != codes.size - 1:
+        raise _broken_rle("a run-length string stops inside a run", where, f"...{_short(raw[-8:])}", "a complete run")
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if int(lengths.max()) > MAX_CHARACTERS_PER_RUN:
+        raise _broken_rle("a run is too long", where, f"{lengths.max()} characters", f"<= {MAX_CHARACTERS_PER_RUN}")
+    place = np.arange(codes.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 31) << (5 * place), starts)
+    values = values - np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def _parse_rle_list(counts: Sequence[Any], where: str) -> np.ndarray:
+    for run in counts:
+        if isinstance(run, bool) or not isinstance(run, (int, np.integer)) or not 0 <= run <= MAX_PIXELS:
+            raise _broken_rle("a run is not a length", where, _short(run), f"an integer from 0 to {MAX_PIXELS}")
+    return np.asarray(counts, dtype=np.int64)
+
+
+def _broken_rle(what: str, where: str, seen: object, expected: object) -> SampleError:
+    return SampleError("broken_rle", explain(what, where, seen, expected, "download or convert this file again"))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Encode ``mask`` (H, W), foreground where > 0, as ``{"size": [H, W], "counts": str}`` (COCO's string code).
+
+    The mask is made binary first: pycocotools starts a new run at every change of value, so 2 next to 1 would break.
+    """
+    from pycocotools import mask as coco_mask
+
+    if mask.ndim != 2:
+        raise ValueError(explain("a mask to encode has the wrong shape", seen=mask.shape, expected="(H, W)"))
+    rle = coco_mask.encode(np.asfortranarray((mask > 0).astype(np.uint8)))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
+    """Decode a COCO ``segmentation``: polygons (united, never summed), uncompressed or compressed run-length code.
+
+    Args:
+        segmentation: list of polygons ``[x1, y1, x2, y2, ...]`` in pixels, or a run-length mapping.
+        height, width: size of the image in pixels.
+        where: file and annotation, for the message.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        SampleError: ``bad_polygon``, ``broken_rle``, or ``size_mismatch`` where a code has another size.
+    """
+    if isinstance(segmentation, Mapping):
+        mask = decode_rle(segmentation, where)
+        if mask.shape != (height, width):
+            raise _size_mismatch(mask.shape, (height, width), where, 0)
+        return mask
+    from pycocotools import mask as coco_mask
+
+    polygons = _check_polygons(segmentation, height, width, where)
+    united = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return np.ascontiguousarray(coco_mask.decode(united) > 0)
+
+
+def _check_polygons(segmentation: Any, height: int, width: int, where: str) -> list[list[float]]:
+    """Return the polygons as lists of floats: at least 3 points each, finite, near the image.
+
+    pycocotools takes four numbers for a box and walks along every edge, so both a short polygon and a point that is
+    millions of pixels away have to be stopped here.
+    """
+    fix = "leave this annotation out or mend it"
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
+        message = explain(
+            "a segmentation is unknown", where, _short(segmentation), "polygons or a run-length code", fix
+        )
+        raise SampleError("bad_polygon", message)
+    reach = 2 * max(height, width)
+    polygons = []
+    for polygon in segmentation:
+        try:
+            points = np.asarray(polygon, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            seen, expected = _short(polygon), "[x1, y1, x2, y2, ...]"
+            raise SampleError("bad_polygon", explain("a polygon is not numbers", where, seen, expected, fix)) from error
+        if points.ndim != 1 or points.size < 6 or points.size % 2:
+            seen, expected = f"{points.size} numbers, {points.ndim} dimensions", "3 points or more, as x, y pairs"
+            raise SampleError("bad_polygon", explain("a polygon has too few points", where, seen, expected, fix))
+        if not np.isfinite(points).all() or np.abs(points).max() > reach:
+            seen, expected = _short(points.tolist()), f"finite coordinates within {width} x {height} pixels"
+            raise SampleError(
+                "bad_polygon", explain("a polygon lies far outside its image", where, seen, expected, fix)
+            )
+        polygons.append(points.tolist())
+    return polygons
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path, apply_exif: bool) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8 RGB.
+
+    Grey, palette and CMYK images are converted, transparency is dropped, 16-bit grey keeps its upper 8 bits; of
+    several frames the first is taken.
+
+    Args:
+        path: the file.
+        apply_exif: turn the image as its EXIF orientation says. The masks of a data set decide: COCO's are drawn on
+            the stored pixels.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
+    """
+    image = _open_image(Path(path))
+    try:
+        image.load()
+        if apply_exif:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow's own conversion clips 16 bits at 255, which leaves a white image.
+            grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        if image.mode == "F":
+            message = explain("a float image has no known scale", str(path), "mode F", "8 or 16 bits", "convert it")
+            raise SampleError("not_an_image", message)
+        return np.array(image.convert("RGB"), dtype=np.uint8)
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def read_mask_png(path: str | Path) -> np.ndarray:
+    """Read a mask file as (H, W) bool: foreground where the stored value is > 0, in any mode.
+
+    Of palette images the index counts (not its colour), of colour images any colour channel; transparency is ignored.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
+    """
+    image = _open_image(Path(path))
+    try:
+        image.load()
+        values = np.asarray(image)
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+    if values.ndim == 2:
+        return np.ascontiguousarray(values > 0)
+    num_colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") else values.shape[2]
+    return np.ascontiguousarray((values[:, :, :num_colours] > 0).any(axis=2))
+
+
+def _open_image(path: Path) -> Image.Image:
+    fix = "check the data set's folder, or leave this sample out of the index"
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
+    except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
+        if path.is_file() and path.stat().st_size == 0:
+            raise _damaged(path, error) from error
+        message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
+        raise SampleError("not_an_image", message) from error
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, error: Exception) -> SampleError:
+    seen = f"{type(error).__name__}: {error}"
+    fix = "download or copy the file again"
+    return SampleError("truncated_file", explain("an image file is damaged", str(path), seen, "a complete file", fix))
+
+
+def safe_join(root: str | Path, relative: str) -> Path:
+    """Return ``root / relative`` for a name that was read from a data file.
+
+    The check is on the name alone: links that the owner of ``root`` placed inside it are followed.
+
+    Raises:
+        SampleError: ``unsafe_path`` where ``relative`` is empty, absolute, or leaves ``root`` (also by ``..``).
+    """
+    text = str(relative).replace("\\", "/")
+    normal = os.path.normpath(text)
+    has_drive = len(text) > 1 and text[1] == ":"
+    if not text or "\0" in text or text.startswith("/") or has_drive or normal.split("/")[0] in ("..", "."):
+        message = explain(
+            "a data file names a path outside its folder",
+            str(root),
+            _short(relative),
+            "a relative path below the folder",
+            "do not use this file unless you know who wrote it",
+        )
+        raise SampleError("unsafe_path", message)
+    return Path(root) / normal
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize (..., H, W) to (..., H2, W2) by the nearest pixel centre.
+
+    Output row ``i`` takes input row ``floor((i + 0.5) * H / H2)``, likewise for columns, computed in integers (the
+    rule of Pillow's NEAREST; torch's ``mode="nearest"`` takes ``floor(i * H / H2)`` instead).
+
+    Args:
+        mask: (..., H, W) any dtype.
+        size: (H2, W2) in pixels.
+    """
+    height, width = mask.shape[-2:]
+    rows = (2 * np.arange(size[0]) + 1) * height // (2 * size[0])
+    columns = (2 * np.arange(size[1]) + 1) * width // (2 * size[1])
+    return np.ascontiguousarray(mask[..., rows[:, None], columns])
+
+
+def fit_mask(mask: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+    """Return ``mask`` (H, W) at the image's ``size``: as it is, or resized where it differs by at most 2 pixels a side.
+
+    Some released masks are one or two pixels smaller than their image (video codecs pad the last column). Any larger
+    difference means that mask and image do not belong together.
+
+    Raises:
+        SampleError: ``size_mismatch``.
+    """
+    if mask.shape == tuple(size):
+        return mask
+    if max(abs(mask.shape[0] - size[0]), abs(mask.shape[1] - size[1])) > SIZE_TOLERANCE:
+        raise _size_mismatch(mask.shape, size, where, SIZE_TOLERANCE)
+    return resize_mask(mask, size)
+
+
+def _size_mismatch(seen: Sequence[int], expected: Sequence[int], where: str, tolerance: int) -> SampleError:
+    allowed = f"{tuple(expected)} (H, W)" + (f", {tolerance} pixels more or less" if tolerance else "")
+    fix = "the image was resized or belongs to another mask: use the original file"
+    message = explain("a mask and its image differ in size", where, f"{tuple(seen)} (H, W)", allowed, fix)
+    return SampleError("size_mismatch", message)
+
+
+def check_mask(mask: np.ndarray, where: str, min_area_fraction: float = 0.0, max_area_fraction: float = 1.0) -> float:
+    """Return the share of the image that ``mask`` (H, W) covers, 0..1.
+
+    Raises:
+        SampleError: ``empty_mask``, ``mask_too_small``, ``mask_too_large`` (bounds are inclusive).
+    """
+    num_pixels = int(np.count_nonzero(mask))
+    if num_pixels == 0:
+        raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
+    fraction = num_pixels / mask.size
+    for is_bad, reason, bound in (
+        (fraction < min_area_fraction, "mask_too_small", f"at least {min_area_fraction:g}"),
+        (fraction > max_area_fraction, "mask_too_large", f"at most {max_area_fraction:g}"),
+    ):
+        if is_bad:
+            what = reason.replace("mask_", "a mask is ").replace("_", " ")
+            seen = f"{fraction:.6f} of the image"
+            raise SampleError(reason, explain(what, where, seen, bound, "change the area limits to keep it"))
+    return fraction
+
+
+# --- the prompt grid -------------------------------------------------------------------------------------------------
+
+
+def pool_mask_to_grid(
+    masks: torch.Tensor | np.ndarray, grid_size: int = 16, threshold: float = 0.5, mode: str = "area"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool masks to the G x G grid of image tokens; no mask is left without a cell.
+
+    ``area`` keeps the cells that the mask covers by at least ``threshold``; coverage is exact (cells of a size that G
+    does not divide share pixels by area) and computed in integers, so a cell that is exactly half covered is kept.
+    ``nearest`` is ``torch.nn.functional.interpolate(mode="nearest")`` to (G, G), as Sa2VA trains. In both modes the
+    best-covered cell (the first in row-major order on ties) is kept where no cell would be left: small masks vanish
+    from the grid otherwise, and a region without a token cannot be captioned.
+
+    Args:
+        masks: (N, H, W) bool, integer or float, foreground where > 0; torch or numpy.
+        grid_size: G.
+        threshold: least coverage of a kept cell, in (0, 1]; ``area`` only.
+        mode: ``"area"`` or ``"nearest"``.
+
+    Returns:
+        (N, G, G) bool, and (N,) bool that is True where the best-covered cell had to be kept; both on ``masks.device``.
+
+    Raises:
+        SampleError: ``empty_mask`` where a mask has no foreground pixel.
+        ConfigError: unknown ``mode`` or a ``threshold`` outside (0, 1].
+    """
+    import torch
+
+    if mode not in ("area", "nearest"):
+        raise ConfigError(explain("unknown grid pooling", "data.grid_pooling", mode, "area or nearest"))
+    if not 0 < threshold <= 1 or math.isnan(threshold):
+        raise ConfigError(explain("coverage threshold out of range", "threshold", threshold, "above 0, at most 1"))
+    stack = torch.from_numpy(np.ascontiguousarray(masks)) if isinstance(masks, np.ndarray) else masks
+    if stack.ndim != 3:
+        raise ValueError(explain("masks to pool have the wrong shape", seen=tuple(stack.shape), expected="(N, H, W)"))
+    grid = torch.zeros(stack.shape[0], grid_size, grid_size, dtype=torch.bool, device=stack.device)
+    rescued = torch.zeros(stack.shape[0], dtype=torch.bool, device=stack.device)
+    for index, mask in enumerate(stack):  # one at a time: N float copies of a large image would fill the memory
+        foreground = mask if mask.dtype == torch.bool else mask > 0
+        if mode == "nearest":
+            pixels = foreground.view(torch.uint8)[None, None]
+            grid[index] = torch.nn.functional.interpolate(pixels, (grid_size, grid_size), mode="nearest")[0, 0] > 0
+            if bool(grid[index].any()):
+                continue
+        covered = _covered_area(foreground, grid_size, f"mask {index} of {stack.shape[0]}")
+        if mode == "area":
+            grid[index] = covered >= threshold * foreground.numel()
+        if not bool(grid[index].any()):
+            rescued[index] = True
+            grid[index].view(-1)[covered.argmax()] = True
+    return grid, rescued
+
+
+def _covered_area(foreground: torch.Tensor, grid_size: int, where: str) -> torch.Tensor:
+    """Return (G, G) float64: covered area of each cell in units of 1/G**2 pixel, exact; a full cell has H*W."""
+    import torch
+
+    rows = torch.nonzero(foreground.any(dim=1)).flatten()
+    if rows.numel() == 0:
+        raise SampleError("empty_mask", explain("a mask to pool is empty", where, "0 pixels", "1 pixel or more"))
+    columns = torch.nonzero(foreground.any(dim=0)).flatten()
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    box = foreground[top:bottom, left:right].to(torch.float64)
+    height, width = foreground.shape
+    by_row = _overlap(height, grid_size, top, bottom, foreground.device)
+    by_column = _overlap(width, grid_size, left, right, foreground.device)
+    return by_row @ box @ by_column.T
+
+
+def _overlap(side: int, grid_size: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Return (G, stop - start) float64: overlap of each cell with pixels ``start`` to ``stop``, in 1/G pixel."""
+    import torch
+
+    cells = torch.arange(grid_size, device=device)[:, None] * side
+    pixels = torch.arange(start, stop, device=device)[None, :] * grid_size
+    overlap = torch.minimum(cells + side, pixels + grid_size) - torch.maximum(cells, pixels)
+    return overlap.clamp(min=0).to(torch.float64)
