@@ -193,12 +193,14 @@ class Segmentation:
         predicted_iou: (N, 3) or (N, 1) float in 0..1, one for each candidate.
         chosen: (N,) int64 index of the chosen candidate.
         object_score_logits: (N, 1) float.
+        seg_embeds: (N, C) the projected [SEG] embeddings that prompted the masks, where there were any.
     """
 
     mask_logits: torch.Tensor
     predicted_iou: torch.Tensor
     chosen: torch.Tensor
     object_score_logits: torch.Tensor
+    seg_embeds: torch.Tensor | None = None
 
 
 @dataclass

@@ -1,0 +1,138 @@
+"""What trains and what is frozen: LoRA, parameter groups, and the rows of new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from dual_loop.errors import ConfigError, explain
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "lora": (".lora_A.", ".lora_B."),
+    "mlp1": ("mllm.model.multi_modal_projector.",),
+    "mask_decoder": ("grounding_encoder.mask_decoder.",),
+    "text_hidden_fcs": ("text_hidden_fcs.",),
+    "new_tokens": ("new_token_rows.",),
+    "embeddings": ("language_model.embed_tokens.", "mllm.lm_head."),
+    "language_model": ("mllm.model.language_model.", "mllm.lm_head."),
+    "vision_tower": ("mllm.model.vision_tower.",),
+    "sam2_encoder": ("grounding_encoder.vision_encoder.", "grounding_encoder.no_memory_embedding"),
+}
+"""Parameter groups by parts of the parameter's name. ``language_model`` excludes LoRA and embedding rows."""
+
+IOU_HEADS = ("mask_decoder.iou_prediction_head.", "mask_decoder.pred_obj_score_head.")
+
+
+def without_mask_gradient(single_mask: bool) -> tuple[str, ...]:
+    """Return name parts inside the mask decoder that mask losses never reach.
+
+    They stay frozen: without gradient they would break DDP (heads) or decay to nothing under AdamW (mask tokens that
+    are computed and thrown away).
+    """
+    unused = (1, 2, 3) if single_mask else (0,)
+    return (*IOU_HEADS, *(f"mask_decoder.output_hypernetworks_mlps.{index}." for index in unused))
+
+
+def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
+    """Wrap every linear layer of the language model with LoRA, in place (the head is outside and stays plain).
+
+    Names become ``...q_proj.base_layer.weight`` and ``...q_proj.lora_A.default.weight``, as in Sa2VA's checkpoints.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none")
+    inject_adapter_in_model(config, language_model)
+
+
+def group_of(name: str) -> str | None:
+    """Return the group that parameter ``name`` belongs to, None for parts that never train."""
+    for group, parts in GROUPS.items():
+        if any(part in name for part in parts):
+            return group
+    return None
+
+
+def apply_freeze_policy(model: nn.Module, groups: Sequence[str], single_mask: bool) -> None:
+    """Let exactly the parameters of ``groups`` train, in float32, and freeze all others.
+
+    Raises:
+        ConfigError: a group has an unknown name or holds no parameter of this model.
+    """
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise ConfigError(explain("unknown parameter group", "model.trainable", unknown, ", ".join(GROUPS)))
+    skip = without_mask_gradient(single_mask)
+    seen = set()
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        trains = group in groups and not any(part in name for part in skip)
+        parameter.requires_grad_(trains)
+        if trains:
+            seen.add(group)
+            # Small updates vanish in bfloat16; what trains is kept in float32 and cast by autocast where it is used.
+            parameter.data = parameter.data.float()
+    missing = [group for group in groups if group not in seen]
+    if missing:
+        raise ConfigError(explain("a parameter group to be trained is empty in this model", "model.trainable", missing))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trainable_table(model: nn.Module) -> str:
+    """Return the printed table of what trains: a row a group with tensors and values, trained and frozen."""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        row = rows.setdefault(group_of(name) or "other (SAM 2 prompt encoder)", [0, 0, 0])
+        row[0] += parameter.requires_grad
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+        row[2] += 0 if parameter.requires_grad else parameter.numel()
+    lines = [f"{'group':<30}{'tensors':>9}{'trained':>15}{'frozen':>16}"]
+    lines += [f"{group:<30}{r[0]:>9,}{r[1]:>15,}{r[2]:>16,}" for group, r in rows.items()]
+    total = [sum(row[column] for row in rows.values()) for column in range(3)]
+    lines.append(f"{'total':<30}{total[0]:>9,}{total[1]:>15,}{total[2]:>16,}")
+    return "\n".join(lines)
+
+
+class NewTokenRows(nn.Module):
+    """Trainable input and output rows of the tokens that were appended to the vocabulary.
+
+    The big tables stay frozen; these rows stand in for theirs. ``write_back`` copies them into the tables, so that
+    generation, which reads the tables, sees them too.
+
+    Args:
+        first_id: id of the first new token; the new tokens are ``first_id .. first_id + count - 1``.
+        embedding: (V, D) input table. head: (V, D) output table.
+    """
+
+    def __init__(self, first_id: int, count: int, embedding: nn.Embedding, head: nn.Linear) -> None:
+        super().__init__()
+        self.first_id = first_id
+        rows = slice(first_id, first_id + count)
+        self.input_rows = nn.Parameter(embedding.weight.detach()[rows].clone())
+        self.output_rows = nn.Parameter(head.weight.detach()[rows].clone())
+
+    def embed(self, input_ids: Tensor, embedded: Tensor) -> Tensor:
+        """Replace the embeddings (..., D) of new tokens by the trained rows."""
+        index = input_ids - self.first_id
+        is_new = (index >= 0) & (index < len(self.input_rows))
+        rows = self.input_rows[index.clamp(0, len(self.input_rows) - 1)].to(embedded.dtype)
+        return torch.where(is_new[..., None], rows, embedded)
+
+    def logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Replace the logits (P, V) of new tokens by those of the trained rows, given hidden states (P, D)."""
+        new = hidden @ self.output_rows.to(hidden.dtype).T
+        last = self.first_id + len(self.output_rows)
+        return torch.cat([logits[:, : self.first_id], new.to(logits.dtype), logits[:, last:]], dim=1)
+
+    @torch.no_grad()
+    def write_back(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """Copy the rows into the tables."""
+        rows = slice(self.first_id, self.first_id + len(self.input_rows))
+        embedding.weight.data[rows] = self.input_rows.to(embedding.weight.dtype)
+        head.weight.data[rows] = self.output_rows.to(head.weight.dtype)

@@ -1,0 +1,244 @@
+"""From a configuration to a model: transformers configs, strict about names, then adapters and freeze policy."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+)
+
+from dual_loop.config import Config, ModelConfig
+from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
+from dual_loop.errors import CheckpointError, ConfigError, explain
+from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
+from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+TINY_ASSETS = Path(str(files("dual_loop") / "assets" / "tiny"))
+TINY_WEIGHTS = TINY_ASSETS / "model.safetensors"
+
+SAM_KEYS = ("image_size", "fpn_hidden_size", "backbone", "mask_decoder", "mask_input_channels")
+
+
+def build_tokenizer(config: ModelConfig, model_path: str | None = None) -> Any:
+    """Load the tokenizer and append the five new tokens where they are missing.
+
+    Args:
+        config: ``config.tokenizer`` is ``"tiny"``, a folder, or None for ``model_path``.
+        model_path: folder of the base model.
+
+    Raises:
+        CheckpointError: no tokenizer files there (nothing is ever downloaded).
+    """
+    if config.tokenizer == "tiny":
+        return load_tokenizer_file(TINY_ASSETS / "tokenizer.json")
+    folder = config.tokenizer or model_path
+    if folder is None or not Path(folder).is_dir():
+        raise CheckpointError(
+            explain(
+                "no tokenizer",
+                where=str(folder),
+                expected="a folder with tokenizer files (InternVL2_5-4B/)",
+                fix="set --model_path (MODEL_PATH for the launch scripts)",
+            )
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(explain("tokenizer cannot be read", folder, f"{error}", fix="check the folder")) from error
+    missing = [token for token in NEW_TOKENS if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    return tokenizer
+
+
+def load_tokenizer_file(path: Path) -> PreTrainedTokenizerFast:
+    """Load a ``tokenizer.json`` whose end-of-text and padding token is ``<|endoftext|>``."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def geometry(config: Config) -> Geometry:
+    """Return the sizes that data preparation needs, all derived from the model's configuration."""
+    vision, sam_size = config.model.vision, int(config.model.sam2["image_size"])
+    image_size = _side(vision["image_size"])
+    grid = image_size // _side(vision["patch_size"]) * config.model.downsample_ratio
+    return Geometry(
+        vision_image_size=image_size,
+        grid_size=int(grid),
+        grounding_size=sam_size,
+        mask_size=sam_size // 4,
+        max_tiles=config.data.max_tiles,
+        grid_pooling=config.data.grid_pooling,
+    )
+
+
+def build_prompter(config: Config, tokenizer: Any) -> Prompter:
+    """Return the prompter that fits the model's template and number of image tokens."""
+    return Prompter(tokenizer, config.model.template, geometry(config).grid_size ** 2)
+
+
+def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_imported: bool = True) -> nn.Module:
+    """Build the model with LoRA and freeze policy; weights are random (on ``meta``: not even that).
+
+    Args:
+        config: the whole configuration; ``model`` and ``loss`` are read.
+        tokenizer: gives the vocabulary size and the ids of special tokens.
+        device: where parameters are created.
+        weights_imported: whether pretrained weights will follow; decides ``train_embeddings = auto``.
+    """
+    settings = config.model
+    with torch.device(device), _default_dtype(getattr(torch, settings.dtype)):
+        mllm = InternVLForConditionalGeneration(internvl_config(settings, tokenizer))
+        add_lora(mllm.model.language_model, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
+    with torch.device(device), _default_dtype(torch.float32):
+        sam = Sam2Model(sam2_config(settings.sam2))
+        fcs = text_hidden_fcs(settings, mllm.config.text_config.hidden_size)
+        model = VideoLLaVASAMModel(
+            mllm,
+            sam,
+            fcs,
+            seg_id=tokenizer.convert_tokens_to_ids(SEG),
+            image_context_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+            image_mean=IMAGENET_MEAN,
+            image_std=IMAGENET_STD,
+            loss=config.loss,
+            single_mask=settings.single_mask,
+        )
+    groups = list(settings.trainable)
+    mode = settings.train_embeddings
+    if mode == "auto":
+        mode = "none" if weights_imported else "new_tokens"
+    if mode == "new_tokens":
+        add_new_token_rows(model, tokenizer)
+        groups.append("new_tokens")
+    elif mode == "all":
+        groups.append("embeddings")
+    apply_freeze_policy(model, groups, settings.single_mask)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def text_hidden_fcs(settings: ModelConfig, width: int) -> nn.Sequential:
+    """Linear, ReLU, Linear from the language width to the SAM 2 prompt width, as in LISA and Sa2VA."""
+    inner = settings.text_hidden_dim or width
+    prompt_width = int(settings.sam2["fpn_hidden_size"])
+    return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, prompt_width))
+
+
+def add_new_token_rows(model: VideoLLaVASAMModel, tokenizer: Any) -> None:
+    """Give the five new tokens trainable rows; their ids must follow each other."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in NEW_TOKENS]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
+        raise ConfigError(explain("new tokens are not consecutive", "tokenizer", ids, "five ids that follow each other"))
+    model.new_token_rows = NewTokenRows(ids[0], len(ids), model.mllm.get_input_embeddings(), model.mllm.lm_head)
+
+
+def enable_gradient_checkpointing(model: VideoLLaVASAMModel) -> None:
+    """Recompute the language model's activations in backward (and the vision tower's, where it trains)."""
+    options = {"use_reentrant": False}
+    model.mllm.model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if any(parameter.requires_grad for parameter in model.mllm.model.vision_tower.parameters()):
+        model.mllm.model.vision_tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:
+    """Return the native InternVL config with the flags of Sa2VA that are silent when wrong."""
+    vision_values = {"use_mean_pooling": False, "attention_bias": True, "use_qk_norm": False, **settings.vision}
+    vision = _strict(InternVLVisionConfig, vision_values, "model.vision")
+    text_values = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, **settings.text}
+    text = _strict(Qwen2Config, text_values, "model.text")
+    if text.vocab_size < len(tokenizer):
+        raise ConfigError(
+            explain("the vocabulary is smaller than the tokenizer", "model.text", text.vocab_size, f">= {len(tokenizer)}")
+        )
+    grid = _side(vision.image_size) // _side(vision.patch_size) * settings.downsample_ratio
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+        image_seq_length=int(grid) ** 2,
+        downsample_ratio=settings.downsample_ratio,
+        vision_feature_layer=-1,
+        # This flag overrides the text config's; its default would tie the head to the embeddings.
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config._attn_implementation = settings.attn_implementation
+    return config
+
+
+def sam2_config(settings: Mapping[str, Any]) -> Sam2Config:
+    """Return the native SAM 2 config from a few numbers.
+
+    Args:
+        settings: ``image_size`` S, ``fpn_hidden_size`` C, ``backbone`` with ``hidden_size``, ``num_attention_heads``,
+            ``blocks_per_stage``, ``window_size_per_stage``, ``global_attention_blocks`` and optionally others of
+            ``Sam2HieraDetConfig``; ``mask_decoder`` as in ``Sam2MaskDecoderConfig``.
+    """
+    unknown = [key for key in settings if key not in SAM_KEYS]
+    if unknown:
+        raise ConfigError(explain("unknown key", "model.sam2", unknown, ", ".join(SAM_KEYS)))
+    size, width = int(settings["image_size"]), int(settings["fpn_hidden_size"])
+    backbone = dict(settings["backbone"])
+    stem, heads = int(backbone["hidden_size"]), int(backbone.pop("num_attention_heads", 1))
+    widths = [stem * 2**stage for stage in range(4)]
+    backbone.setdefault("embed_dim_per_stage", widths)
+    # transformers does not derive these from num_attention_heads; left alone they would be 1, 2, 4, 8.
+    backbone.setdefault("num_attention_heads_per_stage", [heads * 2**stage for stage in range(4)])
+    trunk = _strict(Sam2HieraDetConfig, {"image_size": [size, size], **backbone}, "model.sam2.backbone")
+    vision = Sam2VisionConfig(
+        backbone_config=trunk,
+        backbone_channel_list=widths[::-1],
+        backbone_feature_sizes=[[size // stride, size // stride] for stride in (4, 8, 16)],
+        fpn_hidden_size=width,
+        fpn_top_down_levels=[2, 3],
+    )
+    prompt = Sam2PromptEncoderConfig(
+        hidden_size=width, image_size=size, mask_input_channels=int(settings.get("mask_input_channels", 16))
+    )
+    decoder_values = {"hidden_size": width, "iou_head_hidden_dim": width, "dynamic_multimask_via_stability": False}
+    decoder_values.update(settings.get("mask_decoder", {}))
+    decoder = _strict(Sam2MaskDecoderConfig, decoder_values, "model.sam2.mask_decoder")
+    return Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+
+
+def _strict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """Make a transformers config, refusing names that it would silently keep as extra attributes."""
+    known = set(inspect.signature(cls.__init__).parameters) | {"rope_theta"}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ConfigError(explain("unknown key", where, unknown, f"arguments of {cls.__name__}"))
+    return cls(**values)
+
+
+def _side(value: Any) -> int:
+    return int(value[0]) if isinstance(value, (list, tuple)) else int(value)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    """Create parameters in ``dtype`` at once: a float32 copy of a 4B model would not fit beside it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

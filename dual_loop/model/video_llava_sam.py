@@ -1,0 +1,274 @@
+"""``VideoLLaVASAMModel``: InternVL with LoRA and SAM 2, joined by the hidden state at [SEG]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dual_loop.config import LossConfig
+from dual_loop.errors import PromptError, explain
+from dual_loop.losses import mask_losses, token_cross_entropy_from_positions
+from dual_loop.model.adapters import NewTokenRows
+from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.packing import additive_mask
+from dual_loop.model.visual_prompt import insert_image_tokens
+from dual_loop.types import LossTerm, Segmentation
+
+
+class VideoLLaVASAMModel(nn.Module):
+    """Sa2VA on transformers' native classes: caption a region, segment from a caption.
+
+    Attributes:
+        mllm: ``InternVLForConditionalGeneration`` with LoRA injected into its language model.
+        grounding_encoder: ``Sam2Model``.
+        text_hidden_fcs: Linear, ReLU, Linear from the language width D to the SAM 2 prompt width C.
+        new_token_rows: trained rows of the new tokens, or None.
+
+    Args:
+        mllm, grounding_encoder, text_hidden_fcs: the parts.
+        seg_id, image_context_id: token ids of ``[SEG]`` and ``<IMG_CONTEXT>``.
+        image_mean, image_std: normalisation of the grounding image, three values for 0..1 pixels.
+        loss: weights and point sampling of the losses that :meth:`forward` returns.
+        single_mask: take mask candidate 0 instead of the best of three.
+    """
+
+    def __init__(
+        self,
+        mllm: Any,
+        grounding_encoder: Any,
+        text_hidden_fcs: nn.Module,
+        *,
+        seg_id: int,
+        image_context_id: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        loss: LossConfig | None = None,
+        single_mask: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mllm, self.grounding_encoder, self.text_hidden_fcs = mllm, grounding_encoder, text_hidden_fcs
+        self.new_token_rows: NewTokenRows | None = None
+        self.seg_id, self.image_context_id = seg_id, image_context_id
+        self.loss_config = loss or LossConfig()
+        self.grounding = GroundingDecoder(grounding_encoder, single_mask)
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_mean.device  # type: ignore[no-any-return]
+
+    @property
+    def mask_size(self) -> int:
+        """Q, the side of the mask logits."""
+        return int(self.grounding_encoder.prompt_encoder.mask_input_size[0])
+
+    # ---- images ----------------------------------------------------------------------------------------------------
+
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """Run the vision tower: (T, 3, I, I) -> (T, M, D_vision), pixel-shuffled, before the projector.
+
+        No graph is kept where the tower is frozen, so the result may be shared by both steps of the loop.
+        """
+        tower, config = self.mllm.model.vision_tower, self.mllm.config
+        self._check_tiles(pixel_values, tower)
+        trains = any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            dtype = next(tower.parameters()).dtype
+            hidden = tower(pixel_values=pixel_values.to(dtype), return_dict=True).last_hidden_state[:, 1:]
+            side = int(hidden.shape[1] ** 0.5)
+            grid = hidden.reshape(len(hidden), side, side, -1)
+            shuffled = self.mllm.model.pixel_shuffle(grid, scale_factor=config.downsample_ratio)
+        return torch.as_tensor(shuffled.flatten(1, 2))
+
+    def project_vision(self, features: Tensor) -> Tensor:
+        """Run the projector ``mlp1``: (T, M, D_vision) -> (T, M, D), row-major on the G x G token grid."""
+        projector = self.mllm.model.multi_modal_projector
+        return torch.as_tensor(projector(features.to(projector.linear_1.weight.dtype)))
+
+    def encode_grounding(self, g_pixel_values: Tensor) -> GroundingFeatures:
+        """Run SAM 2's image encoder on (B, 3, S, S) uint8 pixels (0..255), normalised here."""
+        pixels = (g_pixel_values.float() / 255.0 - self.image_mean) / self.image_std
+        return self.grounding.encode(pixels.to(self.grounding_encoder.dtype))
+
+    def _check_tiles(self, pixel_values: Tensor, tower: Any) -> None:
+        expected = tower.config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[-2:]) != tuple(expected):
+            raise PromptError(
+                explain(
+                    "image tiles have the wrong size",
+                    seen=tuple(pixel_values.shape),
+                    expected=f"(T, 3, {expected[0]}, {expected[1]})",
+                    fix="prepare images with the model's own geometry (model.build.geometry)",
+                )
+            )
+
+    # ---- language --------------------------------------------------------------------------------------------------
+
+    def embed_prompt(
+        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
+    ) -> Tensor:
+        """Embed token ids (B, L) and put image and region tokens in place; see ``visual_prompt.insert_image_tokens``."""
+        embedded = self.mllm.get_input_embeddings()(input_ids)
+        if self.new_token_rows is not None:
+            embedded = self.new_token_rows.embed(input_ids, embedded)
+        placeholder = input_ids == self.image_context_id
+        return insert_image_tokens(embedded, placeholder, image_features, region_tile, prompt_masks)
+
+    def language_hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the last hidden states (B, L, D), after the final norm.
+
+        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows.
+        """
+        if attention_mask.dim() == 4:
+            attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
+        output = self.mllm.model.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        return torch.as_tensor(output.last_hidden_state)
+
+    def answer_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (P, V) of chosen hidden states (P, D)."""
+        logits = self.mllm.lm_head(hidden)
+        if self.new_token_rows is not None:
+            logits = self.new_token_rows.logits(hidden, logits)
+        return torch.as_tensor(logits)
+
+    def language_loss(self, hidden: Tensor, labels: Tensor) -> LossTerm:
+        """Token cross-entropy at the positions that carry loss; only their logits are computed."""
+        carries = labels[:, 1:] != -100
+        logits = self.answer_logits(hidden[:, :-1][carries])
+        return token_cross_entropy_from_positions(logits, labels[:, 1:][carries], self.loss_config.language_weight)
+
+    @torch.no_grad()
+    def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Continue left-padded prompts with a key-value cache: (R, L, D) -> (R, new tokens) int64, new tokens only."""
+        self.sync_new_tokens()
+        output = self.mllm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        return torch.as_tensor(output)
+
+    def sync_new_tokens(self) -> None:
+        """Write trained rows of new tokens into the embedding tables, which generation and export read."""
+        if self.new_token_rows is not None:
+            self.new_token_rows.write_back(self.mllm.get_input_embeddings(), self.mllm.lm_head)
+
+    # ---- both ------------------------------------------------------------------------------------------------------
+
+    def forward(self, data: Mapping[str, Any], mode: str = "loss") -> dict[str, Any]:
+        """Segment every [SEG] of a batch and compute the losses.
+
+        Args:
+            data: the model's inputs. ``input_ids`` (B, L); ``attention_mask`` (B, L) or, for packed rows,
+                (B, 1, L, L); ``position_ids`` (B, L) or absent; ``labels`` (B, L), -100 where no loss;
+                ``pixel_values`` (T, 3, I, I), (B, tiles, 3, I, I) or a list of (tiles, 3, I, I), or instead
+                ``vision_features`` (T, M, D_vision) from :meth:`encode_vision`; ``g_pixel_values`` (B, 3, S, S) uint8;
+                ``masks``: a list of B (n, H, W) masks or one (N, Q, Q) tensor, in the order of the [SEG] tokens.
+                Region prompts, either as in Sa2VA: ``prompt_masks`` a list of (n, G, G) for the tiles where
+                ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
+                Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float,
+                ``point_coords`` (N, points, 2).
+            mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` averaged over this batch (Sa2VA's names and
+                weights). ``"terms"``: ``terms`` (sums and counts) and ``segmentation``. ``"predict"``: ``segmentation``.
+
+        Raises:
+            PromptError: the numbers of [SEG] tokens, masks, placeholders and features do not fit together.
+        """
+        if mode not in ("loss", "terms", "predict"):
+            raise PromptError(explain("unknown forward mode", seen=mode, expected="loss, terms or predict"))
+        hidden = self._hidden(data)
+        segmentation = self._segment(data, hidden)
+        if mode == "predict":
+            return {"segmentation": segmentation}
+        terms = self._loss_terms(data, hidden, segmentation)
+        if mode == "terms":
+            return {"terms": terms, "segmentation": segmentation}
+        means = {name: term.mean for name, term in terms.items()}
+        return {"loss_mask": means["mask_loss"], "loss_dice": means["dice_loss"], "llm_loss": means["llm_loss"]}
+
+    def _hidden(self, data: Mapping[str, Any]) -> Tensor:
+        features = data.get("vision_features")
+        if features is None:
+            features = self.encode_vision(_flatten_tiles(data["pixel_values"]))
+        image_features = self.project_vision(features)
+        region_tile, prompt_masks = self._region_prompts(data, len(image_features), image_features.shape[1])
+        embedded = self.embed_prompt(data["input_ids"], image_features, region_tile, prompt_masks)
+        return self.language_hidden(embedded, data["attention_mask"], data.get("position_ids"))
+
+    def _region_prompts(self, data: Mapping[str, Any], num_tiles: int, num_cells: int) -> tuple[Tensor, Tensor]:
+        """Return ``region_tile`` (P,) and ``prompt_masks`` (P, G, G) from either of the two accepted forms."""
+        masks = data.get("prompt_masks")
+        if isinstance(masks, Tensor):
+            return data["region_tile"], masks
+        if not masks:
+            side = int(num_cells**0.5)
+            empty = torch.zeros(0, dtype=torch.long, device=self.device)
+            return empty, torch.zeros(0, side, side, dtype=torch.bool, device=self.device)
+        tiles = (data["vp_overall_mask"] > 0).nonzero().flatten()
+        if len(tiles) != len(masks):
+            raise PromptError(
+                explain("vp_overall_mask and prompt_masks differ", seen=f"{len(tiles)} tiles", expected=len(masks))
+            )
+        counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
+        return tiles.repeat_interleave(counts), torch.cat([mask.bool() for mask in masks])
+
+    def _segment(self, data: Mapping[str, Any], hidden: Tensor) -> Segmentation:
+        row, column = (data["input_ids"] == self.seg_id).nonzero(as_tuple=True)
+        seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self.text_hidden_fcs[0].weight.dtype))
+        levels = self.grounding.finish(self.encode_grounding(data["g_pixel_values"]))
+        segmentation = self.grounding.decode(seg_embeds, levels, row)
+        segmentation.seg_embeds = seg_embeds
+        return segmentation
+
+    def _loss_terms(self, data: Mapping[str, Any], hidden: Tensor, segmentation: Segmentation) -> dict[str, LossTerm]:
+        targets = _targets(data["masks"], self.mask_size, self.device)
+        if len(targets) != len(segmentation.mask_logits):
+            raise PromptError(
+                explain(
+                    "every [SEG] needs one mask",
+                    seen=f"{len(segmentation.mask_logits)} [SEG] tokens and {len(targets)} masks",
+                    fix="build one segmentation turn for each target mask",
+                )
+            )
+        seeds = data.get("region_seeds")
+        if seeds is None:
+            seeds = torch.arange(len(targets))
+        terms = mask_losses(
+            segmentation.mask_logits,
+            targets,
+            seeds,
+            self.loss_config,
+            point_coords=data.get("point_coords"),
+            object_weights=data.get("region_weights"),
+        )
+        return {**terms, "llm_loss": self.language_loss(hidden, data["labels"])}
+
+
+def _flatten_tiles(pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
+    """Accept the original's list of (tiles, 3, I, I) and 5-D tensor besides (T, 3, I, I)."""
+    if isinstance(pixel_values, Tensor):
+        return pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
+    return torch.cat(list(pixel_values))
+
+
+def _targets(masks: Tensor | Sequence[Tensor], side: int, device: torch.device) -> Tensor:
+    """Bring target masks to (N, Q, Q) by nearest neighbour, without padding."""
+    if isinstance(masks, Tensor):
+        return masks.to(device)
+    resized = [F.interpolate(mask[None].float(), size=(side, side), mode="nearest")[0] for mask in masks]
+    return torch.cat(resized).to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """Put ``model`` into eval mode (no dropout, cache allowed) and restore the mode of before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
