@@ -1,0 +1,354 @@
+"""Writes generated scenes in the on-disk formats of SA-V pairs, SA-1B, Open Images and RefCOCO.
+
+The readers cannot tell the result from the real data sets but by its size, so every path of the package runs without
+a download::
+
+    OUT/sav/npz/part_000/masklet_data_0.npz          frame1, frame2, mask1, mask2
+    OUT/sa1b/sa_1.jpg, sa_1.json                     compressed COCO run-length codes
+    OUT/openimages/train-annotations-object-segmentation.csv, oidv7-class-descriptions.csv, images/train, masks/train
+    OUT/ref_seg/refcoco/instances.json, refs(unc).p, coco2014/train2014
+    OUT/demo.json                                    seed, options and counts; written last
+
+Masks are stored as drawn, never derived from a JPEG. The same arguments give the same bytes. Scene seeds come from
+named pools (:func:`~dual_loop.data.demo_scenes.pool_seed`), so no two sources or splits share a scene.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dual_loop.data.demo_scenes import (
+    GENERATOR_VERSION,
+    Scene,
+    SceneObject,
+    SceneOptions,
+    generate_pair,
+    generate_scene,
+    movable_objects,
+    pool_seed,
+)
+from dual_loop.data.masks import encode_rle
+from dual_loop.errors import ConfigError, explain
+from dual_loop.types import SOURCES
+
+__all__ = ["SceneOptions", "add_arguments", "demo_directories", "pool_seed", "run", "write_demo_data"]
+
+JPEG_QUALITY = 95
+REFCOCO_SPLITS = ("train", "val", "testA", "testB")
+OPEN_IMAGES_COLUMNS = (
+    *("MaskPath", "ImageID", "LabelName", "BoxID", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"),
+    *("PredictedIoU", "Clicks"),
+)
+OPEN_IMAGES_MASK_SCALE = 1.25
+FILES_PER_FOLDER = 1000
+
+
+def write_demo_data(
+    out: Path,
+    num_images: int,
+    seed: int = 0,
+    options: SceneOptions | None = None,
+    *,
+    sources: Sequence[str] = SOURCES,
+    num_sav: int | None = None,
+    num_sa1b: int | None = None,
+    num_openimages: int | None = None,
+    num_refcoco: int | None = None,
+    num_val: int | None = None,
+    refcoco_splits: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Write the data set below ``out`` and return the number of images (SA-V: of pairs) in each pool.
+
+    Args:
+        out: a new or empty folder. Where it already holds this very data set, nothing is written.
+        num_images: images of each source, and of the train split of RefCOCO.
+        seed: with ``options``, decides every byte.
+        options: what the scenes are made of.
+        sources: the sources to write, from :data:`~dual_loop.types.SOURCES`.
+        num_sav, num_sa1b, num_openimages, num_refcoco: override ``num_images`` for one source.
+        num_val: images of the val split of RefCOCO; None takes a fifth of ``num_images``, at least one.
+        refcoco_splits: further or other splits to sizes, such as ``{"testA": 20}``.
+
+    Returns:
+        Counts by pool: ``sav``, ``sa1b``, ``openimages``, ``refcoco/train``, ``refcoco/val``, ...
+
+    Raises:
+        ConfigError: an unknown source or split, a negative count, wrong options, or ``out`` holds something else.
+    """
+    options = options or SceneOptions()
+    options.check()
+    val = max(1, num_images // 5) if num_val is None else num_val
+    splits = {"train": num_images if num_refcoco is None else num_refcoco, "val": val, **(refcoco_splits or {})}
+    own_counts = {"sav": num_sav, "sa1b": num_sa1b, "openimages": num_openimages}
+    counts = {name: num_images if n is None else n for name, n in own_counts.items() if name in sources}
+    if "refcoco" in sources:
+        counts.update({f"refcoco/{split}": count for split, count in splits.items()})
+    _check_request(sources, splits, counts)
+    record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": asdict(options)}
+    text = json.dumps(record, indent=2) + "\n"
+    if _is_written(Path(out), text):
+        return counts
+    _write_sources(Path(out), seed, options, counts)
+    (Path(out) / "demo.json").write_text(text, encoding="utf-8")
+    return counts
+
+
+def demo_directories(out: Path) -> dict[str, str]:
+    """Return the settings of ``DataConfig`` (and flags of ``train``) that point at a data set written to ``out``."""
+    folders = {"sav_dir": "sav", "sa1b_dir": "sa1b", "openimage_dir": "openimages", "refcoco_dir": "ref_seg"}
+    return {key: str(Path(out) / folder) for key, folder in folders.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``dual-loop demo-data``."""
+    parser.add_argument("out", type=Path, help="new or empty folder for the data set")
+    parser.add_argument("--images", type=int, default=200, help="images of each source (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides every scene (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=None, help="held-out RefCOCO images (default: a fifth of --images)")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all four")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the data set that the parsed ``args`` of :func:`add_arguments` ask for; return the exit status 0."""
+    counts = write_demo_data(args.out, args.images, args.seed, sources=args.sources, num_val=args.val)
+    for pool, count in counts.items():
+        print(f"{pool:16} {count:6} images")
+    for setting, folder in demo_directories(args.out).items():
+        if Path(folder).is_dir():
+            print(f"--{setting} {folder}")
+    return 0
+
+
+def _check_request(sources: Sequence[str], splits: Mapping[str, int], counts: Mapping[str, int]) -> None:
+    problems = [f"unknown source {name!r} (known: {', '.join(SOURCES)})" for name in sources if name not in SOURCES]
+    problems += [f"unknown split {s!r} (known: {', '.join(REFCOCO_SPLITS)})" for s in splits if s not in REFCOCO_SPLITS]
+    problems += [f"{count} images of {pool}, expected 0 or more" for pool, count in counts.items() if count < 0]
+    if not problems and sum(counts.values()) == 0:
+        problems.append("no images were asked for, expected at least one")
+    if problems:
+        raise ConfigError(explain("the demo data cannot be written", "demo-data", "; ".join(problems)))
+
+
+def _is_written(out: Path, record: str) -> bool:
+    """Tell whether ``out`` holds exactly this data set; raise ConfigError where it holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(explain("the output is not a folder", str(out), fix="give another path"))
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    marker = out / "demo.json"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == record:
+        return True
+    state = "demo data of other arguments" if marker.is_file() else "files but no demo.json"
+    fix = "give a new folder, or delete this one"
+    raise ConfigError(explain("the output folder is not empty", str(out), state, "a new or empty folder", fix))
+
+
+def _write_sources(out: Path, seed: int, options: SceneOptions, counts: Mapping[str, int]) -> None:
+    def scene(pool: str, index: int) -> Scene:
+        return generate_scene(pool_seed(seed, pool, index), options)
+
+    if counts.get("sav"):
+        _write_sav(out / "sav" / "npz", seed, options, counts["sav"])
+    if counts.get("sa1b"):
+        _write_sa1b(out / "sa1b", counts["sa1b"], scene)
+    if counts.get("openimages"):
+        _write_open_images(out / "openimages", counts["openimages"], seed, options, scene)
+    splits = {pool.removeprefix("refcoco/"): n for pool, n in counts.items() if pool.startswith("refcoco/") and n}
+    if splits:
+        _write_refcoco(out / "ref_seg" / "refcoco", splits, options, scene)
+
+
+def _write_sav(root: Path, seed: int, options: SceneOptions, count: int) -> None:
+    """Write frame pairs of one region each; masks of odd files hold 0 and 255, those of even files 0 and 1."""
+    for index in range(count):
+        folder = root / f"part_{index // FILES_PER_FOLDER:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        scene_seed = pool_seed(seed, "sav", index)
+        first, second = generate_pair(scene_seed, options)
+        choices = movable_objects(first)
+        chosen = choices[scene_seed % len(choices)]
+        foreground = 255 if index % 2 else 1
+        mask1, mask2 = (s.objects[chosen].mask.astype(np.uint8) * foreground for s in (first, second))
+        path = folder / f"masklet_data_{index}.npz"
+        np.savez_compressed(path, frame1=first.image, frame2=second.image, mask1=mask1, mask2=mask2)
+
+
+def _write_sa1b(root: Path, count: int, scene: Callable[[str, int], Scene]) -> None:
+    """Write ``sa_<id>.jpg`` and ``sa_<id>.json``, every field of the original's annotation file."""
+    root.mkdir(parents=True)
+    for index in range(count):
+        drawn = scene("sa1b", index)
+        height, width = drawn.image.shape[:2]
+        stem = f"sa_{index + 1}"
+        annotations = [
+            {
+                "id": (index + 1) * 10 + number,
+                "segmentation": encode_rle(item.mask),
+                "bbox": _bounding_box(item.mask),
+                "area": int(item.mask.sum()),
+                "predicted_iou": round(0.88 + 0.12 * item.visible_fraction, 4),
+                "stability_score": round(0.92 + 0.08 * item.visible_fraction, 4),
+                "crop_box": [0.0, 0.0, float(width), float(height)],
+                "point_coords": [_inner_point(item.mask)],
+            }
+            for number, item in enumerate(drawn.objects)
+        ]
+        image = {"image_id": index + 1, "width": width, "height": height, "file_name": f"{stem}.jpg"}
+        _write_jpeg(drawn.image, root / f"{stem}.jpg")
+        _write_json({"image": image, "annotations": annotations}, root / f"{stem}.json")
+
+
+def _write_open_images(
+    root: Path, count: int, seed: int, options: SceneOptions, scene: Callable[[str, int], Scene]
+) -> None:
+    """Write images, 1-bit masks and the two CSV files; masks of odd images are 1.25 times as large as the image."""
+    images, masks = root / "images" / "train", root / "masks" / "train"
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    rows: list[list[str]] = []
+    for index in range(count):
+        drawn = scene("openimages", index)
+        image_id = hashlib.sha256(f"{seed}/openimages/{index}".encode()).hexdigest()[:16]
+        _write_jpeg(drawn.image, images / f"{image_id}.jpg")
+        for number, item in enumerate(drawn.objects):
+            row = _open_images_row(item, image_id, number)
+            _write_mask_png(item.mask, masks / row[0], OPEN_IMAGES_MASK_SCALE if index % 2 else 1.0)
+            rows.append(row)
+    _write_csv([OPEN_IMAGES_COLUMNS, *rows], root / "train-annotations-object-segmentation.csv")
+    names = [(_label_name(shape), shape.capitalize()) for shape in options.shapes]
+    _write_csv([("LabelName", "DisplayName"), *names], root / "oidv7-class-descriptions.csv")
+
+
+def _open_images_row(item: SceneObject, image_id: str, number: int) -> list[str]:
+    label = _label_name(item.shape)
+    box_id = hashlib.sha256(f"{image_id}/{number}".encode()).hexdigest()[:8]
+    height, width = item.mask.shape
+    left, top, box_width, box_height = _bounding_box(item.mask)
+    x, y = _inner_point(item.mask)
+    box = (left / width, (left + box_width) / width, top / height, (top + box_height) / height)
+    return [
+        f"{image_id}_{label.replace('/', '')}_{box_id}.png",
+        *(image_id, label, box_id),
+        *(f"{value:.6f}" for value in box),
+        f"{0.8 + 0.2 * item.visible_fraction:.5f}",
+        f"{x / width:.5f} {y / height:.5f} 1",
+    ]
+
+
+def _label_name(shape: str) -> str:
+    return f"/m/{shape}"
+
+
+def _write_refcoco(
+    root: Path, splits: Mapping[str, int], options: SceneOptions, scene: Callable[[str, int], Scene]
+) -> None:
+    """Write ``instances.json``, ``refs(unc).p`` and the images; one expression an object.
+
+    Segmentations are run-length codes with ``iscrowd`` 0, which keeps them exact; every third one is uncompressed.
+    """
+    folder = root / "coco2014" / "train2014"
+    folder.mkdir(parents=True)
+    categories = {shape: number for number, shape in enumerate(options.shapes, start=1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    refs: list[dict[str, Any]] = []
+    for split, count in splits.items():
+        for index in range(count):
+            drawn = scene(f"refcoco/{split}", index)
+            image_id = len(images) + 1
+            file_name = f"COCO_train2014_{image_id:012d}.jpg"
+            height, width = drawn.image.shape[:2]
+            images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+            _write_jpeg(drawn.image, folder / file_name)
+            for item in drawn.objects:
+                annotation = _annotation(item, len(annotations) + 1, image_id, categories[item.shape])
+                annotations.append(annotation)
+                refs.append(_reference(item, annotation, split))
+    instances = {
+        "info": {"description": "generated scenes in the COCO layout"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": n, "name": shape, "supercategory": "symbol"} for shape, n in categories.items()],
+    }
+    _write_json(instances, root / "instances.json")
+    # Protocol 2 with plain dicts, lists, strings and integers, as in the original: it holds no global to refuse.
+    (root / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def _annotation(item: SceneObject, annotation_id: int, image_id: int, category_id: int) -> dict[str, Any]:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": _uncompressed_rle(item.mask) if annotation_id % 3 == 0 else encode_rle(item.mask),
+        "area": int(item.mask.sum()),
+        "bbox": _bounding_box(item.mask),
+        "iscrowd": 0,
+    }
+
+
+def _reference(item: SceneObject, annotation: Mapping[str, Any], split: str) -> dict[str, Any]:
+    number, image_id = int(annotation["id"]), int(annotation["image_id"])
+    caption = item.caption
+    return {
+        "ref_id": number,
+        "ann_id": number,
+        "image_id": image_id,
+        "category_id": int(annotation["category_id"]),
+        "file_name": f"COCO_train2014_{image_id:012d}_{number}.jpg",
+        "split": split,
+        "sent_ids": [number],
+        "sentences": [{"sent_id": number, "raw": caption, "sent": caption, "tokens": caption.split()}],
+    }
+
+
+def _uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Return COCO's uncompressed code of (H, W) bool: run lengths in column-major order, background first."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate(([0], edges, [flat.size]))).tolist()
+    return {"size": [int(side) for side in mask.shape], "counts": [0, *runs] if flat[0] else runs}
+
+
+def _bounding_box(mask: np.ndarray) -> list[float]:
+    """Return [x, y, width, height] in pixels of a non-empty (H, W) bool mask, as COCO counts it."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, top = columns[0], rows[0]
+    return [float(value) for value in (left, top, columns[-1] - left + 1, rows[-1] - top + 1)]
+
+
+def _inner_point(mask: np.ndarray) -> list[float]:
+    """Return [x, y] of the foreground pixel nearest to the mask's centre of mass."""
+    rows, columns = np.nonzero(mask)
+    nearest = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
+    return [float(columns[nearest]), float(rows[nearest])]
+
+
+def _write_jpeg(image: np.ndarray, path: Path) -> None:
+    Image.fromarray(image).save(path, format="JPEG", quality=JPEG_QUALITY)
+
+
+def _write_mask_png(mask: np.ndarray, path: Path, scale: float) -> None:
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    size = (round(mask.shape[1] * scale), round(mask.shape[0] * scale))
+    picture.resize(size, Image.Resampling.NEAREST).convert("1").save(path, format="PNG")
+
+
+def _write_json(value: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
