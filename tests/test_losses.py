@@ -1,0 +1,324 @@
+"""Losses: hand-computed values, gradients, independence of the batch split, parity with the original reduction."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dual_loop.config import LossConfig
+from dual_loop.losses import (
+    dice_loss,
+    latent_alignment,
+    mask_cross_entropy,
+    mask_losses,
+    original_mask_losses,
+    point_sample,
+    sample_points,
+    shifted_token_cross_entropy,
+    token_cross_entropy_from_positions,
+)
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "sa2va_tiny"
+SMALL = LossConfig(num_points=20)
+ALL_PIXELS = LossConfig(num_points=0)
+
+
+def _objects(num: int, side: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num, side, side, generator=generator, dtype=dtype) * 3
+    targets = (torch.rand(num, side, side, generator=generator) > 0.6).to(torch.uint8)
+    seeds = torch.arange(num) * 7919 + 11
+    return logits, targets, seeds
+
+
+# --- values by hand -------------------------------------------------------------------------------------------------
+
+
+def test_mask_cross_entropy_sums_the_means_of_the_objects():
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), math.log(3.0)]])
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    # object 0: log 2; object 1: p = 0.75, (-log 0.75 - log 0.25) / 2
+    expected = math.log(2.0) + (-math.log(0.75) - math.log(0.25)) / 2
+    term = mask_cross_entropy(logits, targets, weight=2.0)
+    assert term.count == 2
+    assert term.total.item() == pytest.approx(2.0 * expected, rel=1e-6)
+
+
+def test_dice_by_hand():
+    logits = torch.tensor([[math.log(3.0), -math.log(3.0), 0.0]])  # p = 0.75, 0.25, 0.5
+    term = dice_loss(logits, torch.tensor([[1, 0, 1]]), weight=0.5, eps=1.0)
+    assert term.total.item() == pytest.approx(0.5 * (1 - (2 * 1.25 + 1) / (1.5 + 2 + 1)), rel=1e-6)
+    assert term.count == 1
+
+
+def test_dice_of_empty_against_empty_is_zero_and_against_full_is_near_one():
+    very_low = torch.full((1, 4, 4), -50.0)
+    assert dice_loss(very_low, torch.zeros(1, 4, 4)).total.item() == pytest.approx(0.0, abs=1e-6)
+    assert dice_loss(very_low, torch.ones(1, 4, 4), weight=1.0).total.item() == pytest.approx(1 - 1 / 17, rel=1e-6)
+
+
+def test_object_weights_scale_the_objects_and_become_the_count():
+    logits, targets, seeds = _objects(3)
+    weights = torch.tensor([0.0, 0.5, 2.0])
+    terms = mask_losses(logits, targets, seeds, ALL_PIXELS, object_weights=weights)
+    for name, function, weight in (("mask_loss", mask_cross_entropy, 2.0), ("dice_loss", dice_loss, 0.5)):
+        single = [function(logits[i : i + 1], targets[i : i + 1], weight).total for i in range(3)]
+        assert terms[name].total.item() == pytest.approx((0.5 * single[1] + 2.0 * single[2]).item(), rel=1e-5)
+        assert terms[name].count == 2.5
+
+
+def test_low_precision_logits_are_computed_in_float32():
+    logits, targets, _ = _objects(2, side=64)
+    low = logits.bfloat16()
+    for function in (mask_cross_entropy, dice_loss):
+        term = function(low, targets)
+        assert term.total.dtype == torch.float32
+        assert term.total.item() == function(low.float(), targets).total.item()
+
+
+def test_shape_mismatches_are_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        mask_losses(torch.zeros(2, 4, 4), torch.zeros(3, 4, 4), torch.zeros(2), SMALL)
+    with pytest.raises(ValueError, match="one weight an object"):
+        dice_loss(torch.zeros(2, 4), torch.zeros(2, 4), object_weights=torch.ones(1))
+    with pytest.raises(ValueError, match="one seed an object"):
+        sample_points(torch.zeros(2, 4, 4), torch.zeros(1, dtype=torch.int64), 4, 3.0, 0.75)
+    with pytest.raises(ValueError, match="out of range"):
+        sample_points(torch.zeros(1, 4, 4), torch.zeros(1, dtype=torch.int64), 4, 0.5, 0.75)
+    with pytest.raises(ValueError, match="do not fit"):
+        point_sample(torch.zeros(2, 4, 4), torch.zeros(1, 3, 2))
+
+
+# --- no objects -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SMALL, ALL_PIXELS])
+def test_no_objects_give_a_zero_connected_to_the_logits(config: LossConfig):
+    source = torch.ones(3, 8, 8, requires_grad=True)
+    terms = mask_losses(source[:0], torch.zeros(0, 8, 8), torch.zeros(0, dtype=torch.int64), config)
+    assert [(term.total.item(), term.count) for term in terms.values()] == [(0.0, 0.0), (0.0, 0.0)]
+    sum(term.total for term in terms.values()).backward()
+    assert source.grad is not None
+    assert source.grad.abs().sum() == 0
+
+
+def test_point_functions_accept_no_objects():
+    points = sample_points(torch.zeros(0, 8, 8), torch.zeros(0, dtype=torch.int64), 5, 3.0, 0.75)
+    assert points.shape == (0, 5, 2)
+    assert point_sample(torch.zeros(0, 8, 8), points).shape == (0, 5)
+
+
+# --- points ---------------------------------------------------------------------------------------------------------
+
+
+def test_point_sample_reads_pixel_centres_midpoints_and_zeros_outside():
+    maps = torch.arange(16.0).reshape(1, 4, 4)
+    centre = [(2 + 0.5) / 4, (1 + 0.5) / 4]  # x = column 2, y = row 1 -> 6
+    between = [2 / 4, (1 + 0.5) / 4]  # halfway between columns 1 and 2 of row 1 -> 5.5
+    corner = [1.0, 1.0]  # a quarter of pixel 15, three quarters of the zeros outside
+    outside = [-0.5, 0.5]
+    values = point_sample(maps, torch.tensor([[centre, between, corner, outside]]))
+    assert values.tolist() == [[6.0, 5.5, 15 / 4, 0.0]]
+
+
+def test_point_sample_reads_uint8_and_bool_masks():
+    points = torch.rand(2, 9, 2)
+    _, targets, _ = _objects(2)
+    assert torch.equal(point_sample(targets, points), point_sample(targets.bool(), points))
+
+
+def test_sampled_points_are_the_most_uncertain_then_uniform():
+    logits, _, seeds = _objects(2, side=16)
+    points = sample_points(logits, seeds, 40, 3.0, 0.75)
+    assert points.shape == (2, 40, 2)
+    assert points.min() >= 0
+    assert points.max() <= 1
+    for i in range(2):
+        generator = torch.Generator().manual_seed(int(seeds[i]))
+        everything = torch.rand(120 + 10, 2, generator=generator)
+        uncertainty = point_sample(logits[i : i + 1], everything[None, :120]).abs()[0]
+        kept = point_sample(logits[i : i + 1], points[None, i, :30]).abs()[0]
+        assert torch.equal(kept, uncertainty.sort().values[:30])
+        assert torch.equal(points[i, 30:], everything[120:])
+
+
+def test_sampled_points_carry_no_gradient():
+    logits, _, seeds = _objects(1)
+    assert not sample_points(logits.requires_grad_(), seeds, 10, 3.0, 0.75).requires_grad
+
+
+def test_points_do_not_touch_the_global_random_state():
+    logits, targets, seeds = _objects(2)
+    before = torch.get_rng_state()
+    mask_losses(logits, targets, seeds, SMALL)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(2, 5), cut=st.integers(1, 4), num_points=st.sampled_from([0, 1, 17]))
+def test_splitting_the_batch_changes_neither_sums_nor_counts(num: int, cut: int, num_points: int):
+    cut = min(cut, num - 1)
+    config = LossConfig(num_points=num_points)
+    logits, targets, seeds = _objects(num, seed=num)
+    whole = mask_losses(logits, targets, seeds, config)
+    first = mask_losses(logits[:cut], targets[:cut], seeds[:cut], config)
+    second = mask_losses(logits[cut:], targets[cut:], seeds[cut:], config)
+    for name, term in whole.items():
+        assert term.count == first[name].count + second[name].count
+        assert term.total.item() == pytest.approx((first[name].total + second[name].total).item(), rel=1e-6)
+
+
+def test_given_points_replace_sampling():
+    logits, targets, seeds = _objects(2)
+    points = torch.rand(2, 6, 2)
+    terms = mask_losses(logits, targets, seeds, ALL_PIXELS, point_coords=points)
+    expected = mask_cross_entropy(point_sample(logits, points), point_sample(targets, points), 2.0)
+    assert terms["mask_loss"].total.item() == expected.total.item()
+    assert terms["mask_loss"].total.item() != mask_cross_entropy(logits, targets, 2.0).total.item()
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def test_token_cross_entropy_ignores_and_counts():
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0], [9.0, -9.0]])
+    term = token_cross_entropy_from_positions(logits, torch.tensor([0, 1, -100]), weight=2.0)
+    assert term.count == 2
+    assert term.total.item() == pytest.approx(2.0 * (-math.log(0.75) - math.log(0.5)), rel=1e-6)
+
+
+def test_shifted_cross_entropy_equals_the_plain_loop_and_never_reads_ignored_positions():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.tensor([[1, 2, -100, 4, -100], [-100, -100, 6, -100, 0]])
+    predicted = [(0, 0, 2), (0, 2, 4), (1, 1, 6), (1, 3, 0)]  # row, position, label: the first label is not predicted
+    expected = sum(-torch.log_softmax(logits[r, p], -1)[label].item() for r, p, label in predicted)
+    term = shifted_token_cross_entropy(logits, labels)
+    assert term.count == 4
+    assert term.total.item() == pytest.approx(expected, rel=1e-6)
+    logits[0, 1] = float("nan")
+    assert torch.equal(shifted_token_cross_entropy(logits, labels).total, term.total)
+
+
+def test_no_tokens_give_a_zero_with_graph():
+    logits = torch.randn(2, 4, 3, requires_grad=True)
+    term = shifted_token_cross_entropy(logits, torch.full((2, 4), -100))
+    assert (term.total.item(), term.count) == (0.0, 0.0)
+    term.total.backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() == 0
+
+
+def test_token_losses_refuse_wrong_shapes_and_compute_in_float32():
+    with pytest.raises(ValueError, match="do not fit"):
+        shifted_token_cross_entropy(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="do not fit"):
+        token_cross_entropy_from_positions(torch.zeros(2, 4, 3), torch.zeros(2, dtype=torch.int64))
+    logits = torch.randn(4, 50).bfloat16()
+    assert token_cross_entropy_from_positions(logits, torch.arange(4)).total.dtype == torch.float32
+
+
+# --- latent alignment -----------------------------------------------------------------------------------------------
+
+
+def test_latent_alignment_by_hand_and_without_gradient_to_the_target():
+    seg = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[1.0, 4.0], [3.0, 1.0]], requires_grad=True)
+    term = latent_alignment(seg, target)
+    assert term.count == 2
+    assert term.total.item() == pytest.approx(4 / 2 + 10 / 2)
+    term.total.backward()
+    assert seg.grad is not None
+    assert target.grad is None
+
+
+# --- gradients against finite differences ---------------------------------------------------------------------------
+
+
+def _check_gradient(function, values: torch.Tensor) -> None:
+    assert torch.autograd.gradcheck(function, (values.detach().requires_grad_(),), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_gradients_of_the_mask_losses():
+    logits, targets, _ = _objects(2, side=4, dtype=torch.float64)
+    weights = torch.tensor([0.3, 1.7])
+    _check_gradient(lambda x: mask_cross_entropy(x, targets, 2.0, weights).total, logits)
+    _check_gradient(lambda x: dice_loss(x, targets, 0.5, 1.0, weights).total, logits)
+
+
+def test_gradients_through_the_points():
+    logits, targets, seeds = _objects(2, side=5, dtype=torch.float64)
+    points = sample_points(logits, seeds, 12, 3.0, 0.75)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        terms = mask_losses(values, targets, seeds, SMALL, point_coords=points)
+        return terms["mask_loss"].total + terms["dice_loss"].total
+
+    _check_gradient(total, logits)
+    _check_gradient(lambda x: point_sample(x, points), logits)
+
+
+def test_gradients_of_tokens_and_latents():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([[0, -100, 2, 3], [4, 1, -100, -100]])
+    _check_gradient(lambda x: shifted_token_cross_entropy(x, labels, 0.7).total, logits)
+    target = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    _check_gradient(lambda x: latent_alignment(x, target, 0.7).total, torch.randn_like(target))
+
+
+# --- the original reduction -----------------------------------------------------------------------------------------
+
+
+def test_original_divisors_by_hand():
+    logits, targets, seeds = _objects(2)
+    points = torch.rand(2, 3, 2)
+    ours = mask_losses(logits, targets, seeds, SMALL, point_coords=points)
+    theirs = original_mask_losses(logits, targets, SMALL, points)
+    eps = torch.finfo(torch.float32).eps
+    assert theirs["loss_mask"].item() == pytest.approx(ours["mask_loss"].total.item() * 3 / (6 + 1e-4 + eps), rel=1e-6)
+    assert theirs["loss_dice"].item() == pytest.approx(ours["dice_loss"].total.item() / (2 + 1e-4 + eps), rel=1e-6)
+    whole = original_mask_losses(logits, targets, SMALL)
+    assert whole["loss_dice"].item() == pytest.approx(dice_loss(logits, targets).mean.item(), rel=1e-6)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden reference folder is not next to the repository")
+@pytest.mark.parametrize("with_points", [False, True])
+def test_parity_with_the_golden_reference(with_points: bool):
+    from safetensors import safe_open
+
+    with safe_open(str(GOLDEN / "outputs.safetensors"), "pt") as tensors:
+        logits = tensors.get_tensor("pred_masks_low_res").flatten(0, 1)
+        targets = tensors.get_tensor("gt_masks_low_res").flatten(0, 1)
+        points = tensors.get_tensor("point_coords") if with_points else None
+    losses = json.loads((GOLDEN / "outputs.json").read_text())["losses"]
+    expected = losses["points" if with_points else "no_points"]
+    theirs = original_mask_losses(logits, targets, LossConfig(), points)
+    seeds = torch.zeros(len(logits), dtype=torch.int64)
+    ours = mask_losses(logits, targets, seeds, ALL_PIXELS, point_coords=points)
+    for name, term in (("loss_mask", ours["mask_loss"]), ("loss_dice", ours["dice_loss"])):
+        assert theirs[name].item() == pytest.approx(expected[name], abs=2e-6)
+        # The original's offset of 1e-4 on ten objects shrinks its point losses by a factor of 1e-5.
+        assert term.mean.item() == pytest.approx(expected[name], abs=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden reference folder is not next to the repository")
+def test_golden_points_obey_the_sampling_rule():
+    """The stored points are sorted by |logit| over the first 9408, which fixes both the reading and the order."""
+    from safetensors import safe_open
+
+    with safe_open(str(GOLDEN / "outputs.safetensors"), "pt") as tensors:
+        logits = tensors.get_tensor("pred_masks_low_res").flatten(0, 1)
+        points = tensors.get_tensor("point_coords")
+    uncertainty = point_sample(logits, points[:, :9408]).abs()
+    assert (uncertainty.diff(dim=1) >= -1e-4).all()
+    ours = sample_points(logits, torch.arange(len(logits)), 12544, 3.0, 0.75)
+    assert ours.shape == points.shape
+    threshold, their_threshold = (point_sample(logits, p[:, :9408]).abs().amax(1) for p in (ours, points))
+    assert torch.allclose(threshold, their_threshold, rtol=0.05)
