@@ -1,0 +1,211 @@
+"""Reader of SA-V frame pairs: one npz a pair, with two frames and the same object's mask on each.
+
+Layout (SA-V, Ravi et al. 2024, arXiv 2408.00714, converted to pairs)::
+
+    root/
+      **/masklet_data_<n>.npz    frame1, frame2 (H, W, 3); mask1, mask2 (H, W)
+
+Frames and masks may be uint8 or float, frames in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a
+pair may differ in size. The scale is told from dtype and maximum, array by array (:func:`to_uint8_frame`,
+:func:`to_bool_mask`).
+
+Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``missing_key``, ``bad_array``,
+``size_mismatch``, ``empty_mask``.
+"""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dual_loop.data.index_cache import (
+    StringTable,
+    TreeListing,
+    check_root,
+    choose_capped,
+    layout_error,
+    load_or_build,
+)
+from dual_loop.data.masks import check_mask
+from dual_loop.errors import SampleError, explain
+from dual_loop.types import RegionSample
+
+LAYOUT = """
+  root/
+    **/masklet_data_<n>.npz    (any depth)
+"""
+
+PREFIX = "masklet_data_"
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, SyntaxError, RuntimeError, MemoryError),
+    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
+)
+"""What numpy and zipfile raise on damaged archives, depending on which byte is wrong (MemoryError: a wrong shape)."""
+
+KEYS = ("frame1", "mask1", "frame2", "mask2")
+
+
+class SavPairs:
+    """SA-V frame pairs as a :class:`~dual_loop.types.RegionSource`; every entry has one region.
+
+    Args:
+        root: folder that holds the files at any depth.
+        max_samples: keep this many files, drawn with a fixed seed; None keeps all.
+        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+
+    Raises:
+        ConfigError: the folder does not exist or holds no pair.
+    """
+
+    name = "sav"
+
+    def __init__(self, root: str | Path, max_samples: int | None = None, index_dir: str | Path | None = None) -> None:
+        self.root = check_root(root, "SA-V", LAYOUT)
+        arrays = load_or_build(index_dir, {"kind": "sav", "root": str(self.root)}, self._build_index)
+        self._paths = StringTable.from_arrays(arrays, "path")
+        if not len(self._paths):
+            raise layout_error("the SA-V folder holds no frame pair", self.root, f"no {PREFIX}*.npz", LAYOUT)
+        self._kept = choose_capped(len(self._paths), max_samples, "sav_max_samples")
+
+    def _build_index(self) -> dict[str, np.ndarray]:
+        listing = TreeListing(self.root, (".npz",))
+        paths = StringTable.from_strings(p for p in listing.files if p.rsplit("/", 1)[-1].startswith(PREFIX))
+        return {**paths.to_arrays("path"), **listing.watched_arrays()}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def entry_id(self, index: int) -> str:
+        """Return the path below the root, without ``.npz``."""
+        return self._paths[int(self._kept[index])][: -len(".npz")]
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2.
+
+        Raises:
+            SampleError: see the module.
+        """
+        path = self.root / self._paths[int(self._kept[index])]
+        arrays = read_npz(path, KEYS)
+        images, masks = [], []
+        for number in ("1", "2"):
+            where = f"{path}[{{}}{number}]"
+            image = to_uint8_frame(arrays[f"frame{number}"], where.format("frame"))
+            mask = to_bool_mask(arrays[f"mask{number}"], where.format("mask"))
+            if mask.shape != image.shape[:2]:
+                what, fix = "a mask and its frame differ in size", "convert this pair again"
+                message = explain(what, where.format("mask"), mask.shape, image.shape[:2], fix)
+                raise SampleError("size_mismatch", message)
+            check_mask(mask, where.format("mask"))
+            images.append(image)
+            masks.append(mask[None])
+        return RegionSample(
+            source=self.name,
+            sample_id=self.entry_id(index),
+            image=images[0],
+            masks=masks[0],
+            region_ids=("0",),
+            captions=((),),
+            target_image=images[1],
+            target_masks=masks[1],
+        )
+
+
+def read_npz(path: Path, keys: tuple[str, ...]) -> Mapping[str, np.ndarray]:
+    """Read the arrays ``keys`` of an npz file; pickled objects are refused.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file`` (incomplete, damaged, or not an npz file), ``missing_key``,
+            ``bad_array`` (holds Python objects).
+    """
+    fix = "copy or convert this file again, or remove it"
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, not an archive")
+        with stored:
+            missing = [key for key in keys if key not in stored.files]
+            if missing:
+                what = "a frame pair lacks " + ", ".join(missing)
+                message = explain(what, str(path), sorted(stored.files), ", ".join(keys), fix)
+                raise SampleError("missing_key", message)
+            return {key: _read_member(stored, key, path) for key in keys}
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("a frame pair is missing", str(path), fix=fix)) from error
+    except _DAMAGE as error:
+        seen = f"{type(error).__name__}: {error}"
+        message = explain("a frame pair is damaged", str(path), seen, "a complete npz archive", fix)
+        raise SampleError("truncated_file", message) from error
+
+
+def _read_member(stored: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(stored[key])
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        message = explain(
+            "an array holds Python objects, which only pickle can read",
+            f"{path}[{key}]",
+            "dtype object",
+            "uint8 or float",
+            "convert this pair again; pickle from a data file is never loaded",
+        )
+        raise SampleError("bad_array", message) from error
+
+
+def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
+    """Return a frame as (H, W, 3) uint8.
+
+    Integers are 0..255 as they are (a frame of ones is a black frame). Floats are 0..1 where their maximum is at most
+    1, else 0..255; both are rounded to the nearest integer.
+
+    Raises:
+        SampleError: ``bad_array`` for another shape, dtype or range, and for values that are not finite.
+    """
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise _bad_array("a frame has the wrong shape", where, array.shape, "(H, W, 3)")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    low, high = _range_of(array, where)
+    if low < 0 or high > 255:
+        raise _bad_array("a frame is out of range", where, f"{low:g} to {high:g}", "0..255 or 0..1")
+    scale = 255 if array.dtype.kind == "f" and high <= 1 else 1
+    scaled: np.ndarray = np.rint(array.astype(np.float32) * scale)
+    return scaled.astype(np.uint8)
+
+
+def to_bool_mask(array: np.ndarray, where: str) -> np.ndarray:
+    """Return a mask as (H, W) bool: above half of its scale, which is 1 where the maximum is at most 1, else 255.
+
+    Raises:
+        SampleError: ``bad_array`` for another shape or dtype, values that are not finite or not in 0..255, or a
+            maximum in between (2..127), which is a map of labels and no mask.
+    """
+    if array.ndim != 2 or 0 in array.shape:
+        raise _bad_array("a mask has the wrong shape", where, array.shape, "(H, W)")
+    if array.dtype == np.bool_:
+        return np.ascontiguousarray(array)
+    low, high = _range_of(array, where)
+    if low < 0 or high > 255 or 1 < high <= 127.5:
+        raise _bad_array("a mask is out of range", where, f"{low:g} to {high:g}", "{0, 1} or {0, 255}")
+    return np.ascontiguousarray(array > (0.5 if high <= 1 else 127.5))
+
+
+def _range_of(array: np.ndarray, where: str) -> tuple[float, float]:
+    if array.dtype.kind not in "iuf":
+        raise _bad_array("an array has an unknown dtype", where, array.dtype, "uint8 or float")
+    low, high = float(array.min()), float(array.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise _bad_array("an array is not finite", where, f"{low:g} to {high:g}", "finite values")
+    return low, high
+
+
+def _bad_array(what: str, where: str, seen: object, expected: str) -> SampleError:
+    return SampleError("bad_array", explain(what, where, seen, expected, "convert this pair again, or remove it"))
