@@ -1,0 +1,148 @@
+"""An exponential moving average of the trainable parameters, the "mean teacher" of 1703.01780."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dual_loop.errors import CheckpointError, explain
+
+_MAX_NAMES_SHOWN = 5
+
+
+class ExponentialMovingAverage:
+    """Keeps float32 averages of parameters and lends them to the model (mean teacher, 1703.01780).
+
+    After update number t (counted from 0) ``average = d * average + (1 - d) * live`` with
+    ``d = min(decay, (1 + t) / (10 + t))``: without this warm-up the starting weights would dominate for the first
+    ``1 / (1 - decay)`` steps. Averages are float32 whatever the parameters are, because a bfloat16 average at decay
+    0.999 would not move at all.
+
+    Args:
+        named_parameters: names to parameters, on their final device; those without ``requires_grad`` are left out,
+            since frozen weights equal their own average.
+        decay: 0..1; 0 makes the average a copy of the live weights, 1 never moves it (without warm-up).
+        warmup: apply the schedule above; False uses ``decay`` from the first update.
+
+    Raises:
+        ValueError: the decay is out of range, or nothing is trainable.
+    """
+
+    def __init__(
+        self, named_parameters: Mapping[str, torch.nn.Parameter], decay: float = 0.999, warmup: bool = True
+    ) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(explain("the decay of the weight average is out of range", seen=decay, expected="0..1"))
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(
+                explain(
+                    "there is nothing to average",
+                    seen=f"{len(named_parameters)} parameters, none of them trainable",
+                    fix="build the average after the freeze policy, or check model.trainable",
+                )
+            )
+        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+        self._is_swapped = False
+
+    @property
+    def current_decay(self) -> float:
+        """The decay that the next update will use."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the live weights. Call once an optimiser step, never once a micro-batch.
+
+        Raises:
+            RuntimeError: called inside :meth:`swapped`, where the model holds the averages themselves.
+        """
+        if self._is_swapped:
+            raise RuntimeError(
+                "the weight average was updated while the model held the averages; leave swapped() first"
+            )
+        decay = self.current_decay
+        for name, parameter in self._parameters.items():
+            if decay == 0:
+                self._averages[name].copy_(parameter)  # lerp would keep a NaN of the old average
+            else:
+                self._averages[name].lerp_(parameter.to(torch.float32), 1 - decay)
+        self.num_updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Put the averages into the model for the length of a ``with`` block, then restore the live weights bitwise.
+
+        The live weights come back also when the block raises. Whatever the block writes to the parameters is lost.
+        Costs one copy of the trainable parameters in their own dtype.
+
+        Raises:
+            RuntimeError: the block is entered a second time inside itself.
+        """
+        if self._is_swapped:
+            raise RuntimeError("the model already holds the averages; swapped() cannot be nested")
+        with torch.no_grad():
+            live = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._is_swapped = True
+        try:
+            self._fill_parameters(self._averages)
+            yield
+        finally:
+            self._fill_parameters(live)
+            self._is_swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``{"num_updates": int, "averages": {name: float32 tensor}}``; the tensors are not copied."""
+        return {"num_updates": self.num_updates, "averages": dict(self._averages)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; decay and warm-up stay those of this object.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ from the model's trainable parameters. Nothing is changed
+                then.
+        """
+        if set(state) != {"num_updates", "averages"}:
+            raise CheckpointError(
+                explain(
+                    "the state of the weight average is malformed", seen=sorted(state), expected="num_updates, averages"
+                )
+            )
+        averages: Mapping[str, torch.Tensor] = state["averages"]
+        missing, unexpected = sorted(self._averages.keys() - averages), sorted(averages.keys() - self._averages)
+        wrong = [
+            f"{name}: {tuple(averages[name].shape)} {averages[name].dtype}, not {tuple(own.shape)} torch.float32"
+            for name, own in self._averages.items()
+            if name in averages and (averages[name].shape != own.shape or averages[name].dtype != torch.float32)
+        ]
+        if missing or unexpected or wrong:
+            raise CheckpointError(
+                explain(
+                    "the saved weight average does not fit the trainable parameters",
+                    seen=f"missing {_show(missing)}, unexpected {_show(unexpected)}, wrong {_show(wrong)}",
+                    expected=f"{len(self._averages)} float32 tensors",
+                    fix="resume with the model settings of the saved run (model.trainable, model.lora_r)",
+                )
+            )
+        for name, own in self._averages.items():
+            own.copy_(averages[name])
+        self.num_updates = int(state["num_updates"])
+
+    @torch.no_grad()
+    def _fill_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+
+def _show(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    return f"{len(names)} ({shown}{', ...' if len(names) > _MAX_NAMES_SHOWN else ''})" if names else "0"
