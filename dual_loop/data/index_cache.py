@@ -37,6 +37,9 @@ CAP_SEED = 20_240_816
 
 WATCHED_STATES = "watched_states"
 
+_ANY_SIZE = -1
+"""In place of a size: of a folder only the time counts."""
+
 _warned_folders: set[str] = set()
 
 
@@ -99,7 +102,7 @@ class TreeListing:
     def __init__(self, root: Path, suffixes: tuple[str, ...]) -> None:
         self.root = root
         self.files: list[str] = []
-        self.folders: list[tuple[str, int]] = []
+        self.folders: list[tuple[str, int, int]] = []
         self._seen: set[tuple[int, int]] = set()
         pending = [""]
         while pending:  # level by level, so that the upper folders come first in ``folders``
@@ -120,7 +123,7 @@ class TreeListing:
         if (status.st_dev, status.st_ino) in self._seen:
             return []
         self._seen.add((status.st_dev, status.st_ino))
-        self.folders.append((str(path), status.st_mtime_ns))
+        self.folders.append((str(path), status.st_mtime_ns, _ANY_SIZE))
         children = []
         with os.scandir(path) as entries:
             for entry in entries:
@@ -139,13 +142,15 @@ class TreeListing:
 
 
 def watch_files(paths: Iterable[Path]) -> dict[str, np.ndarray]:
-    """Return ``paths`` with their modification times as arrays of an index; call it before reading them."""
-    return _watched_arrays([(str(path), path.stat().st_mtime_ns) for path in paths])
+    """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them."""
+    states = [(str(path), path.stat()) for path in paths]
+    return _watched_arrays([(path, state.st_mtime_ns, state.st_size) for path, state in states])
 
 
-def _watched_arrays(watched: list[tuple[str, int]]) -> dict[str, np.ndarray]:
-    table = StringTable.from_strings(path for path, _ in watched)
-    return {**table.to_arrays("watched"), WATCHED_STATES: np.array([time for _, time in watched], np.int64)}
+def _watched_arrays(watched: list[tuple[str, int, int]]) -> dict[str, np.ndarray]:
+    table = StringTable.from_strings(path for path, _, _ in watched)
+    states = np.array([state for _, *state in watched], np.int64).reshape(-1, 2)
+    return {**table.to_arrays("watched"), WATCHED_STATES: states}
 
 
 # --- storing ---------------------------------------------------------------------------------------------------------
@@ -199,11 +204,12 @@ def _is_current(arrays: Mapping[str, np.ndarray]) -> bool:
     if WATCHED_STATES not in arrays:
         return True
     table = StringTable.from_arrays(arrays, "watched")
-    for index, state in enumerate(arrays[WATCHED_STATES]):
+    for index, (modified, size) in enumerate(arrays[WATCHED_STATES]):
         try:
-            if os.stat(table[index]).st_mtime_ns != int(state):
-                return False
+            now = os.stat(table[index])
         except OSError:
+            return False
+        if now.st_mtime_ns != modified or size not in (_ANY_SIZE, now.st_size):
             return False
     return True
 
