@@ -1,0 +1,288 @@
+"""Open Images: grouped rows, masks at another size, aspect and EXIF policy, class names, damaged files."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dual_loop.data.open_images import OpenImages
+from dual_loop.errors import ConfigError, SampleError
+
+REAL = Path(__file__).resolve().parents[3] / "shared/data/real_samples/openimages"
+HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+CSV_NAME = "train-annotations-object-segmentation.csv"
+
+
+def make_mask(height: int, width: int, corner: str = "left") -> np.ndarray:
+    mask = np.zeros((height, width), bool)
+    mask[: height // 2, : width // 2] = corner == "left"
+    mask[height // 2 :, width // 2 :] = corner == "right"
+    return mask
+
+
+class Tree:
+    """An Open Images tree that tests add images and masks to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.rows: list[str] = []
+        for folder in ("images/train", "masks/train"):
+            (root / folder).mkdir(parents=True)
+
+    def add_image(self, image_id: str, size: tuple[int, int] = (30, 40), **save_options: Any) -> None:
+        pixels = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(self.root / f"images/train/{image_id}.jpg", **save_options)
+
+    def add_mask(self, image_id: str, box_id: str, mask: np.ndarray | None, label: str = "/m/04yx4") -> str:
+        name = f"{image_id}_{label.replace('/', '')}_{box_id}.png"
+        if mask is not None:
+            Image.fromarray(mask).save(self.root / "masks/train" / name)
+        self.rows.append(f"{name},{image_id},{label},{box_id},0.1,0.5,0.2,0.6,0.9,0.3 0.4 1;0.5 0.5 0")
+        return name
+
+    def write_csv(self, header: str = HEADER) -> None:
+        (self.root / CSV_NAME).write_text("\n".join([header, *self.rows]) + "\n")
+
+    def source(self, **options: Any) -> OpenImages:
+        return OpenImages(self.root, index_dir=self.root.parent / "cache", **options)
+
+    def reason(self, **options: Any) -> str:
+        with pytest.raises(SampleError) as caught:
+            self.source(**options).load(0, np.random.default_rng(0))
+        return caught.value.reason
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "data")
+
+
+def test_rows_are_grouped_by_image_wherever_they_stand(tree: Tree) -> None:
+    for image_id in ("bb", "aa"):
+        tree.add_image(image_id)
+    for box in range(3):
+        for image_id in ("bb", "aa"):
+            tree.add_mask(image_id, f"box{box}", make_mask(30, 40))
+    tree.rows.append(tree.rows[0])
+    tree.write_csv()
+    source = tree.source(regions_per_image=10)
+    assert [source.entry_id(i) for i in range(len(source))] == ["aa", "bb"]
+    for index in range(2):
+        sample = source.load(index, np.random.default_rng(0))
+        assert sorted(sample.region_ids) == ["m04yx4_box0", "m04yx4_box1", "m04yx4_box2"]
+        assert sample.sample_id == source.entry_id(index)
+        assert (sample.source, sample.captions) == ("openimages", ((), (), ()))
+
+
+def test_masks_of_another_resolution_are_resized(tree: Tree) -> None:
+    tree.add_image("aa", (427, 640))
+    tree.add_mask("aa", "x", make_mask(533, 800))
+    tree.write_csv()
+    sample = tree.source().load(0, np.random.default_rng(0))
+    assert sample.masks.shape == (1, 427, 640)
+    assert abs(sample.masks.mean() - 0.25) < 0.005
+    assert sample.masks[0, :200, :300].all()
+
+
+def test_the_draw_depends_on_the_generator_alone(tree: Tree) -> None:
+    tree.add_image("aa")
+    for box in range(4):
+        tree.add_mask("aa", f"box{box}", make_mask(30, 40))
+    tree.write_csv()
+    source = tree.source(regions_per_image=2)
+    draws = [source.load(0, np.random.default_rng(seed)).region_ids for seed in range(100)]
+    assert len(set(draws)) == 12
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.load(0, np.random.default_rng(seed)).region_ids for seed in range(100)] == draws
+
+
+@pytest.mark.parametrize(("size", "fits"), [((30, 40), True), ((60, 79), False), ((600, 803), True), ((40, 30), False)])
+def test_aspect_ratios_agree_within_one_percent(tree: Tree, size: tuple[int, int], fits: bool) -> None:
+    tree.add_image("aa", (30, 40))
+    tree.add_mask("aa", "x", make_mask(*size))
+    tree.write_csv()
+    if fits:
+        assert tree.source().load(0, np.random.default_rng(0)).masks.shape == (1, 30, 40)
+    else:
+        assert tree.reason() == "aspect_mismatch"
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def test_exif_is_applied_only_where_the_mask_asks_for_it(tree: Tree) -> None:
+    tree.add_image("aa", (30, 40), exif=orientation(6))
+    tree.add_mask("aa", "x", make_mask(80, 60))
+    tree.add_image("bb", (30, 40), exif=orientation(6))
+    tree.add_mask("bb", "x", make_mask(60, 80))
+    tree.add_image("cc", (30, 40), exif=orientation(3))
+    tree.add_mask("cc", "x", make_mask(30, 40))
+    tree.write_csv()
+    turned, stored, upside_down = (tree.source().load(i, np.random.default_rng(0)) for i in range(3))
+    assert turned.image.shape == (40, 30, 3)
+    assert turned.masks.shape == (1, 40, 30)
+    assert np.array_equal(turned.image, np.rot90(stored.image, -1))
+    assert stored.image.shape == (30, 40, 3)
+    assert np.array_equal(upside_down.image, stored.image)
+
+
+def test_masks_of_both_orientations_are_a_mismatch(tree: Tree) -> None:
+    tree.add_image("aa", (30, 40), exif=orientation(6))
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.add_mask("aa", "y", make_mask(40, 30))
+    tree.write_csv()
+    assert tree.reason(regions_per_image=2) == "aspect_mismatch"
+
+
+def test_empty_masks_are_passed_over(tree: Tree) -> None:
+    tree.add_image("aa")
+    tree.add_mask("aa", "full", make_mask(30, 40))
+    for box in range(5):
+        tree.add_mask("aa", f"empty{box}", np.zeros((30, 40), bool))
+    tree.add_image("bb")
+    tree.add_mask("bb", "empty", np.zeros((30, 40), bool))
+    tree.write_csv()
+    source = tree.source(regions_per_image=3)
+    for seed in range(5):
+        assert source.load(0, np.random.default_rng(seed)).region_ids == ("m04yx4_full",)
+    with pytest.raises(SampleError) as caught:
+        source.load(1, np.random.default_rng(0))
+    assert caught.value.reason == "no_region_left"
+
+
+def test_faults_have_their_own_reasons(tree: Tree) -> None:
+    tree.add_image("aa")
+    name = tree.add_mask("aa", "x", make_mask(300, 400))
+    tree.write_csv()
+    path, image = tree.root / "masks/train" / name, tree.root / "images/train/aa.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert tree.reason() == "truncated_file"
+    path.write_text("<html>")
+    assert tree.reason() == "not_an_image"
+    path.unlink()
+    assert tree.reason() == "missing_file"
+    path.write_bytes(whole)
+    image.unlink()
+    assert tree.reason() == "missing_file"
+
+
+@pytest.mark.parametrize(("mask", "image"), [("../../secret.png", "aa"), ("/etc/passwd", "aa"), ("x.png", "../../aa")])
+def test_names_in_the_csv_cannot_leave_the_folders(tree: Tree, mask: str, image: str) -> None:
+    Image.fromarray(make_mask(30, 40)).save(tree.root / "masks/train/x.png")
+    Image.fromarray(make_mask(30, 40)).save(tree.root / "secret.png")
+    tree.add_image("aa")
+    tree.rows.append(f"{mask},{image},/m/1,b,0,1,0,1,,")
+    tree.write_csv()
+    assert tree.reason() == "unsafe_path"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("oidv7-class-descriptions.csv", 'LabelName,DisplayName\n/m/04yx4,Man\n/m/0k4j,"Car, old"\n'),
+        ("class-descriptions-boxable.csv", '/m/04yx4,Man\n/m/0k4j,"Car, old"\n'),
+        (
+            "oidv7-class-descriptions-boxable.csv",
+            '\ufeffLabelName,DisplayName\r\n/m/04yx4,Man\r\n/m/0k4j,"Car, old"\r\n',
+        ),
+    ],
+)
+def test_class_names_with_and_without_header(tree: Tree, name: str, text: str) -> None:
+    tree.add_image("aa")
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.write_csv()
+    assert tree.source().label_name("/m/04yx4") == "/m/04yx4"
+    (tree.root / name).write_text(text, newline="")
+    source = tree.source()
+    assert source.label_name("/m/04yx4") == source.label_name("m04yx4") == "Man"
+    assert source.label_name("/m/0k4j") == "Car, old"
+    assert source.label_name("/m/unknown") == "/m/unknown"
+    assert source.label_name("LabelName") == "LabelName"
+    assert source.label_name(source.load(0, np.random.default_rng(0)).region_ids[0].split("_")[0]) == "Man"
+
+
+def test_the_order_of_columns_does_not_matter(tree: Tree) -> None:
+    tree.add_image("aa")
+    name = tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.rows = [f"aa,/m/04yx4,{name}"]
+    tree.write_csv("ImageID,LabelName,MaskPath")
+    assert tree.source().load(0, np.random.default_rng(0)).region_ids == ("m04yx4_x",)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "an empty file"),
+        ("a,b,c\n1,2,3\n", "another header"),
+        (HEADER + "\n", "no row"),
+        (HEADER + "\nx.png,aa,/m/1,b,0,1,0,1,,\ny.png,aa,/m/1", "line 3"),
+        (HEADER + "\n,aa,/m/1,b,0,1,0,1,,\n", "line 2"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_broken_csv_stops_the_start(tree: Tree, text: str | bytes, match: str) -> None:
+    (tree.root / CSV_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=match) as caught:
+        tree.source()
+    assert CSV_NAME in str(caught.value)
+
+
+def test_parts_elsewhere_and_missing_parts(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.add_image("aa")
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.write_csv()
+    (tree.root / "images").rename(tmp_path / "photos")
+    (tree.root / CSV_NAME).rename(tree.root / "rows.csv")
+    (tree.root / "masks/train").rename(tree.root / "pngs")
+    with pytest.raises(ConfigError, match="openimage_csv"):
+        tree.source()
+    with pytest.raises(ConfigError, match="openimage_images"):
+        tree.source(csv="rows.csv")
+    with pytest.raises(ConfigError, match="openimage_masks"):
+        tree.source(csv="rows.csv", images=tmp_path / "photos/train")
+    with pytest.raises(ConfigError, match="openimage_classes"):
+        tree.source(csv="rows.csv", images=tmp_path / "photos/train", masks="pngs", classes="none.csv")
+    monkeypatch.chdir(tmp_path)
+    source = tree.source(csv="rows.csv", images="photos/train", masks="pngs")
+    assert source.load(0, np.random.default_rng(0)).num_regions == 1
+    with pytest.raises(ConfigError, match="does not exist"):
+        OpenImages(tmp_path / "absent")
+
+
+def test_cap_keeps_a_subset(tree: Tree) -> None:
+    for n in range(40):
+        tree.add_mask(f"{n:016x}", "x", None)
+    tree.write_csv()
+    everything = {tree.source().entry_id(i) for i in range(40)}
+    capped = tree.source(max_samples=7)
+    kept = [capped.entry_id(i) for i in range(len(capped))]
+    assert len(kept) == 7
+    assert set(kept) < everything
+    assert kept != sorted(everything)[:7]
+
+
+def test_a_changed_csv_is_noticed(tree: Tree) -> None:
+    tree.add_mask("aa", "x", None)
+    tree.write_csv()
+    assert len(tree.source()) == 1
+    tree.add_mask("bb", "x", None)
+    tree.write_csv()
+    assert len(tree.source()) == 2
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside the repository")
+def test_real_samples_load(tmp_path: Path) -> None:
+    source = OpenImages(REAL, regions_per_image=99, index_dir=tmp_path)
+    assert len(source) == 2
+    samples = [source.load(i, np.random.default_rng(0)) for i in range(2)]
+    assert sum(sample.num_regions for sample in samples) == 36
+    assert {source.label_name(r.split("_")[0]) for s in samples for r in s.region_ids} == {"Person", "Horse", "Truck"}
