@@ -1,0 +1,1 @@
+"""The optimiser step, its guards, and what a run writes."""
