@@ -1,0 +1,1 @@
+"""Checkpoints: reading and writing released weights, and the checkpoints of a run."""

@@ -1,0 +1,463 @@
+"""The checkpoints of a run: written whole or not at all, verified when read, enough to resume exactly.
+
+Layout, below the run folder::
+
+    checkpoints/step_00000012/
+        model.safetensors    the trainable tensors
+        ema.safetensors      their averages (absent where the run keeps none)
+        optimizer.pt         optimiser state
+        scheduler.pt         learning-rate schedule state
+        state.json           counters, sampler position, whatever else the trainer keeps
+        rng_0.pt, rng_1.pt   random states, one file a rank
+        manifest.json        size and SHA-256 of every file above; written last
+
+Everything is written to ``checkpoints/.tmp-step_00000012`` and synced to disk, and the folder gets its name only when
+the manifest is there. So a folder called ``step_*`` with a manifest is whole, whenever the process was killed. The
+``.pt`` files hold tensors, numbers, strings and plain containers only and are read with ``weights_only=True``.
+
+The checkpoint folder must lie on a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dual_loop.checkpoint.manifest import (
+    EMA_NAME,
+    MODEL_NAME,
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    STATE_NAME,
+    read_manifest,
+    rng_name,
+    sync_to_disk,
+    verify_file,
+    write_manifest,
+    write_text,
+)
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+
+CHECKPOINT_DIR = "checkpoints"
+
+_TEMPORARY_PREFIX = ".tmp-"
+_REPLACED_PREFIX = ".replaced-"
+_STEP_PATTERN = re.compile(r"(?:\.replaced-)?step_(\d{8,})")
+# Headers, manifest, zip directories and file-system blocks, which the tensor sizes do not cover.
+_OVERHEAD_BYTES = 1024 * 1024
+_PLAIN_SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """What :func:`load_run_checkpoint` returns; every tensor is on the CPU.
+
+    Attributes:
+        path: the folder that was read.
+        step: number of optimiser steps done.
+        world_size: number of ranks that saved.
+        model_tensors: names to tensors, as given when saving.
+        ema_tensors: the same of the averages, None where none were saved.
+        optimizer_state, scheduler_state: as given when saving.
+        state: what ``state.json`` holds.
+        rng_states: the random states of this rank, None when there are none that fit.
+        rng_restored: True where ``rng_states`` belong to this rank of a run with the same number of ranks.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    model_tensors: dict[str, torch.Tensor]
+    ema_tensors: dict[str, torch.Tensor] | None
+    optimizer_state: dict[str, Any]
+    scheduler_state: dict[str, Any]
+    state: dict[str, Any]
+    rng_states: dict[str, Any] | None
+    rng_restored: bool
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The files that rank 0 writes."""
+
+    model_tensors: Mapping[str, torch.Tensor]
+    ema_tensors: Mapping[str, torch.Tensor] | None
+    optimizer_state: dict[str, Any]
+    scheduler_state: dict[str, Any]
+    state: dict[str, Any]
+
+    def check(self) -> None:
+        """Raise CheckpointError for anything that could not be read back, before a byte is written."""
+        _check_plain(self.optimizer_state, "optimizer_state")
+        _check_plain(self.scheduler_state, "scheduler_state")
+        _check_plain(self.state, "state", for_json=True)
+
+    def num_bytes(self) -> int:
+        tensors = [self.model_tensors, self.ema_tensors or {}, self.optimizer_state, self.scheduler_state]
+        return sum(_count_bytes(value) for value in tensors) + len(json.dumps(self.state))
+
+    def write(self, folder: Path) -> None:
+        _save_tensors(self.model_tensors, folder / MODEL_NAME)
+        if self.ema_tensors is not None:
+            _save_tensors(self.ema_tensors, folder / EMA_NAME)
+        _save_plain(self.optimizer_state, folder / OPTIMIZER_NAME)
+        _save_plain(self.scheduler_state, folder / SCHEDULER_NAME)
+        write_text(folder / STATE_NAME, json.dumps(self.state, indent=1))
+
+
+def save_run_checkpoint(
+    root: str | Path,
+    step: int,
+    *,
+    model_tensors: Mapping[str, torch.Tensor],
+    ema_tensors: Mapping[str, torch.Tensor] | None,
+    optimizer_state: Mapping[str, Any],
+    scheduler_state: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rng_states: Mapping[str, Any],
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step`` below ``root`` and remove all but the newest ``keep``. Called by every rank.
+
+    Rank 0 writes the shared files, each rank its own random states. A rank that fails leaves only a temporary folder,
+    which the next save removes; the other ranks then wait in ``barrier`` until its time-out or the launcher ends them.
+
+    Args:
+        root: the run folder.
+        step: optimiser steps done. A checkpoint of the same step is replaced.
+        model_tensors, ema_tensors: names to tensors on any device; read on rank 0 only (others may give empty ones).
+        optimizer_state, scheduler_state: as ``state_dict()`` returns them; tensors, numbers, strings, containers.
+        state: anything that JSON keeps unchanged.
+        rng_states: the random states of this rank, see :func:`capture_rng`.
+        rank, world_size: this process and the number of processes.
+        barrier: returns when every rank has called it.
+        keep: number of whole checkpoints to keep, at least 1. Those of later steps than ``step`` (an abandoned
+            course, when the run was resumed from an earlier one) are neither counted nor removed, but warned about.
+
+    Returns:
+        The folder of the checkpoint, whole when this returns on any rank.
+
+    Raises:
+        CheckpointError: a value could not be read back, or a rank's file is missing.
+        EnvironmentProblem: the disk has too little free space or refuses to write.
+        ValueError: ``keep``, ``step`` or ``rank`` is out of range.
+    """
+    if keep < 1 or step < 0 or not 0 <= rank < world_size:
+        seen = f"keep {keep}, step {step}, rank {rank} of {world_size}"
+        raise ValueError(explain("cannot save a checkpoint", seen=seen, expected="keep >= 1, step >= 0, rank < size"))
+    folder = Path(root) / CHECKPOINT_DIR
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f"{_TEMPORARY_PREFIX}{final.name}"
+    content = _Content(model_tensors, ema_tensors, dict(optimizer_state), dict(scheduler_state), dict(state))
+    rng_states = dict(rng_states)
+    _check_plain(rng_states, "rng_states")
+    if rank == 0:
+        content.check()
+        with _disk_errors_explained(temporary):
+            _prepare_folder(folder, temporary, content.num_bytes() + world_size * _count_bytes(rng_states))
+    barrier()
+    with _disk_errors_explained(temporary):
+        _write_rank_files(temporary, rank, rng_states, content)
+    barrier()
+    if rank == 0:
+        with _disk_errors_explained(temporary):
+            write_manifest(temporary, step, world_size)
+            _publish(temporary, final)
+            _rotate(folder, step, keep)
+    barrier()
+    return final
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """Return the whole checkpoint of the highest step below the run folder ``root``, None if there is none.
+
+    Whole means: the manifest can be read and every file it lists has its size. Hashes are checked on loading.
+    """
+    whole = _list_whole(Path(root) / CHECKPOINT_DIR)
+    return whole[-1] if whole else None
+
+
+def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int | None = None) -> RunCheckpoint:
+    """Read and verify the checkpoint folder ``path`` (as :func:`find_latest` returns it) for one rank.
+
+    Args:
+        path: the folder of one step.
+        rank: whose random states to read.
+        world_size: the number of ranks now; None takes it to be the saved one. Random states of a run with another
+            number of ranks do not fit: then ``rng_restored`` is False, with a warning, and all else is loaded.
+
+    Raises:
+        CheckpointError: the folder is missing, half-written or of another format, a file is missing or differs from
+            its SHA-256 (the message names the file), or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    saved_world_size = int(manifest["world_size"])
+    fits = world_size in (None, saved_world_size) and rng_name(rank) in files
+    if not fits:
+        warnings.warn(
+            f"{path.name} was saved by {saved_world_size} rank(s) and is read by rank {rank} of "
+            f"{world_size or 'an unknown number'}: random states are not restored, so the run is not bit-identical",
+            stacklevel=2,
+        )
+    for name in files:
+        if not name.startswith("rng_") or (fits and name == rng_name(rank)):
+            verify_file(path / name, files[name])
+    return RunCheckpoint(
+        path=path,
+        step=int(manifest["step"]),
+        world_size=saved_world_size,
+        model_tensors=_load_tensors(path / MODEL_NAME),
+        ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in files else None,
+        optimizer_state=_load_plain(path / OPTIMIZER_NAME),
+        scheduler_state=_load_plain(path / SCHEDULER_NAME),
+        state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
+        rng_states=_load_plain(path / rng_name(rank)) if fits else None,
+        rng_restored=fits,
+    )
+
+
+def capture_rng() -> dict[str, Any]:
+    """Return the states of Python's, numpy's and torch's global generators, as tensors and plain values.
+
+    Of CUDA only the current device is read, so that no rank opens a context on the devices of others.
+
+    Raises:
+        CheckpointError: numpy's global generator is not the standard Mersenne twister.
+    """
+    version, internal, gauss_next = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    if not isinstance(numpy_state, tuple) or numpy_state[0] != "MT19937":
+        raise CheckpointError(
+            explain("numpy's global generator cannot be saved", "capture_rng", expected="the default MT19937")
+        )
+    _, keys, position, has_gauss, cached_gaussian = numpy_state
+    return {
+        "python": (version, torch.tensor(internal, dtype=torch.int64), gauss_next),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached_gaussian)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_rng(states: Mapping[str, Any]) -> None:
+    """Set the global generators to what :func:`capture_rng` returned.
+
+    A CUDA state on a machine without CUDA, or the reverse, leaves that generator alone with a warning.
+
+    Raises:
+        CheckpointError: ``states`` did not come from :func:`capture_rng`.
+    """
+    if set(states) != {"python", "numpy", "torch", "cuda"}:
+        raise CheckpointError(
+            explain("random states are malformed", "restore_rng", sorted(states), "python, numpy, torch, cuda")
+        )
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
+    keys, position, has_gauss, cached_gaussian = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != torch.cuda.is_available():
+        warnings.warn(
+            f"CUDA was {'' if states['cuda'] is not None else 'not '}there when the random states were saved and "
+            f"{'is' if torch.cuda.is_available() else 'is not'} now: its generator is left as it is",
+            stacklevel=2,
+        )
+    elif states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _prepare_folder(folder: Path, temporary: Path, num_bytes: int) -> None:
+    """Remove what earlier saves left behind, check the free space and make the temporary folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.name.startswith(_TEMPORARY_PREFIX) and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+    needed, free = num_bytes + _OVERHEAD_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentProblem(
+            explain(
+                "not enough disk space for a checkpoint",
+                str(folder),
+                f"{free:,} bytes free",
+                f"at least {needed:,} bytes",
+                "free some space, move train.output_dir, or keep fewer checkpoints (train.keep_checkpoints)",
+            )
+        )
+    temporary.mkdir()
+
+
+def _write_rank_files(temporary: Path, rank: int, rng_states: dict[str, Any], content: _Content) -> None:
+    if not temporary.is_dir():
+        raise CheckpointError(
+            explain(
+                "a rank does not see the folder that rank 0 made",
+                str(temporary),
+                f"rank {rank}",
+                fix="put train.output_dir on a file system that all nodes share",
+            )
+        )
+    _save_plain(rng_states, temporary / rng_name(rank))
+    if rank == 0:
+        content.write(temporary)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give the written folder its name. An old one of the same step stays findable until that has happened."""
+    replaced = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    sync_to_disk(final.parent)
+    if replaced.exists():
+        _remove_folder(replaced)
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Remove whole checkpoints up to ``step`` but the newest ``keep``; the one just written is always among these."""
+    whole = _list_whole(folder)
+    later = [path.name for path in whole if _step_of(path) > step]
+    if later:
+        warnings.warn(
+            f"{folder.name} holds checkpoints of later steps than the one just saved ({step}): {', '.join(later)}; "
+            "the latest of them is what automatic resuming takes, so move them away if they are not wanted",
+            stacklevel=3,
+        )
+    for path in [path for path in whole if _step_of(path) <= step][:-keep]:
+        _remove_folder(path)
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that one deleted halfway is never taken for a whole one."""
+    doomed = path.with_name(f"{_TEMPORARY_PREFIX}delete-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _list_whole(folder: Path) -> list[Path]:
+    """Return the whole checkpoints in ``folder``, by step; a replaced one comes before its successor."""
+    if not folder.is_dir():
+        return []
+    candidates = [path for path in folder.iterdir() if _STEP_PATTERN.fullmatch(path.name) and path.is_dir()]
+    candidates.sort(key=lambda path: (_step_of(path), not path.name.startswith(_REPLACED_PREFIX)))
+    return [path for path in candidates if _is_whole(path)]
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP_PATTERN.fullmatch(path.name)
+    assert match is not None  # only called for names that were listed
+    return int(match.group(1))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = read_manifest(path)["files"]
+    except CheckpointError:
+        return False
+    return all((path / name).is_file() and (path / name).stat().st_size == e["bytes"] for name, e in files.items())
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except RuntimeError as error:  # raised for tensors that share memory
+        fix = "give each shared tensor under one name only"
+        raise CheckpointError(explain("tensors cannot be saved", str(path), str(error), fix=fix)) from error
+    sync_to_disk(path)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(explain("tensors cannot be read", str(path), str(error))) from error
+
+
+def _save_plain(value: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as stream:  # given a path, torch reports a full disk as a RuntimeError without its cause
+        torch.save(value, stream)
+    sync_to_disk(path)
+
+
+def _load_plain(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises pickle, zip and runtime errors alike
+        fix = "the file was not written by this package; do not load it from a source that you do not trust"
+        raise CheckpointError(
+            explain("a state file cannot be read safely", str(path), f"{type(error).__name__}: {error}", fix=fix)
+        ) from error
+
+
+@contextmanager
+def _disk_errors_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        fix = "free some space" if full else "check permissions and quota of train.output_dir"
+        raise EnvironmentProblem(
+            explain("the checkpoint cannot be written", str(path), f"{type(error).__name__}: {error}", fix=fix)
+        ) from error
+
+
+def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
+    """Raise CheckpointError where ``value`` holds what ``weights_only=True`` (or JSON) would not give back."""
+    kind = type(value)
+    if kind in _PLAIN_SCALARS or (isinstance(value, torch.Tensor) and not for_json):
+        return
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) is not str and (for_json or type(key) is not int):
+                raise CheckpointError(
+                    explain("a key cannot be saved", where, repr(key), "a string" if for_json else "a string or int")
+                )
+            _check_plain(item, f"{where}[{key!r}]", for_json)
+        return
+    if kind is list or (kind is tuple and not for_json):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]", for_json)
+        return
+    allowed = "JSON values (lists, not tuples)" if for_json else "tensors, numbers, strings, lists, tuples, dicts"
+    raise CheckpointError(
+        explain("a value cannot be saved", where, f"{kind.__module__}.{kind.__qualname__}", allowed, "convert it first")
+    )
+
+
+def _count_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a nested value, plus a few for each plain one."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_count_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_count_bytes(item) for item in value)
+    return 16
