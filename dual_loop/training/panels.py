@@ -1,0 +1,130 @@
+"""Example panels: what was captioned, what was said, what was segmented."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+
+PANEL_SIDE = 320
+GAP = 8
+FONT_SIZE = 14
+LINE_HEIGHT = 18
+TITLE_HEIGHT = 2 * LINE_HEIGHT + 6
+GIVEN_COLOUR = (255, 140, 0)
+PREDICTED_COLOUR = (0, 170, 255)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One region to be drawn.
+
+    Attributes:
+        name: ``source/sample_id#region_id``.
+        image: (H, W, 3) uint8, the image that was captioned. mask: (H, W) bool on it.
+        caption: what step 1 wrote, or the data set's own words.
+        origin: where the caption came from: ``generated``, ``reference`` or ``rejected``.
+        target_image: (H2, W2, 3) uint8, the image that was segmented. target_mask: (H2, W2) bool on it.
+        predicted_mask: (H2, W2) bool, mask'.
+        iou: of mask' and the target mask, 0..1.
+    """
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str
+    origin: str
+    target_image: np.ndarray
+    target_mask: np.ndarray
+    predicted_mask: np.ndarray
+    iou: float
+
+
+def draw_panel(panel: Panel) -> Image.Image:
+    """Draw image + mask, the caption, and target image + mask' side by side; images keep their aspect ratio."""
+    height = TITLE_HEIGHT + PANEL_SIDE + GAP
+    canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    left = _overlay(panel.image, panel.mask, GIVEN_COLOUR)
+    right = _overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, outline=panel.target_mask)
+    _paste_centred(canvas, left, column=0)
+    _paste_centred(canvas, right, column=2)
+    draw.text((GAP, 4), f"{panel.name}   IoU {panel.iou:.3f}", fill="black", font=_font())
+    for column, text in enumerate(("image and mask", f"caption ({panel.origin})", "mask' (target outlined)")):
+        draw.text((_left_of(column), 4 + LINE_HEIGHT), text, fill="#555555", font=_font())
+    lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
+    top = TITLE_HEIGHT + max(0, (PANEL_SIDE - len(lines) * LINE_HEIGHT) // 2)
+    draw.multiline_text((_left_of(1) + GAP, top), "\n".join(lines), fill="black", font=_font(), spacing=4)
+    return canvas
+
+
+def save_panels(panels: Sequence[Panel], folder: Path, step: int) -> list[Path]:
+    """Write ``step_000123_<n>.png`` for each panel below ``folder`` and return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"step_{step:06d}_{index}.png" for index in range(len(panels))]
+    for panel, path in zip(panels, paths, strict=True):
+        draw_panel(panel).save(path)
+    return paths
+
+
+def mask_at_size(mask_logits: torch.Tensor, height: int, width: int) -> np.ndarray:
+    """Resize one mask's logits (Q, Q) bilinearly to (height, width) and cut at 0, as evaluation does; bool."""
+    resized = F.interpolate(mask_logits[None, None].float(), (height, width), mode="bilinear", align_corners=False)
+    return np.asarray((resized[0, 0] > 0).cpu().numpy())
+
+
+def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
+    """Pick up to ``limit`` positions so that every source comes once before any comes twice."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for position, source in enumerate(sources):
+        ranked.append((seen.get(source, 0), position))
+        seen[source] = seen.get(source, 0) + 1
+    return [position for _, position in sorted(ranked)[:limit]]
+
+
+def _overlay(
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], outline: np.ndarray | None = None
+) -> Image.Image:
+    """Tint ``mask`` on ``image`` and fit it into a square panel; ``outline`` is drawn as a thin border."""
+    scale = PANEL_SIDE / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).astype(np.float32)
+    inside = _resize_mask(mask, size)
+    pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(colour, dtype=np.float32)
+    pixels[_border(inside)] = colour
+    if outline is not None:
+        pixels[_border(_resize_mask(outline, size))] = GIVEN_COLOUR
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) >= 128
+
+
+def _border(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels of ``mask`` with a neighbour outside of it (the rim of the picture counts as outside)."""
+    padded = np.pad(mask, 1)
+    core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.asarray(mask & ~core)
+
+
+def _left_of(column: int) -> int:
+    return GAP + column * (PANEL_SIDE + GAP)
+
+
+def _paste_centred(canvas: Image.Image, picture: Image.Image, column: int) -> None:
+    x = _left_of(column) + (PANEL_SIDE - picture.width) // 2
+    canvas.paste(picture, (x, TITLE_HEIGHT + (PANEL_SIDE - picture.height) // 2))
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    # The font that matplotlib ships, so that panels look the same on every machine and know more than Latin letters.
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT_SIZE)

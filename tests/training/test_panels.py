@@ -1,0 +1,66 @@
+"""Panels: geometry, colours where the masks are, choice of regions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dual_loop.training.panels import (
+    GAP,
+    PANEL_SIDE,
+    TITLE_HEIGHT,
+    Panel,
+    choose_regions,
+    draw_panel,
+    mask_at_size,
+    save_panels,
+)
+
+
+def _panel(caption: str = "a red star") -> Panel:
+    image = np.zeros((80, 160, 3), np.uint8)
+    left, right = np.zeros((80, 160), bool), np.zeros((80, 160), bool)
+    left[:, :80], right[:, 80:] = True, True
+    return Panel("sav/a#0", image, left, caption, "generated", image, right, right, 0.5)
+
+
+def test_masks_are_tinted_where_they_lie_and_images_keep_their_aspect() -> None:
+    pixels = np.asarray(draw_panel(_panel()))
+    assert pixels.shape[1] == 3 * PANEL_SIDE + 4 * GAP
+    first = pixels[TITLE_HEIGHT : TITLE_HEIGHT + PANEL_SIDE, GAP : GAP + PANEL_SIDE]
+    middle, quarter = PANEL_SIDE // 2, PANEL_SIDE // 4
+    assert first[middle, quarter, 0] > 100  # orange on the left half
+    assert not first[middle, 3 * quarter].any()
+    assert (first[10] == 255).all()  # twice as wide as high: white above
+    third = pixels[TITLE_HEIGHT : TITLE_HEIGHT + PANEL_SIDE, 2 * PANEL_SIDE + 3 * GAP :]
+    assert third[middle, 3 * quarter, 2] > 100
+    assert not third[middle, quarter].any()
+
+
+def test_caption_is_drawn_and_long_or_empty_ones_fit() -> None:
+    plain = np.asarray(draw_panel(_panel("x")))
+    for caption in ("word " * 60, "", "naïve ★ 星"):
+        assert (np.asarray(draw_panel(_panel(caption))) != plain).any()
+
+
+def test_files_are_named_by_step(tmp_path: Path) -> None:
+    paths = save_panels([_panel(), _panel()], tmp_path / "panels", 12)
+    assert [path.name for path in paths] == ["step_000012_0.png", "step_000012_1.png"]
+    assert Image.open(paths[1]).size[0] == 3 * PANEL_SIDE + 4 * GAP
+
+
+def test_mask_logits_are_resized_and_cut_at_zero() -> None:
+    logits = torch.full((4, 4), -3.0)
+    logits[:, 2:] = 3.0
+    mask = mask_at_size(logits, 8, 16)
+    assert mask.shape == (8, 16)
+    assert mask.dtype == bool
+    assert (mask == (np.arange(16) >= 8)).all()
+
+
+def test_every_source_comes_once_before_any_comes_twice() -> None:
+    assert choose_regions(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
+    assert choose_regions(["a", "a"], 5) == [0, 1]
