@@ -1,0 +1,201 @@
+"""Measures of masks and captions: pure functions, and sums that can be merged over batches and ranks.
+
+Conventions, since published code differs in each of them:
+
+* **IoU of two empty masks is 1**, as in LISA and GRES; such a pair adds nothing to the sums of cIoU.
+* **gIoU** is the mean of the IoUs (mIoU in older papers, not the "generalised IoU" of boxes).
+* **cIoU** is the sum of intersections over the sum of unions (oIoU in older papers); it favours large objects.
+* **Pr@t** is the share of IoUs that are ``>= t``.
+
+All are fractions of 1, not per cent. LISA: 2308.00692; GRES: 2306.00968.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dual_loop.errors import explain
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+# Resamples are drawn in pieces of about this many numbers, to bound the memory on large splits.
+_MAX_DRAWS_AT_ONCE = 4_000_000
+
+Array = TypeVar("Array", "np.ndarray", "torch.Tensor")
+
+
+def mask_iou(pred: Array, target: Array) -> tuple[Array, Array]:
+    """Return the intersection and the union of N pairs of masks, each (N,) int64 in pixels.
+
+    Args:
+        pred: (N, H, W) bool, numpy or torch.
+        target: the same shape and kind.
+
+    Raises:
+        ValueError: the shapes differ or are not (N, H, W), or a mask is not boolean (sums of overlapping polygons and
+            logits would otherwise be counted without a word).
+    """
+    if pred.shape != target.shape or pred.ndim != 3:
+        seen = f"{tuple(pred.shape)} and {tuple(target.shape)}"
+        raise ValueError(explain("masks cannot be compared", "mask_iou", seen, "two equal shapes (N, H, W)"))
+    kinds = [str(mask.dtype).removeprefix("torch.") for mask in (pred, target)]
+    if kinds != ["bool", "bool"]:
+        raise ValueError(explain("masks are not boolean", "mask_iou", kinds, "bool", "compare with a threshold first"))
+    return (pred & target).sum((1, 2)), (pred | target).sum((1, 2))
+
+
+@dataclass
+class SegmentationSums:
+    """Sums over pairs of masks, from which gIoU, cIoU and Pr@t follow; merge those of all batches and ranks.
+
+    Attributes:
+        intersection, union: pixels, summed over all pairs.
+        iou_sum: sum of the IoUs; a pair of empty masks adds 1.
+        count: number of pairs.
+        hits: for each of :data:`PRECISION_THRESHOLDS`, the number of pairs whose IoU is at least that.
+    """
+
+    intersection: int = 0
+    union: int = 0
+    iou_sum: float = 0.0
+    count: int = 0
+    hits: list[int] = field(default_factory=lambda: [0] * len(PRECISION_THRESHOLDS))
+
+    def update(self, intersection: Any, union: Any) -> None:
+        """Add N pairs: ``sums.update(*mask_iou(pred, target))``.
+
+        Args:
+            intersection: (N,) integers in pixels; tensor, array or sequence.
+            union: (N,) the same, each at least its intersection.
+
+        Raises:
+            ValueError: lengths differ, or a number is negative, or an intersection exceeds its union.
+        """
+        inner, outer = _to_integers(intersection), _to_integers(union)
+        if inner.shape != outer.shape or (inner < 0).any() or (inner > outer).any():
+            seen = f"intersections {inner.tolist()[:8]}, unions {outer.tolist()[:8]}"
+            raise ValueError(explain("not the areas of mask pairs", "update", seen, "0 <= intersection <= union"))
+        # Division rounds correctly, so an IoU of exactly 3/5 equals the literal 0.6 and counts as a hit.
+        ious = np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
+        self.intersection += int(inner.sum())
+        self.union += int(outer.sum())
+        self.iou_sum += float(ious.sum())
+        self.count += len(ious)
+        self.hits = [hits + int((ious >= t).sum()) for hits, t in zip(self.hits, PRECISION_THRESHOLDS, strict=True)]
+
+    def merge(self, other: SegmentationSums) -> None:
+        """Add the pairs that ``other`` has seen."""
+        self.intersection += other.intersection
+        self.union += other.union
+        self.iou_sum += other.iou_sum
+        self.count += other.count
+        self.hits = [own + more for own, more in zip(self.hits, other.hits, strict=True)]
+
+    def as_dict(self) -> dict[str, float]:
+        """Return ``gIoU``, ``cIoU``, ``Pr@0.5`` to ``Pr@0.9`` (fractions of 1) and ``count``.
+
+        When every pair was empty, cIoU is 1 like gIoU.
+
+        Raises:
+            ValueError: no pair was added, so there is no average.
+        """
+        if self.count == 0:
+            raise ValueError(explain("no masks were compared", "SegmentationSums.as_dict", "0 pairs", "at least 1"))
+        precisions = {f"Pr@{t:g}": h / self.count for t, h in zip(PRECISION_THRESHOLDS, self.hits, strict=True)}
+        return {
+            "gIoU": self.iou_sum / self.count,
+            "cIoU": self.intersection / self.union if self.union else 1.0,
+            **precisions,
+            "count": float(self.count),
+        }
+
+
+def normalise_caption(text: str) -> str:
+    """Return ``text`` in lower case, with single spaces, without white space at the ends and full stops at the end."""
+    return " ".join(text.lower().split()).rstrip(" .")
+
+
+def caption_exact(caption: str, references: Sequence[str]) -> bool:
+    """Whether ``caption`` equals one of ``references``, both normalised with :func:`normalise_caption`.
+
+    Raises:
+        ValueError: there is no reference, so the question has no answer; leave such regions out of the average.
+    """
+    if isinstance(references, str) or not references:
+        raise ValueError(explain("captions are needed to compare with", "caption_exact", repr(references), "a list"))
+    return normalise_caption(caption) in {normalise_caption(reference) for reference in references}
+
+
+def paired_bootstrap(
+    before: npt.ArrayLike,
+    after: npt.ArrayLike,
+    num_resamples: int = 10000,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
+) -> dict[str, float]:
+    """Return the mean of ``after - before`` and its 95 % interval by the percentile bootstrap (Efron 1979).
+
+    Args:
+        before, after: (N,) a score of the same N items, finite.
+        num_resamples: at least 1.
+        seed: fixes the result.
+        groups: N labels, such as image names. Whole groups are then drawn, because regions of one image are not
+            independent and drawing them singly would make the interval too narrow.
+
+    Returns:
+        ``{"mean", "ci95_low", "ci95_high"}``. With a single item or group the interval has no width.
+
+    Raises:
+        ValueError: lengths differ, nothing is given, or a score is not finite.
+    """
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    labels: Sequence[Hashable] = range(len(first)) if groups is None else groups
+    if first.ndim != 1 or first.shape != second.shape or len(labels) != len(first) or not len(first):
+        seen = f"shapes {first.shape} and {second.shape}, {len(labels)} groups"
+        raise ValueError(explain("scores cannot be paired", "paired_bootstrap", seen, "N scores each, N >= 1"))
+    differences = second - first
+    if not np.isfinite(differences).all() or num_resamples < 1:
+        seen = f"{int((~np.isfinite(differences)).sum())} not finite, num_resamples {num_resamples}"
+        raise ValueError(explain("the bootstrap needs finite scores and at least one resample", seen=seen))
+    numbers: dict[Hashable, int] = {}
+    group_of_item = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+    means = _resample_means(differences, group_of_item, len(numbers), num_resamples, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(differences.mean()), "ci95_low": float(low), "ci95_high": float(high)}
+
+
+def _resample_means(
+    values: npt.NDArray[np.float64],
+    group_of_item: npt.NDArray[np.int64],
+    num_groups: int,
+    num_resamples: int,
+    seed: int,
+) -> npt.NDArray[np.float64]:
+    """Draw ``num_groups`` groups with replacement, ``num_resamples`` times; return the mean over their items."""
+    sums = np.bincount(group_of_item, weights=values, minlength=num_groups)
+    sizes = np.bincount(group_of_item, minlength=num_groups)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_resamples)
+    piece = max(1, _MAX_DRAWS_AT_ONCE // num_groups)
+    for start in range(0, num_resamples, piece):
+        stop = min(start + piece, num_resamples)
+        drawn = generator.integers(num_groups, size=(stop - start, num_groups))
+        means[start:stop] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    return means
+
+
+def _to_integers(values: Any) -> npt.NDArray[np.int64]:
+    """Turn a tensor on any device, an array or a sequence of whole numbers into (N,) int64."""
+    array = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
+    integers = array.astype(np.int64)
+    if array.ndim != 1 or (integers != array).any():
+        raise ValueError(explain("areas must be whole numbers of pixels", seen=repr(values), expected="(N,) integers"))
+    return integers
