@@ -1,0 +1,41 @@
+"""Shared by every test: quiet, offline processes, and the folders of outside data that may be absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, transformers or matplotlib: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def _folder_or_skip(folder: Path, what: str) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"{what} not there: {os.path.relpath(folder, REPOSITORY)} (seen from the repository) is no folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_samples() -> Path:
+    """A folder beside the repository with a few real files of the four data sets; skips where it is absent."""
+    return _folder_or_skip(SHARED / "data" / "real_samples", "real samples of the data sets are")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """A folder beside the repository with outputs of the original Sa2VA; skips where it is absent."""
+    return _folder_or_skip(SHARED / "golden", "outputs of the original Sa2VA are")
