@@ -6,12 +6,15 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+
+from dual_loop.types import RegionSample, StepOutput
 
 PANEL_SIDE = 320
 GAP = 8
@@ -45,6 +48,33 @@ class Panel:
     target_mask: np.ndarray
     predicted_mask: np.ndarray
     iou: float
+
+
+def make_panel(micro: Any, output: StepOutput, samples: Sequence[RegionSample], region: int) -> Panel:
+    """Collect what is drawn of one region (its position in the micro-batch)."""
+    batch, rollout = micro.batch, micro.rollout
+    image = int(batch.region_image[region])
+    first = int((batch.region_image < image).sum())
+    sample, position = samples[image], region - first
+    name = f"{sample.source}/{sample.sample_id}#{sample.region_ids[position]}"
+    if name != batch.region_names[region]:
+        raise RuntimeError(f"the panel of {batch.region_names[region]} would show {name}: the data changed on the disk")
+    target = sample.segmentation_masks[position]
+    assert output.segmentation is not None  # panels are only drawn of steps that segmented
+    predicted = mask_at_size(output.segmentation.mask_logits[region], *target.shape)
+    union = int((predicted | target).sum())
+    origin = "reference" if rollout.from_reference[region] else "rejected" if rollout.rejected[region] else "generated"
+    return Panel(
+        name=name,
+        image=sample.image,
+        mask=sample.masks[position],
+        caption=rollout.captions[region],
+        origin=origin,
+        target_image=sample.segmentation_image,
+        target_mask=target,
+        predicted_mask=predicted,
+        iou=int((predicted & target).sum()) / union if union else 1.0,
+    )
 
 
 def draw_panel(panel: Panel) -> Image.Image:

@@ -1,0 +1,74 @@
+"""Where a run computes: processes, device, precision, threads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from dual_loop.config import Config
+from dual_loop.errors import EnvironmentProblem, explain
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Join the process group of the launcher (torchrun) and choose device and precision.
+
+    GPUs talk over NCCL, CPUs over gloo. Accumulation stays at 1 in accelerate: the trainer accumulates itself, because
+    the divisor of the loss is known only for the whole optimiser step.
+
+    Raises:
+        EnvironmentProblem: ``train.device = cuda`` without a GPU.
+    """
+    wanted, has_cuda = config.train.device, torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise EnvironmentProblem(
+            explain("no GPU is visible", "train.device", "cuda", "a CUDA device", "set --device cpu or auto")
+        )
+    # Buffers are constants here; sending them before every forward pass would only cost time.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    use_cpu = wanted == "cpu" or not has_cuda
+    if use_cpu:
+        torch.set_num_threads(num_cpu_threads(config))
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config), kwargs_handlers=[ddp])
+    if use_cpu:
+        # accelerate sets its own guess when it joins several processes.
+        torch.set_num_threads(num_cpu_threads(config))
+    return accelerator
+
+
+def precision(config: Config) -> str:
+    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
+    if config.train.mixed_precision != "auto":
+        return config.train.mixed_precision
+    return "bf16" if config.model.dtype == "bfloat16" else "no"
+
+
+def num_cpu_threads(config: Config) -> int:
+    """Return torch's threads of one process: ``train.num_threads``, OMP_NUM_THREADS, or the cores shared out evenly.
+
+    torchrun sets OMP_NUM_THREADS to 1 where it is not set, which is heeded like a user's own choice only when one
+    process runs; with several, cores are shared out unless ``train.num_threads`` says otherwise.
+    """
+    if config.train.num_threads is not None:
+        return config.train.num_threads
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and given.isdigit() and int(given) > 0:
+        return int(given)
+    return max(1, available_cores() // local_world_size)
+
+
+def available_cores() -> int:
+    """Return the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory used so far in MiB: of the GPU where there is one, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10

@@ -1,0 +1,402 @@
+"""The trainer: one optimiser step at a time, the same step on any number of ranks.
+
+::
+
+    fetch the accumulation window -> roll out its captions -> one all-reduce of counts -> backward a micro-batch at a
+    time -> finite check on all ranks -> clip -> AdamW -> weight average -> one all-reduce of what is reported
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dual_loop.checkpoint.store import capture_rng, restore_rng, save_run_checkpoint
+from dual_loop.config import Config
+from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.ema import ExponentialMovingAverage
+from dual_loop.training.devices import peak_memory_mb
+from dual_loop.training.guard import (
+    StopRequest,
+    check_finite,
+    find_non_finite,
+    gather_objects,
+    memory_errors_explained,
+)
+from dual_loop.training.meters import (
+    MAIN_TERMS,
+    PhaseTimer,
+    add_into,
+    console_line,
+    loss_means,
+    ratios_and_values,
+    reduce_sums,
+)
+from dual_loop.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from dual_loop.training.panels import choose_regions, make_panel, save_panels
+from dual_loop.training.run_folder import RunFolder
+from dual_loop.training.state import Progress, fill_parameters, find_checkpoint, load_checkpoint
+from dual_loop.types import Batch, RegionSample, SkippedSample, StepOutput
+
+TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "stop"
+
+
+class TrainingData(Protocol):
+    """What the trainer needs of the data: an endless stream of micro-batches with a position."""
+
+    steps_per_epoch: int
+    source_names: Sequence[str]
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Return this rank's micro-batches from optimiser step ``first_step`` (0-based) on."""
+        ...
+
+    def samples(self, step: int, micro_step: int) -> list[RegionSample]:
+        """Return the samples of one micro-batch again, for panels."""
+        ...
+
+    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
+        """Count samples of all ranks; raises SampleError where too many were skipped."""
+        ...
+
+    def counters(self) -> dict[str, int]: ...
+
+    def state_dict(self, step: int) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Loop(Protocol):
+    """What the trainer needs of the loop; see ``dual_loop.loop.dual_loop.DualLoop``."""
+
+    captioner: Any
+
+    def begin_window(self, batches: Sequence[Batch]) -> list[Any]: ...
+
+    def step(self, wrapped_model: Any, micro: Any) -> StepOutput: ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How :meth:`Trainer.fit` ended.
+
+    Attributes:
+        step: optimiser steps done.
+        stopped_by: name of the signal that ended it early, None where it ran to its end.
+        checkpoint: the last checkpoint written.
+    """
+
+    step: int
+    stopped_by: str | None
+    checkpoint: str
+
+
+class Trainer:
+    """Trains with the dual loop.
+
+    Args:
+        config: the whole configuration.
+        model: the unwrapped model with its freeze policy applied.
+        loop: steps 1 to 3.
+        data: micro-batches of this rank.
+        accelerator: processes, device and precision.
+        folder: where records and panels go; writes on rank 0 only.
+        report: prints one line (rank 0).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        loop: Loop,
+        data: TrainingData,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.model, self.loop, self.data = config, model, loop, data
+        self.accelerator, self.folder, self.report = accelerator, folder, report
+        self.wrapped = accelerator.prepare_model(model)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = build_optimizer(self.parameters, config.train)
+        self.ema = ExponentialMovingAverage(self.parameters, config.train.ema_decay)
+        self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
+        epochs = config.train.num_epochs
+        self.total_steps = config.train.max_steps or data.steps_per_epoch * epochs
+        self.num_epochs = -(-self.total_steps // data.steps_per_epoch)
+        self._rng: Mapping[str, Any] | None = None
+        self._saved: tuple[int, str] | None = None
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> FitResult:
+        """Train to the end, or until a signal; write a checkpoint at the end in both cases."""
+        self.model.train()
+        self.folder.open_logs(self.progress.step)
+        batches = self.data.batches(self.progress.step)
+        with StopRequest() as stop, self._progress_bar() as bar:
+            if self._rng is not None:
+                restore_rng(self._rng)
+            while self.progress.step < self.total_steps:
+                self._announce_epoch()
+                with memory_errors_explained(self.progress.step + 1):
+                    stopping = self._one_step(batches, stop)
+                bar.update(1)
+                if stopping:
+                    break
+                if self.progress.step % self.config.train.save_interval == 0:
+                    self.save()
+            saved = self._saved[1] if self._saved and self._saved[0] == self.progress.step else self.save()
+        self.folder.close()
+        stopped_by = stop.signal_name or "a signal on another rank" if self._stopped_early() else None
+        return FitResult(self.progress.step, stopped_by, saved)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the totals of ``summary.json``; every rank must call this."""
+        own = peak_memory_mb(self.accelerator.device)
+        train, world_size = self.config.train, self.accelerator.num_processes
+        return {
+            "steps": self.progress.step,
+            "seconds": round(self.progress.seconds, 3),
+            "world_size": world_size,
+            "effective_batch": train.batch_size * train.gradient_accumulation_steps * world_size,
+            "sources": dict(self.progress.samples),
+            "counters": self._counters(),
+            "peak_memory_mb": round(max(gather_objects(self.accelerator, own)), 1),
+        }
+
+    def _stopped_early(self) -> bool:
+        return self.progress.step < self.total_steps
+
+    def _announce_epoch(self) -> None:
+        epoch, position = divmod(self.progress.step, self.data.steps_per_epoch)
+        if position == 0:
+            self.report(f"Epoch {epoch + 1}/{self.num_epochs}")
+
+    def _progress_bar(self) -> Any:
+        import sys
+
+        from tqdm import tqdm
+
+        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        return tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=hidden)
+
+    # ---- one optimiser step ----------------------------------------------------------------------------------------
+
+    def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+        """Take one optimiser step and report it; return whether all ranks agree to stop."""
+        number = self.progress.step + 1
+        is_logged = number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
+        timer = PhaseTimer(self.accelerator.device, exact=is_logged)
+        with timer.phase("data"):
+            window = self._fetch(batches)
+        with timer.phase("rollout"), self.accelerator.autocast():
+            micros = self.loop.begin_window(window)
+        counts = self._global_counts(micros, window)
+        outputs = self._accumulate(micros, counts, timer)
+        with timer.phase("optimiser"):
+            rate = learning_rate_at(self.progress.step, self.total_steps, self.config.train)
+            grad_norm = self._update(outputs, window, rate, number)
+        sums = self._global_sums(outputs, stop)
+        self._advance(sums, timer)
+        if is_logged:
+            self._log(sums, counts, grad_norm, rate, timer)
+        if number == self.total_steps or number == 1 or number % self.config.train.panel_interval == 0:
+            self._save_panels(micros, outputs)
+        return sums[STOP] > 0
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        device, count = self.accelerator.device, self.config.train.gradient_accumulation_steps
+        return [next(batches).to(device, non_blocking=True) for _ in range(count)]
+
+    def _global_counts(self, micros: Sequence[Any], window: Sequence[Batch]) -> dict[str, float]:
+        """Return the items of every loss term over all micro-batches and ranks, before any backward pass.
+
+        Samples consumed and skipped travel in the same all-reduce.
+        """
+        sums = {f"{SOURCE}{name}": 0.0 for name in self.data.source_names}
+        skipped = [item for batch in window for item in batch.skipped]
+        sums[SKIPPED] = float(len(skipped))
+        for batch in window:
+            for name in batch.sources:
+                sums[f"{SOURCE}{name}"] += 1.0
+        for micro in micros:
+            add_into(sums, micro.inputs.counts, COUNT)
+        sums = reduce_sums(self.accelerator, sums)
+        self._record_samples(sums, skipped)
+        return {name.removeprefix(COUNT): value for name, value in sums.items() if name.startswith(COUNT)}
+
+    def _record_samples(self, sums: Mapping[str, float], skipped: list[SkippedSample]) -> None:
+        """Count consumed and skipped samples of all ranks on every rank, so that all of them stop together."""
+        consumed = {name: int(sums[f"{SOURCE}{name}"]) for name in self.data.source_names}
+        everywhere = skipped
+        if sums[SKIPPED] and self.accelerator.num_processes > 1:
+            everywhere = [item for rank in gather_objects(self.accelerator, skipped) for item in rank]
+        self.data.record(everywhere, consumed)
+        for name, count in consumed.items():
+            self.progress.samples[name] += count
+
+    def _accumulate(self, micros: Sequence[Any], counts: Mapping[str, float], timer: PhaseTimer) -> list[StepOutput]:
+        """Run steps 2 and 3 with backward for every micro-batch; DDP exchanges gradients in the last one only."""
+        outputs = []
+        for index, micro in enumerate(micros):
+            is_last = index == len(micros) - 1
+            waits = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
+            with waits:
+                with timer.phase("forward"), self.accelerator.autocast():
+                    output = self.loop.step(self.wrapped, micro)
+                    loss = self._loss(output, counts)
+                with timer.phase("backward"):
+                    loss.backward()
+            outputs.append(detach_output(output))
+        return outputs
+
+    def _loss(self, output: StepOutput, counts: Mapping[str, float]) -> torch.Tensor:
+        """Return this micro-batch's share of the global average: sums divided by global counts.
+
+        DDP averages gradients over ranks; the factor world size turns that into the sum that is wanted.
+        """
+        scale = self.accelerator.num_processes
+        shares = [term.total * (scale / max(counts[name], 1.0)) for name, term in output.terms.items()]
+        return torch.stack([share.float() for share in shares]).sum()
+
+    def _update(self, outputs: Sequence[StepOutput], window: Sequence[Batch], rate: float, number: int) -> float:
+        """Check, clip and apply the gradient; return its norm before clipping. Nothing changes when a check fails."""
+        max_norm = self.config.train.max_grad_norm or float("inf")
+        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
+        values = [{name: float(term.total) for name, term in output.terms.items()} for output in outputs]
+        names = [batch.region_names for batch in window]
+        problems = find_non_finite(values, names)
+        check_finite(self.accelerator, number, problems, grad_norm, [name for group in names for name in group])
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        return grad_norm
+
+    def _global_sums(self, outputs: Sequence[StepOutput], stop: StopRequest) -> dict[str, float]:
+        """Return loss sums and metric sums over all micro-batches and ranks, and how many ranks want to stop."""
+        sums = {STOP: float(stop.requested)}
+        for output in outputs:
+            add_into(sums, {name: float(term.total) for name, term in output.terms.items()}, TERM)
+            add_into(sums, output.metrics)
+        return reduce_sums(self.accelerator, sums)
+
+    def _advance(self, sums: Mapping[str, float], timer: PhaseTimer) -> None:
+        self.progress.step += 1
+        self.progress.seconds += timer.total()["total"]
+        self.progress.counters.add({n: v for n, v in sums.items() if not n.startswith(TERM)})
+
+    # ---- what is reported ------------------------------------------------------------------------------------------
+
+    def _counters(self) -> dict[str, int]:
+        return {**self.progress.counters.as_dict(), **self.data.counters()}
+
+    def _log(
+        self, sums: Mapping[str, float], counts: Mapping[str, float], grad_norm: float, rate: float, timer: PhaseTimer
+    ) -> None:
+        totals = {name.removeprefix(TERM): value for name, value in sums.items() if name.startswith(TERM)}
+        means = loss_means(totals, counts)
+        plain = {n: v for n, v in sums.items() if n != STOP and not n.startswith(TERM)}
+        record: dict[str, Any] = {
+            "step": self.progress.step,
+            "epoch": (self.progress.step - 1) // self.data.steps_per_epoch + 1,
+            **{name: means[name] for name in ("loss", *MAIN_TERMS)},
+            "other_losses": {name: value for name, value in means.items() if name not in ("loss", *MAIN_TERMS)},
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "seconds": timer.total(),
+            **ratios_and_values(plain),
+            "counters": self._counters(),
+        }
+        self.folder.log(record)
+        self.report(console_line(record, self.total_steps))
+
+    def _save_panels(self, micros: Sequence[Any], outputs: Sequence[StepOutput]) -> None:
+        """Draw some regions of this step (rank 0), one a source first; the images are read again."""
+        if not self.accelerator.is_main_process:
+            return
+        places = [(index, region) for index, micro in enumerate(micros) for region in range(micro.batch.num_regions)]
+        sources = [micros[index].batch.region_names[region].split("/")[0] for index, region in places]
+        chosen = [places[p] for p in choose_regions(sources, self.config.train.panels_per_save)]
+        samples = {index: self.data.samples(self.progress.step - 1, index) for index, _ in chosen}
+        panels = [make_panel(micros[i], outputs[i], samples[i], region) for i, region in chosen]
+        save_panels(panels, self.folder.path / "panels", self.progress.step)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self) -> str:
+        """Write a checkpoint of the current step; every rank must call this."""
+        ema = self.ema.state_dict()
+        state = {
+            "progress": self.progress.state_dict(),
+            "data": self.data.state_dict(self.progress.step),
+            "ema_updates": ema["num_updates"],
+            "total_steps": self.total_steps,
+        }
+        own = {"rng": capture_rng(), "captioner": [self.loop.captioner.num_generated, self.loop.captioner.num_rejected]}
+        path = save_run_checkpoint(
+            self.folder.path,
+            self.progress.step,
+            model_tensors={name: parameter.detach() for name, parameter in self.parameters.items()},
+            ema_tensors=ema["averages"],
+            optimizer_state=self.optimizer.state_dict(),
+            scheduler_state={},
+            state=state,
+            rng_states=own,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            barrier=self.accelerator.wait_for_everyone,
+            keep=self.config.train.keep_checkpoints,
+        )
+        self._saved = (self.progress.step, str(path))
+        return str(path)
+
+    def restore(self) -> bool:
+        """Continue from the checkpoint that ``train.resume`` means; return whether there was one.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        path = find_checkpoint(self.config.train.resume, self.folder.path)
+        if path is None:
+            return False
+        saved = load_checkpoint(path, self.accelerator.process_index, self.accelerator.num_processes)
+        if saved.ema_tensors is None:
+            raise CheckpointError(explain("the checkpoint has no weight average", str(path)))
+        fill_parameters(self.parameters, saved.model_tensors)
+        self.ema.load_state_dict({"num_updates": saved.state["ema_updates"], "averages": saved.ema_tensors})
+        self.optimizer.load_state_dict(saved.optimizer_state)
+        self.data.load_state_dict(saved.state["data"])
+        self.progress = Progress.from_state(saved.state["progress"])
+        if saved.rng_states is not None:
+            self._rng = saved.rng_states["rng"]
+            captioner = self.loop.captioner
+            captioner.num_generated, captioner.num_rejected = saved.rng_states["captioner"]
+        self._saved = (saved.step, str(path))
+        self.report(f"Resumed from {path} at step {saved.step}")
+        if saved.state["total_steps"] != self.total_steps:
+            self.report(
+                f"Warning: the saved run had {saved.state['total_steps']} steps in all, this one has "
+                f"{self.total_steps}: the learning-rate schedule differs from a straight run"
+            )
+        return True
+
+
+def detach_output(output: StepOutput) -> StepOutput:
+    """Return ``output`` without its graph, so that the memory of one micro-batch is free before the next."""
+    terms = {name: type(term)(term.total.detach(), term.count) for name, term in output.terms.items()}
+    segmentation = output.segmentation
+    if segmentation is not None:
+        segmentation.mask_logits = segmentation.mask_logits.detach()
+        segmentation.predicted_iou = segmentation.predicted_iou.detach()
+        segmentation.object_score_logits = segmentation.object_score_logits.detach()
+        segmentation.seg_embeds = None if segmentation.seg_embeds is None else segmentation.seg_embeds.detach()
+    return StepOutput(terms, output.metrics, segmentation, output.captions)

@@ -1,0 +1,171 @@
+"""A hollow loop and data stream: everything that the trainer needs, in milliseconds.
+
+The "model" is two linear layers; a region's loss depends on its own number alone, so every split of a global batch must
+give the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from dual_loop.config import Config, load_config
+from dual_loop.training.run_folder import RunFolder
+from dual_loop.training.trainer import Trainer
+from dual_loop.types import Batch, LossTerm, RegionSample, Segmentation, SkippedSample, StepOutput
+
+WIDTH = 4
+
+
+class HollowModel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 2)
+        self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.frozen(self.second(torch.tanh(self.first(inputs))))
+
+
+@dataclass
+class HollowLoop:
+    """Loss terms with different counts, as the real ones; ``spoil`` turns one region's loss into NaN."""
+
+    spoil: str = ""
+    noise: float = 0.0
+    fail: Exception | None = None
+    captioner: Any = field(default_factory=lambda: SimpleNamespace(num_generated=0, num_rejected=0))
+
+    def begin_window(self, batches: Sequence[Batch]) -> list[Any]:
+        self.captioner.num_generated += sum(batch.num_regions for batch in batches)
+        return [self._micro(batch) for batch in batches]
+
+    def _micro(self, batch: Batch) -> Any:
+        # Regions with odd seeds have no tokens: ranks and micro-batches get uneven counts.
+        counts = {"mask_loss": 1.0, "dice_loss": 1.0, "llm_loss": 3.0}
+        number = batch.num_regions
+        tokens = sum(counts["llm_loss"] for seed in batch.region_seeds.tolist() if seed % 2 == 0)
+        inputs = SimpleNamespace(counts={"mask_loss": number, "dice_loss": number, "llm_loss": tokens})
+        count = batch.num_regions
+        rollout = SimpleNamespace(captions=["a star"] * count, from_reference=[False] * count, rejected=[None] * count)
+        return SimpleNamespace(batch=batch, inputs=inputs, rollout=rollout)
+
+    def step(self, wrapped_model: Any, micro: Any) -> StepOutput:
+        if self.fail is not None:
+            raise self.fail
+        seeds = micro.batch.region_seeds
+        inputs = torch.sin(seeds[:, None] * torch.arange(1.0, WIDTH + 1))
+        if self.noise:
+            inputs = inputs + self.noise * torch.randn_like(inputs)
+        out = wrapped_model(inputs)
+        if self.spoil:
+            factors = [float("nan") if name == self.spoil else 1.0 for name in micro.batch.region_names]
+            out = out * torch.tensor(factors)[:, None]
+        even = (seeds % 2 == 0).float()
+        terms = {
+            "mask_loss": LossTerm(out[:, 0].square().sum() * 2, float(len(seeds))),
+            "dice_loss": LossTerm(out[:, 1].cos().sum(), float(len(seeds))),
+            "llm_loss": LossTerm(((out - 1).square().mean(1) * even * 3).sum(), float(3 * even.sum())),
+        }
+        metrics = {
+            "regions": float(len(seeds)),
+            "cycle_iou/sum": 0.5 * len(seeds),
+            "cycle_iou/count": float(len(seeds)),
+            "caption/rejected": 1.0,
+        }
+        logits = torch.ones(len(seeds), 2, 2)
+        scores = torch.ones(len(seeds), 1)
+        segmentation = Segmentation(logits, scores, torch.zeros(len(seeds), dtype=torch.int64), scores)
+        return StepOutput(terms, metrics, segmentation, micro.rollout.captions)
+
+
+class HollowData:
+    """Slots 0, 1, 2, ... in the order of the real sampler: step, micro-batch, rank, item."""
+
+    source_names = ("sav", "sa1b")
+    steps_per_epoch = 4
+
+    def __init__(self, config: Config, rank: int = 0, world_size: int = 1) -> None:
+        train = config.train
+        self.size, self.accumulation = train.batch_size, train.gradient_accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        self.skipped: list[SkippedSample] = []
+        self.restored: Mapping[str, Any] | None = None
+
+    def slots(self, step: int, micro_step: int) -> list[int]:
+        first = ((step * self.accumulation + micro_step) * self.world_size + self.rank) * self.size
+        return list(range(first, first + self.size))
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        step = first_step
+        while True:
+            for micro_step in range(self.accumulation):
+                yield self._batch(self.slots(step, micro_step))
+            step += 1
+
+    def _batch(self, slots: list[int]) -> Batch:
+        count, empty = len(slots), torch.zeros(0)
+        sources = [self.source_names[slot % 2] for slot in slots]
+        return Batch(
+            pixel_values=empty,
+            tiles_per_view=[1] * count,
+            caption_view=list(range(count)),
+            target_view=list(range(count)),
+            g_pixel_values=empty,
+            prompt_masks=empty,
+            grid_rescued=torch.zeros(count, dtype=torch.bool),
+            target_masks=torch.ones(count, 2, 2),
+            region_image=torch.arange(count),
+            region_seeds=torch.tensor(slots),
+            captions=[None] * count,
+            region_names=[f"{source}/{slot}#0" for source, slot in zip(sources, slots, strict=True)],
+            sources=sources,
+            skipped=[SkippedSample("sav", f"bad{slot}", "broken", "broken") for slot in slots if slot % 5 == 3],
+        )
+
+    def samples(self, step: int, micro_step: int) -> list[RegionSample]:
+        import numpy as np
+
+        image, masks = np.zeros((6, 8, 3), np.uint8), np.ones((1, 6, 8), bool)
+        slots = self.slots(step, micro_step)
+        return [RegionSample(self.source_names[s % 2], str(s), image, masks, ("0",), ((),)) for s in slots]
+
+    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
+        self.skipped += skipped
+
+    def counters(self) -> dict[str, int]:
+        return {"data/bad_samples": len(self.skipped)}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        return {"step": step, "skipped": [item.sample_id for item in self.skipped]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.restored = state
+        self.skipped = [SkippedSample("sav", name, "broken", "broken") for name in state["skipped"]]
+
+
+def make_trainer(
+    output_dir: Any, loop: HollowLoop | None = None, lines: list[str] | None = None, **train: Any
+) -> Trainer:
+    """Build a trainer of hollow parts; ``train`` are settings of ``TrainConfig``."""
+    settings = {
+        **{"output_dir": str(output_dir), "device": "cpu", "batch_size": 1, "gradient_accumulation_steps": 2},
+        **{"max_steps": 4, "learning_rate": 0.05, "log_interval": 1, "save_interval": 100, "panel_interval": 100},
+        **train,
+    }
+    config = load_config(None, {f"train.{key}": value for key, value in settings.items()} | {"model.dtype": "float32"})
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    folder = RunFolder(output_dir, accelerator.is_main_process)
+    folder.create(config.to_dict(), {}, resuming=config.train.resume is not None)
+    data = HollowData(config, accelerator.process_index, accelerator.num_processes)
+    report = (lines if lines is not None else []).append
+    return Trainer(config, HollowModel(), loop or HollowLoop(), data, accelerator, folder, report)

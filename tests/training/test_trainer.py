@@ -1,0 +1,283 @@
+"""The optimiser step and the run around it, on hollow parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hollow import HollowLoop, make_trainer
+
+from dual_loop.errors import CheckpointError, EnvironmentProblem
+from dual_loop.training.guard import NonFiniteError
+from dual_loop.training.trainer import Trainer
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def _assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-6)
+
+
+def _assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_a_run_moves_what_trains_and_leaves_a_whole_folder(tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer = make_trainer(tmp_path / "run", lines=lines, max_steps=5)
+    before = _weights(trainer)
+    result = trainer.fit()
+    after = _weights(trainer)
+    assert (result.step, result.stopped_by) == (5, None)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.startswith("frozen"), name
+    records = _records(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["epoch"] for record in records] == [1, 1, 1, 1, 2]
+    assert lines[0] == "Epoch 1/2"
+    assert "Epoch 2/2" in lines
+    assert lines[1].startswith("loss=")
+    assert (tmp_path / "run/panels/step_000001_0.png").is_file()
+    assert (tmp_path / "run/panels/step_000005_1.png").is_file()
+    assert Path(result.checkpoint).name == "step_00000005"
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_summary_and_counters_add_up(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=5)
+    trainer.fit()
+    summary = trainer.summary()
+    assert summary["steps"] == 5
+    assert summary["sources"] == {"sav": 5, "sa1b": 5}
+    assert summary["effective_batch"] == 2
+    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2}
+    assert summary["peak_memory_mb"] > 10
+    assert summary["seconds"] > 0
+
+
+def test_the_reported_loss_is_the_global_mean_and_its_gradient_is_the_one_used(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1, learning_rate=0.0)
+    loop, data = HollowLoop(), trainer.data
+    stream = data.batches(0)
+    micros = loop.begin_window([next(stream), next(stream)])
+    outputs = [loop.step(trainer.model, micro) for micro in micros]
+    expected = {
+        name: sum(o.terms[name].total for o in outputs) / sum(o.terms[name].count for o in outputs)
+        for name in outputs[0].terms
+    }
+    gradients = torch.autograd.grad(sum(expected.values()), list(trainer.parameters.values()))
+    trainer.fit()
+    record = _records(tmp_path)[0]
+    for name, value in expected.items():
+        assert record[name] == pytest.approx(value.item(), rel=1e-5)
+    assert record["loss"] == pytest.approx(sum(expected.values()).item(), rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(torch.stack([g.norm() for g in gradients]).norm().item(), rel=1e-5)
+    assert record["cycle_iou"] == 0.5
+
+
+def test_batch_and_accumulation_are_interchangeable(tmp_path: Path) -> None:
+    runs = []
+    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
+        trainer = make_trainer(
+            tmp_path / str(batch_size), batch_size=batch_size, gradient_accumulation_steps=accumulation
+        )
+        trainer.fit()
+        runs.append(_weights(trainer))
+    _assert_close(runs[0], runs[1])
+    _assert_close(runs[0], runs[2])
+
+
+def test_a_non_finite_loss_stops_before_anything_changes(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, HollowLoop(spoil="sa1b/3#0"))
+    states = []
+    original = trainer._update
+
+    def spy(*args: Any) -> float:
+        states.append(_weights(trainer))
+        return original(*args)
+
+    trainer._update = spy  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert "step 2" in str(caught.value)
+    assert "sa1b/3#0" in str(caught.value)
+    assert "sav/2#0" not in str(caught.value)
+    assert trainer.progress.step == 1
+    _assert_equal(states[-1], _weights(trainer))
+    assert trainer.ema.num_updates == 1
+
+
+def test_out_of_memory_names_flags(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, HollowLoop(fail=torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")))
+    with pytest.raises(EnvironmentProblem, match="--batch_size"):
+        trainer.fit()
+
+
+def test_clipping_bounds_the_gradient_and_zero_turns_it_off(tmp_path: Path) -> None:
+    norms = {}
+    for max_norm in (0.0, 1e-3):
+        trainer = make_trainer(tmp_path / str(max_norm), max_steps=1, max_grad_norm=max_norm)
+        seen: list[float] = []
+        original = trainer.optimizer.step
+
+        def spy(*_: Any, trainer: Trainer = trainer, seen: list[float] = seen, original: Any = original) -> Any:
+            seen.append(torch.stack([p.grad.norm() for p in trainer.parameters.values()]).norm().item())
+            return original()
+
+        trainer.optimizer.step = spy  # type: ignore[method-assign]
+        trainer.fit()
+        norms[max_norm] = seen[0]
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[0.0] > 0.01
+
+
+def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
+    """Noise in the loop makes the random states matter; both runs have the same number of steps in all."""
+    straight = make_trainer(tmp_path / "straight", HollowLoop(noise=0.1), max_steps=6)
+    straight.fit()
+    broken = make_trainer(tmp_path / "broken", HollowLoop(noise=0.1), max_steps=6, save_interval=3)
+    original = broken.folder.log
+
+    def stop_at_five(record: Any) -> None:
+        original(record)
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    broken.folder.log = stop_at_five  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    assert len(_records(tmp_path / "broken")) == 5
+    torch.manual_seed(99)
+    lines: list[str] = []
+    resumed = make_trainer(tmp_path / "broken", HollowLoop(noise=0.1), lines, max_steps=6, resume="auto")
+    assert resumed.restore()
+    assert resumed.progress.step == 3
+    assert resumed.loop.captioner.num_generated == 6
+    resumed.fit()
+    _assert_equal(_weights(straight), _weights(resumed))
+    _assert_equal(straight.ema.state_dict()["averages"], resumed.ema.state_dict()["averages"])
+    keys = ("step", "loss", "grad_norm", "lr", "counters")
+    expected = [{key: record[key] for key in keys} for record in _records(tmp_path / "straight")]
+    assert [{key: record[key] for key in keys} for record in _records(tmp_path / "broken")] == expected
+    first, second = straight.summary(), resumed.summary()
+    assert first["sources"] == second["sources"]
+    assert first["counters"] == second["counters"]
+    assert "at step 3" in lines[0]
+
+
+def test_auto_resume_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, resume="auto")
+    assert not trainer.restore()
+    assert trainer.fit().step == 4
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    path = make_trainer(tmp_path).fit().checkpoint
+    modified = Path(path).stat().st_mtime_ns
+    again = make_trainer(tmp_path, resume="auto")
+    assert again.restore()
+    assert again.fit().checkpoint == path
+    assert Path(path).stat().st_mtime_ns == modified
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    make_trainer(tmp_path).fit()
+    other = make_trainer(tmp_path, resume="auto")
+    other.parameters.pop("first.bias")
+    with pytest.raises(CheckpointError, match=r"first\.bias"):
+        other.restore()
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        make_trainer(tmp_path, resume=str(tmp_path / "nowhere")).restore()
+
+
+def test_another_number_of_steps_is_said(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=2).fit()
+    lines: list[str] = []
+    trainer = make_trainer(tmp_path, lines=lines, max_steps=4, resume=str(tmp_path))
+    trainer.restore()
+    assert any("learning-rate schedule differs" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
+    trainer = make_trainer(tmp_path, max_steps=50)
+    original = trainer.folder.log
+
+    def interrupt(record: Any) -> None:
+        original(record)
+        if record["step"] == 2:
+            os.kill(os.getpid(), number)
+
+    trainer.folder.log = interrupt  # type: ignore[method-assign]
+    result = trainer.fit()
+    assert (result.step, result.stopped_by) == (3, number.name)
+    assert Path(result.checkpoint).name == "step_00000003"
+    assert (Path(result.checkpoint) / "manifest.json").is_file()
+
+
+RANKS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from hollow import HollowLoop, make_trainer
+import torch
+trainer = make_trainer(sys.argv[1], HollowLoop(spoil=sys.argv[3]), batch_size=1, gradient_accumulation_steps=2)
+trainer.fit()
+summary = trainer.summary()
+if trainer.accelerator.is_main_process:
+    import json, os
+    torch.save(trainer.model.state_dict(), os.path.join(sys.argv[1], "weights.pt"))
+    json.dump(summary, open(os.path.join(sys.argv[1], "summary.json"), "w"))
+"""
+
+
+def _run_ranks(folder: Path, spoil: str = "") -> subprocess.CompletedProcess[str]:
+    script = folder.parent / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    arguments = [str(folder), str(Path(__file__).parent), spoil]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path) -> None:
+    done = _run_ranks(tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = make_trainer(tmp_path / "one", batch_size=2, gradient_accumulation_steps=2)
+    one.fit()
+    _assert_close(_weights(one), torch.load(tmp_path / "two/weights.pt", weights_only=True))
+    summary, own = json.loads((tmp_path / "two/summary.json").read_text()), one.summary()
+    assert summary["world_size"] == 2
+    assert summary["effective_batch"] == own["effective_batch"] == 4
+    assert summary["sources"] == own["sources"]
+    assert summary["counters"]["data/bad_samples"] == own["counters"]["data/bad_samples"] > 0
+    for left, right in zip(_records(tmp_path / "two"), _records(tmp_path / "one"), strict=True):
+        for name in ("loss", "mask_loss", "dice_loss", "llm_loss", "grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_non_finite_loss_on_one_rank_stops_both_with_its_name(tmp_path: Path) -> None:
+    done = _run_ranks(tmp_path / "two", spoil="sa1b/5#0")
+    assert done.returncode != 0
+    assert done.stderr.count("rank 1: mask_loss = nan") >= 2
+    assert "sa1b/5#0" in done.stderr
+    assert len(_records(tmp_path / "two")) == 1
