@@ -1,0 +1,296 @@
+"""From a region sample to tensors, and from several of those to a batch.
+
+The vision-language image follows InternVL: Pillow's bicubic filter on the 8-bit image, straight to I x I (the aspect
+ratio is not kept), divided by 255, ImageNet mean and deviation; with ``max_tiles > 1`` the image is cut into tiles
+first and a thumbnail of the whole comes last. The grounding image is resized the same way to S x S and stays uint8:
+a quarter of the bytes on the way to the GPU, and SAM 2's own normalisation runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dual_loop.data.masks import pool_mask_to_grid
+from dual_loop.data.permutation import stable_hash
+from dual_loop.errors import SampleError, explain
+from dual_loop.types import Batch, RegionSample, SkippedSample
+
+# The only copy in the package; InternVL and SAM 2 were both trained with these.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that the model gives to data preparation (``model.build.geometry`` makes it from a config).
+
+    Attributes:
+        vision_image_size: I, side of one image tile in pixels.
+        grid_size: G, side of the prompt grid, that is image tokens along one side of a tile.
+        grounding_size: S, side of SAM 2's input in pixels.
+        mask_size: Q, side of the mask logits and so of the target masks.
+        image_mean, image_std: of the three channels, on the 0..1 scale.
+        max_tiles: most tiles that an image is cut into, the thumbnail not counted; 1 is no cutting.
+        grid_pooling: ``"area"`` or ``"nearest"``, see :func:`dual_loop.data.masks.pool_mask_to_grid`.
+    """
+
+    vision_image_size: int
+    grid_size: int
+    grounding_size: int
+    mask_size: int
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+    max_tiles: int = 1
+    grid_pooling: str = "area"
+
+
+@dataclass
+class Prepared:
+    """The tensors of one sample with N regions and one or two views.
+
+    Attributes:
+        pixel_values: (T, 3, I, I) float32, the tiles of all views, view by view.
+        tiles_per_view: tiles of each view; two entries for a frame pair, else one.
+        target_view: the view that is segmented: 1 for a frame pair, else 0. The captioned view is always 0.
+        g_pixel_values: (3, S, S) uint8.
+        prompt_masks: (N, G, G) bool.
+        grid_rescued: (N,) bool.
+        target_masks: (N, Q, Q) uint8 0/1.
+        region_seeds: N integers in 0..2**63-1.
+        captions: N chosen expressions, None where a region has no text.
+        region_names: N strings ``source/sample_id#region_id``.
+        source: name of the data set.
+        skipped: the samples that were tried and skipped before this one.
+        sample: the sample itself where it is to be kept.
+    """
+
+    pixel_values: torch.Tensor
+    tiles_per_view: list[int]
+    target_view: int
+    g_pixel_values: torch.Tensor
+    prompt_masks: torch.Tensor
+    grid_rescued: torch.Tensor
+    target_masks: torch.Tensor
+    region_seeds: list[int]
+    captions: list[str | None]
+    region_names: list[str]
+    source: str
+    skipped: list[SkippedSample] = field(default_factory=list)
+    sample: RegionSample | None = None
+
+
+def region_seed(seed: int, slot: int | str, position: int) -> int:
+    """Return the seed (0..2**63-1) of region ``position`` of the sample at ``slot``, the same on every machine.
+
+    ``slot`` is the place in the run's global stream, or a sample's name where there is no stream. Rank, micro-batch
+    and worker are no part of it, so the split of a global batch cannot change a result.
+    """
+    return stable_hash("region", seed, slot, position)
+
+
+def sample_rng(seed: int, slot: int | str) -> np.random.Generator:
+    """Return the generator of every random choice inside the sample at ``slot`` (regions, captions)."""
+    return np.random.default_rng(stable_hash("sample", seed, slot))
+
+
+def choose_tile_grid(height: int, width: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+    """Return (columns, rows) of InternVL's dynamic tiling for an image of ``height`` x ``width`` pixels.
+
+    Among the grids with 1..max_tiles tiles, the one whose columns / rows is closest to width / height. Grids of the
+    same ratio (1x1 and 2x2) tie: the larger wins when the image has more than half of the larger grid's pixels.
+    """
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+    grids.sort(key=lambda grid: (grid[0] * grid[1], grid))
+    aspect_ratio = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in grids:
+        distance = abs(aspect_ratio - columns / rows)
+        is_large_enough = height * width > 0.5 * tile_size * tile_size * columns * rows
+        if distance < best_distance or (distance == best_distance and is_large_enough):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def image_to_tiles(image: np.ndarray, geometry: Geometry) -> torch.Tensor:
+    """Cut and normalise one image for the vision tower.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        geometry: I, ``max_tiles``, mean and deviation are used.
+
+    Returns:
+        (t, 3, I, I) float32. With one tile it is the whole image resized to I x I; with more, the tiles come row by
+        row and a thumbnail of the whole is appended, so the last tile always shows the whole image.
+    """
+    size = geometry.vision_image_size
+    picture = Image.fromarray(image)
+    columns, rows = choose_tile_grid(image.shape[0], image.shape[1], geometry.max_tiles, size)
+    canvas = np.asarray(picture.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
+    tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(rows * columns, size, size, 3)
+    if len(tiles) > 1:
+        thumbnail = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        tiles = np.concatenate([tiles, thumbnail[None]])
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).float().div_(255)
+    mean = torch.tensor(geometry.image_mean).view(1, 3, 1, 1)
+    std = torch.tensor(geometry.image_std).view(1, 3, 1, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def grounding_image(image: np.ndarray, size: int) -> torch.Tensor:
+    """Resize (H, W, 3) uint8 straight to (3, S, S) uint8 with Pillow's bicubic filter; values stay 0..255."""
+    resized = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
+
+def resize_targets(masks: np.ndarray, size: int) -> torch.Tensor:
+    """Resize (N, H, W) bool to (N, Q, Q) uint8 0/1, nearest neighbour as ``torch.nn.functional.interpolate`` does."""
+    pixels = torch.from_numpy(masks.astype(np.uint8))
+    return torch.nn.functional.interpolate(pixels[None], (size, size), mode="nearest")[0]
+
+
+def prepare_sample(
+    sample: RegionSample,
+    geometry: Geometry,
+    rng: np.random.Generator,
+    region_seeds: Sequence[int],
+    *,
+    allow_empty_targets: bool = False,
+    keep_sample: bool = False,
+) -> Prepared:
+    """Turn one sample into tensors.
+
+    Args:
+        sample: N regions on one image, or on a frame pair (two views: frame 1 is captioned, frame 2 segmented).
+        geometry: sizes of the model.
+        rng: chooses one caption where a region has several.
+        region_seeds: N seeds, see :func:`region_seed`.
+        allow_empty_targets: keep a region whose target is lost at Q x Q. Evaluation compares at the original size
+            and must not drop anything; training would learn from an empty mask, so there it is an error.
+        keep_sample: put ``sample`` into the result.
+
+    Raises:
+        SampleError: ``invalid_sample`` (shapes or types that break the contract of ``RegionSample``), ``empty_mask``,
+            ``target_vanished`` (no pixel of a mask is left at Q x Q).
+    """
+    where = f"{sample.source}/{sample.sample_id}"
+    _check_sample(sample, where)
+    if len(region_seeds) != sample.num_regions:
+        raise ValueError(f"{where} has {sample.num_regions} regions, but {len(region_seeds)} seeds were given")
+    names = [f"{where}#{region_id}" for region_id in sample.region_ids]
+    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
+    if not allow_empty_targets:
+        _check_targets(sample, target_masks, names)
+    views = [image_to_tiles(sample.image, geometry)]
+    if sample.target_image is not None:
+        views.append(image_to_tiles(sample.target_image, geometry))
+    prompt_masks, grid_rescued = pool_mask_to_grid(sample.masks, geometry.grid_size, mode=geometry.grid_pooling)
+    return Prepared(
+        pixel_values=torch.cat(views),
+        tiles_per_view=[len(view) for view in views],
+        target_view=len(views) - 1,
+        g_pixel_values=grounding_image(sample.segmentation_image, geometry.grounding_size),
+        prompt_masks=prompt_masks,
+        grid_rescued=grid_rescued,
+        target_masks=target_masks,
+        region_seeds=list(region_seeds),
+        captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
+        region_names=names,
+        source=sample.source,
+        sample=sample if keep_sample else None,
+    )
+
+
+def collate(prepared: Sequence[Prepared]) -> Batch:
+    """Join prepared samples (B >= 1) into one batch; nothing is padded, regions and tiles are concatenated."""
+    if not prepared:
+        raise ValueError("a batch needs at least one sample")
+    first_views = np.cumsum([0] + [len(item.tiles_per_view) for item in prepared]).tolist()
+    counts = torch.tensor([len(item.region_names) for item in prepared])
+    return Batch(
+        pixel_values=torch.cat([item.pixel_values for item in prepared]),
+        tiles_per_view=[tiles for item in prepared for tiles in item.tiles_per_view],
+        caption_view=first_views[:-1],
+        target_view=[first + item.target_view for first, item in zip(first_views, prepared, strict=False)],
+        g_pixel_values=torch.stack([item.g_pixel_values for item in prepared]),
+        prompt_masks=torch.cat([item.prompt_masks for item in prepared]),
+        grid_rescued=torch.cat([item.grid_rescued for item in prepared]),
+        target_masks=torch.cat([item.target_masks for item in prepared]),
+        region_image=torch.repeat_interleave(torch.arange(len(prepared)), counts),
+        region_seeds=torch.tensor([seed for item in prepared for seed in item.region_seeds], dtype=torch.int64),
+        captions=[caption for item in prepared for caption in item.captions],
+        region_names=[name for item in prepared for name in item.region_names],
+        sources=[item.source for item in prepared],
+        skipped=[skipped for item in prepared for skipped in item.skipped],
+        samples=[item.sample for item in prepared if item.sample is not None],
+    )
+
+
+def batch_from_samples(
+    samples: Sequence[RegionSample], geometry: Geometry, seed: int = 0, keep_samples: bool = True
+) -> Batch:
+    """Make a batch of ``samples`` (B >= 1) for evaluation and inference.
+
+    Seeds come from ``seed`` and the sample's own name, so results do not depend on how samples are batched. Targets
+    may be empty at Q x Q (``target_masks`` is not what evaluation compares with).
+
+    Raises:
+        SampleError: ``invalid_sample`` or ``empty_mask``, see :func:`prepare_sample`.
+    """
+    prepared = []
+    for sample in samples:
+        name = f"{sample.source}/{sample.sample_id}"
+        seeds = [region_seed(seed, name, position) for position in range(sample.num_regions)]
+        rng = sample_rng(seed, name)
+        prepared.append(
+            prepare_sample(sample, geometry, rng, seeds, allow_empty_targets=True, keep_sample=keep_samples)
+        )
+    return collate(prepared)
+
+
+def _check_sample(sample: RegionSample, where: str) -> None:
+    """Refuse what readers of the package never return, but a user's own source might."""
+    count = len(sample.region_ids)
+    _check_arrays(sample.image, sample.masks, count, f"{where}, image")
+    if len(sample.captions) != count:
+        raise _invalid("captions do not fit the regions", where, f"{len(sample.captions)} entries", f"{count}")
+    if (sample.target_image is None) != (sample.target_masks is None):
+        raise _invalid("a pair is incomplete", where, "one of target_image and target_masks", "both or none")
+    if sample.target_image is not None and sample.target_masks is not None:
+        _check_arrays(sample.target_image, sample.target_masks, count, f"{where}, target image")
+
+
+def _check_arrays(image: np.ndarray, masks: np.ndarray, count: int, where: str) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise _invalid("not an RGB image", where, f"{image.shape} {image.dtype}", "(H, W, 3) uint8")
+    expected = (count, *image.shape[:2])
+    if count == 0 or masks.shape != expected or masks.dtype != np.bool_:
+        raise _invalid("masks do not fit", where, f"{masks.shape} {masks.dtype}", f"{expected} bool, N >= 1")
+    empty = np.flatnonzero(~masks.reshape(count, -1).any(axis=1))
+    if len(empty):
+        raise SampleError(
+            "empty_mask", explain("a mask is empty", f"{where}, region {empty[0]}", "0 pixels", "1 or more")
+        )
+
+
+def _check_targets(sample: RegionSample, target_masks: torch.Tensor, names: list[str]) -> None:
+    lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
+    if lost:
+        num_pixels = int(sample.segmentation_masks[lost[0]].sum())
+        size = target_masks.shape[-1]
+        message = explain(
+            "a region has no pixel left in its target",
+            names[lost[0]],
+            f"{num_pixels} pixels of an image of {sample.segmentation_image.shape[:2]} (H, W)",
+            f"1 pixel or more at {size} x {size}",
+            "raise the minimum area of the data set",
+        )
+        raise SampleError("target_vanished", message)
+
+
+def _invalid(what: str, where: str, seen: str, expected: str) -> SampleError:
+    return SampleError("invalid_sample", explain(what, where, seen, expected, "mend the reader of this data set"))
