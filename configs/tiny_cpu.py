@@ -26,7 +26,7 @@ model = dict(
     # 128 / 8 patches a side, none joined: the 16 x 16 prompt grid of the real model.
     downsample_ratio=1.0,
     sam2=dict(
-        image_size=256,
+        image_size=192,
         fpn_hidden_size=128,
         backbone=dict(
             hidden_size=24,

@@ -110,6 +110,8 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
         add_lora(mllm.model.language_model, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
     with torch.device(device), _default_dtype(torch.float32):
         sam = Sam2Model(sam2_config(settings.sam2))
+        # One random matrix encodes positions of prompts and of the image; transformers draws it twice.
+        sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
         fcs = text_hidden_fcs(settings, mllm.config.text_config.hidden_size)
         model = VideoLLaVASAMModel(
             mllm,

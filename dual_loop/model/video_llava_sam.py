@@ -180,7 +180,7 @@ class VideoLLaVASAMModel(nn.Module):
         """
         if mode not in ("loss", "terms", "predict"):
             raise PromptError(explain("unknown forward mode", seen=mode, expected="loss, terms or predict"))
-        hidden = self._hidden(data)
+        hidden = self.hidden_states(data)
         segmentation = self._segment(data, hidden)
         if mode == "predict":
             return {"segmentation": segmentation}
@@ -190,7 +190,8 @@ class VideoLLaVASAMModel(nn.Module):
         means = {name: term.mean for name, term in terms.items()}
         return {"loss_mask": means["mask_loss"], "loss_dice": means["dice_loss"], "llm_loss": means["llm_loss"]}
 
-    def _hidden(self, data: Mapping[str, Any]) -> Tensor:
+    def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
+        """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
         features = data.get("vision_features")
         if features is None:
             features = self.encode_vision(_flatten_tiles(data["pixel_values"]))

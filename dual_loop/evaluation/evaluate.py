@@ -1,0 +1,204 @@
+"""Held-out figures of both directions and of the loop, per region and over any number of ranks.
+
+* gIoU and cIoU: segmentation from the data set's own captions, one sample a sentence, at the original size.
+* cycle_gIoU: the model's own caption of the region is segmented; mean IoU against the region's mask.
+* caption_exact: share of generated captions that equal one of the region's captions (lower case, no final stop).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dual_loop.config import Config
+from dual_loop.data.prepare import batch_from_samples
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.loop.captioner import generate_caption_from_mask
+from dual_loop.loop.segmenter import segmentation_inputs
+from dual_loop.metrics import caption_exact, mask_iou
+from dual_loop.model.build import geometry
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
+from dual_loop.types import Batch, CaptionRollout, RegionSample
+
+IMAGES_PER_BATCH = 8
+
+
+@dataclass
+class RegionResult:
+    """What was measured on one region.
+
+    Attributes:
+        name: ``source/sample_id#region_id``.
+        image: name of the image; bootstrap resamples images.
+        caption: what the model wrote.
+        exact: whether it equals one of the region's captions; None where the region has none.
+        intersection, union: pixels, with the region's own caption, one entry a sentence.
+        cycle_intersection, cycle_union: pixels, with the model's caption.
+    """
+
+    name: str
+    image: str
+    caption: str
+    exact: bool | None
+    intersection: list[float]
+    union: list[float]
+    cycle_intersection: float
+    cycle_union: float
+
+    @property
+    def ious(self) -> list[float]:
+        return [_iou(i, u) for i, u in zip(self.intersection, self.union, strict=True)]
+
+    @property
+    def cycle_iou(self) -> float:
+        return _iou(self.cycle_intersection, self.cycle_union)
+
+
+def _iou(intersection: float, union: float) -> float:
+    """Empty against empty counts 1, as in LISA and GRES."""
+    return intersection / union if union > 0 else 1.0
+
+
+def held_out_source(config: Config) -> RefCoco:
+    """Open the evaluation set: RefCOCO layout under ``data.eval_dir``, split ``data.eval_split``."""
+    data = config.data
+    return RefCoco(
+        data.eval_dir,
+        datasets=data.eval_datasets,
+        split=data.eval_split,
+        max_samples=data.eval_max_samples,
+        index_dir=data.index_dir,
+    )
+
+
+def evaluate_held_out(
+    model: VideoLLaVASAMModel, prompter: Prompter, config: Config, rank: int = 0, world_size: int = 1
+) -> list[RegionResult]:
+    """Measure this rank's share of the evaluation set (entries ``rank::world_size``, nothing padded or repeated).
+
+    Every region of an image is measured. Join the ranks' lists before calling :func:`summarise`.
+    """
+    source = held_out_source(config)
+    samples = (source.load_all(index) for index in range(rank, len(source), world_size))
+    return evaluate_samples(model, prompter, config, samples)
+
+
+def evaluate_samples(
+    model: VideoLLaVASAMModel, prompter: Prompter, config: Config, samples: Iterable[RegionSample]
+) -> list[RegionResult]:
+    """Measure every region of every sample; greedy captions, [SEG] given in the answer."""
+    # Rejections are part of what is measured here, never a reason to stop.
+    greedy = dataclasses.replace(
+        config.loop, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0, caption_supervision=False
+    )
+    results: list[RegionResult] = []
+    sizes = geometry(config)
+    with evaluating(model), torch.no_grad():
+        for chunk in _chunks(samples, IMAGES_PER_BATCH):
+            batch = batch_from_samples(chunk, sizes, seed=config.train.seed).to(model.device)
+            features = model.encode_vision(batch.pixel_values)
+            written = generate_caption_from_mask(model, prompter, batch, greedy)
+            rounds = [written, *_reference_rounds(chunk)]
+            areas = []
+            for rollout in rounds:
+                inputs = segmentation_inputs(batch, rollout, features, prompter, greedy)
+                logits = model(inputs.data, mode="predict")["segmentation"].mask_logits
+                areas.append(_compare(logits, batch, chunk))
+            results += _collect(batch, chunk, written, areas)
+    return results
+
+
+def _chunks(samples: Iterable[RegionSample], size: int) -> Iterator[list[RegionSample]]:
+    chunk: list[RegionSample] = []
+    for sample in samples:
+        chunk.append(sample)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _reference_rounds(chunk: Sequence[RegionSample]) -> list[CaptionRollout]:
+    """One roll-out a sentence number: round k segments the k-th sentence of every region (its last, where fewer)."""
+    captions = [expressions for sample in chunk for expressions in sample.captions]
+    rounds = max((len(expressions) for expressions in captions), default=0)
+    return [_given_captions([e[min(k, len(e) - 1)] if e else "" for e in captions]) for k in range(rounds)]
+
+
+def _given_captions(captions: list[str]) -> CaptionRollout:
+    count = len(captions)
+    return CaptionRollout(captions, [[] for _ in captions], [None] * count, [True] * count, [True] * count)
+
+
+def _compare(mask_logits: torch.Tensor, batch: Batch, chunk: Sequence[RegionSample]) -> list[tuple[float, float]]:
+    """Resize logits (N, Q, Q) to each image's size and return (intersection, union) in pixels for each region."""
+    areas: list[tuple[float, float]] = []
+    start = 0
+    for sample in chunk:
+        logits = mask_logits[start : start + sample.num_regions].float()
+        start += sample.num_regions
+        target = torch.from_numpy(np.ascontiguousarray(sample.segmentation_masks))
+        predicted = resize_logits(logits, (target.shape[-2], target.shape[-1]), batch_side=batch.g_pixel_values.shape[-1])
+        intersection, union = mask_iou(predicted.cpu() > 0, target)
+        areas += list(zip(intersection.tolist(), union.tolist(), strict=True))
+    return areas
+
+
+def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:
+    """Bring mask logits (N, Q, Q) to (N, H, W) as Sa2VA predicts: bilinear to S x S, then bilinear to the image."""
+    full = F.interpolate(logits[:, None], size=(batch_side, batch_side), mode="bilinear", align_corners=False)
+    return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _collect(
+    batch: Batch, chunk: Sequence[RegionSample], written: CaptionRollout, areas: list[list[tuple[float, float]]]
+) -> list[RegionResult]:
+    expressions = [e for sample in chunk for e in sample.captions]
+    images = [f"{sample.source}/{sample.sample_id}" for sample in chunk for _ in sample.captions]
+    results = []
+    for region, name in enumerate(batch.region_names):
+        own = [areas[1 + k][region] for k in range(len(expressions[region]))]
+        cycle = areas[0][region]
+        caption = written.captions[region]
+        exact = caption_exact(caption, expressions[region]) if expressions[region] else None
+        results.append(
+            RegionResult(
+                *(name, images[region], caption, exact),
+                *([a for a, _ in own], [b for _, b in own], cycle[0], cycle[1]),
+            )
+        )
+    return results
+
+
+def summarise(results: Sequence[RegionResult]) -> dict[str, float]:
+    """Return ``gIoU``, ``cIoU`` (per sentence), ``cycle_gIoU`` and ``caption_exact`` as fractions of 1."""
+    ious = [iou for result in results for iou in result.ious]
+    unions = sum(sum(result.union) for result in results)
+    exact = [result.exact for result in results if result.exact is not None]
+    return {
+        "gIoU": _mean(ious),
+        "cIoU": sum(sum(result.intersection) for result in results) / unions if unions else float("nan"),
+        "cycle_gIoU": _mean([result.cycle_iou for result in results]),
+        "caption_exact": _mean([float(value) for value in exact]),
+        "regions": float(len(results)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def write_results(path: Any, results: Sequence[RegionResult]) -> None:
+    """Write one JSON line a region."""
+    with open(path, "w", encoding="utf-8") as handle:
+        for result in results:
+            handle.write(json.dumps(dataclasses.asdict(result)) + "\n")

@@ -1,0 +1,149 @@
+"""The model: what gets gradient, what trains, and that losses fit hand-made ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import scene_samples, small_batch, small_config, small_model
+
+from dual_loop.config import LoopConfig
+from dual_loop.errors import CheckpointError, ConfigError, PromptError
+from dual_loop.loop.captioner import generate_caption_from_mask
+from dual_loop.loop.segmenter import compute_segmentation_loss
+from dual_loop.model.adapters import group_of, trainable_parameters, trainable_table
+from dual_loop.model.build import build_model, build_tokenizer, sam2_config
+from dual_loop.types import CaptionRollout
+
+
+def given(captions):
+    count = len(captions)
+    return CaptionRollout(list(captions), [[]] * count, [None] * count, [True] * count, [True] * count)
+
+
+def loss_of(model, prompter, config, batch, **changes):
+    rollout = given(batch.captions)
+    return compute_segmentation_loss(model, batch, rollout, prompter, LoopConfig(**changes))
+
+
+def test_every_trained_parameter_gets_gradient_and_no_frozen_one():
+    model, prompter, config = small_model()
+    model.train()
+    output = loss_of(model, prompter, config, small_batch(config, scene_samples(6)))
+    sum(term.mean for term in output["terms"].values()).backward()
+    chosen = set(output["segmentation"].chosen.tolist())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
+        assert parameter.grad is not None, name
+        unpicked = [f"output_hypernetworks_mlps.{k + 1}." for k in range(3) if k not in chosen]
+        # The bias of a key projection shifts all scores of a softmax alike: its true gradient is zero.
+        if not any(part in name for part in unpicked) and "k_proj.bias" not in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_single_mask_option_trains_candidate_zero():
+    model, prompter, config = small_model(small_config(single_mask=True))
+    names = set(trainable_parameters(model))
+    assert any("output_hypernetworks_mlps.0." in name for name in names)
+    assert not any("output_hypernetworks_mlps.1." in name for name in names)
+    output = loss_of(model, prompter, config, small_batch(config, scene_samples(2)))
+    assert output["segmentation"].predicted_iou.shape[1] == 1
+
+
+def test_vision_tower_and_language_backbone_are_frozen_and_the_table_says_so():
+    model, _, _ = small_model()
+    groups = {group_of(name) for name in trainable_parameters(model)}
+    assert groups == {"lora", "mlp1", "mask_decoder", "text_hidden_fcs"}
+    table = trainable_table(model)
+    assert "vision_tower" in table
+    assert f"{sum(p.numel() for p in trainable_parameters(model).values()):,}" in table
+
+
+def test_new_token_rows_train_alone_and_reach_the_tables():
+    model, prompter, config = small_model(small_config(train_embeddings="new_tokens"))
+    names = set(trainable_parameters(model))
+    assert {"new_token_rows.input_rows", "new_token_rows.output_rows"} <= names
+    assert not any("embed_tokens" in name or "lm_head" in name for name in names)
+    batch = small_batch(config, scene_samples(2))
+    output = loss_of(model, prompter, config, batch)
+    sum(term.mean for term in output["terms"].values()).backward()
+    assert model.new_token_rows.input_rows.grad.abs().sum() > 0
+    before = float(output["terms"]["llm_loss"].total)
+    with torch.no_grad():
+        model.new_token_rows.output_rows[0] += 1.0
+    assert float(loss_of(model, prompter, config, batch)["terms"]["llm_loss"].total) != pytest.approx(before)
+    model.sync_new_tokens()
+    first = model.new_token_rows.first_id
+    assert torch.equal(model.mllm.lm_head.weight[first], model.new_token_rows.output_rows[0])
+
+
+def test_forward_with_the_missions_names():
+    model, prompter, config = small_model()
+    batch = small_batch(config, scene_samples(1))
+    branch = prompter.segment_branch(batch.captions[0], "segment")
+    ids = torch.tensor([[*prompter.image_prefix(1), *branch.input_ids]])
+    labels = torch.tensor([[-100] * len(prompter.image_prefix(1)) + list(branch.labels)])
+    data = {
+        "pixel_values": [batch.pixel_values],
+        "g_pixel_values": batch.g_pixel_values,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(ids.shape[1])[None],
+        "labels": labels,
+        "masks": [torch.from_numpy(batch.samples[0].masks[:1]).float()],
+        "prompt_masks": [],
+        "vp_overall_mask": torch.zeros(1),
+        "frames_per_batch": [1],
+    }
+    losses = model(data, mode="loss")
+    assert set(losses) == {"loss_mask", "loss_dice", "llm_loss"}
+    five_d = model({**data, "pixel_values": batch.pixel_values[None]}, mode="loss")
+    assert torch.equal(losses["loss_mask"], five_d["loss_mask"])
+    packed = compute_segmentation_loss(
+        model, small_batch(config, scene_samples(1)), given(batch.captions), prompter, LoopConfig(caption_supervision=False)
+    )
+    first = packed["segmentation"].mask_logits[0]
+    torch.testing.assert_close(model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4)
+    with pytest.raises(PromptError, match="every \\[SEG\\] needs one mask"):
+        model({**data, "masks": [torch.zeros(2, 8, 8)]}, mode="loss")
+
+
+def test_images_of_another_size_are_refused():
+    model, _, _ = small_model()
+    with pytest.raises(PromptError, match="wrong size"):
+        model.encode_vision(torch.zeros(1, 3, 32, 32))
+
+
+def test_batched_left_padded_generation_equals_one_by_one():
+    model, prompter, config = small_model()
+    batch = small_batch(config, scene_samples(4, captions=False))
+    loop = LoopConfig(max_new_tokens=5, max_rejected_fraction=1.0)
+    together = generate_caption_from_mask(model, prompter, batch, loop)
+    alone = generate_caption_from_mask(model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1}))
+    assert len({len(ids) for ids in together.token_ids}) >= 1
+    shortened = [ids[: len(other)] for ids, other in zip(together.token_ids, alone.token_ids, strict=True)]
+    assert shortened == alone.token_ids
+
+
+def test_unknown_config_names_are_refused():
+    config = small_config(text={**small_config().model.text, "hiden_size": 3})
+    with pytest.raises(ConfigError, match="hiden_size"):
+        build_model(config, build_tokenizer(config.model))
+    with pytest.raises(ConfigError, match="unknown key"):
+        sam2_config({"image_sise": 3})
+    with pytest.raises(ConfigError, match="unknown parameter group"):
+        build_model(small_config(trainable=("loar",)), build_tokenizer(config.model))
+
+
+def test_a_missing_tokenizer_is_named():
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        build_tokenizer(small_config(tokenizer=None).model, "nowhere/at/all")
+
+
+def test_prompt_and_image_positions_use_one_matrix():
+    model, _, _ = small_model()
+    sam = model.grounding_encoder
+    assert torch.equal(
+        sam.prompt_encoder.shared_embedding.positional_embedding, sam.shared_image_embedding.positional_embedding
+    )
