@@ -1,0 +1,57 @@
+"""``dual-loop <command>``. A command's heavy imports happen only when it runs, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dual_loop import __version__
+from dual_loop.errors import DualLoopError
+from dual_loop.flags import add_training_flags
+
+COMMANDS = {
+    "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
+    "demo-data": "write a generated data set in the four on-disk formats",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 2 a problem that the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="dual-loop", description="Train grounded multimodal models from masks alone.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Each command's own arguments are read by its own parser, made after the choice.
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    args = parser.parse_args(arguments[:1] or ["--help"])
+    runner = {"train": _train, "demo-data": _demo_data}[args.command]
+    return runner(arguments[1:])
+
+
+def _train(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        parser = argparse.ArgumentParser(prog="dual-loop train", description=COMMANDS["train"])
+        add_training_flags(parser)
+        parser.print_help()
+        return 0
+    from dual_loop.train_dual_loop import main as train
+
+    return train(arguments)
+
+
+def _demo_data(arguments: list[str]) -> int:
+    from dual_loop.data import demo
+
+    parser = argparse.ArgumentParser(prog="dual-loop demo-data", description=COMMANDS["demo-data"])
+    demo.add_arguments(parser)
+    try:
+        return demo.run(parser.parse_args(arguments))
+    except DualLoopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

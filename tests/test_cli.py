@@ -1,0 +1,61 @@
+"""The command line: light to start, every command reachable, errors with status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dual_loop.cli import COMMANDS, main
+
+LIGHT = """
+import sys
+from dual_loop.cli import main
+try:
+    main({arguments!r})
+except SystemExit as error:
+    assert error.code in (0, None), error.code
+heavy = [name for name in ("torch", "transformers", "accelerate", "peft") if name in sys.modules]
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], []])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = LIGHT.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, dual_loop; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+
+
+def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in text
+
+
+def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+    assert "demo-data" in capsys.readouterr().err
+
+
+def test_demo_data_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo-data", str(tmp_path / "demo"), "--images", "2", "--sources", "sa1b"]) == 0
+    assert len(list((tmp_path / "demo").rglob("*.jpg"))) == 2
+    assert "--sa1b_dir" in capsys.readouterr().out
+
+
+def test_a_users_error_has_status_two_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["demo-data", str(tmp_path), "--images", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
