@@ -47,7 +47,7 @@ def _demo_data(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dual-loop demo-data", description=COMMANDS["demo-data"])
     demo.add_arguments(parser)
     try:
-        return demo.run(parser.parse_args(arguments))
+        return int(demo.run(parser.parse_args(arguments)))
     except DualLoopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
