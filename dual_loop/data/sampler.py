@@ -1,0 +1,256 @@
+"""Which sample comes when: an endless stream of draws that is a function of the position alone.
+
+The stream is numbered by *slots*, 0-based over the whole run. An epoch has E slots, of which source i gets its quota
+q_i; a keyed permutation of the epoch's slots mixes the sources. The draws of a source are numbered over the whole
+run, d = epoch * q_i + k with k in 0..q_i-1, and draw d takes entry ``d mod n_i`` of a permutation that belongs to
+pass ``d // n_i`` over the n_i entries. So after any number of whole epochs the entries of a source have been drawn
+equally often, give or take one, whatever the repeats or weights: with repeats 0.5 two epochs see everything once,
+and an epoch of repeats 2.5 sees everything twice and half of it once more. (Inside one epoch the order of the slots
+is mixed, so with repeats above 1 an entry may come a second time before another comes first.)
+
+Nothing is stored but the position, and ranks, micro-batches and workers only divide the slots of an optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from dual_loop.data.permutation import Permutation, stable_hash
+from dual_loop.errors import CheckpointError, ConfigError, explain
+
+
+class DrawKey(NamedTuple):
+    """One draw: what the sampler hands to the data set.
+
+    Attributes:
+        source_index: position of the source in the stream's list.
+        entry: index of the entry inside its source.
+        draw: number of this draw among all draws of its source, over the whole run.
+        slot: number of this draw among all draws of the run; every random choice in the sample comes from it.
+    """
+
+    source_index: int
+    entry: int
+    draw: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """How much of an epoch a source gets.
+
+    Attributes:
+        name: unique name of the source.
+        length: n, its number of entries.
+        repeats: passes over the source in one epoch; fractions are allowed, 0 leaves it out.
+        weight: None, or the part of the draws that all weighted sources share among themselves (any scale). Together
+            they keep the draws that their repeats give them; the sources without a weight keep their own.
+        probe: names of a few entries; they tell a changed data set of the same length at a resume.
+    """
+
+    name: str
+    length: int
+    repeats: float = 1.0
+    weight: float | None = None
+    probe: tuple[str, ...] = ()
+
+
+def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
+    """Return the draws of each source in one epoch.
+
+    Raises:
+        ConfigError: no source or no draw at all, an empty source, names that are not unique, a negative or infinite
+            number, weights that share nothing, or a source that rounding leaves without a draw.
+    """
+    problems = [problem for share in shares for problem in _share_problems(share)]
+    names = [share.name for share in shares]
+    problems += [f"{name}: two sources have this name" for name in sorted(set(names)) if names.count(name) > 1]
+    weights = [share.weight for share in shares if share.weight is not None]
+    if not shares:
+        problems.append("no source is given")
+    if len(weights) == 1 and len(shares) > 1:
+        problems.append("one source alone has a weight: it shares its draws with no other; give a second one a weight")
+    if weights and sum(weights) == 0:
+        problems.append("all weights are 0")
+    if problems:
+        raise ConfigError("the shares of the data sources are wrong:\n" + "\n".join(f"  - {p}" for p in problems))
+    shared = sum(share.repeats * share.length for share in shares if share.weight is not None)
+    quotas = []
+    for share in shares:
+        wanted = share.repeats * share.length
+        if share.weight is not None:
+            wanted = shared * share.weight / sum(weights)
+        quotas.append(round(wanted))
+        if wanted > 0 and quotas[-1] == 0:
+            fix = "raise its repeats or weight, or set it to 0"
+            raise ConfigError(explain("a source gets no draw", share.name, f"{wanted:.3g} draws an epoch", "1", fix))
+    if sum(quotas) == 0:
+        raise ConfigError(explain("an epoch has no draw", ", ".join(names), fix="set some repeats above 0"))
+    return quotas
+
+
+def _share_problems(share: SourceShare) -> list[str]:
+    problems = [] if share.length > 0 else [f"{share.name}: the source is empty"]
+    for label, value in (("repeats", share.repeats), ("weight", share.weight)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            problems.append(f"{share.name}: {label} is {value}, expected 0 or more")
+    return problems
+
+
+class DrawStream:
+    """The draws of a run, by slot.
+
+    Args:
+        shares: the sources, in the order of ``source_index``.
+        seed: of the order.
+
+    Raises:
+        ConfigError: see :func:`compute_quotas`.
+    """
+
+    def __init__(self, shares: Sequence[SourceShare], seed: int) -> None:
+        self.shares = tuple(shares)
+        self.seed = seed
+        self.quotas = compute_quotas(shares)
+        self.epoch_length = sum(self.quotas)
+        self._ends = list(accumulate(self.quotas))
+        self._permutation = lru_cache(maxsize=4 * len(self.shares) + 4)(Permutation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A cache cannot be pickled, and spawned workers get this object by pickle.
+        return {"shares": self.shares, "seed": self.seed}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        DrawStream.__init__(self, state["shares"], state["seed"])
+
+    def __getitem__(self, slot: int) -> DrawKey:
+        """Return the draw at ``slot`` (0 or more, without end)."""
+        if slot < 0:
+            raise IndexError(f"slots count from 0, seen {slot}")
+        epoch, position = divmod(slot, self.epoch_length)
+        place = self._permutation(self.epoch_length, self.seed, "epoch", epoch)[position]
+        source_index = bisect_right(self._ends, place)
+        quota = self.quotas[source_index]
+        draw = epoch * quota + place - (self._ends[source_index] - quota)
+        return DrawKey(source_index, self._entry(source_index, draw, 0), draw, slot)
+
+    def substitute(self, key: DrawKey, attempt: int) -> DrawKey:
+        """Return what replaces ``key`` where its sample is bad: the entry ``attempt`` places on in the same pass.
+
+        Draw and slot stay, so that batches stay full, all ranks stay in step, and the position means the same.
+        ``attempt`` runs from 1 to n - 1; then every entry of the source has been tried.
+        """
+        return key._replace(entry=self._entry(key.source_index, key.draw, attempt))
+
+    def _entry(self, source_index: int, draw: int, attempt: int) -> int:
+        length = self.shares[source_index].length
+        number, position = divmod(draw, length)
+        order = self._permutation(length, self.seed, "source", source_index, number)
+        return order[(position + attempt) % length]
+
+    def fingerprint(self, slots_per_step: int) -> str:
+        """Return a hash of all that gives a position its meaning, but the seed: sources, quotas, size of a step."""
+        parts: list[int | str] = [slots_per_step]
+        for share, quota in zip(self.shares, self.quotas, strict=True):
+            parts += [share.name, share.length, quota, len(share.probe), *share.probe]
+        return f"{stable_hash('draw stream', *parts):016x}"
+
+
+class WindowedBatchSampler:
+    """An endless batch sampler of this rank's micro-batches; yields lists of :class:`DrawKey`.
+
+    Optimiser step t, micro-step m, rank r, item j takes the slot
+    ``((t * accumulation + m) * world_size + r) * batch_size + j``. So a step takes the same slots for 2 ranks x 1 as
+    for 1 rank x 2, and for batch 2 x accumulation 1 as for 1 x 2.
+
+    The position is the number of optimiser steps completed. It is the trainer's number: loader workers fetch ahead,
+    so what was handed out says nothing about what was trained on.
+
+    Args:
+        stream: the draws of the run.
+        batch_size: images in one micro-batch of one rank.
+        world_size, rank: number of processes, and which one this is.
+        accumulation: micro-batches of one rank in an optimiser step.
+        start_step: optimiser steps completed before.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        stream: DrawStream,
+        batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if min(batch_size, world_size, accumulation) < 1 or not 0 <= rank < world_size or start_step < 0:
+            given = f"{batch_size=} {world_size=} {rank=} {accumulation=} {start_step=}"
+            raise ValueError(f"sizes must be 1 or more and the rank inside the world, seen {given}")
+        self.stream = stream
+        self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
+        self.accumulation, self.start_step = accumulation, start_step
+        self.slots_per_step = world_size * batch_size * accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that cover one epoch; the last one may reach into the next epoch."""
+        return -(-self.stream.epoch_length // self.slots_per_step)
+
+    def keys(self, step: int, micro_step: int) -> list[DrawKey]:
+        """Return the draws of this rank's micro-batch ``micro_step`` of optimiser step ``step`` (both 0-based)."""
+        if not 0 <= micro_step < self.accumulation:
+            raise IndexError(f"micro-step {micro_step} outside an accumulation of {self.accumulation}")
+        first = ((step * self.accumulation + micro_step) * self.world_size + self.rank) * self.batch_size
+        return [self.stream[slot] for slot in range(first, first + self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[DrawKey]]:
+        step = self.start_step
+        while True:
+            for micro_step in range(self.accumulation):
+                yield self.keys(step, micro_step)
+            step += 1
+
+    def state_dict(self, step: int) -> dict[str, int | str]:
+        """Return the position after ``step`` completed optimiser steps, as JSON holds it."""
+        return {
+            "step": step,
+            "seed": self.stream.seed,
+            "fingerprint": self.stream.fingerprint(self.slots_per_step),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after ``state["step"]`` completed steps; call it before iteration starts.
+
+        Raises:
+            CheckpointError: the data, its shares, the seed or the size of an optimiser step are not those of the
+                checkpoint, so the position would mean other samples.
+        """
+        own = self.state_dict(0)
+        wrong = [name for name in ("seed", "fingerprint") if state.get(name) != own[name]]
+        step = state.get("step")
+        if wrong or not isinstance(step, int) or step < 0:
+            described = ", ".join(f"{s.name} {s.length} x {q}" for s, q in self._shares_and_quotas())
+            raise CheckpointError(
+                explain(
+                    "the run cannot be continued on this data: its position means other samples here",
+                    "data position of the checkpoint: " + (", ".join(wrong) or "step"),
+                    f"seed {state.get('seed')}, fingerprint {state.get('fingerprint')}, step {step}",
+                    f"seed {own['seed']}, fingerprint {own['fingerprint']} (entries x draws an epoch: {described}; "
+                    f"{self.slots_per_step} images an optimiser step)",
+                    "resume with the same data folders, caps, repeats, weights, seed and effective batch "
+                    "(processes x batch size x accumulation), or start a new run from the weights",
+                )
+            )
+        self.start_step = step
+
+    def _shares_and_quotas(self) -> Iterator[tuple[SourceShare, int]]:
+        return zip(self.stream.shares, self.stream.quotas, strict=True)

@@ -1,0 +1,232 @@
+"""The stream of draws: coverage, shares, the same samples for any split, and exact continuation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler, compute_quotas
+from dual_loop.errors import CheckpointError, ConfigError
+
+
+def make_stream(*lengths: int, repeats: float = 1.0, seed: int = 3) -> DrawStream:
+    return DrawStream([SourceShare(f"s{i}", length, repeats) for i, length in enumerate(lengths)], seed)
+
+
+def entries(keys: list[DrawKey], source_index: int) -> Counter[int]:
+    return Counter(key.entry for key in keys if key.source_index == source_index)
+
+
+# --- shares ------------------------------------------------------------
+
+
+def test_repeats_give_quotas() -> None:
+    shares = [SourceShare("a", 10, 1.0), SourceShare("b", 10, 2.5), SourceShare("c", 10, 0.3), SourceShare("d", 9, 0)]
+    assert compute_quotas(shares) == [10, 25, 3, 0]
+
+
+def test_weights_share_the_draws_of_all_sources() -> None:
+    shares = [SourceShare("a", 900, 1.0, 3.0), SourceShare("b", 50, 2.0, 1.0)]
+    assert compute_quotas(shares) == [750, 250]
+
+
+def test_sources_without_weight_keep_their_draws() -> None:
+    shares = [SourceShare("a", 900, 1.0, 0.5), SourceShare("b", 100, 1.0, 0.5), SourceShare("c", 70, 2.0)]
+    assert compute_quotas(shares) == [500, 500, 140]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ([], "no source is given"),
+        ([SourceShare("a", 0)], "a: the source is empty"),
+        ([SourceShare("a", 5, -1.0)], "repeats is -1"),
+        ([SourceShare("a", 5, float("nan"))], "repeats is nan"),
+        ([SourceShare("a", 5, 1.0, float("inf"))], "weight is inf"),
+        ([SourceShare("a", 5), SourceShare("a", 6)], "two sources have this name"),
+        ([SourceShare("a", 5, 1.0, 2.0), SourceShare("b", 6)], "one source alone has a weight"),
+        ([SourceShare("a", 5, 1.0, 0.0), SourceShare("b", 6, 1.0, 0.0)], "all weights are 0"),
+        ([SourceShare("a", 5, 0.01), SourceShare("b", 6)], "gets no draw.*a"),
+        ([SourceShare("a", 5, 0)], "no draw"),
+    ],
+)
+def test_impossible_shares_are_refused(shares: list[SourceShare], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DrawStream(shares, 0)
+
+
+# --- the stream ------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    repeats=st.lists(st.sampled_from([0.5, 1.0, 1.7, 3.0]), min_size=4, max_size=4),
+    num_epochs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_entries_are_drawn_equally_often(lengths: list[int], repeats: list[float], num_epochs: int, seed: int) -> None:
+    shares = [SourceShare(f"s{i}", n, max(r, 1 / n)) for i, (n, r) in enumerate(zip(lengths, repeats, strict=False))]
+    stream = DrawStream(shares, seed)
+    keys = [stream[slot] for slot in range(num_epochs * stream.epoch_length)]
+    assert [key.slot for key in keys] == list(range(len(keys)))
+    for index, (share, quota) in enumerate(zip(shares, stream.quotas, strict=True)):
+        own = [key for key in keys if key.source_index == index]
+        assert sorted(key.draw for key in own) == list(range(num_epochs * quota))
+        for first in range(0, len(own) - share.length + 1, share.length):  # every whole pass sees every entry once
+            one_pass = [key.entry for key in own if first <= key.draw < first + share.length]
+            assert sorted(one_pass) == list(range(share.length))
+        counts = [entries(keys, index)[entry] for entry in range(share.length)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_epochs_sources_and_seeds_have_orders_of_their_own() -> None:
+    stream = make_stream(50, 50)
+    first, second = ([stream[slot] for slot in range(e * 100, e * 100 + 100)] for e in (0, 1))
+    orders = [
+        [k.entry for k in sorted(keys, key=lambda k: k.draw) if k.source_index == i]
+        for keys in (first, second)
+        for i in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+    assert [k.source_index for k in first] != [k.source_index for k in second]
+    assert [make_stream(50, 50, seed=4)[slot] for slot in range(100)] != first
+    assert [make_stream(50, 50)[slot] for slot in range(100)] == first
+
+
+def test_sources_are_mixed_in_time() -> None:
+    stream = make_stream(4000, 1000)
+    for start in range(0, 5000, 500):
+        num_small = sum(stream[slot].source_index for slot in range(start, start + 500))
+        assert 60 <= num_small <= 140  # 100 expected, deviation about 9
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 40), slot=st.integers(0, 500))
+def test_substitutes_walk_over_the_whole_source_once(length: int, slot: int) -> None:
+    stream = make_stream(length, 5)
+    key = stream[slot]
+    size = stream.shares[key.source_index].length
+    walked = [key, *(stream.substitute(key, attempt) for attempt in range(1, size))]
+    assert sorted(k.entry for k in walked) == list(range(size))
+    assert {(k.source_index, k.draw, k.slot) for k in walked} == {(key.source_index, key.draw, key.slot)}
+
+
+def test_a_stream_survives_pickling() -> None:
+    stream = make_stream(7, 9)
+    copy = pickle.loads(pickle.dumps(stream))
+    assert [copy[slot] for slot in range(40)] == [stream[slot] for slot in range(40)]
+
+
+def test_slots_count_from_zero() -> None:
+    with pytest.raises(IndexError, match="-1"):
+        make_stream(3)[-1]
+
+
+# --- ranks, micro-batches, workers ------------------------------------------------------------------------------------
+
+
+def take(sampler: WindowedBatchSampler, num_batches: int) -> list[list[DrawKey]]:
+    return list(itertools.islice(sampler, num_batches))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "accumulation"), [(1, 4, 1), (4, 1, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+)
+def test_an_optimiser_step_has_the_same_samples_for_any_split(
+    world_size: int, batch_size: int, accumulation: int
+) -> None:
+    stream = make_stream(10, 7)
+    steps: list[list[DrawKey]] = [[] for _ in range(6)]
+    for rank in range(world_size):
+        sampler = WindowedBatchSampler(stream, batch_size, world_size, rank, accumulation)
+        for number, batch in enumerate(take(sampler, 6 * accumulation)):
+            assert len(batch) == batch_size
+            steps[number // accumulation] += batch
+    expected = take(WindowedBatchSampler(stream, 4), 6)
+    assert [sorted(step, key=lambda k: k.slot) for step in steps] == expected
+
+
+def test_coverage_is_exact_on_64_ranks_with_8_workers() -> None:
+    stream = make_stream(1500, 500, 48)  # 2048 slots: 4 optimiser steps of 64 x 2 x 4
+    drawn: list[DrawKey] = []
+    for rank in range(64):
+        batches = take(WindowedBatchSampler(stream, 2, 64, rank, 4), 4 * 4)
+        for worker in range(8):  # a loader gives batch b to worker b mod 8
+            drawn += [key for batch in batches[worker::8] for key in batch]
+    assert sorted(key.slot for key in drawn) == list(range(2048))
+    for index, length in enumerate((1500, 500, 48)):
+        assert entries(drawn, index) == Counter(range(length))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    step=st.integers(0, 30),
+    data=st.data(),
+)
+def test_resuming_anywhere_equals_the_straight_stream(
+    world_size: int, batch_size: int, accumulation: int, step: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, world_size - 1))
+    geometry = (batch_size, world_size, rank, accumulation)
+    straight = WindowedBatchSampler(make_stream(11, 6, repeats=1.5), *geometry)
+    state = json.loads(json.dumps(straight.state_dict(step)))
+    resumed = WindowedBatchSampler(make_stream(11, 6, repeats=1.5), *geometry)
+    resumed.load_state_dict(state)
+    expected = take(straight, (step + 4) * accumulation)[step * accumulation :]
+    assert take(resumed, 4 * accumulation) == expected
+    assert [straight.keys(step, micro) for micro in range(accumulation)] == expected[:accumulation]
+    assert take(WindowedBatchSampler(make_stream(11, 6, repeats=1.5), *geometry, start_step=step), 1) == expected[:1]
+
+
+def test_resuming_with_another_split_of_the_same_effective_batch_is_allowed() -> None:
+    state = WindowedBatchSampler(make_stream(11), 2, 1, 0, 4).state_dict(5)
+    other = WindowedBatchSampler(make_stream(11), 1, 4, 3, 2)
+    other.load_state_dict(state)
+    assert other.start_step == 5
+
+
+@pytest.mark.parametrize(
+    ("stream", "batch_size"),
+    [
+        (make_stream(11, 6), 3),
+        (make_stream(11, 7), 2),
+        (make_stream(11, 6, seed=9), 2),
+        (make_stream(11, 6, repeats=2), 2),
+        (DrawStream([SourceShare("s0", 11), SourceShare("other", 6)], 3), 2),
+        (DrawStream([SourceShare("s0", 11, probe=("x",)), SourceShare("s1", 6)], 3), 2),
+    ],
+)
+def test_resuming_on_other_data_is_refused(stream: DrawStream, batch_size: int) -> None:
+    state = WindowedBatchSampler(make_stream(11, 6), 2).state_dict(5)
+    with pytest.raises(CheckpointError, match=r"other samples here.*to do: resume with the same data"):
+        WindowedBatchSampler(stream, batch_size).load_state_dict(state)
+
+
+@pytest.mark.parametrize("step", [None, -1, "5"])
+def test_a_state_without_a_step_is_refused(step: object) -> None:
+    sampler = WindowedBatchSampler(make_stream(11), 2)
+    with pytest.raises(CheckpointError, match="step"):
+        sampler.load_state_dict({**sampler.state_dict(0), "step": step})
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 1), (24, 1), (25, 2), (48, 2)])
+def test_steps_per_epoch_round_up(length: int, expected: int) -> None:
+    assert WindowedBatchSampler(make_stream(length), 2, 3, 0, 4).steps_per_epoch == expected
+
+
+def test_impossible_geometry_is_refused() -> None:
+    for arguments in [(0,), (1, 0), (1, 2, 2), (1, 2, -1), (1, 1, 0, 0), (1, 1, 0, 1, -1)]:
+        with pytest.raises(ValueError, match="1 or more"):
+            WindowedBatchSampler(make_stream(3), *arguments)
+    with pytest.raises(IndexError, match="accumulation of 2"):
+        WindowedBatchSampler(make_stream(3), 1, 1, 0, 2).keys(0, 2)
