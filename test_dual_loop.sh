@@ -49,8 +49,11 @@ embedded_run() {
     echo "Removing the earlier embedded run in $OUTPUT_DIR"
     rm -rf "$OUTPUT_DIR"
   fi
-  mkdir -p "$OUTPUT_DIR"
-  touch "$MARK"
+  # A folder that somebody else filled gets no mark, so that it is never removed; the trainer refuses it.
+  if [ -z "$(ls -A "$OUTPUT_DIR" 2>/dev/null)" ]; then
+    mkdir -p "$OUTPUT_DIR"
+    touch "$MARK"
+  fi
   if command -v nvidia-smi >/dev/null 2>&1; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true); fi
   NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
   ARGUMENTS=(--config configs/tiny_demo.py --sav_dir "$demo/sav" --sa1b_dir "$demo/sa1b"
