@@ -45,7 +45,9 @@ def initialise(model: nn.Module) -> None:
         elif any(part in name for part in TABLES):
             nn.init.normal_(parameter, std=0.5)
         else:
-            nn.init.normal_(parameter, std=0.7 / math.sqrt(parameter[0].numel()))
+            # Image features much larger than position encodings would hide from the decoder where a point is.
+            gain = 0.2 if "neck.convs" in name else 0.7
+            nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
 
 
 def base_config(config: Config) -> Config:
@@ -100,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder_scenes", type=int, default=3000, help="scenes for stages 1 and 2")
     parser.add_argument("--captioned_scenes", type=int, default=200, help="scenes with captions, stage 3")
     parser.add_argument("--sam_steps", type=int, default=1000)
-    parser.add_argument("--vision_steps", type=int, default=1000)
+    parser.add_argument("--vision_steps", type=int, default=4000)
     parser.add_argument("--caption_steps", type=int, default=600)
     parser.add_argument("--together_steps", type=int, default=700)
     parser.add_argument("--align_weight", type=float, default=4.0)

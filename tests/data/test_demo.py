@@ -39,7 +39,7 @@ TWINS = SceneOptions(twin_probability=1.0)
 NUM_IMAGES = 6
 GOLDEN_SHAPE = (160, 128, 3)
 GOLDEN_CAPTIONS = ("the purple star", "the blue cross", "the green cross", "the yellow star")
-GOLDEN_AREAS = [471, 808, 534, 295]
+GOLDEN_AREAS = [476, 795, 577, 298]
 
 
 def describe(scene: Scene, index: int) -> str:
@@ -83,7 +83,7 @@ class TestScenes:
         assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
     def test_the_generator_still_draws_what_its_version_drew(self) -> None:
-        """Captions and layout of version 1; a change of the drawing order has to raise GENERATOR_VERSION."""
+        """Captions and layout of version 2; a change of the drawing order has to raise GENERATOR_VERSION."""
         scene = generate_scene(3)
         assert scene.image.shape == GOLDEN_SHAPE
         assert scene.captions == GOLDEN_CAPTIONS
@@ -139,7 +139,7 @@ class TestScenes:
 
     def test_some_objects_are_partly_covered(self) -> None:
         fractions = [item.visible_fraction for seed in range(100) for item in generate_scene(seed).objects]
-        assert 0.01 < np.mean(np.asarray(fractions) < 0.99) < 0.2
+        assert 0.005 < np.mean(np.asarray(fractions) < 0.99) < 0.2
 
     def test_every_shape_and_colour_can_be_drawn_and_shapes_differ(self) -> None:
         outlines = []
