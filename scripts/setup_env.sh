@@ -99,6 +99,17 @@ if numbers(torch.__version__) >= numbers(lowest):
 PY
 }
 
+# Run pip install with $3...; everything it prints goes to a log in the environment ($1), the end of it to the user when
+# it fails. $2 says in the error what was to be installed.
+_dl_pip_install() {
+  local log=$1/.dual_loop_pip.log what=$2
+  shift 2
+  if ! "$PYTHON" -m pip install "$@" >"$log" 2>&1; then
+    tail -n 25 "$log" >&2
+    _dl_fail "pip could not install $what; the end of its output is above, all of it in $log"
+  fi
+}
+
 # Say so when the plain torch wheel may bring CUDA libraries that this machine cannot use.
 _dl_hint_cpu_wheel() {
   [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] && [ -z "${TORCH_INDEX_URL:-}" ] || return 0
@@ -107,24 +118,23 @@ _dl_hint_cpu_wheel() {
     "an index of CPU wheels (see PyTorch's own installation page)"
 }
 
-# Install torch unless a usable one is there; $1 pyproject.toml, $2 constraints file or none.
+# Install torch; $1 pyproject.toml, $2 environment, $3 constraints file or none.
 _dl_install_torch() {
   local requirement index=()
   requirement=$("$PYTHON" -c 'import re, sys; print(re.search(r"\"(torch>=[0-9.]+)\"", open(sys.argv[1]).read())[1])' "$1") ||
     return 1
-  if [ "$2" != none ] && grep -q '^torch==' "$2"; then
-    requirement=$(grep '^torch==' "$2" | head -n 1)
+  if [ "$3" != none ] && grep -q '^torch==' "$3"; then
+    requirement=$(grep '^torch==' "$3" | head -n 1)
   fi
   _dl_hint_cpu_wheel
   _dl_say "installing $requirement"
   # Only torch is looked for there: the other packages come from pip's own index in the next step.
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     index=(--index-url "$TORCH_INDEX_URL")
-  elif [ "$2" != none ]; then
-    index=(--constraint "$2")
+  elif [ "$3" != none ]; then
+    index=(--constraint "$3")
   fi
-  "$PYTHON" -m pip install --quiet ${index[@]+"${index[@]}"} "$requirement" ||
-    _dl_fail "pip could not install $requirement; its message is above"
+  _dl_pip_install "$2" "$requirement" ${index[@]+"${index[@]}"} "$requirement"
 }
 
 # Install torch and the package (editable); $1 checkout, $2 environment, $3 constraints, $4 extras.
@@ -136,7 +146,7 @@ _dl_install() {
   if [ -n "$torch_version" ]; then
     _dl_say "keeping torch $torch_version"
   else
-    _dl_install_torch "$1/pyproject.toml" "$3" || return 1
+    _dl_install_torch "$1/pyproject.toml" "$2" "$3" || return 1
   fi
   if [ "$3" != none ]; then
     constraint=(--constraint "$3")
@@ -149,8 +159,8 @@ _dl_install() {
   fi
   extras=$(_dl_stamp "$1" "$2" "$3" "$4" extras) || return 1
   _dl_say "installing dual-loop${extras:+[$extras]} from $1 (constraints: $3)"
-  "$PYTHON" -m pip install --quiet ${constraint[@]+"${constraint[@]}"} --editable "$1${extras:+[$extras]}" ||
-    { rm -f ${kept:+"$kept"}; _dl_fail "pip could not install the package; its message is above"; return 1; }
+  _dl_pip_install "$2" "the package" ${constraint[@]+"${constraint[@]}"} --editable "$1${extras:+[$extras]}" ||
+    { rm -f ${kept:+"$kept"}; return 1; }
   rm -f ${kept:+"$kept"}
   _dl_stamp "$1" "$2" "$3" "$extras" write
 }

@@ -16,6 +16,7 @@ STUB = """#!/usr/bin/env bash
 if [ "$1 $2" = "-m pip" ]; then
   [ "$3" = --version ] && exit 0
   echo "$@" >>"{log}"
+  echo "what pip has to say"
   previous=""
   for word in "$@"; do [ "$previous" = --constraint ] && cp "$word" "{log}.constraints"; previous=$word; done
   sleep {seconds}
@@ -90,6 +91,7 @@ def test_first_run_installs_and_second_prints_one_line(sandbox: Sandbox) -> None
     assert call.endswith(f"--editable {sandbox.root}/checkout")
 
     second = sandbox.run()
+    assert "what pip has to say" not in first.stdout + first.stderr
     assert second.stdout == f"setup_env: ready: {sandbox.env}/bin/python\n"
     assert second.stderr == ""
     assert len(sandbox.pip_calls) == 1
@@ -171,6 +173,7 @@ def test_a_failed_install_is_an_error_and_leaves_no_stamp(tmp_path: Path) -> Non
     sandbox.prepare()
     done = sandbox.run("set -euo pipefail; source checkout/scripts/setup_env.sh; echo went on")
     assert done.returncode == 1
+    assert "what pip has to say\n" in done.stderr
     assert "pip could not install the package" in done.stderr
     assert "went on" not in done.stdout
     assert not (sandbox.env / ".dual_loop_stamp").exists()
