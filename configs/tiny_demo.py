@@ -1,0 +1,18 @@
+"""The embedded default of test_dual_loop.sh: the tiny model on generated data, minutes on two CPU cores."""
+
+_base_ = ["tiny_cpu.py"]
+
+train = dict(
+    batch_size=8,
+    gradient_accumulation_steps=1,
+    max_steps=400,
+    learning_rate=4e-4,
+    weight_decay=0.01,
+    betas=(0.9, 0.98),
+    ema_decay=0.99,
+    log_interval=10,
+    save_interval=200,
+    panel_interval=200,
+)
+data = dict(regions_per_image=4, refcoco_weight=0.25, num_workers=0, eval_datasets=("refcoco",), eval_split="val")
+loop = dict(max_new_tokens=12, rollout_batch_size=64)
