@@ -1,0 +1,310 @@
+"""The training entry: flags and config -> checks -> model, data, trainer -> fit -> summary.
+
+Run by ``python -m dual_loop.train_dual_loop``, ``torchrun -m dual_loop.train_dual_loop`` or ``dual-loop train``.
+Exit status: 0 done (also after SIGINT or SIGTERM, once the state is saved), 2 a problem the user can mend, 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from dual_loop.checkpoint.importer import load_weights
+from dual_loop.checkpoint.store import capture_rng, restore_rng
+from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, summarise
+from dual_loop.flags import add_training_flags, overrides_from
+from dual_loop.loop.dual_loop import DualLoop
+from dual_loop.metrics import paired_bootstrap
+from dual_loop.model.adapters import trainable_table
+from dual_loop.model.build import TINY_WEIGHTS, build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.training.devices import build_accelerator
+from dual_loop.training.dry_run import dry_run
+from dual_loop.training.guard import gather_objects
+from dual_loop.training.run_folder import RunFolder, check_free
+from dual_loop.training.stream import DataStream, build_stream
+from dual_loop.training.trainer import FitResult, Trainer
+
+DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir")
+FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; return the exit status. Messages of errors go to stderr."""
+    parser = argparse.ArgumentParser(prog="dual_loop.train_dual_loop", description="Train with the dual loop.")
+    add_training_flags(parser)
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(resolve_config_path(args.config), overrides_from(args))
+        if args.dry_run:
+            print(dry_run(config))
+        else:
+            train(config)
+    except DualLoopError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def train(config: Config) -> FitResult:
+    """Build everything, train, and write the run folder.
+
+    Raises:
+        DualLoopError: anything that the user can mend; the message says how.
+    """
+    check_paths(config)
+    accelerator = build_accelerator(config)
+    report = Reporter(accelerator.is_main_process)
+    report.set_up_logging()
+    folder = prepare_folder(config, accelerator)
+    torch.manual_seed(config.train.seed)
+    model, prompter = prepare_model(config, report)
+    stream = prepare_data(config, accelerator, report)
+    loop = DualLoop(model, prompter, config.loop)
+    trainer = Trainer(config, model, loop, stream, accelerator, folder, report)
+    # From here on ranks draw differently (dropout); everything before had to be the same on all.
+    torch.manual_seed(config.train.seed + accelerator.process_index)
+    trainer.restore()
+    evaluator = Evaluator(config, model, prompter, accelerator, folder, report)
+    before = evaluator.before(trainer.progress.step)
+    result = trainer.fit()
+    after = evaluator.after(trainer) if result.stopped_by is None else None
+    summary = {**trainer.summary(), **evaluation_summary(before, after)}
+    folder.write_summary(summary)
+    report(closing_line(result, summary, folder.path))
+    accelerator.end_training()
+    return result
+
+
+class Reporter:
+    """Prints lines on rank 0, above the progress bar where there is one."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+
+    def __call__(self, line: str) -> None:
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def set_up_logging(self) -> None:
+        """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
+        logger = logging.getLogger("dual_loop")
+        if not logger.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
+
+
+def check_paths(config: Config) -> None:
+    """Look for every path of the configuration before anything is built.
+
+    Raises:
+        ConfigError: a path is missing, or no data set is given; all problems are listed.
+    """
+    sources = {key: getattr(config.data, key.split(".")[1]) for key in DIRECTORIES}
+    problems = []
+    if not any(sources.values()):
+        problems.append(f"no data set is given: set at least one of {', '.join(f'--{k[5:]}' for k in DIRECTORIES)}")
+    folders = {**sources, "data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
+    problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
+    weights = config.train.pretrained_pth
+    if weights and not Path(weights).exists():
+        problems.append(f"train.pretrained_pth: no such file: {weights}")
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")
+
+
+def prepare_folder(config: Config, accelerator: Accelerator) -> RunFolder:
+    """Make the run folder on rank 0, after every rank found it free."""
+    folder = RunFolder(config.train.output_dir, accelerator.is_main_process)
+    resuming = config.train.resume is not None
+    check_free(folder.path, resuming)
+    accelerator.wait_for_everyone()
+    extra = {
+        "device": str(accelerator.device),
+        "world_size": accelerator.num_processes,
+        "precision": str(accelerator.mixed_precision),
+        "num_threads": torch.get_num_threads(),
+    }
+    folder.create(config.to_dict(), extra, resuming)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def prepare_model(config: Config, report: Reporter) -> tuple[VideoLLaVASAMModel, Prompter]:
+    """Build the model and load its weights, saying so line by line."""
+    report("Building VideoLLaVASAMModel...")
+    tokenizer = build_tokenizer(config.model, config.train.model_path)
+    weights = weights_path(config)
+    model = build_model(config, tokenizer, weights_imported=weights is not None)
+    report(f"✓ Model built\n{trainable_table(model)}")
+    if weights is None:
+        report("No pretrained weights: starting from random initialisation")
+    else:
+        report(f"✓ Pretrained weights loaded ({load_weights(model, weights)})")
+    return cast(VideoLLaVASAMModel, model), build_prompter(config, tokenizer)
+
+
+def weights_path(config: Config) -> Path | None:
+    """Return the weights to start from: ``--pretrained_pth``, else what the config names, else None."""
+    if config.train.pretrained_pth:
+        return Path(config.train.pretrained_pth)
+    initial = config.model.initial_weights
+    if initial is None:
+        return None
+    return TINY_WEIGHTS if initial == "tiny" else Path(initial)
+
+
+def prepare_data(config: Config, accelerator: Accelerator, report: Reporter) -> DataStream:
+    """Open the data sets and the stream of this rank's micro-batches."""
+    stream = build_stream(config, geometry(config), accelerator)
+    report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
+    num_batches = stream.steps_per_epoch * config.train.gradient_accumulation_steps
+    report(f"✓ Dataloader created: {num_batches} batches")
+    return stream
+
+
+class Evaluator:
+    """Measures the held-out set before and after training, spread over the ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: VideoLLaVASAMModel,
+        prompter: Prompter,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        report: Reporter,
+    ) -> None:
+        self.config, self.model, self.prompter = config, model, prompter
+        self.accelerator, self.folder, self.report = accelerator, folder, report
+
+    def before(self, step: int) -> list[RegionResult] | None:
+        """Measure the starting weights; a resumed run takes what its first start measured."""
+        if self.config.data.eval_dir is None:
+            return None
+        if step == 0:
+            return self._measure("before")
+        kept = self.folder.read_evaluation("before")
+        # Only the files of rank 0 count: another machine may not see the folder.
+        kept = gather_objects(self.accelerator, kept)[0]
+        if kept is None:
+            self.report("No evaluation from before the first step was kept: the gain cannot be given")
+            return None
+        return [RegionResult(**region) for region in kept["regions"]]
+
+    def after(self, trainer: Trainer) -> list[RegionResult] | None:
+        """Measure the averaged weights (``train.eval_weights = ema``) or the live ones."""
+        if self.config.data.eval_dir is None:
+            return None
+        if self.config.train.eval_weights == "live":
+            return self._measure("after")
+        with trainer.ema.swapped():
+            return self._measure("after")
+
+    def _measure(self, name: str) -> list[RegionResult]:
+        # Random states are put back, so that a run with evaluation trains exactly as one without.
+        rng = capture_rng()
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        with self.accelerator.autocast():
+            own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size)
+        restore_rng(rng)
+        gathered = gather_objects(self.accelerator, own)
+        results = sorted((result for part in gathered for result in part), key=lambda result: result.name)
+        if not results:
+            raise ConfigError(
+                explain(
+                    "the evaluation set holds no region",
+                    str(self.config.data.eval_dir),
+                    seen=f"split {self.config.data.eval_split}",
+                    fix="check data.eval_split and data.eval_datasets, or leave --eval_dir out",
+                )
+            )
+        figures = plain_figures(results)
+        regions = [asdict(result) for result in results]
+        self.folder.write_evaluation(name, {"figures": figures, "regions": regions})
+        shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in figures.items())
+        self.report(f"Evaluation {name} ({len(results)} regions): {shown}")
+        return results
+
+
+def plain_figures(results: Sequence[RegionResult]) -> dict[str, float | None]:
+    """Return the four figures as JSON holds them: None where there is nothing to average."""
+    values = summarise(results)
+    return {name: None if math.isnan(values[name]) else values[name] for name in FIGURES}
+
+
+def evaluation_summary(before: Sequence[RegionResult] | None, after: Sequence[RegionResult] | None) -> dict[str, Any]:
+    """Return ``before``, ``after`` and ``gain`` of ``summary.json``, as far as they were measured."""
+    summary: dict[str, Any] = {}
+    if before is not None:
+        summary["before"] = plain_figures(before)
+    if after is not None:
+        summary["after"] = plain_figures(after)
+    if before is not None and after is not None:
+        summary["gain"] = {"gIoU": gain(before, after)}
+    return summary
+
+
+def gain(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[str, float]:
+    """Return mean gain in gIoU with its 95 % interval: paired by region and sentence, resampled by image.
+
+    Raises:
+        ConfigError: the two did not measure the same regions.
+    """
+    pairs = list(zip(before, after, strict=False))
+    if len(before) != len(after) or any(b.name != a.name or len(b.ious) != len(a.ious) for b, a in pairs):
+        raise ConfigError(
+            explain(
+                "the evaluations before and after measured different regions",
+                "data.eval_dir",
+                f"{len(before)} and {len(after)} regions",
+                fix="keep --eval_dir and --eval_max_samples the same when resuming",
+            )
+        )
+    first = [iou for result in before for iou in result.ious]
+    second = [iou for result in after for iou in result.ious]
+    images = [result.image for result in before for _ in result.ious]
+    return paired_bootstrap(first, second, groups=images)
+
+
+def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> str:
+    """Return the last printed line: how the run ended and where everything is."""
+    if result.stopped_by is not None:
+        return (
+            f"Stopped by {result.stopped_by} after step {result.step}; saved in {result.checkpoint}; "
+            "go on with --resume auto"
+        )
+    text = f"Done: {result.step} steps, run folder {path}"
+    if "gain" in summary:
+        change = summary["gain"]["gIoU"]
+        interval = f"{100 * change['ci95_low']:+.1f} to {100 * change['ci95_high']:+.1f}"
+        text += f", gIoU gain {100 * change['mean']:+.1f} points (95 % interval {interval})"
+    return text + f"\n{json.dumps({key: summary[key] for key in ('sources', 'counters')})}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
