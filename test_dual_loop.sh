@@ -43,7 +43,8 @@ embedded_run() {
   # demo.json is written last: without it an earlier attempt was cut off.
   if [ ! -f "$demo/demo.json" ]; then
     rm -rf "$demo"
-    "$PYTHON" -m dual_loop.cli demo-data "$demo" --images "${DEMO_IMAGES:-600}" --val "${DEMO_VAL:-100}" --seed 0
+    "$PYTHON" -m dual_loop.cli demo-data "$demo" --images "${DEMO_IMAGES:-600}" \
+      --captioned "${DEMO_CAPTIONED:-100}" --val "${DEMO_VAL:-120}" --seed 0
   fi
   if [ -f "$MARK" ]; then
     echo "Removing the earlier embedded run in $OUTPUT_DIR"

@@ -116,12 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=200, help="images of each source (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides every scene (default: %(default)s)")
     parser.add_argument("--val", type=int, default=None, help="held-out RefCOCO images (default: a fifth of --images)")
+    parser.add_argument("--captioned", type=int, default=None, help="RefCOCO training images (default: as --images)")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all four")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the data set that the parsed ``args`` of :func:`add_arguments` ask for; return the exit status 0."""
-    counts = write_demo_data(args.out, args.images, args.seed, sources=args.sources, num_val=args.val)
+    counts = write_demo_data(
+        args.out, args.images, args.seed, sources=args.sources, num_refcoco=args.captioned, num_val=args.val
+    )
     for pool, count in counts.items():
         print(f"{pool:16} {count:6} images")
     for setting, folder in demo_directories(args.out).items():

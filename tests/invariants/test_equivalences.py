@@ -1,0 +1,108 @@
+"""What must not change a run: how a batch is split, how many ranks there are, being killed in the middle."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from end_to_end import BASE, command, data_flags, environment, parameters, records, summary, train
+
+from dual_loop.data.demo import write_demo_data
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo_data(folder / "data", 6, seed=5)
+    return folder / "data"
+
+
+def straight(demo: Path, tmp_path: Path, name: str, batch: int, accumulation: int, ranks: int = 1) -> Path:
+    out = tmp_path / name
+    size = ["--batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+    train([*BASE, *data_flags(demo), *size, "--max_steps", str(STEPS), "--output_dir", str(out)], tmp_path, ranks)
+    return out
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """Same losses and gradient norms at every step, and the same parameters by largest and by mean difference."""
+    for one, other in zip(records(first), records(second), strict=True):
+        assert one["step"] == other["step"]
+        for key in ("loss", "mask_loss", "dice_loss", "llm_loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), (key, one["step"])
+    left, right = parameters(first, STEPS), parameters(second, STEPS)
+    assert left.keys() == right.keys()
+    differences = torch.cat([(left[n] - right[n]).abs().flatten() for n in left])
+    # AdamW turns the rounding of a gradient near zero into a step of either sign: at most twice the learning rate a
+    # step, and only for few parameters.
+    assert float(differences.max()) <= 2 * 1e-3 * STEPS
+    assert float(differences.mean()) <= 2e-2 * 1e-3 * STEPS
+
+
+def test_accumulation_equals_a_larger_batch(demo, tmp_path):
+    whole = straight(demo, tmp_path, "whole", batch=2, accumulation=1)
+    split = straight(demo, tmp_path, "split", batch=1, accumulation=2)
+    assert_same_training(whole, split)
+    assert summary(whole)["sources"] == summary(split)["sources"]
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one(demo, tmp_path):
+    one = straight(demo, tmp_path, "one", batch=2, accumulation=1)
+    two = straight(demo, tmp_path, "two", batch=1, accumulation=1, ranks=2)
+    assert_same_training(one, two)
+    assert summary(two)["world_size"] == 2
+    assert summary(one)["sources"] == summary(two)["sources"]
+
+
+def test_killed_and_resumed_equals_straight_bitwise(demo, tmp_path):
+    size = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "6", "--save_interval", "3"]
+    flags = [*BASE, *data_flags(demo), *size, "--keep_checkpoints", "5"]
+    straight_run, killed_run = tmp_path / "straight", tmp_path / "killed"
+    train([*flags, "--output_dir", str(straight_run)], tmp_path)
+    arguments = [*flags, "--output_dir", str(killed_run), "--resume", "auto"]
+    process = subprocess.Popen(
+        command(arguments), cwd=Path(__file__).parents[2], env=environment(tmp_path), stdout=subprocess.DEVNULL
+    )
+    checkpoint = killed_run / "checkpoints" / "step_00000003"
+    deadline = time.time() + 300
+    while not checkpoint.is_dir() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.is_dir()
+    assert not (killed_run / "summary.json").exists(), "the run ended before it could be killed"
+    assert "Resumed from" in train(arguments, tmp_path).stdout
+    left, right = parameters(straight_run, 6), parameters(killed_run, 6)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert [record["step"] for record in records(killed_run)] == [1, 2, 3, 4, 5, 6]
+    pairs = zip(records(straight_run), records(killed_run), strict=True)
+    assert all(one["loss"] == other["loss"] and one["grad_norm"] == other["grad_norm"] for one, other in pairs)
+    assert summary(straight_run)["sources"] == summary(killed_run)["sources"]
+
+
+def test_signals_save_and_leave_cleanly(demo, tmp_path):
+    out = tmp_path / "stopped"
+    flags = [*BASE, *data_flags(demo), "--batch_size", "1", "--max_steps", "500", "--output_dir", str(out)]
+    process = subprocess.Popen(
+        command(flags), cwd=Path(__file__).parents[2], env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("loss="):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 0
+    assert "--resume auto" in rest
+    steps = summary(out)["steps"]
+    assert 1 <= steps < 500
+    assert parameters(out, steps)
