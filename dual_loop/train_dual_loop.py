@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -109,12 +110,20 @@ class Reporter:
     def set_up_logging(self) -> None:
         """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
         logger = logging.getLogger("dual_loop")
-        if not logger.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(message)s"))
-            logger.addHandler(handler)
-        logger.propagate = False
+        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
+            logger.addHandler(LineHandler())
         logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
+        if not self.is_main:
+            warnings.simplefilter("ignore")
+
+
+class LineHandler(logging.Handler):
+    """Writes messages to the standard error of the moment, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def check_paths(config: Config) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import warnings
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
@@ -37,6 +39,15 @@ def build_accelerator(config: Config) -> Accelerator:
         # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
     return accelerator
+
+
+def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
+    with warnings.catch_warnings():
+        # Its successor is unknown to the older torch versions that are supported too.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        wrapped: nn.Module = accelerator.prepare_model(model)
+    return wrapped
 
 
 def precision(config: Config) -> str:

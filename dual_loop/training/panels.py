@@ -79,18 +79,18 @@ def make_panel(micro: Any, output: StepOutput, samples: Sequence[RegionSample], 
 
 def draw_panel(panel: Panel) -> Image.Image:
     """Draw image + mask, the caption, and target image + mask' side by side; images keep their aspect ratio."""
-    height = TITLE_HEIGHT + PANEL_SIDE + GAP
-    canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, height), "white")
-    draw = ImageDraw.Draw(canvas)
     left = _overlay(panel.image, panel.mask, GIVEN_COLOUR)
     right = _overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, outline=panel.target_mask)
-    _paste_centred(canvas, left, column=0)
-    _paste_centred(canvas, right, column=2)
+    lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
+    height = max(left.height, right.height, len(lines) * LINE_HEIGHT)
+    canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, TITLE_HEIGHT + height + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    _paste_centred(canvas, left, 0, height)
+    _paste_centred(canvas, right, 2, height)
     draw.text((GAP, 4), f"{panel.name}   IoU {panel.iou:.3f}", fill="black", font=_font())
     for column, text in enumerate(("image and mask", f"caption ({panel.origin})", "mask' (target outlined)")):
         draw.text((_left_of(column), 4 + LINE_HEIGHT), text, fill="#555555", font=_font())
-    lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
-    top = TITLE_HEIGHT + max(0, (PANEL_SIDE - len(lines) * LINE_HEIGHT) // 2)
+    top = TITLE_HEIGHT + (height - len(lines) * LINE_HEIGHT) // 2
     draw.multiline_text((_left_of(1) + GAP, top), "\n".join(lines), fill="black", font=_font(), spacing=4)
     return canvas
 
@@ -150,9 +150,9 @@ def _left_of(column: int) -> int:
     return GAP + column * (PANEL_SIDE + GAP)
 
 
-def _paste_centred(canvas: Image.Image, picture: Image.Image, column: int) -> None:
+def _paste_centred(canvas: Image.Image, picture: Image.Image, column: int, height: int) -> None:
     x = _left_of(column) + (PANEL_SIDE - picture.width) // 2
-    canvas.paste(picture, (x, TITLE_HEIGHT + (PANEL_SIDE - picture.height) // 2))
+    canvas.paste(picture, (x, TITLE_HEIGHT + (height - picture.height) // 2))
 
 
 def _font() -> ImageFont.FreeTypeFont:

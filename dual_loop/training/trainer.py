@@ -22,7 +22,7 @@ from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.training.devices import peak_memory_mb
+from dual_loop.training.devices import peak_memory_mb, wrap_model
 from dual_loop.training.guard import (
     StopRequest,
     check_finite,
@@ -123,7 +123,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.loop, self.data = config, model, loop, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
-        self.wrapped = accelerator.prepare_model(model)
+        self.wrapped = wrap_model(accelerator, model)
         self.parameters = trainable_parameters(model)
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.ema = ExponentialMovingAverage(self.parameters, config.train.ema_decay)

@@ -1,0 +1,276 @@
+"""The training entry on generated data: what it prints, what it leaves, how it stops and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dual_loop import train_dual_loop
+from dual_loop.data.demo import demo_directories, write_demo_data
+from dual_loop.errors import ConfigError
+from dual_loop.evaluation.evaluate import RegionResult
+from dual_loop.train_dual_loop import evaluation_summary, gain, main
+
+SOURCES = ("sav", "sa1b", "openimages", "refcoco")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    write_demo_data(out, 4, seed=3, num_val=2)
+    return out
+
+
+def _arguments(demo: Path, output_dir: Path, *more: str, evaluate: bool = False) -> list[str]:
+    folders = [part for key, path in demo_directories(demo).items() for part in (f"--{key}", path)]
+    if evaluate:
+        folders += ["--eval_dir", str(demo / "ref_seg")]
+    return [
+        *("--config", "tiny_cpu", *folders, "--output_dir", str(output_dir), "--device", "cpu"),
+        *("--batch_size", "1", "--gradient_accumulation_steps", "2", "--num_workers", "0", "--log_interval", "1"),
+        *("--max_new_tokens", "4", *more),
+        *("--cfg-options", "model.initial_weights=none", f"data.index_dir={output_dir.parent / 'index'}"),
+        *("loop.max_rejected_fraction=1", "data.refcoco_datasets=refcoco", "data.eval_datasets=refcoco"),
+    ]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dual_loop.train_dual_loop", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment)
+
+
+def _wait_for_step(process: subprocess.Popen[bytes], folder: Path, step: int, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and len(_records_so_far(folder)) >= step:
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in time: {log.read_text()}")
+
+
+def _records_so_far(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_run_prints_the_promised_lines_in_order_and_leaves_everything(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main(_arguments(demo, folder, "--max_steps", "3", evaluate=True)) == 0
+    text = capsys.readouterr().out
+    promised = (
+        *("Building VideoLLaVASAMModel...", "✓ Model built", "No pretrained weights"),
+        *("✓ Dataset built: 16 total samples", "✓ Dataloader created: 16 batches", "Evaluation before"),
+        *("Epoch 1/1", "loss=", "Evaluation after", "Done: 3 steps"),
+    )
+    positions = [text.index(line) for line in promised]
+    assert positions == sorted(positions)
+    assert "✓ Pretrained weights loaded" not in text
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"steps", "seconds", "world_size", "effective_batch", "sources", "counters"} < set(summary)
+    assert set(summary["sources"]) == set(SOURCES)
+    assert sum(summary["sources"].values()) == 6
+    for name in ("before", "after"):
+        assert set(summary[name]) == {"gIoU", "cIoU", "cycle_gIoU", "caption_exact"}
+    change = summary["gain"]["gIoU"]
+    assert change["mean"] == pytest.approx(summary["after"]["gIoU"] - summary["before"]["gIoU"], abs=1e-9)
+    assert change["ci95_low"] <= change["mean"] <= change["ci95_high"]
+    record = _records(folder)[-1]
+    for key in ("loss", "mask_loss", "dice_loss", "llm_loss", "grad_norm", "lr", "tokens", "regions", "counters"):
+        assert key in record
+    assert set(record["seconds"]) == {"total", "data", "rollout", "forward", "backward", "optimiser"}
+    assert record["loss"] == pytest.approx(record["mask_loss"] + record["dice_loss"] + record["llm_loss"])
+    assert list((folder / "panels").glob("step_000003_*.png"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["train"]["max_steps"] == 3
+
+
+def test_evaluation_does_not_change_training(demo: Path, tmp_path: Path) -> None:
+    for name, evaluate in (("with", True), ("without", False)):
+        assert main(_arguments(demo, tmp_path / name, "--max_steps", "2", evaluate=evaluate)) == 0
+    digests = [_digest(tmp_path / name / "checkpoints/step_00000002/model.safetensors") for name in ("with", "without")]
+    assert digests[0] == digests[1]
+
+
+def test_a_used_folder_is_refused_and_a_finished_run_resumes_to_nothing(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(demo, tmp_path / "run", "--max_steps", "1", evaluate=True)
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "run/summary.json").read_text())
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "--resume auto" in captured.err
+    assert "Building" not in captured.out
+    assert main([*arguments, "--resume", "auto"]) == 0
+    again = json.loads((tmp_path / "run/summary.json").read_text())
+    assert again["before"] == first["before"]
+    assert again["gain"] == first["gain"]
+    assert len(_records(tmp_path / "run")) == 1
+
+
+def test_bad_samples_are_named_counted_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_demo_data(tmp_path / "demo", 4, seed=5, sources=("sav", "sa1b"))
+    broken = sorted((tmp_path / "demo/sav").rglob("*.npz"))[1]
+    broken.write_bytes(broken.read_bytes()[:500])
+    missing = sorted((tmp_path / "demo/sa1b").rglob("*.jpg"))[2]
+    missing.unlink()
+    arguments = _arguments(tmp_path / "demo", tmp_path / "run", "--max_steps", "6")
+    for name in ("openimages", "ref_seg"):
+        arguments = [part for part in arguments if name not in part]
+    arguments = [part for part in arguments if part not in ("--openimage_dir", "--refcoco_dir")]
+    assert main(arguments) == 0
+    counters = json.loads((tmp_path / "run/summary.json").read_text())["counters"]
+    assert counters["data/bad_samples_distinct"] >= 1
+    assert any(key.startswith("data/bad_samples/sav/") for key in counters)
+    captured = capsys.readouterr()
+    assert f"Warning: skipped sav/npz/part_000/{broken.stem}" in captured.err
+    assert "data/bad_samples=" in captured.out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bitwise_a_straight_run(demo: Path, tmp_path: Path) -> None:
+    steps = ("--max_steps", "6", "--save_interval", "1")
+    sampling = ("loop.temperature=1.0", "model.lora_dropout=0.1")  # random numbers of both kinds
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    process = _start([*_arguments(demo, straight, *steps, "--num_workers", "1"), *sampling], tmp_path / "a.log")
+    assert process.wait(timeout=200) == 0, (tmp_path / "a.log").read_text()
+    arguments = [*_arguments(demo, broken, *steps, "--num_workers", "1"), *sampling]
+    process = _start(arguments, tmp_path / "b.log")
+    _wait_for_step(process, broken, 4, tmp_path / "b.log")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (broken / "summary.json").exists()
+    process = _start([*arguments, "train.resume=auto"], tmp_path / "c.log")
+    assert process.wait(timeout=200) == 0, (tmp_path / "c.log").read_text()
+    assert "Resumed from" in (tmp_path / "c.log").read_text()
+    for name in ("model.safetensors", "ema.safetensors"):
+        digests = [_digest(run / "checkpoints/step_00000006" / name) for run in (straight, broken)]
+        assert digests[0] == digests[1], name
+    keys = ("step", "loss", "grad_norm", "lr", "cycle_iou", "counters", "tokens")
+    left, right = ([{key: r[key] for key in keys} for r in _records(run)] for run in (straight, broken))
+    assert left == right
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (straight, broken)]
+    assert summaries[0]["sources"] == summaries[1]["sources"]
+    assert summaries[0]["counters"] == summaries[1]["counters"]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_zero(demo: Path, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = _start(_arguments(demo, folder, "--max_steps", "500", "--num_workers", "2"), log)
+    _wait_for_step(process, folder, 2, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    step = len(_records(folder))
+    assert f"Stopped by SIGTERM after step {step}" in log.read_text()
+    assert (folder / f"checkpoints/step_{step:08d}/manifest.json").is_file()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == step
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_train_and_evaluate_as_one(demo: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(_arguments(demo, one, "--max_steps", "2", evaluate=True)) == 0
+    arguments = _arguments(demo, two, "--max_steps", "2", "--gradient_accumulation_steps", "1", evaluate=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "dual_loop.train_dual_loop", *arguments, "train.num_threads=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("✓ Model built") == 1
+    left, right = (json.loads((run / "summary.json").read_text()) for run in (one, two))
+    assert right["world_size"] == 2
+    assert left["sources"] == right["sources"]
+    assert left["counters"] == right["counters"]
+    for name in ("before", "after"):
+        assert left[name] == pytest.approx(right[name], abs=1e-4)
+    for a, b in zip(_records(one), _records(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "no data set is given"),
+        (["--sav_dir", "/no/such/a", "--eval_dir", "/no/such/b", "--pretrained_pth", "/no/such/c"], "3 problem(s)"),
+        (["--config", "tiny_cup"], "did you mean tiny_cpu"),
+        (["--batch_size", "0", "--cfg-options", "train.sede=1"], "did you mean train.seed"),
+        pytest.param(
+            ["--sav_dir", ".", "--device", "cuda"],
+            "no GPU is visible",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible here"),
+        ),
+    ],
+)
+def test_problems_have_status_two_and_a_message(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_has_status_one_and_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Any) -> None:
+        raise KeyError("inside")
+
+    monkeypatch.setattr(train_dual_loop, "train", fail)
+    assert main([]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry_run", "--config", "tiny_cpu", "--output_dir", str(tmp_path / "run")]) == 0
+    assert "effective batch: 8" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def _result(name: str, image: str, *ious: float) -> RegionResult:
+    return RegionResult(name, image, "x", None, [iou * 10 for iou in ious], [10.0] * len(ious), 5.0, 10.0)
+
+
+def test_gain_pairs_regions_and_sentences() -> None:
+    before = [_result("a", "i", 0.1, 0.2), _result("b", "j", 0.3)]
+    after = [_result("a", "i", 0.2, 0.4), _result("b", "j", 0.6)]
+    assert gain(before, after)["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.3]))
+    with pytest.raises(ConfigError, match="different regions"):
+        gain(before, after[::-1])
+    with pytest.raises(ConfigError, match="different regions"):
+        gain(before, after[:1])
+
+
+def test_summary_has_what_was_measured_and_no_nan() -> None:
+    results = [_result("a", "i", 0.5)]
+    assert evaluation_summary(None, None) == {}
+    assert set(evaluation_summary(None, results)) == {"after"}
+    summary = evaluation_summary(results, results)
+    assert summary["before"] == {"gIoU": 0.5, "cIoU": 0.5, "cycle_gIoU": 0.5, "caption_exact": None}
