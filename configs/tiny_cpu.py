@@ -23,8 +23,8 @@ model = dict(
         rms_norm_eps=1e-6,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0),
     ),
-    # 128 / 16 patches a side, none joined: an 8 x 8 grid. With 16 x 16 (patch 8) the vision tower learned no more per step
-    # (shape accuracy 0.21 against 0.21 after 400 steps) at four times the time a step; see docs/experiments.md.
+    # 128 / 16 patches a side, none joined: an 8 x 8 grid. With 16 x 16 (patch 8) the vision tower learned no more a
+    # step (shape accuracy 0.21 for both after 400) at four times the time; see docs/experiments.md.
     downsample_ratio=1.0,
     sam2=dict(
         image_size=192,

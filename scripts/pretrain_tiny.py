@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import stages
-from tiny.scenes import ScenePool, scene_sample
-from tiny.tokenizer import build as build_tokenizer_file
 from torch import nn
 
 from dual_loop.config import Config, load_config
@@ -28,6 +25,9 @@ from dual_loop.data.demo_scenes import generate_scene, pool_seed
 from dual_loop.data.prepare import Geometry
 from dual_loop.model.build import TINY_ASSETS, build_model, build_prompter, build_tokenizer, geometry
 
+from tiny import stages
+from tiny.scenes import ScenePool, scene_sample
+from tiny.tokenizer import build as build_tokenizer_file
 
 TABLES = ("_token", "mask_tokens", "no_memory", "no_mask_embed", "point_embed", "not_a_point_embed")
 
@@ -97,7 +97,7 @@ def stage(args: argparse.Namespace, name: str, model: Any, train: Any) -> None:
         print(f"{name}: {time.time() - started:.0f} s", flush=True)
     missing, unexpected = model.load_state_dict(load_file(path), strict=False)
     if unexpected or (name not in PARTS and missing):
-        raise SystemExit(f"{path} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}; delete {args.work_dir}")
+        raise SystemExit(f"{path} does not fit (missing {missing[:3]}, unexpected {unexpected[:3]}): delete {path}")
 
 
 def run_side_by_side(names: list[str]) -> None:
@@ -117,11 +117,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stage", choices=sorted(PARTS), help="run this stage alone and stop")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--encoder_scenes", type=int, default=3000, help="scenes for stages 1 and 2")
-    parser.add_argument("--captioned_scenes", type=int, default=200, help="scenes with captions, stage 3")
+    parser.add_argument("--captioned_scenes", type=int, default=300, help="scenes with captions, stage 3")
     parser.add_argument("--sam_steps", type=int, default=1000)
     parser.add_argument("--vision_steps", type=int, default=4000)
-    parser.add_argument("--caption_steps", type=int, default=600)
-    parser.add_argument("--together_steps", type=int, default=700)
+    parser.add_argument("--caption_steps", type=int, default=400)
+    parser.add_argument("--together_steps", type=int, default=500)
     parser.add_argument("--align_weight", type=float, default=4.0)
     return parser.parse_args()
 
@@ -157,7 +157,7 @@ def main() -> None:
     stage(
         *(args, "together", model),
         lambda: stages.train_together(
-            *(*common, args.together_steps, 8, 5e-4, args.seed), align_weight=args.align_weight, segment=True
+            *(*common, args.together_steps, 8, 1e-3, args.seed), align_weight=args.align_weight, segment=True
         ),
     )
     figures = evaluate(model, prompter, config, "tiny/check", 240, args.seed)
@@ -165,7 +165,8 @@ def main() -> None:
     # Half precision halves the package; LoRA starts fresh in every run, so it is left out.
     state = {k: v.half().clone().contiguous() for k, v in model.state_dict().items() if ".lora_" not in k}
     save_file(state, args.out / "model.safetensors", metadata={"format": "pt", "source": "scripts/pretrain_tiny.sh"})
-    record = {"arguments": {k: str(v) for k, v in vars(args).items() if k not in ("work_dir", "out")}, "held_out": figures}
+    arguments = {k: str(v) for k, v in vars(args).items() if k not in ("work_dir", "out")}
+    record = {"arguments": arguments, "held_out": figures}
     (args.out / "recipe.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -183,12 +184,16 @@ def train_parts(args: argparse.Namespace, model: Any, sizes: Geometry) -> None:
 
 
 def build_frozen(model: Any) -> None:
-    """What the mask losses of stage 3 never reach stays as stage 1 left it."""
+    """Freeze the vision tower, and what the mask losses of stage 3 never reach.
+
+    A tower that goes on training forgets on a few hundred scenes what it learned from thousands.
+    """
     from dual_loop.model.adapters import without_mask_gradient
 
     skip = without_mask_gradient(single_mask=False)
     for name, parameter in model.named_parameters():
-        if any(part in name for part in skip) or ".lora_" in name or "prompt_encoder" in name or "shared_image" in name:
+        frozen = (*skip, ".lora_", "prompt_encoder", "shared_image", "vision_tower")
+        if any(part in name for part in frozen):
             parameter.requires_grad_(False)
 
 

@@ -70,13 +70,17 @@ def load_weights(model: nn.Module, path: str | Path) -> WeightReport:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(explain("weights not found", str(path), expected="a .safetensors file", fix="check the path"))
+        raise CheckpointError(
+            explain("weights not found", str(path), expected="a .safetensors file", fix="check the path")
+        )
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            explain("weights cannot be read", str(path), str(error), "a .safetensors file in this package's key layout")
+            explain(
+                "weights cannot be read", str(path), str(error), "a .safetensors file in this package's key layout"
+            )
         ) from error
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from dual_loop.config import Config
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
+from dual_loop.errors import ConfigError, explain
 from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmenter import segmentation_inputs
 from dual_loop.metrics import caption_exact, mask_iou
@@ -70,6 +71,8 @@ def _iou(intersection: float, union: float) -> float:
 def held_out_source(config: Config) -> RefCoco:
     """Open the evaluation set: RefCOCO layout under ``data.eval_dir``, split ``data.eval_split``."""
     data = config.data
+    if data.eval_dir is None:
+        raise ConfigError(explain("no evaluation set is given", "data.eval_dir", fix="set --eval_dir"))
     return RefCoco(
         data.eval_dir,
         datasets=data.eval_datasets,
@@ -147,7 +150,9 @@ def _compare(mask_logits: torch.Tensor, batch: Batch, chunk: Sequence[RegionSamp
         logits = mask_logits[start : start + sample.num_regions].float()
         start += sample.num_regions
         target = torch.from_numpy(np.ascontiguousarray(sample.segmentation_masks))
-        predicted = resize_logits(logits, (target.shape[-2], target.shape[-1]), batch_side=batch.g_pixel_values.shape[-1])
+        predicted = resize_logits(
+            logits, (target.shape[-2], target.shape[-1]), batch_side=batch.g_pixel_values.shape[-1]
+        )
         intersection, union = mask_iou(predicted.cpu() > 0, target)
         areas += list(zip(intersection.tolist(), union.tolist(), strict=True))
     return areas

@@ -70,7 +70,11 @@ class DualLoop:
 
     def _metrics(self, micro: MicroBatch, ious: list[float]) -> dict[str, float]:
         reference, cycle = split_by(ious, micro.rollout.from_reference)
-        lengths = [len(ids) for ids, own in zip(micro.rollout.token_ids, micro.rollout.from_reference, strict=True) if not own]
+        lengths = [
+            len(ids)
+            for ids, own in zip(micro.rollout.token_ids, micro.rollout.from_reference, strict=True)
+            if not own
+        ]
         return {
             "regions": float(len(ious)),
             "tokens": float(micro.inputs.data["input_ids"].numel()),

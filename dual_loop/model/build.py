@@ -64,7 +64,9 @@ def build_tokenizer(config: ModelConfig, model_path: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(explain("tokenizer cannot be read", folder, f"{error}", fix="check the folder")) from error
+        raise CheckpointError(
+            explain("tokenizer cannot be read", folder, f"{error}", fix="check the folder")
+        ) from error
     missing = [token for token in NEW_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
@@ -112,7 +114,7 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
         sam = Sam2Model(sam2_config(settings.sam2))
         # One random matrix encodes positions of prompts and of the image; transformers draws it twice.
         sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
-        fcs = text_hidden_fcs(settings, mllm.config.text_config.hidden_size)
+        fcs = text_hidden_fcs(settings, int(settings.text["hidden_size"]))
         model = VideoLLaVASAMModel(
             mllm,
             sam,
@@ -150,7 +152,9 @@ def add_new_token_rows(model: VideoLLaVASAMModel, tokenizer: Any) -> None:
     """Give the five new tokens trainable rows; their ids must follow each other."""
     ids = [tokenizer.convert_tokens_to_ids(token) for token in NEW_TOKENS]
     if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise ConfigError(explain("new tokens are not consecutive", "tokenizer", ids, "five ids that follow each other"))
+        raise ConfigError(
+            explain("new tokens are not consecutive", "tokenizer", ids, "five ids that follow each other")
+        )
     model.new_token_rows = NewTokenRows(ids[0], len(ids), model.mllm.get_input_embeddings(), model.mllm.lm_head)
 
 
@@ -170,7 +174,9 @@ def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:
     text = _strict(Qwen2Config, text_values, "model.text")
     if text.vocab_size < len(tokenizer):
         raise ConfigError(
-            explain("the vocabulary is smaller than the tokenizer", "model.text", text.vocab_size, f">= {len(tokenizer)}")
+            explain(
+                "the vocabulary is smaller than the tokenizer", "model.text", text.vocab_size, f">= {len(tokenizer)}"
+            )
         )
     grid = _side(vision.image_size) // _side(vision.patch_size) * settings.downsample_ratio
     config = InternVLConfig(

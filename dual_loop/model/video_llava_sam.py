@@ -37,11 +37,14 @@ class VideoLLaVASAMModel(nn.Module):
         single_mask: take mask candidate 0 instead of the best of three.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
         mllm: Any,
         grounding_encoder: Any,
-        text_hidden_fcs: nn.Module,
+        text_hidden_fcs: nn.Sequential,
         *,
         seg_id: int,
         image_context_id: int,
@@ -61,7 +64,11 @@ class VideoLLaVASAMModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.image_mean.device  # type: ignore[no-any-return]
+        return self.image_mean.device
+
+    @property
+    def _fcs_dtype(self) -> torch.dtype:
+        return next(self.text_hidden_fcs.parameters()).dtype
 
     @property
     def mask_size(self) -> int:
@@ -113,7 +120,7 @@ class VideoLLaVASAMModel(nn.Module):
     def embed_prompt(
         self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
     ) -> Tensor:
-        """Embed token ids (B, L) and put image and region tokens in place; see ``visual_prompt.insert_image_tokens``."""
+        """Embed token ids (B, L) and put image and region tokens in place (``visual_prompt.insert_image_tokens``)."""
         embedded = self.mllm.get_input_embeddings()(input_ids)
         if self.new_token_rows is not None:
             embedded = self.new_token_rows.embed(input_ids, embedded)
@@ -173,7 +180,8 @@ class VideoLLaVASAMModel(nn.Module):
                 Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float,
                 ``point_coords`` (N, points, 2).
             mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` averaged over this batch (Sa2VA's names and
-                weights). ``"terms"``: ``terms`` (sums and counts) and ``segmentation``. ``"predict"``: ``segmentation``.
+                weights). ``"terms"``: ``terms`` (sums and counts) and ``segmentation``.
+                ``"predict"``: ``segmentation`` alone.
 
         Raises:
             PromptError: the numbers of [SEG] tokens, masks, placeholders and features do not fit together.
@@ -219,7 +227,7 @@ class VideoLLaVASAMModel(nn.Module):
 
     def _segment(self, data: Mapping[str, Any], hidden: Tensor) -> Segmentation:
         row, column = (data["input_ids"] == self.seg_id).nonzero(as_tuple=True)
-        seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self.text_hidden_fcs[0].weight.dtype))
+        seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self._fcs_dtype))
         levels = self.grounding.finish(self.encode_grounding(data["g_pixel_values"]))
         segmentation = self.grounding.decode(seg_embeds, levels, row)
         segmentation.seg_embeds = seg_embeds

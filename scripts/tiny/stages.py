@@ -5,7 +5,7 @@
    share the objects of a scene out among them and never look at the point.)
 2. The vision tower from class maps on the token grid.
 3. Everything together on a small captioned part: describe a region, segment a description. An alignment loss draws
-   the projected [SEG] embedding to SAM 2's own prompt embedding of the region's centre; without it the [SEG] path
+   the projected [SEG] embedding to SAM 2's own prompt embedding of the region's centre and cells; without it the [SEG] path
    does not leave the floor in the time that a laptop has.
 """
 
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny.scenes import COLOUR_NAMES, SHAPES, ScenePool, class_maps
 from torch import Tensor, nn
 
 from dual_loop.losses import latent_alignment
 from dual_loop.types import Batch, CaptionRollout
+
+from tiny.scenes import COLOUR_NAMES, SHAPES, ScenePool, class_maps
 
 
 def region_points(batch: Batch, side: int, generator: torch.Generator) -> Tensor:
@@ -152,6 +153,21 @@ def train_vision(model: Any, pool: ScenePool, steps: int, batch_size: int, learn
     run("vision", loss_of, parameters, pool, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
 
 
+@torch.no_grad()
+def grid_prompts(grounding: Any, side: int, grid_size: int) -> Tensor:
+    """SAM 2's own prompt embeddings of the centres of all grid cells: (G * G, C), row-major."""
+    centres = (torch.arange(grid_size) + 0.5) * side / grid_size - 0.5
+    points = torch.stack(torch.meshgrid(centres, centres, indexing="ij")[::-1], -1).reshape(-1, 2)
+    return grounding.point_prompts(points)[:, 0, 0]
+
+
+def cell_cross_entropy(seg_embeds: Tensor, cell_prompts: Tensor, prompt_masks: Tensor) -> Tensor:
+    """Cross-entropy between the cells that an embedding is close to and the cells under the region's mask."""
+    logits = seg_embeds @ cell_prompts.T / cell_prompts.shape[1] ** 0.5
+    target = prompt_masks.flatten(1).float()
+    return F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+
+
 def train_together(
     model: Any,
     prompter: Any,
@@ -171,6 +187,7 @@ def train_together(
 
     sam, grounding = model.grounding_encoder, model.grounding
     side = sam.prompt_encoder.input_image_size
+    cell_prompts = grid_prompts(grounding, side, pool.prepared[0].prompt_masks.shape[-1])
 
     def loss_of(indices: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch, _, _ = pool.batch(indices)
@@ -189,8 +206,9 @@ def train_together(
         if align_weight > 0:
             target = grounding.point_prompts(region_centres(batch, side))[:, 0, 0].detach()
             align = latent_alignment(segmentation.seg_embeds, target, align_weight).mean
-            loss = loss + align
-            figures["align"] = float(align.detach())
+            cells = cell_cross_entropy(segmentation.seg_embeds, cell_prompts, batch.prompt_masks)
+            loss = loss + align + cells
+            figures.update(align=float(align.detach()), cells=float(cells.detach()))
         figures["iou"] = float(mask_ious(segmentation.mask_logits.detach(), batch.target_masks).mean())
         return loss, figures
 

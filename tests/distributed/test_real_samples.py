@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from end_to_end import summary, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

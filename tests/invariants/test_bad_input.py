@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from end_to_end import BASE, data_flags, run, summary, train
 from PIL import Image
 
 from dual_loop.data.demo import write_demo_data
+
+from end_to_end import BASE, data_flags, run, summary, train
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from end_to_end import BASE, command, data_flags, environment, parameters, records, summary, train
 
 from dual_loop.data.demo import write_demo_data
+
+from end_to_end import BASE, command, data_flags, environment, parameters, records, summary, train
 
 pytestmark = pytest.mark.slow
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
 from dual_loop.config import TrainConfig
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.training.trainer import Trainer
+
+from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
 
 class FixedData:

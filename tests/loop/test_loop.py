@@ -7,12 +7,13 @@ import logging
 
 import pytest
 import torch
-from small_model import pair_samples, scene_samples, small_batch, small_model
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.captioner import CaptionRejected, Captioner, clean_caption
+from dual_loop.loop.captioner import Captioner, CaptionRejected, clean_caption
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.segmenter import mask_ious, segmentation_inputs
+
+from small_model import pair_samples, scene_samples, small_batch, small_model
 
 LOOP = LoopConfig(max_new_tokens=4, max_rejected_fraction=1.0)
 

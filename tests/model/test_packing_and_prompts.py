@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from small_model import scene_samples, small_batch, small_model
 
 from dual_loop.errors import PromptError
 from dual_loop.model.packing import branch_attention_mask, left_pad, pack_rows
 from dual_loop.model.prompts import Branch
 from dual_loop.model.visual_prompt import insert_image_tokens
+
+from small_model import scene_samples, small_batch, small_model
 
 
 def test_attention_mask_shows_prefix_and_own_branch_only():

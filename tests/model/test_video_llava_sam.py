@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_model import scene_samples, small_batch, small_config, small_model
 
 from dual_loop.config import LoopConfig
 from dual_loop.errors import CheckpointError, ConfigError, PromptError
@@ -13,6 +12,8 @@ from dual_loop.loop.segmenter import compute_segmentation_loss
 from dual_loop.model.adapters import group_of, trainable_parameters, trainable_table
 from dual_loop.model.build import build_model, build_tokenizer, sam2_config
 from dual_loop.types import CaptionRollout
+
+from small_model import scene_samples, small_batch, small_config, small_model
 
 
 def given(captions):
@@ -101,10 +102,16 @@ def test_forward_with_the_missions_names():
     five_d = model({**data, "pixel_values": batch.pixel_values[None]}, mode="loss")
     assert torch.equal(losses["loss_mask"], five_d["loss_mask"])
     packed = compute_segmentation_loss(
-        model, small_batch(config, scene_samples(1)), given(batch.captions), prompter, LoopConfig(caption_supervision=False)
+        model,
+        small_batch(config, scene_samples(1)),
+        given(batch.captions),
+        prompter,
+        LoopConfig(caption_supervision=False),
     )
     first = packed["segmentation"].mask_logits[0]
-    torch.testing.assert_close(model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4
+    )
     with pytest.raises(PromptError, match="every \\[SEG\\] needs one mask"):
         model({**data, "masks": [torch.zeros(2, 8, 8)]}, mode="loss")
 
@@ -120,7 +127,9 @@ def test_batched_left_padded_generation_equals_one_by_one():
     batch = small_batch(config, scene_samples(4, captions=False))
     loop = LoopConfig(max_new_tokens=5, max_rejected_fraction=1.0)
     together = generate_caption_from_mask(model, prompter, batch, loop)
-    alone = generate_caption_from_mask(model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1}))
+    alone = generate_caption_from_mask(
+        model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1})
+    )
     assert len({len(ids) for ids in together.token_ids}) >= 1
     shortened = [ids[: len(other)] for ids, other in zip(together.token_ids, alone.token_ids, strict=True)]
     assert shortened == alone.token_ids
