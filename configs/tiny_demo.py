@@ -14,5 +14,15 @@ train = dict(
     save_interval=200,
     panel_interval=200,
 )
-data = dict(regions_per_image=4, refcoco_weight=0.25, num_workers=0, eval_datasets=("refcoco",), eval_split="val")
+data = dict(
+    regions_per_image=4,
+    num_workers=0,
+    # A quarter of each: the captioned part stays in the mix and anchors [SEG] and the language.
+    sav_weight=0.25,
+    sa1b_weight=0.25,
+    openimage_weight=0.25,
+    refcoco_weight=0.25,
+    eval_datasets=("refcoco",),
+    eval_split="val",
+)
 loop = dict(max_new_tokens=12, rollout_batch_size=64)

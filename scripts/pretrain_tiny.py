@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=sorted(PARTS), help="run this stage alone and stop")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--encoder_scenes", type=int, default=3000, help="scenes for stages 1 and 2")
+    parser.add_argument("--encoder_scenes", type=int, default=6000, help="scenes for stages 1 and 2")
     parser.add_argument("--captioned_scenes", type=int, default=300, help="scenes with captions, stage 3")
     parser.add_argument("--sam_steps", type=int, default=1000)
     parser.add_argument("--vision_steps", type=int, default=4000)

@@ -78,7 +78,7 @@ def insert_image_tokens(
             explain(
                 "image placeholders and image features differ in number",
                 seen=f"{int(placeholder.sum())} <IMG_CONTEXT> tokens",
-                expected=f"{features.shape[0]} ({num_tiles} tiles x {tokens_per_tile}, {int(cells.sum())} region cells)",
+                expected=f"{num_tiles} x {tokens_per_tile} + {int(cells.sum())} cells of regions = {features.shape[0]}",
                 fix="build the prompt from the same prompt masks that are given to the model",
             )
         )

@@ -3,10 +3,11 @@
 1. SAM 2 from point prompts (masks only) with an auxiliary class map. All three candidates learn alike, and the IoU head
    learns to rank them. (Letting only the best candidate learn, as SAM does for ambiguous points, fails here: the three
    share the objects of a scene out among them and never look at the point.)
-2. The vision tower from class maps on the token grid.
+2. The vision tower from class maps on the token grid. Every token also tells its own row and column: nothing else in
+   this stage asks for places, and the frozen tower of stage 3 has to bring them.
 3. Everything together on a small captioned part: describe a region, segment a description. An alignment loss draws
-   the projected [SEG] embedding to SAM 2's own prompt embedding of the region's centre and cells; without it the [SEG] path
-   does not leave the floor in the time that a laptop has.
+   the projected [SEG] embedding to SAM 2's own prompt embedding of the region's centre,
+   and to its cells; without it the [SEG] path does not leave the floor in the time that a laptop has.
 """
 
 from __future__ import annotations
@@ -136,11 +137,17 @@ def train_vision(model: Any, pool: ScenePool, steps: int, batch_size: int, learn
     tower = model.mllm.model.vision_tower
     width = tower.config.hidden_size
     heads = nn.ModuleList([nn.Linear(width, len(SHAPES) + 1), nn.Linear(width, len(COLOUR_NAMES) + 1)])
+    grid_size = int(model.mllm.config.image_seq_length**0.5)
+    places = nn.ModuleList([nn.Linear(width, grid_size), nn.Linear(width, grid_size)])
+    rows = torch.arange(grid_size).repeat_interleave(grid_size)
+    columns = torch.arange(grid_size).repeat(grid_size)
 
     def loss_of(indices: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch, shapes, colours = pool.batch(indices)
         tokens = model.encode_vision(batch.pixel_values)
         loss, figures = torch.zeros(()), {}
+        for head, place in zip(places, (rows, columns), strict=True):
+            loss = loss + 0.3 * F.cross_entropy(head(tokens).flatten(0, 1), place.repeat(len(tokens)))
         for name, head, classes in zip(("shape", "colour"), heads, (shapes, colours), strict=True):
             target = class_maps(batch, batch.prompt_masks, classes).flatten(1)
             logits = head(tokens)
@@ -149,7 +156,7 @@ def train_vision(model: Any, pool: ScenePool, steps: int, batch_size: int, learn
             figures[name] = float((logits.argmax(-1) == target)[inside].float().mean())
         return loss, figures
 
-    parameters = [*tower.parameters(), *heads.parameters()]
+    parameters = [*tower.parameters(), *heads.parameters(), *places.parameters()]
     run("vision", loss_of, parameters, pool, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
 
 
