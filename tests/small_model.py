@@ -19,7 +19,7 @@ def small_config(**model_changes: Any) -> Config:
     """The tiny configuration, smaller still: 64-pixel images on an 8 x 8 grid."""
     config = load_config(resolve_config_path("tiny_cpu"))
     vision = {**config.model.vision, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
-    vision.update(image_size=[64, 64], num_attention_heads=2)
+    vision.update(image_size=[64, 64], patch_size=[8, 8], num_attention_heads=2)
     text = {**config.model.text, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     sam2 = {
         "image_size": 64,

@@ -45,7 +45,7 @@ def damage(demo: Path) -> dict[str, str]:
             annotation.update(segmentation=[[1.0, 1.0, 9.0, 9.0]], iscrowd=0)
     instances.write_text(json.dumps(content))
     return {
-        f"sav/{pair.stem}": "truncated_file",
+        f"sav/{pair.relative_to(demo / 'sav').with_suffix('')}": "truncated_file",
         f"sa1b/{broken.stem}": "broken_rle",
         f"sa1b/{orphan.stem}": "missing_file",
         f"openimages/{image_id}": "aspect_mismatch",

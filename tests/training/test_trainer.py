@@ -14,11 +14,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hollow import HollowLoop, make_trainer
-
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.training.guard import NonFiniteError
 from dual_loop.training.trainer import Trainer
+
+from hollow import HollowLoop, make_trainer
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -237,6 +237,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from hollow import HollowLoop, make_trainer
 import torch
+from dual_loop.training.devices import end_processes
 trainer = make_trainer(sys.argv[1], HollowLoop(spoil=sys.argv[3]), batch_size=1, gradient_accumulation_steps=2)
 trainer.fit()
 summary = trainer.summary()
@@ -244,6 +245,7 @@ if trainer.accelerator.is_main_process:
     import json, os
     torch.save(trainer.model.state_dict(), os.path.join(sys.argv[1], "weights.pt"))
     json.dump(summary, open(os.path.join(sys.argv[1], "summary.json"), "w"))
+end_processes(trainer.accelerator)
 """
 
 
