@@ -33,7 +33,7 @@ from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import TINY_WEIGHTS, build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
-from dual_loop.training.devices import build_accelerator
+from dual_loop.training.devices import build_accelerator, end_processes
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import gather_objects
 from dual_loop.training.run_folder import RunFolder, check_free
@@ -90,7 +90,7 @@ def train(config: Config) -> FitResult:
     summary = {**trainer.summary(), **evaluation_summary(before, after)}
     folder.write_summary(summary)
     report(closing_line(result, summary, folder.path))
-    accelerator.end_training()
+    end_processes(accelerator)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 import warnings
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
+
+LET_GO_SECONDS = 0.5
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -48,6 +51,20 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped: nn.Module = accelerator.prepare_model(model)
     return wrapped
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Leave the process group; call it once, when all else is done.
+
+    gloo's threads free the tensors of the last collectives a moment after these return, and need Python's lock for it.
+    If the group is taken down in that moment, by a thread that holds the lock and waits for them, the process hangs
+    for ever (seen with torch 2.13). So the last collective is a barrier, which holds no Python tensor, and the lock is
+    given away for a while after it.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        time.sleep(LET_GO_SECONDS)
+    accelerator.end_training()
 
 
 def precision(config: Config) -> str:
