@@ -64,6 +64,9 @@ def load_weights(model: nn.Module, path: str | Path) -> WeightReport:
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+    rows = getattr(model, "new_token_rows", None)
+    if rows is not None and "new_token_rows.input_rows" in absent:
+        rows.read_tables(model.mllm.get_input_embeddings(), model.mllm.lm_head)
     values = sum(tensor.numel() for tensor in tensors.values())
     return WeightReport(str(path), len(tensors), values, len(absent))
 

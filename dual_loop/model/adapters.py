@@ -131,6 +131,13 @@ class NewTokenRows(nn.Module):
         return torch.cat([logits[:, : self.first_id], new.to(logits.dtype), logits[:, last:]], dim=1)
 
     @torch.no_grad()
+    def read_tables(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """Take the rows over from the tables, after weights were loaded that bring tables but no rows."""
+        rows = slice(self.first_id, self.first_id + len(self.input_rows))
+        self.input_rows.copy_(embedding.weight[rows])
+        self.output_rows.copy_(head.weight[rows])
+
+    @torch.no_grad()
     def write_back(self, embedding: nn.Embedding, head: nn.Linear) -> None:
         """Copy the rows into the tables."""
         rows = slice(self.first_id, self.first_id + len(self.input_rows))
