@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_model import small_config, small_model
 
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.errors import CheckpointError
+
+from small_model import small_config, small_model
 
 
 def written(tmp_path, change=lambda state: None):
