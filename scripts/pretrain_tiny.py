@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sam_steps", type=int, default=1000)
     parser.add_argument("--vision_steps", type=int, default=4000)
     parser.add_argument("--caption_steps", type=int, default=400)
-    parser.add_argument("--together_steps", type=int, default=500)
+    parser.add_argument("--together_steps", type=int, default=600)
     parser.add_argument("--align_weight", type=float, default=4.0)
     return parser.parse_args()
 
