@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,9 +65,10 @@ def load_weights(model: nn.Module, path: str | Path) -> WeightReport:
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+    whole = cast(Any, model)
     rows = getattr(model, "new_token_rows", None)
     if rows is not None and "new_token_rows.input_rows" in absent:
-        rows.read_tables(model.mllm.get_input_embeddings(), model.mllm.lm_head)
+        rows.read_tables(whole.mllm.get_input_embeddings(), whole.mllm.lm_head)
     values = sum(tensor.numel() for tensor in tensors.values())
     return WeightReport(str(path), len(tensors), values, len(absent))
 
