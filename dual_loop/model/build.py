@@ -168,7 +168,7 @@ def enable_gradient_checkpointing(model: VideoLLaVASAMModel) -> None:
 
 def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:
     """Return the native InternVL config with the flags of Sa2VA that are silent when wrong."""
-    vision_values = {"use_mean_pooling": False, "attention_bias": True, "use_qk_norm": False, **settings.vision}
+    vision_values = {"use_mean_pooling": True, "attention_bias": True, "use_qk_norm": False, **settings.vision}
     vision = _strict(InternVLVisionConfig, vision_values, "model.vision")
     text_values = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, **settings.text}
     text = _strict(Qwen2Config, text_values, "model.text")
