@@ -17,6 +17,8 @@ _LAZY = {
     "pool_mask_to_grid": "dual_loop.data.masks",
     "build_dataset": "dual_loop.data.dataset_builder",
     "generate_caption_from_mask": "dual_loop.loop.captioner",
+    "guess_load_checkpoint": "dual_loop.checkpoint.importer",
+    "load_weights": "dual_loop.checkpoint.importer",
     "compute_segmentation_loss": "dual_loop.loop.segmenter",
 }
 

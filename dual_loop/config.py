@@ -145,6 +145,8 @@ class TrainConfig:
     output_dir: str = "outputs/run"
     pretrained_pth: str | None = None
     model_path: str | None = None
+    sam2_path: str | None = None
+    allow_missing: tuple[str, ...] = ()
     num_epochs: int = 1
     max_steps: int | None = None
     batch_size: int = 2

@@ -39,8 +39,10 @@ class Flag:
 
 FLAGS: Mapping[str, tuple[Flag, ...]] = {
     "weights": (
-        Flag("pretrained_pth", "train.pretrained_pth", "FILE", "pretrained weights; none: those the config names"),
-        Flag("model_path", "train.model_path", "DIR", "folder of the base model, for its tokenizer"),
+        Flag("pretrained_pth", "train.pretrained_pth", "PATH", "pretrained weights; none: those the config names"),
+        Flag("model_path", "train.model_path", "DIR", "base model: its tokenizer, and its weights where needed"),
+        Flag("sam2_path", "train.sam2_path", "PATH", "SAM 2 weights under a checkpoint that lacks them"),
+        Flag("allow_missing", "train.allow_missing", "PATTERNS", "names that may stay initial, comma-separated"),
         Flag("train_embeddings", "model.train_embeddings", "auto|none|new_tokens|all", "token embeddings that train"),
         Flag("lora_r", "model.lora_r", "RANK", "rank of LoRA"),
         Flag("lora_alpha", "model.lora_alpha", "NUMBER", "LoRA is scaled by alpha / rank"),

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
+from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, summarise
@@ -30,7 +31,7 @@ from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.adapters import trainable_table
-from dual_loop.model.build import TINY_WEIGHTS, build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.training.devices import build_accelerator, end_processes
@@ -76,7 +77,7 @@ def train(config: Config) -> FitResult:
     report.set_up_logging()
     folder = prepare_folder(config, accelerator)
     torch.manual_seed(config.train.seed)
-    model, prompter = prepare_model(config, report)
+    model, prompter = prepare_model(config, folder, report)
     stream = prepare_data(config, accelerator, report)
     loop = DualLoop(model, prompter, config.loop)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report)
@@ -138,9 +139,9 @@ def check_paths(config: Config) -> None:
         problems.append(f"no data set is given: set at least one of {', '.join(f'--{k[5:]}' for k in DIRECTORIES)}")
     folders = {**sources, "data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
     problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
-    weights = config.train.pretrained_pth
-    if weights and not Path(weights).exists():
-        problems.append(f"train.pretrained_pth: no such file: {weights}")
+    for key, weights in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
+        if weights and not Path(weights).exists():
+            problems.append(f"train.{key}: no such file: {weights}")
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")
@@ -163,28 +164,21 @@ def prepare_folder(config: Config, accelerator: Accelerator) -> RunFolder:
     return folder
 
 
-def prepare_model(config: Config, report: Reporter) -> tuple[VideoLLaVASAMModel, Prompter]:
+def prepare_model(config: Config, folder: RunFolder, report: Reporter) -> tuple[VideoLLaVASAMModel, Prompter]:
     """Build the model and load its weights, saying so line by line."""
     report("Building VideoLLaVASAMModel...")
-    tokenizer = build_tokenizer(config.model, config.train.model_path)
-    weights = weights_path(config)
-    model = build_model(config, tokenizer, weights_imported=weights is not None)
+    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
+    sources = weights_sources(config)
+    model = build_model(config, tokenizer, weights_imported=brings_embeddings(sources, len(tokenizer)))
     report(f"✓ Model built\n{trainable_table(model)}")
-    if weights is None:
+    if not sources:
         report("No pretrained weights: starting from random initialisation")
     else:
-        report(f"✓ Pretrained weights loaded ({load_weights(model, weights)})")
+        allowed = config.train.allow_missing
+        imported = load_weights(model, sources, tokenizer=tokenizer, allow_missing=allowed, hash_files=report.is_main)
+        folder.write_import(imported.to_dict())
+        report(f"✓ Pretrained weights loaded\n{imported}")
     return cast(VideoLLaVASAMModel, model), build_prompter(config, tokenizer)
-
-
-def weights_path(config: Config) -> Path | None:
-    """Return the weights to start from: ``--pretrained_pth``, else what the config names, else None."""
-    if config.train.pretrained_pth:
-        return Path(config.train.pretrained_pth)
-    initial = config.model.initial_weights
-    if initial is None:
-        return None
-    return TINY_WEIGHTS if initial == "tiny" else Path(initial)
 
 
 def prepare_data(config: Config, accelerator: Accelerator, report: Reporter) -> DataStream:

@@ -39,7 +39,15 @@ from dual_loop.checkpoint.sources import (
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.prompts import NEW_TOKENS
 
-__all__ = ["ImportReport", "SourceReport", "describe_checkpoint", "guess_load_checkpoint", "load_weights"]
+__all__ = [
+    "ImportReport",
+    "SourceReport",
+    "brings_new_tokens",
+    "describe_checkpoint",
+    "guess_load_checkpoint",
+    "load_weights",
+    "match_keys",
+]
 
 LORA = (".lora_A.", ".lora_B.")
 NEW_ROWS = "new_token_rows."
@@ -167,6 +175,24 @@ def brings_new_tokens(paths: Sequence[str | Path], vocab_size: int) -> bool:
             if any(p.target == TABLES[0] for p in placements) and source.tensors[name][0][0] >= vocab_size:
                 return True
     return False
+
+
+def match_keys(
+    model: nn.Module, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[list[str], dict[str, int], int]:
+    """Match names and shapes alone with ``model`` (also on ``meta``): no weights are needed or read.
+
+    Args:
+        tensors: key -> (shape, dtype) of one source.
+
+    Returns:
+        The problems, reason -> number of dropped keys, and how many of the model's tensors are filled.
+    """
+    own = dict(model.state_dict())
+    source = _Source("keys", _layout(tensors, Path("keys")), tensors)
+    problems = _place_all(source, own)
+    _, _, absent = _missing(model, [source], own, ())
+    return problems + absent, dict(source.dropped), len(source.targets & own.keys())
 
 
 def load_weights(

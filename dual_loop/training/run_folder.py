@@ -4,6 +4,7 @@
 
     OUTPUT_DIR/config.json      the resolved configuration
                versions.json    packages, Python, git commit, command line, device
+               import_report.json  which weights the run started from: files, layouts, hashes, what was dropped
                metrics.jsonl    one record a logged step
                tensorboard/     the same as curves
                panels/          step_000123_0.png: image, mask, caption, mask'
@@ -84,6 +85,11 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if self.writes:
             write_json(self.path / "summary.json", summary)
+
+    def write_import(self, report: Mapping[str, Any]) -> None:
+        """Write what the weights were and where they came from, as ``import_report.json``."""
+        if self.writes:
+            write_json(self.path / "import_report.json", report)
 
     def write_evaluation(self, name: str, result: Mapping[str, Any]) -> None:
         """Write the measured ``result`` of one evaluation as ``evaluation_<name>.json``."""
