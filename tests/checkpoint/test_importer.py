@@ -1,69 +1,280 @@
-"""Weights go where they belong or not at all."""
+"""Weights go where they belong or not at all, whatever layout they come in."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dual_loop.checkpoint.importer import load_weights
+from dual_loop.checkpoint.importer import brings_new_tokens, describe_checkpoint, load_weights
+from dual_loop.checkpoint.key_rules import HF_SA2VA, ORIGINAL, export_tensors
 from dual_loop.errors import CheckpointError
 
 from small_model import small_config, small_model
 
+LAYER = "mllm.model.language_model.base_model.model.model.layers.0.self_attn.q_proj"
+EMBED = "mllm.model.language_model.base_model.model.model.embed_tokens.weight"
+HEAD = "mllm.model.language_model.base_model.model.lm_head.weight"
+TRAINED = ("lora_", "mlp1", "sam_mask_decoder", "text_hidden_fcs", "embed_tokens", "lm_head")
 
-def written(tmp_path, change=lambda state: None):
+
+def clones(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def native(tmp_path, change=lambda state: None):
+    """Write the package's own layout without LoRA; return (model, path)."""
     model, _, _ = small_model(seed=1)
-    state = {k: v.clone() for k, v in model.state_dict().items() if ".lora_" not in k}
+    state = {k: v for k, v in clones(model.state_dict()).items() if ".lora_" not in k}
     change(state)
     save_file(state, tmp_path / "weights.safetensors")
     return model, tmp_path / "weights.safetensors"
 
 
-def test_round_trip_with_fresh_adapters(tmp_path):
-    source, path = written(tmp_path)
-    model, _, _ = small_model(seed=2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    report = load_weights(model, path)
+def original(tmp_path, change=lambda state: None, name="weights.pth", wrap=lambda s: {"state_dict": s, "meta": {}}):
+    """Write the original's training layout with made-up video memory; return (model, path)."""
+    model, _, _ = small_model(seed=1)
+    state = clones(export_tensors(model.state_dict(), ORIGINAL))
+    state["grounding_encoder.sam2_model.no_obj_ptr"] = torch.zeros(1, 32)
+    change(state)
+    torch.save(wrap(state), tmp_path / name)
+    return model, tmp_path / name
+
+
+def assert_same(model, expected, skip=()):
     for name, tensor in model.state_dict().items():
-        expected = before[name] if ".lora_" in name else source.state_dict()[name]
-        assert torch.equal(tensor, expected), name
-    assert report.num_fresh == sum(".lora_" in name for name in before)
+        if not any(part in name for part in skip):
+            assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_native_round_trip_with_fresh_adapters(tmp_path):
+    source, path = native(tmp_path)
+    model, _, _ = small_model(seed=2)
+    before = clones(model.state_dict())
+    report = load_weights(model, path)
+    assert_same(model, source, skip=(".lora_",))
+    adapters = [name for name in before if ".lora_" in name]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in adapters)
+    assert report.fresh == {"LoRA": len(adapters)}
+    assert report.sources[0].extent == "full"
 
 
 def test_new_token_rows_follow_the_loaded_tables(tmp_path):
-    source, path = written(tmp_path)
+    source, path = native(tmp_path)
     model, _, _ = small_model(small_config(train_embeddings="new_tokens"), seed=2)
     load_weights(model, path)
-    first = model.new_token_rows.first_id
-    count = len(model.new_token_rows.input_rows)
+    first, count = model.new_token_rows.first_id, len(model.new_token_rows.input_rows)
     expected = source.mllm.get_input_embeddings().weight[first : first + count]
     assert torch.equal(model.new_token_rows.input_rows, expected)
     model.sync_new_tokens()
     assert torch.equal(model.mllm.get_input_embeddings().weight[first : first + count], expected)
 
 
+def test_original_full_checkpoint_with_its_report(tmp_path):
+    source, path = original(tmp_path)
+    model, prompter, _ = small_model(seed=2)
+    report = load_weights(model, path, tokenizer=prompter.tokenizer, hash_files=True)
+    assert_same(model, source)
+    [entry] = report.sources
+    assert (entry.layout, entry.extent, entry.dtypes) == ("original", "full", {"float32": entry.num_tensors})
+    assert entry.dropped == {"video memory: single images do not use it": 1}
+    assert len(entry.sha256["weights.pth"]) == 64
+    assert report.num_matched == len(model.state_dict())
+    json.dumps(report.to_dict())
+    assert "1 dropped" in str(report)
+    assert brings_new_tokens([path], len(prompter.tokenizer))
+
+
+def older_peft(state):
+    for name in list(state):
+        new = (
+            name.replace(".base_layer.", ".")
+            .replace(".lora_A.default.", ".lora_A.")
+            .replace(".lora_B.default.", ".lora_B.")
+        )
+        state[new] = state.pop(name)
+
+
+def test_lora_names_of_older_peft(tmp_path):
+    source, path = original(tmp_path, older_peft)
+    model, _, _ = small_model(seed=2)
+    load_weights(model, path)
+    assert_same(model, source)
+
+
+def merge(state):
+    for name in list(state):
+        if ".lora_A." in name:
+            base = name.replace("lora_A.default", "base_layer")
+            b = state.pop(name.replace("lora_A", "lora_B"))
+            state[base] = state[base] + 2.0 * b @ state.pop(name)
+    for name in list(state):
+        state[name.replace("base_model.model.", "").replace(".base_layer.", ".")] = state.pop(name)
+
+
+def test_a_file_with_merged_lora(tmp_path):
+    source, path = original(tmp_path, merge)
+    model, _, _ = small_model(seed=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.zero_()
+    report = load_weights(model, path)
+    assert report.fresh["LoRA"] > 0
+    hidden = torch.randn(1, 5, 32)
+    mask, merged = torch.ones(1, 5, dtype=torch.bool), model.language_hidden
+    difference = merged(hidden, mask, None) - source.language_hidden(hidden, mask, None)
+    assert difference.abs().max() < 1e-5
+
+
+def test_trimmed_over_a_base_and_alone(tmp_path):
+    base, base_path = original(tmp_path, name="base.pth")
+
+    def trim(state):
+        for name in list(state):
+            if not any(part in name for part in TRAINED):
+                del state[name]
+            elif "lora" in name or "text_hidden" in name:
+                state[name] = state[name] + 1
+
+    _, path = original(tmp_path, trim, name="trimmed.pth")
+    model, _, _ = small_model(seed=2)
+    report = load_weights(model, [base_path, path])
+    assert [source.extent for source in report.sources] == ["full", "trimmed"]
+    assert_same(model, base, skip=(".lora_", "text_hidden_fcs"))
+    own, old = model.state_dict(), base.state_dict()
+    assert all(torch.equal(own[k], old[k] + 1) for k in own if ".lora_" in k or "text_hidden_fcs" in k)
+    with pytest.raises(
+        CheckpointError, match=r"trimmed checkpoint or adapter needs its base.*--model_path.*--sam2_path"
+    ):
+        load_weights(model, path)
+
+
+@pytest.mark.parametrize("native_names", [False, True])
+def test_base_models_separately_with_new_vocabulary_rows(tmp_path, native_names):
+    model, prompter, _ = small_model(seed=1)
+    full = {k: v for k, v in clones(export_tensors(model.state_dict(), HF_SA2VA)).items() if "lora_" not in k}
+    if native_names:
+        full = {k.removeprefix("mllm."): v for k, v in clones(model.state_dict()).items() if "lora_" not in k}
+        full = {k.replace(".base_layer.", "."): v for k, v in full.items()}
+    internvl = {k.replace(".base_layer.", "."): v for k, v in full.items() if not k.startswith(("grounding", "text_h"))}
+    for name in internvl:
+        if "embed_tokens" in name or "lm_head" in name:
+            internvl[name] = internvl[name][:-5].clone()
+    prefix = "grounding_encoder." if native_names else "grounding_encoder.sam2_model."
+    sam = {k.removeprefix(prefix): v for k, v in full.items() if k.startswith("grounding")}
+    (tmp_path / "internvl").mkdir()
+    save_file(internvl, tmp_path / "internvl" / "model.safetensors")
+    torch.save({"model": sam}, tmp_path / "sam2.pt")
+    other, _, _ = small_model(seed=2)
+    report = load_weights(other, [tmp_path / "internvl", tmp_path / "sam2.pt"], tokenizer=prompter.tokenizer)
+    expected = ["internvl-native", "sam2-native"] if native_names else ["internvl", "sam2"]
+    assert [source.layout for source in report.sources] == expected
+    assert report.num_new_rows == 5
+    assert set(report.fresh) == {"LoRA", "text_hidden_fcs"}
+    assert_same(other, model, skip=(".lora_", "text_hidden_fcs", "embed_tokens", "lm_head"))
+    table, old = other.mllm.get_input_embeddings().weight, model.mllm.get_input_embeddings().weight
+    assert torch.equal(table[:-5], old[:-5])
+    assert torch.isfinite(table).all()
+    assert not torch.equal(table[-5], table[-4])
+    assert not brings_new_tokens([tmp_path / "internvl"], len(prompter.tokenizer))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update({"mllm.lm_haed.weight": s.pop("mllm.lm_head.weight")}), "nearest: mllm.lm_head.weight"),
-        (lambda s: s.update({"text_hidden_fcs.0.bias": torch.zeros(3)}), r"text_hidden_fcs.0.bias: shape \(3,\)"),
-        (lambda s: s.pop("text_hidden_fcs.2.weight"), "missing text_hidden_fcs.2.weight"),
+        (
+            lambda s: s.update({LAYER + ".base_layer.wieght": s.pop(LAYER + ".base_layer.weight")}),
+            r"unknown key \S+q_proj\.base_layer\.wieght \(nearest: \S+q_proj\.base_layer\.weight\)",
+        ),
+        (lambda s: s.update({"mllm.model.mlp1.0.bias": torch.zeros(3)}), r"mlp1\.0\.bias: shape \(3,\) in the file"),
+        (
+            lambda s: s.update({LAYER + ".weight": s[LAYER + ".base_layer.weight"]}),
+            r"doubled key: \S+q_proj\.weight and \S+q_proj\.base_layer\.weight",
+        ),
+        (lambda s: s.update({EMBED: torch.cat([s[EMBED], s[EMBED][:1]])}), r"embed_tokens\.weight: shape .*vocabulary"),
+        (lambda s: s.pop("text_hidden_fcs.2.weight"), r"missing text_hidden_fcs\.2\.weight.*--allow_missing"),
+        (
+            lambda s: s.pop(LAYER + ".lora_A.default.weight"),
+            r"missing \S+q_proj\.lora_A.*expected as mllm\S+base_model",
+        ),
+        (lambda s: s.pop(HEAD), r"missing mllm\.lm_head\.weight.*tie_word_embeddings"),
+        (
+            lambda s: s.pop("grounding_encoder.sam2_model.sam_prompt_encoder.point_embeddings.1.weight"),
+            r"missing grounding_encoder\.prompt_encoder\.point_embed\.weight",
+        ),
+        (
+            lambda s: s.update({LAYER + ".lora_A.default.weight": torch.zeros(9, 32)}),
+            r"lora_A\.default\.weight: shape \(9, 32\).*--lora_r",
+        ),
     ],
+    ids=["renamed", "shape", "doubled", "row", "missing", "lora", "head", "piece", "rank"],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path, change, message):
-    _, path = written(tmp_path, change)
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(tmp_path, change, message):
+    _, path = original(tmp_path, change)
     model, _, _ = small_model(seed=2)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message):
+    before = clones(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"(?s)" + message):
         load_weights(model, path)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_missing_and_foreign_files_are_named(tmp_path):
+def test_missing_by_permission_keeps_the_initial_values_and_says_so(tmp_path):
+    _, path = original(tmp_path, lambda s: s.pop("text_hidden_fcs.2.weight"))
+    model, _, _ = small_model(seed=2)
+    before = model.state_dict()["text_hidden_fcs.2.weight"].clone()
+    report = load_weights(model, path, allow_missing=["text_hidden_fcs.*"])
+    assert report.missing == ["text_hidden_fcs.2.weight"]
+    assert "missing by permission: text_hidden_fcs.2.weight" in str(report)
+    assert torch.equal(model.state_dict()["text_hidden_fcs.2.weight"], before)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("mllm.model.language_model.model.layers.0.attention.wqkv.weight", "InternLM2.*not supported.*wqkv"),
+        ("mllm.model.visual.blocks.0.attn.qkv.weight", "Qwen-VL.*not supported.*visual"),
+        ("encoder.weight", "no known layout.*encoder.weight"),
+    ],
+)
+def test_other_architectures_are_refused_before_anything_is_loaded(tmp_path, key, message):
+    torch.save({key: torch.zeros(2)}, tmp_path / "other.pth")
     model, _, _ = small_model()
-    with pytest.raises(CheckpointError, match="weights not found"):
-        load_weights(model, tmp_path / "absent.safetensors")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_weights(model, tmp_path / "text.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model, tmp_path / "other.pth")
+
+
+def test_ids_of_new_tokens_are_compared_with_the_folders_own_tokenizer(tmp_path):
+    _, _path = original(tmp_path, name="pytorch_model.bin")
+    model, prompter, _ = small_model(seed=2)
+    right = {t: prompter.tokenizer.convert_tokens_to_ids(t) for t in ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(right))
+    load_weights(model, tmp_path, tokenizer=prompter.tokenizer)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({**right, "[SEG]": 7}))
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: \[SEG\] has id 7, the tokenizer in use says"):
+        load_weights(model, tmp_path, tokenizer=prompter.tokenizer)
+
+
+def test_values_are_cast_to_the_models_dtype(tmp_path):
+    source, path = original(tmp_path)
+    model, _, _ = small_model(small_config(dtype="bfloat16"), seed=2)
+    load_weights(model, path)
+    table = model.mllm.get_input_embeddings().weight
+    assert table.dtype == torch.bfloat16
+    assert torch.equal(table, source.mllm.get_input_embeddings().weight.bfloat16())
+
+
+def test_describe_tells_layout_and_coverage(tmp_path):
+    model, path = original(tmp_path)
+    [(layout, targets)] = describe_checkpoint(path)
+    assert layout == "original"
+    assert targets == set(model.state_dict())
+
+
+@pytest.mark.slow
+def test_golden_checkpoint_is_accounted_for(golden):
+    [(layout, targets)] = describe_checkpoint(golden / "sa2va_tiny" / "checkpoint_full.pth")
+    assert layout == "original"
+    assert len(targets) == 380
