@@ -111,7 +111,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Step 1 (captioning) and step 2 (the question that the caption goes into)."""
+    """Step 1 (captioning) and step 2 (the question that the caption goes into).
+
+    ``caption_question``, ``segment_question`` and ``segment_answer`` are names of the banks in ``model.prompts``;
+    ``any`` draws one for each region.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -119,6 +123,7 @@ class LoopConfig:
     rollout_batch_size: int = 32
     caption_question: str = "short"
     segment_question: str = "segment"
+    segment_answer: str = "sure"
     on_rejected: str = "fallback"
     fallback_caption: str = "the object"
     max_rejected_fraction: float = 0.5

@@ -120,16 +120,17 @@ class Captioner:
         return rollouts
 
     def _requests(self, index: int, batch: Batch, from_reference: Sequence[bool]) -> list[_Request]:
-        offsets = _tile_offsets(batch.tiles_per_view)
+        offsets = tile_offsets(batch.tiles_per_view)
         requests = []
         for region, image in enumerate(batch.region_image.tolist()):
             if from_reference[region]:
                 continue
             view, mask = batch.caption_view[image], batch.prompt_masks[region]
             tiles = list(range(offsets[view], offsets[view] + batch.tiles_per_view[view]))
-            question = self.prompter.caption_question(int(mask.sum()), self.config.caption_question)
+            seed = int(batch.region_seeds[region])
+            question = self.prompter.caption_question(int(mask.sum()), self.config.caption_question, seed)
             prompt = self.prompter.image_prefix(len(tiles)) + question
-            requests.append(_Request(index, region, prompt, tiles, mask, int(batch.region_seeds[region])))
+            requests.append(_Request(index, region, prompt, tiles, mask, seed))
         return requests
 
     def _generate(self, chunk: Sequence[_Request], projected: Sequence[Tensor]) -> list[list[int]]:
@@ -226,7 +227,8 @@ def _empty_rollout(batch: Batch, use_references: bool) -> CaptionRollout:
     )
 
 
-def _tile_offsets(tiles_per_view: Sequence[int]) -> list[int]:
+def tile_offsets(tiles_per_view: Sequence[int]) -> list[int]:
+    """Return the index of each view's first tile among the tiles of the batch."""
     offsets, total = [], 0
     for count in tiles_per_view:
         offsets.append(total)

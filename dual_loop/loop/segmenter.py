@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
+from dual_loop.loop.captioner import tile_offsets
 from dual_loop.model.packing import pack_rows
 from dual_loop.model.prompts import Branch, Prompter
 from dual_loop.types import Batch, CaptionRollout
@@ -45,13 +46,13 @@ def segmentation_inputs(
     """
     tiles, views = _target_tiles(batch)
     rows: list[list[Branch]] = [[] for _ in batch.sources]
-    prompt_tile, prompt_masks = [], []
+    prompt_tile, prompt_masks, seeds = [], [], batch.region_seeds.tolist()
     for region, image in enumerate(batch.region_image.tolist()):
-        rows[image].append(_segment_branch(rollout, region, prompter, config))
+        rows[image].append(_segment_branch(rollout, region, seeds[region], prompter, config))
     for region, image in _supervised_regions(batch, rollout, config):
         mask = batch.prompt_masks[region]
         rows[image].append(
-            prompter.caption_branch(int(mask.sum()), rollout.captions[region], config.caption_question)
+            prompter.caption_branch(int(mask.sum()), rollout.captions[region], config.caption_question, seeds[region])
         )
         prompt_tile.append(views[image][-1])
         prompt_masks.append(mask)
@@ -85,8 +86,9 @@ def compute_segmentation_loss(
     return dict(model(inputs.data, mode="terms"))
 
 
-def _segment_branch(rollout: CaptionRollout, region: int, prompter: Prompter, config: LoopConfig) -> Branch:
-    branch = prompter.segment_branch(rollout.captions[region], config.segment_question)
+def _segment_branch(rollout: CaptionRollout, region: int, seed: int, prompter: Prompter, config: LoopConfig) -> Branch:
+    caption = rollout.captions[region]
+    branch = prompter.segment_branch(caption, config.segment_question, config.segment_answer, seed)
     if rollout.keep[region]:
         return branch
     # A dropped region stays in the row, so that every rank runs the same graph, but teaches nothing.
@@ -109,7 +111,7 @@ def _supervised_regions(batch: Batch, rollout: CaptionRollout, config: LoopConfi
 
 def _target_tiles(batch: Batch) -> tuple[list[int], list[list[int]]]:
     """Return the tile indices of the target views in row order, and for each row its indices in the new order."""
-    starts = [sum(batch.tiles_per_view[:view]) for view in range(len(batch.tiles_per_view))]
+    starts = tile_offsets(batch.tiles_per_view)
     tiles: list[int] = []
     views: list[list[int]] = []
     for view in batch.target_view:

@@ -7,7 +7,7 @@ are single tokens. An image always comes first, so that every question about it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +26,24 @@ class ChatTemplate:
 
     Attributes:
         segment_turn: text around the question of a segmentation turn, up to where the answer starts.
-        caption_turn: the same for a captioning turn.
+        caption_turn: the same for a captioning turn; the stock form of the template.
         answer_end: text that closes an answer; it carries loss.
         stop_texts: generation ends where one of these appears.
+        system_turn: text around a system message, before the first turn; Sa2VA sends none.
+        turn_separator: between the turns of a stock conversation, without loss; Sa2VA's segmentation turns have none.
     """
 
     segment_turn: str
     caption_turn: str
     answer_end: str
     stop_texts: tuple[str, ...]
+    system_turn: str
+    turn_separator: str = "\n"
 
 
-def _chat_ml(user: str, end: str, assistant: str) -> ChatTemplate:
-    turn = f"{user}{{question}}{end}\n{assistant}"
-    return ChatTemplate(segment_turn=turn, caption_turn=turn, answer_end=end, stop_texts=(end,))
+def _chat_ml(stop_texts: tuple[str, ...] = ("<|im_end|>",)) -> ChatTemplate:
+    turn = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return ChatTemplate(turn, turn, "<|im_end|>", stop_texts, "<|im_start|>system\n{system}<|im_end|>\n")
 
 
 TEMPLATES: Mapping[str, ChatTemplate] = {
@@ -49,26 +53,77 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
         caption_turn="<|user|>\n{question}<|end|>\n<|assistant|>\n",
         answer_end="<|end|>",
         stop_texts=("<|end|>",),
+        system_turn="<|system|>\n{system}<|end|>\n",
     ),
-    "internlm2_chat": _chat_ml("<|im_start|>user\n", "<|im_end|>", "<|im_start|>assistant\n"),
-    "qwen_chat": _chat_ml("<|im_start|>user\n", "<|im_end|>", "<|im_start|>assistant\n"),
+    "internlm2_chat": _chat_ml(),
+    "internvl2_5": _chat_ml(),
+    "qwen_chat": _chat_ml(("<|im_end|>", "<|endoftext|>")),
 }
+"""Stock forms after xtuner's templates of these names; ``internvl2_5`` is InternVL2.5's, without its system text."""
 
-REGION_LIST = "There are 1 part regions in the picture: region1{region}.\n\n"
+ANY = "any"
+"""In place of a question's or answer's name: each region draws one from the bank by its seed, as Sa2VA trains."""
 
 CAPTION_QUESTIONS: Mapping[str, str] = {
     "short": "Please give me a short description of the region in the picture marked by region1.",
     "detailed": "Please describe region1 in the picture in detail.",
     "refer": "Describe region1 so that nobody could take another object in the picture for it.",
+    "what": "What is in region1? Answer with one noun phrase.",
+    "distinct": "Which words set region1 apart from everything else in the picture?",
 }
+"""``short`` is the form of Sa2VA's region captions; the others are this package's own."""
 
 SEGMENT_QUESTIONS: Mapping[str, str] = {
     "segment": "Please segment {caption} in this image.",
+    "segment_bare": "Please segment {caption} in this image",
     "can_you": "Can you segment {caption} in this image?",
+    "can_you_bare": "Can you segment {caption} in this image",
+    "respond": "What is {caption} in this image? Please respond with segmentation mask.",
+    "output": "What is {caption} in this image? Please output segmentation mask.",
     "mission": "Please segment: {caption}",
 }
+"""The forms that the checkpoint was trained on, and ``mission``, the short one."""
 
-SEGMENT_ANSWER = f"Sure, {SEG}."
+SEGMENT_ANSWERS: Mapping[str, str] = {
+    "sure": f"Sure, {SEG}.",
+    "it_is": f"It is {SEG}.",
+    "sure_it_is": f"Sure, it is {SEG}.",
+    "result": f"Sure, the segmentation result is {SEG}.",
+    "bare": f"{SEG}.",
+}
+
+
+def choose(bank: Mapping[str, str], name: str, seed: int = 0) -> str:
+    """Return the text called ``name``; for :data:`ANY` one that ``seed`` (a region's) decides.
+
+    Raises:
+        PromptError: the bank has no such name.
+    """
+    if name == ANY:
+        # Knuth's multiplicative hash: seeds of neighbouring regions differ little.
+        return list(bank.values())[(seed * 2654435761 % 2**32) * len(bank) >> 32]
+    if name not in bank:
+        raise PromptError(explain("unknown question or answer", seen=name, expected=", ".join((*bank, ANY))))
+    return bank[name]
+
+
+def list_regions(num_cells: Sequence[int]) -> str:
+    """Return the sentence that introduces regions with their placeholder tokens, in Sa2VA's words.
+
+    The grammar stays as it was trained, also for one region.
+
+    Raises:
+        PromptError: a region has no grid cell.
+    """
+    if min(num_cells) < 1:
+        raise PromptError(
+            explain("a region prompt needs at least one grid cell", seen=list(num_cells), expected=">= 1 each")
+        )
+    parts = [
+        f"region{number}{REGION_START}{IMAGE_CONTEXT * count}{REGION_END}"
+        for number, count in enumerate(num_cells, start=1)
+    ]
+    return f"There are {len(parts)} part regions in the picture: {', '.join(parts)}."
 
 
 @dataclass(frozen=True)
@@ -142,25 +197,45 @@ class Prompter:
         start, end = self.token_id(IMAGE_START), self.token_id(IMAGE_END)
         return [*self.encode(before), start, *[self.image_context_id] * count, end]
 
-    def caption_question(self, num_cells: int, question: str) -> list[int]:
+    def caption_question(self, num_cells: int, question: str, seed: int = 0) -> list[int]:
         """Return the ids that ask for the caption of a region of ``num_cells`` grid cells, after the image prefix."""
-        if num_cells < 1:
-            raise PromptError(explain("a region prompt needs at least one grid cell", seen=num_cells, expected=">= 1"))
         _, after = self._split_turn(self.template.caption_turn)
-        region = f"{REGION_START}{IMAGE_CONTEXT * num_cells}{REGION_END}"
-        return self.encode("\n" + REGION_LIST.format(region=region) + CAPTION_QUESTIONS[question] + after)
+        text = choose(CAPTION_QUESTIONS, question, seed)
+        return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
 
-    def caption_branch(self, num_cells: int, caption: str, question: str) -> Branch:
+    def caption_branch(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Branch:
         """Return the captioning turn with ``caption`` as the answer; the answer and its end carry loss."""
         self._refuse_markers(caption)
-        return self._branch(self.caption_question(num_cells, question), caption)
+        return self._branch(self.caption_question(num_cells, question, seed), caption)
 
-    def segment_branch(self, caption: str, question: str) -> Branch:
+    def segment_branch(self, caption: str, question: str, answer: str = "sure", seed: int = 0) -> Branch:
         """Return the segmentation turn for ``caption`` with the answer that holds [SEG]."""
         self._refuse_markers(caption)
         _, after = self._split_turn(self.template.segment_turn)
-        text = SEGMENT_QUESTIONS[question].format(caption=caption)
-        return self._branch(self.encode("\n" + text + after), SEGMENT_ANSWER)
+        text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=caption)
+        return self._branch(self.encode(f"\n{text}{after}"), choose(SEGMENT_ANSWERS, answer, seed + 1))
+
+    def conversation(
+        self, turns: Sequence[tuple[str, str]], num_tiles: int = 1, num_cells: Sequence[int] = (), stock: bool = False
+    ) -> Branch:
+        """Return a whole conversation over one image, image prefix included.
+
+        Args:
+            turns: (question, answer) pairs in plain text; answers may hold [SEG]. Each answer and its end carry loss.
+            num_tiles: image tiles.
+            num_cells: grid cells of the regions listed before the first question.
+            stock: the template's stock form between turns, with its separator; else Sa2VA's segmentation form.
+        """
+        template = self.template
+        before, after = self._split_turn(template.caption_turn if stock else template.segment_turn)
+        ids, labels = self.image_prefix(num_tiles), [-100] * len(self.image_prefix(num_tiles))
+        listing = f"{list_regions(num_cells)}\n" if num_cells else ""
+        for number, (question, answer) in enumerate(turns):
+            start = f"\n{listing}" if number == 0 else (template.turn_separator if stock else "") + before
+            branch = self._branch(self.encode(start + question + after), answer)
+            ids += branch.input_ids
+            labels += branch.labels
+        return Branch(tuple(ids), tuple(labels))
 
     def _branch(self, question_ids: list[int], answer: str) -> Branch:
         answer_ids = self.encode(answer + self.template.answer_end)

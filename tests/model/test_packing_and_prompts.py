@@ -117,3 +117,84 @@ def test_caption_prompt_equals_the_reference(golden):
     reference = json.loads((golden / "sa2va_tiny" / "inputs.json").read_text())["caption_texts"][0]
     ours = prompter.tokenizer.decode(prompter.image_prefix(1) + prompter.caption_question(30, "short"))
     assert ours.replace("<IMG_CONTEXT>" * 64, "{256 x <IMG_CONTEXT>}", 1) == reference
+
+
+def short(text, prompter, cells):
+    """Undo the reference's abbreviation of the image tokens."""
+    return text.replace("<IMG_CONTEXT>" * cells, "{256 x <IMG_CONTEXT>}", 1)
+
+
+TURNS = [
+    [
+        ("Can you segment the red circle in this image?", "It is [SEG]."),
+        ("Please segment the left blue square in this image.", "Sure, [SEG]."),
+    ],
+    [
+        ("Please segment region1 in this image.", "Sure, the segmentation result is [SEG]."),
+        ("What is region2 in this image? Please respond with segmentation mask.", "[SEG]."),
+        ("Please segment region1 in this image", "It is [SEG]."),
+    ],
+]
+
+
+def test_conversations_equal_the_reference_in_text_ids_and_labels(golden):
+    from safetensors.torch import load_file
+
+    from dual_loop.model.build import load_tokenizer_file
+    from dual_loop.model.prompts import Prompter
+
+    folder = golden / "sa2va_tiny"
+    prompter = Prompter(load_tokenizer_file(folder / "tokenizer.json"), "phi3_chat", 256)
+    inputs, texts = load_file(folder / "inputs.safetensors"), json.loads((folder / "inputs.json").read_text())
+    for row, turns in enumerate(TURNS):
+        cells = texts["region_token_counts"].get(str(row), [])
+        branch = prompter.conversation(turns, 1, cells)
+        length = int(inputs["attention_mask"][row].sum())
+        assert list(branch.input_ids) == inputs["input_ids"][row, :length].tolist()
+        assert list(branch.labels) == inputs["labels"][row, :length].tolist()
+        assert short(prompter.tokenizer.decode(list(branch.input_ids)), prompter, 256) == texts["loss_texts"][row]
+
+
+def test_conversation_strings_of_both_forms():
+    _, prompter, _ = small_model()
+    turns = [("Q1?", "A [SEG]."), ("Q2?", "B.")]
+    picture = "<img>" + "<IMG_CONTEXT>" * 64 + "</img>"
+    ours = prompter.conversation(turns, 1, [2, 1])
+    regions = "region1<vp><IMG_CONTEXT><IMG_CONTEXT></vp>, region2<vp><IMG_CONTEXT></vp>"
+    assert prompter.tokenizer.decode(list(ours.input_ids)) == (
+        f"<|user|>\n{picture}\nThere are 2 part regions in the picture: {regions}.\nQ1?<|end|><|assistant|>\nA [SEG]."
+        "<|end|><|user|>\nQ2?<|end|><|assistant|>\nB.<|end|>"
+    )
+    assert prompter.tokenizer.decode([i for i in ours.labels if i != -100]) == "A [SEG].<|end|>B.<|end|>"
+    stock = prompter.conversation(turns, 1, stock=True)
+    assert prompter.tokenizer.decode(list(stock.input_ids)) == (
+        f"<|user|>\n{picture}\nQ1?<|end|>\n<|assistant|>\nA [SEG].<|end|>\n"
+        "<|user|>\nQ2?<|end|>\n<|assistant|>\nB.<|end|>"
+    )
+    assert prompter.tokenizer.decode([i for i in stock.labels if i != -100]) == "A [SEG].<|end|>B.<|end|>"
+
+
+@pytest.mark.parametrize("template", ["internlm2_chat", "internvl2_5", "qwen_chat"])
+def test_stock_templates(template):
+    from dual_loop.model.prompts import TEMPLATES
+
+    form = TEMPLATES[template]
+    assert form.caption_turn == "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert form.system_turn.format(system="S") == "<|im_start|>system\nS<|im_end|>\n"
+    assert form.stop_texts[0] == form.answer_end == "<|im_end|>"
+
+
+def test_banks_by_name_and_by_seed():
+    from dual_loop.model.prompts import SEGMENT_ANSWERS, SEGMENT_QUESTIONS, choose
+
+    assert choose(SEGMENT_ANSWERS, "bare") == "[SEG]."
+    drawn = {choose(SEGMENT_QUESTIONS, "any", seed) for seed in range(200)}
+    assert drawn == set(SEGMENT_QUESTIONS.values())
+    assert choose(SEGMENT_QUESTIONS, "any", 7) == choose(SEGMENT_QUESTIONS, "any", 7)
+    with pytest.raises(PromptError, match="nosuch"):
+        choose(SEGMENT_QUESTIONS, "nosuch")
+    _, prompter, _ = small_model()
+    texts = {
+        prompter.tokenizer.decode(list(prompter.segment_branch("it", "any", "any", s).input_ids)) for s in range(50)
+    }
+    assert len(texts) > 10
