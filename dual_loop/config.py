@@ -133,7 +133,12 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and point sampling of step 3 (Sa2VA: mask 2.0, dice 0.5, language 1.0, 12,544 points)."""
+    """Weights and point sampling of step 3 (Sa2VA: mask 2.0, dice 0.5, language 1.0, 12,544 points).
+
+    Attributes:
+        num_objects: bring each image to exactly so many objects in the mask losses, fewer repeated cyclically, more
+            drawn by a permutation (Sa2VA: 5); None counts every object once. See ``model.object_count``.
+    """
 
     mask_weight: float = 2.0
     dice_weight: float = 0.5
@@ -141,6 +146,7 @@ class LossConfig:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
+    num_objects: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ MINIMA: Mapping[str, float] = {
     "loop.temperature": 0,
     "loop.rollout_batch_size": 1,
     "loss.num_points": 0,
+    "loss.num_objects": 1,
     "train.num_epochs": 1,
     "train.max_steps": 1,
     "train.batch_size": 1,

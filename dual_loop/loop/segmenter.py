@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import tile_offsets
+from dual_loop.model.object_count import object_multiplicity
 from dual_loop.model.packing import pack_rows
 from dual_loop.model.prompts import Branch, Prompter
 from dual_loop.types import Batch, CaptionRollout
@@ -35,7 +36,12 @@ class SegmentationInputs:
 
 
 def segmentation_inputs(
-    batch: Batch, rollout: CaptionRollout, vision_features: Tensor, prompter: Prompter, config: LoopConfig
+    batch: Batch,
+    rollout: CaptionRollout,
+    vision_features: Tensor,
+    prompter: Prompter,
+    config: LoopConfig,
+    num_objects: int | None = None,
 ) -> SegmentationInputs:
     """Build the packed rows of step 2 for one batch.
 
@@ -43,6 +49,7 @@ def segmentation_inputs(
         batch: B images with N regions.
         rollout: one caption a region; regions with ``keep`` false stay in the row with weight 0.
         vision_features: (T, M, D_vision) of all views of the batch.
+        num_objects: let each image count as so many objects (``loss.num_objects``); None counts every region once.
     """
     tiles, views = _target_tiles(batch)
     rows: list[list[Branch]] = [[] for _ in batch.sources]
@@ -68,6 +75,9 @@ def segmentation_inputs(
     data["masks"] = batch.target_masks
     data["region_seeds"] = batch.region_seeds
     data["region_weights"] = torch.tensor(rollout.keep, dtype=torch.float32, device=device)
+    if num_objects is not None:
+        repeats = object_multiplicity(batch.region_image, len(batch.sources), num_objects, batch.region_seeds)
+        data["region_weights"] *= repeats.to(device)
     return SegmentationInputs(data, _counts(data))
 
 
@@ -82,7 +92,8 @@ def compute_segmentation_loss(
     """Steps 2 and 3 for one batch: ``{"terms": {name: LossTerm}, "segmentation": Segmentation}``."""
     if vision_features is None:
         vision_features = model.encode_vision(batch.pixel_values)
-    inputs = segmentation_inputs(batch, rollout, vision_features, prompter, config or LoopConfig())
+    num_objects = model.loss_config.num_objects
+    inputs = segmentation_inputs(batch, rollout, vision_features, prompter, config or LoopConfig(), num_objects)
     return dict(model(inputs.data, mode="terms"))
 
 

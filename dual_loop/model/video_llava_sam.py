@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dual_loop.config import LossConfig
 from dual_loop.errors import PromptError, explain
-from dual_loop.losses import mask_losses, token_cross_entropy_from_positions
+from dual_loop.losses import mask_losses, original_mask_losses, sample_points, token_cross_entropy_from_positions
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.visual_prompt import insert_image_tokens
 from dual_loop.types import LossTerm, Segmentation
@@ -33,7 +34,7 @@ class VideoLLaVASAMModel(nn.Module):
         mllm, grounding_encoder, text_hidden_fcs: the parts.
         seg_id, image_context_id: token ids of ``[SEG]`` and ``<IMG_CONTEXT>``.
         image_mean, image_std: normalisation of the grounding image, three values for 0..1 pixels.
-        loss: weights and point sampling of the losses that :meth:`forward` returns.
+        loss: weights, point sampling and object count of the losses that :meth:`forward` returns.
         single_mask: take mask candidate 0 instead of the best of three.
     """
 
@@ -177,10 +178,12 @@ class VideoLLaVASAMModel(nn.Module):
                 ``masks``: a list of B (n, H, W) masks or one (N, Q, Q) tensor, in the order of the [SEG] tokens.
                 Region prompts, either as in Sa2VA: ``prompt_masks`` a list of (n, G, G) for the tiles where
                 ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
-                Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float,
-                ``point_coords`` (N, points, 2).
-            mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` averaged over this batch (Sa2VA's names and
-                weights). ``"terms"``: ``terms`` (sums and counts) and ``segmentation``.
+                Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
+                ``"terms"``, ``point_coords`` (N, points, 2), and ``object_order`` for ``"loss"``.
+            mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` with the names, weights and averages of Sa2VA
+                over this batch alone; with ``loss.num_objects`` K, the N objects become K an image, in the order
+                ``object_order`` (B * K,) or else by ``object_count.object_order``, and ``point_coords`` are theirs.
+                ``"terms"``: ``terms`` (sums and counts of the N objects) and ``segmentation``.
                 ``"predict"``: ``segmentation`` alone.
 
         Raises:
@@ -189,24 +192,25 @@ class VideoLLaVASAMModel(nn.Module):
         if mode not in ("loss", "terms", "predict"):
             raise PromptError(explain("unknown forward mode", seen=mode, expected="loss, terms or predict"))
         hidden = self.hidden_states(data)
+        if mode == "loss":
+            return {**self._original_losses(data, hidden), "llm_loss": self.language_loss(hidden, data["labels"]).mean}
         segmentation = self._segment(data, hidden)
         if mode == "predict":
             return {"segmentation": segmentation}
-        terms = self._loss_terms(data, hidden, segmentation)
-        if mode == "terms":
-            return {"terms": terms, "segmentation": segmentation}
-        means = {name: term.mean for name, term in terms.items()}
-        return {"loss_mask": means["mask_loss"], "loss_dice": means["dice_loss"], "llm_loss": means["llm_loss"]}
+        return {"terms": self._loss_terms(data, hidden, segmentation), "segmentation": segmentation}
 
     def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
         """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
+        return self.language_hidden(self.input_embeddings(data), data["attention_mask"], data.get("position_ids"))
+
+    def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
+        """Return what enters the language model in :meth:`forward`: (B, L, D), image and region tokens in place."""
         features = data.get("vision_features")
         if features is None:
             features = self.encode_vision(_flatten_tiles(data["pixel_values"]))
         image_features = self.project_vision(features)
         region_tile, prompt_masks = self._region_prompts(data, len(image_features), image_features.shape[1])
-        embedded = self.embed_prompt(data["input_ids"], image_features, region_tile, prompt_masks)
-        return self.language_hidden(embedded, data["attention_mask"], data.get("position_ids"))
+        return self.embed_prompt(data["input_ids"], image_features, region_tile, prompt_masks)
 
     def _region_prompts(self, data: Mapping[str, Any], num_tiles: int, num_cells: int) -> tuple[Tensor, Tensor]:
         """Return ``region_tile`` (P,) and ``prompt_masks`` (P, G, G) from either of the two accepted forms."""
@@ -225,27 +229,19 @@ class VideoLLaVASAMModel(nn.Module):
         counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
         return tiles.repeat_interleave(counts), torch.cat([mask.bool() for mask in masks])
 
-    def _segment(self, data: Mapping[str, Any], hidden: Tensor) -> Segmentation:
+    def _segment(self, data: Mapping[str, Any], hidden: Tensor, order: Tensor | None = None) -> Segmentation:
+        """Segment the N objects at the [SEG] tokens, or those of them that ``order`` names, as often as it does."""
         row, column = (data["input_ids"] == self.seg_id).nonzero(as_tuple=True)
         seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self._fcs_dtype))
+        if order is not None:
+            row, seg_embeds = row[order], seg_embeds[order]
         levels = self.grounding.finish(self.encode_grounding(data["g_pixel_values"]))
         segmentation = self.grounding.decode(seg_embeds, levels, row)
         segmentation.seg_embeds = seg_embeds
         return segmentation
 
     def _loss_terms(self, data: Mapping[str, Any], hidden: Tensor, segmentation: Segmentation) -> dict[str, LossTerm]:
-        targets = _targets(data["masks"], self.mask_size, self.device)
-        if len(targets) != len(segmentation.mask_logits):
-            raise PromptError(
-                explain(
-                    "every [SEG] needs one mask",
-                    seen=f"{len(segmentation.mask_logits)} [SEG] tokens and {len(targets)} masks",
-                    fix="build one segmentation turn for each target mask",
-                )
-            )
-        seeds = data.get("region_seeds")
-        if seeds is None:
-            seeds = torch.arange(len(targets))
+        targets, seeds = self._targets(data)
         terms = mask_losses(
             segmentation.mask_logits,
             targets,
@@ -256,6 +252,46 @@ class VideoLLaVASAMModel(nn.Module):
         )
         return {**terms, "llm_loss": self.language_loss(hidden, data["labels"])}
 
+    def _original_losses(self, data: Mapping[str, Any], hidden: Tensor) -> dict[str, Tensor]:
+        """Return ``loss_mask`` and ``loss_dice`` of mode ``"loss"``; zeros with graph where there is no object."""
+        if data.get("region_weights") is not None:
+            raise PromptError(explain("weights of regions belong to another mode", "region_weights", "loss", "terms"))
+        targets, seeds = self._targets(data)
+        order = self._object_order(data, seeds)
+        if order is not None:
+            targets, seeds = targets[order], seeds[order.to(seeds.device)]
+        logits = self._segment(data, hidden, order).mask_logits
+        if not len(logits):
+            return {"loss_mask": logits.sum() * 0.0, "loss_dice": logits.sum() * 0.0}
+        config, points = self.loss_config, data.get("point_coords")
+        if points is None and config.num_points > 0:
+            ratios = config.oversample_ratio, config.importance_sample_ratio
+            points = sample_points(logits, _different(seeds), config.num_points, *ratios)
+        return original_mask_losses(logits, targets, config, points)
+
+    def _object_order(self, data: Mapping[str, Any], seeds: Tensor) -> Tensor | None:
+        if self.loss_config.num_objects is None or not len(seeds):
+            return None
+        if data.get("object_order") is not None:
+            return torch.as_tensor(data["object_order"]).to(self.device)
+        row, _ = (data["input_ids"] == self.seg_id).nonzero(as_tuple=True)
+        return object_order(row, len(data["input_ids"]), self.loss_config.num_objects, seeds)
+
+    def _targets(self, data: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return target masks (N, Q, Q) and seeds (N,), one of each for every [SEG]."""
+        targets = _resized_targets(data["masks"], self.mask_size, self.device)
+        num_objects = int((data["input_ids"] == self.seg_id).sum())
+        if len(targets) != num_objects:
+            raise PromptError(
+                explain(
+                    "every [SEG] needs one mask",
+                    seen=f"{num_objects} [SEG] tokens and {len(targets)} masks",
+                    fix="build one segmentation turn for each target mask",
+                )
+            )
+        seeds = data.get("region_seeds")
+        return targets, torch.arange(len(targets)) if seeds is None else seeds
+
 
 def _flatten_tiles(pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
     """Accept the original's list of (tiles, 3, I, I) and 5-D tensor besides (T, 3, I, I)."""
@@ -264,7 +300,17 @@ def _flatten_tiles(pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat(list(pixel_values))
 
 
-def _targets(masks: Tensor | Sequence[Tensor], side: int, device: torch.device) -> Tensor:
+def _different(seeds: Tensor) -> Tensor:
+    """Give the repetitions of an object points of their own: the k-th adds k to its seed."""
+    seen: dict[int, int] = {}
+    values = []
+    for seed in seeds.tolist():
+        values.append((seed + seen.get(seed, 0)) % 2**63)
+        seen[seed] = seen.get(seed, 0) + 1
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _resized_targets(masks: Tensor | Sequence[Tensor], side: int, device: torch.device) -> Tensor:
     """Bring target masks to (N, Q, Q) by nearest neighbour, without padding."""
     if isinstance(masks, Tensor):
         return masks.to(device)
