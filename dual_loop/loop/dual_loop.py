@@ -52,7 +52,8 @@ class DualLoop:
         return [self._micro_batch(*parts) for parts in zip(batches, rollouts, features, strict=True)]
 
     def _micro_batch(self, batch: Batch, rollout: CaptionRollout, features: Tensor) -> MicroBatch:
-        inputs = segmentation_inputs(batch, rollout, features, self.prompter, self.config)
+        num_objects = self.model.loss_config.num_objects
+        inputs = segmentation_inputs(batch, rollout, features, self.prompter, self.config, num_objects)
         return MicroBatch(batch, rollout, inputs)
 
     def step(self, wrapped_model: Any, micro: MicroBatch) -> StepOutput:
