@@ -36,7 +36,7 @@ from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 TINY_ASSETS = Path(str(files("dual_loop") / "assets" / "tiny"))
 TINY_WEIGHTS = TINY_ASSETS / "model.safetensors"
 
-SAM_KEYS = ("image_size", "fpn_hidden_size", "backbone", "mask_decoder", "mask_input_channels")
+SAM_KEYS = ("image_size", "fpn_hidden_size", "fpn_top_down_levels", "backbone", "mask_decoder", "mask_input_channels")
 
 
 def build_tokenizer(config: ModelConfig, model_path: str | None = None) -> Any:
@@ -199,7 +199,8 @@ def sam2_config(settings: Mapping[str, Any]) -> Sam2Config:
     Args:
         settings: ``image_size`` S, ``fpn_hidden_size`` C, ``backbone`` with ``hidden_size``, ``num_attention_heads``,
             ``blocks_per_stage``, ``window_size_per_stage``, ``global_attention_blocks`` and optionally others of
-            ``Sam2HieraDetConfig``; ``mask_decoder`` as in ``Sam2MaskDecoderConfig``.
+            ``Sam2HieraDetConfig``; ``mask_decoder`` as in ``Sam2MaskDecoderConfig``; ``fpn_top_down_levels``, the
+            levels of the neck that get the next coarser one added.
     """
     unknown = [key for key in settings if key not in SAM_KEYS]
     if unknown:
@@ -214,10 +215,10 @@ def sam2_config(settings: Mapping[str, Any]) -> Sam2Config:
     trunk = _strict(Sam2HieraDetConfig, {"image_size": [size, size], **backbone}, "model.sam2.backbone")
     vision = Sam2VisionConfig(
         backbone_config=trunk,
-        backbone_channel_list=widths[::-1],
+        backbone_channel_list=list(backbone["embed_dim_per_stage"])[::-1],
         backbone_feature_sizes=[[size // stride, size // stride] for stride in (4, 8, 16)],
         fpn_hidden_size=width,
-        fpn_top_down_levels=[2, 3],
+        fpn_top_down_levels=list(settings.get("fpn_top_down_levels", (2, 3))),
     )
     prompt = Sam2PromptEncoderConfig(
         hidden_size=width, image_size=size, mask_input_channels=int(settings.get("mask_input_channels", 16))

@@ -1,0 +1,404 @@
+"""From the ``config.json`` of an original Sa2VA model to this package's configuration.
+
+Two files are understood. The one that accompanies a training checkpoint has groups ``mllm``, ``vision_config``,
+``llm_config``, ``lora``, ``text_hidden_fcs``, ``sam2`` and ``losses``. The one of a released folder has the keys of
+``mllm`` at the top, and neither ``lora`` (merged) nor ``sam2`` (always Hiera-L). Many settings do not change any
+shape, so weights would load and give other numbers; whatever is set to something that the native classes do not
+compute is refused, never ignored.
+
+Formats: InternVL2.5 and Sa2VA configuration files; SAM 2's ``sam2.1_hiera_l.yaml`` for the names below ``sam2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from dual_loop.config import Config, DataConfig, LossConfig, ModelConfig
+from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD
+from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.adapters import LORA_TARGETS
+from dual_loop.model.prompts import NEW_TOKENS, TEMPLATES
+
+__all__ = ["config_from_original"]
+
+HIERA_LARGE: Mapping[str, Any] = {
+    "image_size": 1024,
+    "hidden_dim": 256,
+    "image_encoder": {
+        "trunk": {
+            "embed_dim": 144,
+            "num_heads": 2,
+            "stages": [2, 6, 36, 4],
+            "global_att_blocks": [23, 33, 43],
+            "window_pos_embed_bkg_spatial_size": [7, 7],
+            "window_spec": [8, 4, 16, 8],
+        },
+        "neck": {"d_model": 256, "fpn_top_down_levels": [2, 3]},
+    },
+}
+"""SAM 2's large model, which every released Sa2VA holds and no released ``config.json`` describes."""
+
+TRUNK_DEFAULTS: Mapping[str, Any] = {
+    "q_pool": 3,
+    "q_stride": [2, 2],
+    "dim_mul": 2.0,
+    "head_mul": 2.0,
+    "mlp_ratio": 4.0,
+    "patch_kernel": [7, 7],
+    "patch_stride": [4, 4],
+    "patch_padding": [3, 3],
+    "norm_eps": 1e-6,
+    "window_pos_embed_bkg_spatial_size": [14, 14],
+}
+"""What Hiera's constructor takes where a file is silent."""
+
+SAM_FIXED: Mapping[str, Any] = {
+    "directly_add_no_mem_embed": True,
+    "use_high_res_features_in_sam": True,
+    "iou_prediction_use_sigmoid": True,
+    "pred_obj_scores": True,
+    "pred_obj_scores_mlp": True,
+    "backbone_stride": 16,
+    "image_encoder.scalp": 1,
+    "image_encoder.neck.fpn_interp_model": "nearest",
+    "image_encoder.neck.fuse_type": "sum",
+    "image_encoder.neck.kernel_size": 1,
+    "prompt_encoder.num_point_embeddings": 4,
+    "mask_decoder.iou_head_depth": 3,
+    "mask_decoder.transformer.activation": "relu",
+    "mask_decoder.use_high_res_features": True,
+    "mask_decoder.iou_prediction_use_sigmoid": True,
+    "mask_decoder.pred_obj_scores": True,
+    "mask_decoder.pred_obj_scores_mlp": True,
+}
+"""Settings of SAM 2 that the native classes compute one way only."""
+
+FIXED: Mapping[str, Any] = {
+    "ps_version": "v2",
+    "select_layer": -1,
+    "use_backbone_lora": 0,
+    "vision_config.qk_normalization": False,
+    "vision_config.num_channels": 3,
+    "llm_config.use_sliding_window": False,
+    "lora.bias": "none",
+    "lora.use_dora": False,
+    "lora.use_rslora": False,
+    "text_hidden_fcs.activation": "relu",
+    "text_hidden_fcs.dropout": 0.0,
+    "losses.loss_mask.reduction": "mean",
+    "losses.loss_dice.use_sigmoid": True,
+    "losses.loss_dice.activate": True,
+    "losses.loss_dice.reduction": "mean",
+    "losses.loss_dice.naive_dice": True,
+    "losses.loss_dice.eps": 1.0,
+    "arch_type": "intern_vl",
+}
+
+_ABSENT = object()
+
+
+class _Reader:
+    """Reads dotted keys of a nested mapping and collects what is wrong."""
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        self.tree = tree
+        self.problems: list[str] = []
+
+    def get(self, key: str, default: Any = _ABSENT) -> Any:
+        """Return the value at ``key``; without it ``default``, or a problem and 0."""
+        node: Any = self.tree
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                if default is _ABSENT:
+                    self.problems.append(f"{key}: missing")
+                return 0 if default is _ABSENT else default
+            node = node[part]
+        return node
+
+    def number(self, key: str, default: Any = _ABSENT, kind: Callable[[Any], Any] = int) -> Any:
+        """:meth:`get` as an integer (or ``kind``)."""
+        value = self.get(key, default)
+        if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+            self.problems.append(f"{key}: seen {value!r}, expected a number")
+            return kind(0)
+        return kind(value)
+
+    def numbers(self, key: str, default: Any = _ABSENT) -> list[int]:
+        """:meth:`get` as a list of integers."""
+        value = self.get(key, default)
+        if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            if value != 0 or default is not _ABSENT:
+                self.problems.append(f"{key}: seen {value!r}, expected a list of integers")
+            return []
+        return list(value)
+
+    def expect(self, key: str, allowed: Any, default: Any = _ABSENT) -> None:
+        """Note a problem where ``key`` is there with another value than ``allowed`` (one, or a tuple of several)."""
+        value = self.get(key, allowed if default is _ABSENT else default)
+        choices = allowed if isinstance(allowed, tuple) else (allowed,)
+        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+            expected = " or ".join(repr(choice) for choice in choices)
+            self.problems.append(f"{key}: seen {value!r}, supported is {expected}")
+
+    def same(self, key: str, seen: Any, other: str, expected: Any) -> None:
+        """Note a problem where two places of the file contradict each other."""
+        if seen != expected:
+            self.problems.append(f"{key}: seen {seen!r}, but {other} gives {expected!r}")
+
+
+def config_from_original(original: Mapping[str, Any]) -> Config:
+    """Translate an original ``config.json`` (parsed) to a configuration that builds the same model.
+
+    Region prompts are pooled as the original does (nearest). ``model.tokenizer`` is left None, for the caller to set;
+    ``model.dtype`` is the file's ``dtype`` or ``torch_dtype``, and the language part computes attention eagerly in
+    float32 and by sdpa otherwise. All token embeddings train, as in the original.
+
+    Raises:
+        CheckpointError: a needed key is missing, two keys contradict each other, or a setting is one that the native
+            classes do not compute (another pixel shuffle, InternLM2, ...); all problems are listed.
+    """
+    tree = dict(original)
+    tree.update({key: value for key, value in dict(tree.get("mllm") or {}).items() if key not in original})
+    tree.setdefault("sam2", HIERA_LARGE)
+    reader = _Reader(tree)
+    _refuse_architectures(reader)
+    for key, value in FIXED.items():
+        reader.expect(key, value)
+    config = Config(
+        model=_model(reader),
+        data=DataConfig(grid_pooling="nearest"),
+        loss=_loss(reader),
+    )
+    if reader.problems:
+        listing = "".join(f"\n  - {problem}" for problem in reader.problems)
+        raise CheckpointError(
+            explain(
+                f"{len(reader.problems)} problem(s) in the original's configuration:{listing}\n",
+                expected="InternVL2.5 with Qwen2 and SAM 2, as in Sa2VA-1B and Sa2VA-4B",
+                fix="choose such a checkpoint, or mend config.json where it is wrong",
+            )
+        )
+    return config
+
+
+def _refuse_architectures(reader: _Reader) -> None:
+    language = ("Qwen2ForCausalLM", "qwen2")
+    for name in _names(reader, "llm_config.architectures", "llm_config.model_type"):
+        if name not in language:
+            reader.problems.append(f"llm_config: the language model is {name}, supported is Qwen2ForCausalLM")
+    vision = ("InternVisionModel", "intern_vit_6b")
+    for name in _names(reader, "vision_config.architectures", "vision_config.model_type"):
+        if name not in vision:
+            reader.problems.append(f"vision_config: the vision tower is {name}, supported is InternVisionModel")
+    whole = ("InternVLChatModel", "Sa2VAChatModel", "internvl_chat", "sa2va_chat")
+    for name in _names(reader, "architectures", "model_type"):
+        if name not in whole:
+            reader.problems.append(f"architectures: {name}, supported are {', '.join(whole)}")
+
+
+def _names(reader: _Reader, architectures: str, model_type: str) -> Iterable[str]:
+    names = [*(reader.get(architectures, None) or ()), reader.get(model_type, None)]
+    return [str(name) for name in names if name is not None]
+
+
+def _model(reader: _Reader) -> ModelConfig:
+    vision, text, sam2 = _vision(reader), _text(reader), _sam2(reader)
+    rank = reader.number("lora.r", ModelConfig.lora_r)
+    alpha = reader.number("lora.lora_alpha", 2 * rank)
+    _check_joints(reader, vision, text, sam2)
+    reader.same("special_tokens", tuple(reader.get("special_tokens", NEW_TOKENS)), "Sa2VA", NEW_TOKENS)
+    targets = sorted(reader.get("lora.target_modules", LORA_TARGETS))
+    reader.same("lora.target_modules", targets, "this package", sorted(LORA_TARGETS))
+    for key, own in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        reader.same(key, tuple(reader.get(key, own)), "this package", own)
+    trainable = [group for group in ModelConfig.trainable if group != "mask_decoder"]
+    if not reader.get("frozen_sam2_decoder", False):
+        trainable.append("mask_decoder")
+    dtype = str(reader.get("dtype", reader.get("torch_dtype", "float32")))
+    reader.same("dtype", dtype in ("float32", "bfloat16"), "float32 or bfloat16", True)
+    return ModelConfig(
+        name="original",
+        vision=vision,
+        text=text,
+        downsample_ratio=reader.number("downsample_ratio", 0.5, float),
+        sam2=sam2,
+        text_hidden_dim=reader.number("text_hidden_fcs.hidden_dim", text["hidden_size"]),
+        template=_template(reader),
+        single_mask=not _picks_best_of_three(reader),
+        dtype=dtype,
+        attn_implementation="eager" if dtype == "float32" else "sdpa",
+        trainable=tuple(trainable),
+        train_embeddings="all",
+        lora_r=rank,
+        lora_alpha=alpha,
+        lora_dropout=reader.number("lora.lora_dropout", ModelConfig.lora_dropout, float),
+        gradient_checkpointing=False,
+    )
+
+
+def _vision(reader: _Reader) -> dict[str, Any]:
+    size = reader.number("vision_config.image_size")
+    reader.same("force_image_size", reader.get("force_image_size", None) or size, "vision_config.image_size", size)
+    reader.expect("vision_config.norm_type", ("layer_norm", "rms_norm"), default="layer_norm")
+    patch = reader.number("vision_config.patch_size")
+    return {
+        "hidden_size": reader.number("vision_config.hidden_size"),
+        "num_hidden_layers": reader.number("vision_config.num_hidden_layers"),
+        "num_attention_heads": reader.number("vision_config.num_attention_heads"),
+        "intermediate_size": reader.number("vision_config.intermediate_size"),
+        "image_size": [size, size],
+        "patch_size": [patch, patch],
+        "attention_bias": bool(reader.get("vision_config.qkv_bias", True)),
+        "hidden_act": reader.get("vision_config.hidden_act", "gelu"),
+        "norm_type": reader.get("vision_config.norm_type", "layer_norm"),
+        "layer_norm_eps": reader.number("vision_config.layer_norm_eps", 1e-6, float),
+        "hidden_dropout_prob": reader.number("vision_config.dropout", 0.0, float),
+        "attention_dropout": reader.number("vision_config.attention_dropout", 0.0, float),
+    }
+
+
+def _text(reader: _Reader) -> dict[str, Any]:
+    heads = reader.number("llm_config.num_attention_heads")
+    return {
+        "vocab_size": reader.number("llm_config.vocab_size"),
+        "hidden_size": reader.number("llm_config.hidden_size"),
+        "num_hidden_layers": reader.number("llm_config.num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.number("llm_config.num_key_value_heads", heads),
+        "intermediate_size": reader.number("llm_config.intermediate_size"),
+        "hidden_act": reader.get("llm_config.hidden_act", "silu"),
+        "max_position_embeddings": reader.number("llm_config.max_position_embeddings", 32768),
+        "rms_norm_eps": reader.number("llm_config.rms_norm_eps", 1e-6, float),
+        "attention_dropout": reader.number("llm_config.attention_dropout", 0.0, float),
+        "tie_word_embeddings": bool(reader.get("llm_config.tie_word_embeddings", False)),
+        "rope_parameters": _rope(reader),
+    }
+
+
+def _rope(reader: _Reader) -> dict[str, Any]:
+    """Return the rotary embedding's parameters; scaling of the kinds that one factor describes is known."""
+    theta = reader.number("llm_config.rope_theta", 1e6, float)
+    scaling = reader.get("llm_config.rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_type": kind, "rope_theta": theta}
+    if kind not in ("linear", "dynamic"):
+        reader.problems.append(f"llm_config.rope_scaling: seen {kind!r}, supported are default, linear, dynamic")
+    return {"rope_type": kind, "rope_theta": theta, "factor": float(scaling.get("factor", 1.0))}
+
+
+def _sam2(reader: _Reader) -> dict[str, Any]:
+    for key, value in SAM_FIXED.items():
+        reader.expect(f"sam2.{key}", value)
+    size, width = reader.number("sam2.image_size", 1024), reader.number("sam2.image_encoder.neck.d_model")
+    for key in ("hidden_dim", "prompt_encoder.embed_dim", "mask_decoder.transformer_dim"):
+        reader.same(f"sam2.{key}", reader.get(f"sam2.{key}", width), "sam2.image_encoder.neck.d_model", width)
+    backbone = _trunk(reader)
+    decoder, transformer = "sam2.mask_decoder", "sam2.mask_decoder.transformer"
+    return {
+        "image_size": size,
+        "fpn_hidden_size": width,
+        "fpn_top_down_levels": reader.numbers("sam2.image_encoder.neck.fpn_top_down_levels", [2, 3]),
+        "backbone": backbone,
+        "mask_decoder": {
+            "num_hidden_layers": reader.number(f"{transformer}.depth", 2),
+            "mlp_dim": reader.number(f"{transformer}.mlp_dim", 2048),
+            "num_attention_heads": reader.number(f"{transformer}.num_heads", 8),
+            "attention_downsample_rate": reader.number(f"{transformer}.attention_downsample_rate", 2),
+            "num_multimask_outputs": reader.number(f"{decoder}.num_multimask_outputs", 3),
+            "iou_head_hidden_dim": reader.number(f"{decoder}.iou_head_hidden_dim", 256),
+        },
+        "mask_input_channels": reader.number("sam2.prompt_encoder.mask_in_chans", 16),
+    }
+
+
+def _trunk(reader: _Reader) -> dict[str, Any]:
+    """Return the arguments of ``Sam2HieraDetConfig``: a trunk of four stages that halves the side three times."""
+    where = "sam2.image_encoder.trunk"
+    defaults = {**TRUNK_DEFAULTS, **reader.get("sam2.trunk_defaults", {})}
+    stages = reader.numbers(f"{where}.stages")
+    windows = reader.numbers(f"{where}.window_spec")
+    reader.same(f"{where}.stages", len(stages), "SAM 2's neck, in number,", 4)
+    reader.same(f"{where}.window_spec", len(windows), "stages, in number,", len(stages))
+    for key, value in (("q_pool", 3), ("q_stride", [2, 2]), ("patch_stride", [4, 4])):
+        reader.expect(f"{where}.{key}", value, default=defaults[key])
+    stem, heads = reader.number(f"{where}.embed_dim"), reader.number(f"{where}.num_heads")
+    dim_mul = reader.number(f"{where}.dim_mul", defaults["dim_mul"], float)
+    head_mul = reader.number(f"{where}.head_mul", defaults["head_mul"], float)
+    widths = _growing(stem, dim_mul)
+    channels = reader.get("sam2.image_encoder.neck.backbone_channel_list", widths[::-1])
+    reader.same("sam2.image_encoder.neck.backbone_channel_list", list(channels), where, widths[::-1])
+    return {
+        "hidden_size": stem,
+        "num_attention_heads": heads,
+        "blocks_per_stage": stages,
+        "embed_dim_per_stage": widths,
+        "num_attention_heads_per_stage": _growing(heads, head_mul),
+        "window_size_per_stage": windows,
+        "global_attention_blocks": reader.numbers(f"{where}.global_att_blocks"),
+        "window_positional_embedding_background_size": reader.numbers(
+            f"{where}.window_pos_embed_bkg_spatial_size", list(defaults["window_pos_embed_bkg_spatial_size"])
+        ),
+        "patch_kernel_size": reader.numbers(f"{where}.patch_kernel", list(defaults["patch_kernel"])),
+        "patch_padding": reader.numbers(f"{where}.patch_padding", list(defaults["patch_padding"])),
+        "mlp_ratio": reader.number(f"{where}.mlp_ratio", defaults["mlp_ratio"], float),
+        "layer_norm_eps": reader.number(f"{where}.norm_eps", defaults["norm_eps"], float),
+    }
+
+
+def _growing(first: int, factor: float) -> list[int]:
+    """Return four values, each ``int(factor * the one before)``, as Hiera computes its stages."""
+    values = [first]
+    for _ in range(3):
+        values.append(int(values[-1] * factor))
+    return values
+
+
+def _check_joints(reader: _Reader, vision: Mapping[str, Any], text: Mapping[str, Any], sam2: Mapping[str, Any]) -> None:
+    """Check the sizes of what lies between the three parts: projector, ``text_hidden_fcs``, grids."""
+    ratio = reader.number("downsample_ratio", 0.5, float)
+    merged = round(1 / ratio) ** 2 if ratio > 0 else 0
+    joined = vision["hidden_size"] * merged
+    reader.same("mlp1.in_features", reader.get("mlp1.in_features", joined), "vision_config", joined)
+    for key in ("mlp1.hidden_features", "mlp1.out_features", "text_hidden_fcs.in_dim"):
+        reader.same(key, reader.get(key, text["hidden_size"]), "llm_config.hidden_size", text["hidden_size"])
+    width, size = sam2["fpn_hidden_size"], sam2["image_size"]
+    reader.same("text_hidden_fcs.out_dim", reader.get("text_hidden_fcs.out_dim", width), "sam2 d_model", width)
+    side = int(vision["image_size"][0] // max(vision["patch_size"][0], 1) * ratio)
+    reader.same("grid_size", reader.get("grid_size", side), "vision_config", side)
+    reader.same("num_image_token", reader.get("num_image_token", side**2), "vision_config", side**2)
+    for key, expected in (("input_image_size", [size, size]), ("image_embedding_size", [size // 16, size // 16])):
+        name = f"sam2.prompt_encoder.{key}"
+        reader.same(name, list(reader.get(name, expected)), "sam2.image_size", expected)
+
+
+def _template(reader: _Reader) -> str:
+    """Return the chat template: ``internvl2_5`` is the base model's own, over which Sa2VA trained phi3_chat."""
+    name = str(reader.get("template", ModelConfig.template))
+    if name.startswith("internvl2_5"):
+        return ModelConfig.template
+    if name not in TEMPLATES:
+        reader.problems.append(f"template: seen {name!r}, supported are {', '.join(TEMPLATES)}")
+        return ModelConfig.template
+    return name
+
+
+def _picks_best_of_three(reader: _Reader) -> bool:
+    """Tell whether a prompt without points takes the arg-max of three candidates, as SAM 2 decides it."""
+    least, most = reader.number("sam2.multimask_min_pt_num", 0), reader.number("sam2.multimask_max_pt_num", 1)
+    return bool(reader.get("sam2.multimask_output_in_sam", True)) and least <= 0 <= most
+
+
+def _loss(reader: _Reader) -> LossConfig:
+    default = LossConfig()
+    return LossConfig(
+        mask_weight=reader.number("losses.loss_mask.loss_weight", default.mask_weight, float),
+        dice_weight=reader.number("losses.loss_dice.loss_weight", default.dice_weight, float),
+        num_points=reader.number("losses.num_points", default.num_points),
+        oversample_ratio=reader.number("losses.oversample_ratio", default.oversample_ratio, float),
+        importance_sample_ratio=reader.number(
+            "losses.importance_sample_ratio", default.importance_sample_ratio, float
+        ),
+        num_objects=reader.number("losses.fix_number", 5),
+    )
