@@ -1,0 +1,120 @@
+"""Compare this package with recorded inputs and outputs of the original Sa2VA, number by number.
+
+    python scripts/check_parity.py DIR [--threads 2] [--all]
+
+DIR holds ``config.json``, ``checkpoint_full.pth``, ``checkpoint_trainable.pth``, ``inputs.safetensors``,
+``inputs.json``, ``outputs.safetensors``, ``outputs.json`` and the tokenizer and image files; ``keys.json`` is optional.
+The architecture is rebuilt from ``config.json``, whatever its sizes. Everything in ``outputs.safetensors`` is compared
+but the video clip (names that begin with ``clip_``); an output that no check knows is a failure. All checks run twice:
+on the full checkpoint, and on the trained part over a base. Exit status 1 if any comparison fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+from parity.case import FULL, TRAINABLE, Case, load_case
+from parity.data_checks import check_data
+from parity.loss_checks import GROUP_NORMS, NONE_LIST, NORMS, VARIANTS, check_losses
+from parity.model_checks import (
+    check_caption,
+    check_grounding,
+    check_language,
+    check_object_order,
+    check_predict,
+    segment,
+)
+from parity.report import Report
+from parity.weights import import_full, import_trainable
+
+KNOWN_RESULTS = {
+    *("losses", NONE_LIST, "iou_argmax_margin_min", "greedy_margin_min", "caption_generated_text"),
+    *(prefix + variant for prefix in (NORMS, GROUP_NORMS) for variant in VARIANTS),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="reference inputs and outputs")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="print every row, not only the worst of a group")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(args.threads)
+    begin = time.perf_counter()
+    print(machine(), flush=True)
+    report = run(load_case(args.folder), Report(verbose=args.all))
+    print(f"\n{time.perf_counter() - begin:.0f} s\n{report.summary()}")
+    return 1 if report.num_failed else 0
+
+
+def run(case: Case, report: Report) -> Report:
+    """Run all checks of one reference set."""
+    check_data(case, report)
+    report.section(f"weights: {FULL}")
+    full = import_full(case, report)
+    check_model(case, full, report)
+    if (case.folder / TRAINABLE).is_file():
+        report.section(f"weights: {TRAINABLE} over a base whose trained part is random")
+        check_model(case, import_trainable(case, full, report), report)
+    else:
+        report.failed(TRAINABLE, "not there")
+    return report
+
+
+def check_model(case: Case, model: VideoLLaVASAMModel, report: Report) -> None:
+    """Run every check of the model; outputs that none of them asked for are failures."""
+    case.begin()
+    model.train()
+    check_language(case, model, report)
+    order = check_object_order(case, model, report)
+    segmentation = segment(case, model)
+    check_grounding(case, model, report, segmentation, order)
+    check_losses(case, model, report, order)
+    check_caption(case, model, report)
+    check_predict(case, model, report, segmentation)
+    clips = sorted(name for name in case.unchecked if name.startswith("clip_"))
+    print("\nnot compared:", ", ".join([*clips, *sorted(case.results.keys() - KNOWN_RESULTS)]) or "nothing")
+    for name in sorted(case.unchecked - set(clips)):
+        report.failed(name, "no check is known for this output")
+
+
+def machine() -> str:
+    """Return processor, threads, versions and commit."""
+    import peft
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        cpu = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), cpu)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{cpu}, {threads}; {versions}, peft {peft.__version__}; commit {commit()}"
+
+
+def commit() -> str:
+    """Return the commit of this checkout, and whether its files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return head + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
