@@ -16,8 +16,10 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,16 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(case: Case, report: Report) -> Report:
     """Run all checks of one reference set."""
-    check_data(case, report)
+    with failing(report, "pre-processing"):
+        check_data(case, report)
     report.section(f"weights: {FULL}")
     full = import_full(case, report)
-    check_model(case, full, report)
-    if (case.folder / TRAINABLE).is_file():
-        report.section(f"weights: {TRAINABLE} over a base whose trained part is random")
-        check_model(case, import_trainable(case, full, report), report)
-    else:
+    with failing(report, FULL):
+        check_model(case, full, report)
+    if not (case.folder / TRAINABLE).is_file():
         report.failed(TRAINABLE, "not there")
+        return report
+    report.section(f"weights: {TRAINABLE} over a base whose trained part is random")
+    with failing(report, TRAINABLE):
+        check_model(case, import_trainable(case, full, report), report)
     return report
+
+
+@contextmanager
+def failing(report: Report, name: str) -> Iterator[None]:
+    """Count an error inside as a failure, with its traceback printed, so that the other checks still run."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        report.failed(name, f"{type(error).__name__}: {error}")
 
 
 def check_model(case: Case, model: VideoLLaVASAMModel, report: Report) -> None:

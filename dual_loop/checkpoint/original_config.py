@@ -299,7 +299,7 @@ def _sam2(reader: _Reader) -> dict[str, Any]:
     return {
         "image_size": size,
         "fpn_hidden_size": width,
-        "fpn_top_down_levels": reader.numbers("sam2.image_encoder.neck.fpn_top_down_levels", [2, 3]),
+        "fpn_top_down_levels": _top_down_levels(reader),
         "backbone": backbone,
         "mask_decoder": {
             "num_hidden_layers": reader.number(f"{transformer}.depth", 2),
@@ -311,6 +311,12 @@ def _sam2(reader: _Reader) -> dict[str, Any]:
         },
         "mask_input_channels": reader.number("sam2.prompt_encoder.mask_in_chans", 16),
     }
+
+
+def _top_down_levels(reader: _Reader) -> list[int]:
+    """Return the neck's levels that get the next coarser one added; SAM 2 reads null as all of them."""
+    key = "sam2.image_encoder.neck.fpn_top_down_levels"
+    return [0, 1, 2, 3] if reader.get(key, None) is None else reader.numbers(key)
 
 
 def _trunk(reader: _Reader) -> dict[str, Any]:

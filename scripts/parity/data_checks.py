@@ -12,7 +12,15 @@ from torch import Tensor
 from dual_loop.data.masks import pool_mask_to_grid, read_image
 from dual_loop.data.prepare import Geometry, choose_tile_grid, grounding_image, image_to_tiles
 from dual_loop.model.packing import left_pad
-from dual_loop.model.prompts import CAPTION_QUESTIONS, IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Prompter, list_regions
+from dual_loop.model.prompts import (
+    CAPTION_QUESTIONS,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    Branch,
+    Prompter,
+    list_regions,
+)
 
 from .case import Case
 from .report import Report
@@ -58,7 +66,8 @@ def tile_limit(case: Case, image: np.ndarray, num_tiles: int) -> int:
     most = int(case.original.get("mllm", case.original).get("max_dynamic_patch", 12))
 
     def count(limit: int) -> int:
-        columns, rows = choose_tile_grid(*image.shape[:2], limit, case.geometry.vision_image_size)
+        height, width = image.shape[:2]
+        columns, rows = choose_tile_grid(height, width, limit, case.geometry.vision_image_size)
         return columns * rows + (columns * rows > 1)
 
     return next((limit for limit in range(most, 0, -1) if count(limit) == num_tiles), 1)
@@ -100,14 +109,16 @@ def check_loss_prompts(case: Case, report: Report) -> None:
     texts = case.notes.get("loss_texts", [])
     for sample, short in enumerate(texts):
         text = expand(short)
-        branch = conversation_ids(case.prompter, text, case.tiles_per_sample()[sample])
+        tiles = case.tiles_per_sample()[sample]
+        written = (conversation(case.prompter, text, tiles, stock) for stock in (False, True))
+        branch = next((found for found in written if found is not None), None)
         if branch is None:
             used = case.inputs["attention_mask"][sample].bool()
             expected = case.inputs["input_ids"][sample][used].tolist()
             report.same(f"loss_texts.{sample}, encoded as one text", case.prompter.encode(text), expected)
             continue
-        rows.append(list(branch[0]))
-        labels.append(list(branch[1]))
+        rows.append(list(branch.input_ids))
+        labels.append(list(branch.labels))
     if rows and len(rows) == len(texts):
         pad = int(case.notes.get("loss_pad_token_id", 0))
         report.same("input_ids, by the prompter", padded(rows, pad), case.inputs["input_ids"])
@@ -116,12 +127,11 @@ def check_loss_prompts(case: Case, report: Report) -> None:
         report.same("attention_mask, by the prompter", mask, case.inputs["attention_mask"].bool())
 
 
-def conversation_ids(
-    prompter: Prompter, text: str, num_tiles: int
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def conversation(prompter: Prompter, text: str, num_tiles: int, stock: bool) -> Branch | None:
     """Take a conversation apart and let the prompter write it; None where it has another form than ours."""
-    before, after = prompter.template.segment_turn.split("{question}")
-    end = prompter.template.answer_end
+    template = prompter.template
+    before, after = (template.caption_turn if stock else template.segment_turn).split("{question}")
+    end, separator = template.answer_end, template.turn_separator if stock else ""
     head = f"{before}{IMAGE_START}{IMAGE_CONTEXT * (num_tiles * prompter.image_tokens_per_tile)}{IMAGE_END}\n"
     if not text.startswith(head):
         return None
@@ -137,9 +147,8 @@ def conversation_ids(
         answer, closed, rest = rest.partition(end)
         if not found or not closed:
             return None
-        turns.append((question.removeprefix(before) if turns else question, answer))
-    branch = prompter.conversation(turns, num_tiles, cells)
-    return branch.input_ids, branch.labels
+        turns.append((question.removeprefix(separator + before) if turns else question, answer))
+    return prompter.conversation(turns, num_tiles, cells, stock)
 
 
 def check_caption_prompts(case: Case, report: Report) -> None:

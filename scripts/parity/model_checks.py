@@ -186,7 +186,7 @@ def check_predict(case: Case, model: VideoLLaVASAMModel, report: Report, segment
 
 def _by_image(case: Case, objects: Tensor) -> Tensor:
     """(B * K, Q, Q) -> (B, K, Q, Q)."""
-    return objects.unflatten(0, (case.num_samples, -1))
+    return objects.reshape(case.num_samples, -1, *objects.shape[1:])
 
 
 def _close(

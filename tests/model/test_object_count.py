@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dual_loop.config import LoopConfig, LossConfig, load_config
 from dual_loop.errors import ConfigError, PromptError
+from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.segmenter import compute_segmentation_loss
 from dual_loop.losses import original_mask_losses
 from dual_loop.model.object_count import object_multiplicity, object_order
@@ -120,6 +121,9 @@ def test_training_weighs_objects_as_the_repetition_would():
     assert float(repeats.sum()) == output["terms"]["mask_loss"].count == 8.0
     torch.testing.assert_close(output["terms"]["mask_loss"].mean, expected["loss_mask"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(output["terms"]["dice_loss"].mean, expected["loss_dice"], atol=1e-6, rtol=1e-5)
+    (micro,) = DualLoop(model, prompter, LoopConfig()).begin_window([batch])
+    assert micro.inputs.counts["mask_loss"] == 8.0
+    assert torch.equal(micro.inputs.data["region_weights"], repeats)
 
 
 def test_weights_of_regions_are_no_part_of_the_originals_loss():
