@@ -12,6 +12,7 @@ from dual_loop.flags import add_training_flags
 
 COMMANDS = {
     "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
+    "export": "write a run's weights in the formats of Sa2VA, transformers or peft, and read them back",
     "demo-data": "write a generated data set in the four on-disk formats",
 }
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     args = parser.parse_args(arguments[:1] or ["--help"])
-    runner = {"train": _train, "demo-data": _demo_data}[args.command]
+    runner = {"train": _train, "export": _export, "demo-data": _demo_data}[args.command]
     return runner(arguments[1:])
 
 
@@ -39,6 +40,12 @@ def _train(arguments: list[str]) -> int:
     from dual_loop.train_dual_loop import main as train
 
     return train(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from dual_loop.export_run import main as export
+
+    return export(arguments)
 
 
 def _demo_data(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loop",),
     ("training", "evaluation"),
     ("preflight", "serve"),
-    ("cli", "train_dual_loop", "__main__"),
+    ("cli", "train_dual_loop", "export_run", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -33,6 +33,7 @@ NEIGHBOURS = {
     ("flags", "config"),
     ("checkpoint", "model"),
     ("cli", "train_dual_loop"),
+    ("cli", "export_run"),
     ("__main__", "cli"),
 }
 

@@ -12,7 +12,7 @@ Format: the key table of the original (Sa2VA, InternVL, SAM 2) against transform
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -368,32 +368,40 @@ def sources_of(target: str, layout: Layout) -> list[tuple[str, Part | None, Part
 
 
 def export_tensors(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Turn native tensors into a file's tensors: every rule backwards.
+    """Turn native tensors into a file's tensors: every rule backwards; see :func:`iterate_export`."""
+    return dict(iterate_export(state.items(), layout))
+
+
+def iterate_export(state: Iterable[tuple[str, Tensor]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Yield a file's (key, tensor) as soon as all native tensors that it is made of have come.
 
     Args:
         state: by the names of ``model.state_dict()``; ``new_token_rows`` must have been written into the tables.
         layout: of the file.
 
     Raises:
-        KeyError: a native name that no rule of the layout produces.
+        KeyError: a native name that no rule of the layout produces, or a key of which parts are missing.
     """
     pieces: dict[str, dict[int, Tensor]] = {}
-    counts: dict[str, int] = {}
-    for target, tensor in state.items():
+    done: set[str] = set()
+    for target, tensor in state:
         sources = sources_of(target, layout)
         if not sources:
             raise KeyError(target)
         for name, source_part, target_part in sources:
             key = file_name(name, layout)
-            index, counts[key] = source_part if source_part else (0, 1)
-            pieces.setdefault(key, {}).setdefault(index, rows(tensor, target_part))
-    whole = {}
-    for key, found in pieces.items():
-        if len(found) != counts[key]:
-            raise KeyError(f"{key}: {len(found)} of {counts[key]} parts")
-        ordered: Sequence[Tensor] = [found[index] for index in sorted(found)]
-        whole[key] = ordered[0] if len(ordered) == 1 else torch.cat(list(ordered))
-    return whole
+            if key in done:
+                # The native classes hold one value twice.
+                continue
+            index, count = source_part if source_part else (0, 1)
+            found = pieces.setdefault(key, {})
+            found[index] = rows(tensor, target_part)
+            if len(found) == count:
+                yield key, found[0] if count == 1 else torch.cat([found[part] for part in range(count)])
+                done.add(key)
+                del pieces[key]
+    if pieces:
+        raise KeyError(f"parts are missing of {', '.join(pieces)}")
 
 
 @cache
