@@ -17,6 +17,9 @@ from typing import Any
 
 from dual_loop.errors import ConfigError, explain
 
+GATES = ("special_token", "prompt_leak", "coordinates", "script", "repetition", "truncated", "empty")
+"""What makes a caption earn nothing; see ``loop.gates``."""
+
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -115,6 +118,12 @@ class LoopConfig:
 
     ``caption_question``, ``segment_question`` and ``segment_answer`` are names of the banks in ``model.prompts``;
     ``any`` draws one for each region.
+
+    Attributes:
+        segment_form: ``branches`` asks for every region in a branch of its own, ``turns`` for all regions of an image
+            in the turns of one conversation with several [SEG], as Sa2VA trains.
+        cycle_keep, cycle_drop: with ``cycle_keep``, a generated caption teaches step 2 with weight 1 from this cycle
+            IoU on, 0 up to ``cycle_drop``, and linearly between; None keeps every caption.
     """
 
     max_new_tokens: int = 64
@@ -129,6 +138,70 @@ class LoopConfig:
     max_rejected_fraction: float = 0.5
     max_rejected_grace: int = 50
     caption_supervision: bool = True
+    segment_form: str = "branches"
+    cycle_keep: float | None = None
+    cycle_drop: float = 0.5
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How the captioner learns what its captions were worth (``loop.estimators``).
+
+    Attributes:
+        caption_gradient: ``none | scst | grpo | gumbel | gumbel+scst | gumbel+grpo``.
+        captions_per_region: K, sampled captions of a region (scst, grpo).
+        temperature: of the sampled captions; log-probabilities are taken at the same temperature.
+        weight: of the policy loss.
+        advantage_scale: ``group`` divides a group's advantages by its deviation (GRPO as published), ``none`` does not.
+        mask_truncated: leave captions that hit ``loop.max_new_tokens`` out of groups and loss.
+        kl_weight: weight of the divergence from the reference; it is logged whatever the weight.
+        gumbel_temperature, gumbel_temperature_end: of the straight-through softmax, at the first and the last step.
+        gumbel_top_k: tokens of a position that gradient reaches, besides the sampled one.
+    """
+
+    caption_gradient: str = "none"
+    captions_per_region: int = 4
+    temperature: float = 1.0
+    weight: float = 1.0
+    advantage_scale: str = "none"
+    mask_truncated: bool = True
+    kl_weight: float = 0.0
+    gumbel_temperature: float = 1.0
+    gumbel_temperature_end: float = 0.5
+    gumbel_top_k: int = 64
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a caption earns (``loop.rewards``), and what makes it earn nothing (``loop.gates``).
+
+    Attributes:
+        cycle_weight: IoU of mask' and mask.
+        contrast_weight: IoU with the own mask minus the best IoU with another region's mask of the same image.
+        caption_weight: ``combined_caption_reward`` against reference captions, where there are any.
+        length_weight: 1 for ``min_words..max_words`` words, falling linearly outside.
+        gates: names of the gates that are on, from :data:`GATES`; empty switches all off.
+        judge_url: base address of an OpenAI-compatible server (``http://127.0.0.1:8000/v1``), None for no judge.
+        judge_key_variable: name of the environment variable that holds its key, if it needs one.
+        judge_timeout: seconds for one answer. judge_deadline: seconds for all answers of one optimiser step.
+        judge_failure: ``skip`` counts an answer that failed and uses the other part alone; ``error`` stops the run.
+    """
+
+    cycle_weight: float = 1.0
+    contrast_weight: float = 0.0
+    caption_weight: float = 0.0
+    length_weight: float = 0.0
+    min_words: int = 2
+    max_words: int = 32
+    gates: tuple[str, ...] = GATES
+    judge_url: str | None = None
+    judge_model: str = "judge"
+    judge_key_variable: str | None = None
+    judge_timeout: float = 20.0
+    judge_deadline: float = 60.0
+    judge_retries: int = 2
+    judge_workers: int = 8
+    judge_failure: str = "skip"
 
 
 @dataclass(frozen=True)
@@ -138,6 +211,11 @@ class LossConfig:
     Attributes:
         num_objects: bring each image to exactly so many objects in the mask losses, fewer repeated cyclically, more
             drawn by a permutation (Sa2VA: 5); None counts every object once. See ``model.object_count``.
+        distill_weight: weight of the distillation from the weight average (``loop.teacher``); 0 is off.
+        distill_agreement: the teacher teaches an object where its mask has at least this IoU with the true mask.
+        distill_confidence: pixels count where the teacher's |2p - 1| is at least this much.
+        align_weight: weight of drawing the [SEG] embedding to SAM 2's own prompt embedding of the mask; 0 is off.
+        align_through: ``all`` lets that loss reach everything that trains, ``projection`` only ``text_hidden_fcs``.
     """
 
     mask_weight: float = 2.0
@@ -147,6 +225,11 @@ class LossConfig:
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
     num_objects: int | None = None
+    distill_weight: float = 0.0
+    distill_agreement: float = 0.5
+    distill_confidence: float = 0.5
+    align_weight: float = 0.0
+    align_through: str = "all"
 
 
 @dataclass(frozen=True)
@@ -179,6 +262,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     panel_interval: int = 200
     panels_per_save: int = 4
+    audit_interval: int = 50
     eval_weights: str = "ema"
 
 
@@ -189,6 +273,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -203,6 +289,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.train_embeddings": ("auto", "none", "new_tokens", "all"),
     "data.grid_pooling": ("area", "nearest"),
     "loop.on_rejected": ("fallback", "drop", "error"),
+    "loop.segment_form": ("branches", "turns"),
+    "policy.caption_gradient": ("none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
+    "policy.advantage_scale": ("none", "group"),
+    "reward.judge_failure": ("skip", "error"),
+    "loss.align_through": ("all", "projection"),
     "train.mixed_precision": ("auto", "no", "bf16"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.eval_weights": ("ema", "live"),
@@ -221,6 +312,20 @@ MINIMA: Mapping[str, float] = {
     "loop.max_new_tokens": 1,
     "loop.temperature": 0,
     "loop.rollout_batch_size": 1,
+    "policy.captions_per_region": 1,
+    "policy.temperature": 0.01,
+    "policy.kl_weight": 0,
+    "policy.gumbel_temperature": 0.01,
+    "policy.gumbel_temperature_end": 0.01,
+    "policy.gumbel_top_k": 1,
+    "reward.min_words": 1,
+    "reward.max_words": 1,
+    "reward.judge_timeout": 0.1,
+    "reward.judge_deadline": 0.1,
+    "reward.judge_retries": 0,
+    "reward.judge_workers": 1,
+    "loss.distill_weight": 0,
+    "loss.align_weight": 0,
     "loss.num_points": 0,
     "loss.num_objects": 1,
     "train.num_epochs": 1,
@@ -233,7 +338,13 @@ MINIMA: Mapping[str, float] = {
     "train.log_interval": 1,
     "train.save_interval": 1,
     "train.keep_checkpoints": 1,
+    "train.audit_interval": 1,
 }
+
+FRACTIONS = (
+    *("data.max_bad_fraction", "loop.max_rejected_fraction", "loop.cycle_keep", "loop.cycle_drop"),
+    *("loss.distill_agreement", "loss.distill_confidence", "train.ema_decay"),
+)
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -384,9 +495,17 @@ def _check_values(config: Any, problems: list[str]) -> None:
         value = _get_dotted(config, dotted)
         if value is not None and value < minimum:
             problems.append(f"{dotted}: seen {value}, expected at least {minimum:g}")
-    for dotted in ("data.max_bad_fraction", "loop.max_rejected_fraction", "train.ema_decay"):
-        if not 0 <= _get_dotted(config, dotted) <= 1:
+    for dotted in FRACTIONS:
+        if not 0 <= (_get_dotted(config, dotted) or 0.0) <= 1:
             problems.append(f"{dotted}: seen {_get_dotted(config, dotted)}, expected a fraction between 0 and 1")
+    unknown = [name for name in config.reward.gates if name not in GATES]
+    if unknown:
+        problems.append(f"reward.gates: seen {', '.join(unknown)}, expected some of {', '.join(GATES)}")
+    if config.loop.cycle_keep is not None and config.loop.cycle_keep <= config.loop.cycle_drop:
+        seen = f"{config.loop.cycle_keep} and {config.loop.cycle_drop}"
+        problems.append(f"loop.cycle_keep and loop.cycle_drop: seen {seen}, expected keep above drop")
+    if config.policy.caption_gradient.endswith("grpo") and config.policy.captions_per_region < 2:
+        problems.append("policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest")
 
 
 def _plain(value: Any) -> Any:
