@@ -180,7 +180,8 @@ class RewardConfig:
         contrast_weight: IoU with the own mask minus the best IoU with another region's mask of the same image.
         caption_weight: ``combined_caption_reward`` against reference captions, where there are any.
         length_weight: 1 for ``min_words..max_words`` words, falling linearly outside.
-        gates: names of the gates that are on, from :data:`GATES`; empty switches all off.
+        gates: names of the gates that are on, from :data:`GATES`; empty switches all off but
+            special_token and empty, which step 2 could not read.
         judge_url: base address of an OpenAI-compatible server (``http://127.0.0.1:8000/v1``), None for no judge.
         judge_key_variable: name of the environment variable that holds its key, if it needs one.
         judge_timeout: seconds for one answer. judge_deadline: seconds for all answers of one optimiser step.

@@ -215,20 +215,98 @@ def shifted_token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weig
     return token_cross_entropy_from_positions(logits[:, :-1][has_loss], following[has_loss], weight)
 
 
-def latent_alignment(seg_embeds: torch.Tensor, target_embeds: torch.Tensor, weight: float = 1.0) -> LossTerm:
+def policy_loss(log_probs: torch.Tensor, advantages: torch.Tensor, weight: float = 1.0) -> LossTerm:
+    """Score-function loss of sampled tokens: ``-sum(A * log p)``, whose gradient raises what earned an advantage.
+
+    REINFORCE with one update a roll-out: the importance ratio of PPO and GRPO is 1, so there is nothing to clip. The
+    average is over tokens, as in DAPO (2503.14476), not over sequences first.
+
+    Args:
+        log_probs: (P,) float, log-probability of each sampled token, with graph.
+        advantages: (P,) float, that of the token's caption; gets no gradient.
+        weight: factor of the whole term.
+
+    Returns:
+        Count: P. No token at all gives a zero with graph.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_same_shape(log_probs, advantages)
+    values = _full_precision(log_probs)
+    total = -(values * advantages.detach().to(values)).sum()
+    return LossTerm(total * weight, float(log_probs.numel()))
+
+
+def kl_divergence(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, weight: float = 1.0) -> LossTerm:
+    """Divergence from a reference at sampled tokens: ``exp(r - p) - (r - p) - 1``, summed.
+
+    The estimator called k3 (J. Schulman, "Approximating KL divergence", 2020): never negative, exactly 0 where both
+    agree, unbiased for samples of the policy. Exponents are cut at 20, where float32 still holds the square.
+
+    Args:
+        log_probs: (P,) float, with graph. reference_log_probs: (P,) float, without.
+        weight: factor of the whole term.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_same_shape(log_probs, reference_log_probs)
+    values = _full_precision(log_probs)
+    difference = (reference_log_probs.detach().to(values) - values).clamp(max=20.0)
+    return LossTerm((difference.exp() - difference - 1.0).sum() * weight, float(log_probs.numel()))
+
+
+def distillation_loss(
+    mask_logits: torch.Tensor,
+    teacher_probabilities: torch.Tensor,
+    object_weights: torch.Tensor,
+    weight: float = 1.0,
+    confidence: float = 0.0,
+) -> LossTerm:
+    """Divergence of a student's masks from a teacher's soft ones: the mean over sure pixels, summed over objects.
+
+    Args:
+        mask_logits: (N, Q, Q) float, the student's, with graph.
+        teacher_probabilities: (N, Q, Q) float in 0..1, without.
+        object_weights: (N,) factor of each object; the count is their sum.
+        weight: factor of the whole term.
+        confidence: pixels count where the teacher's ``|2p - 1|`` is at least this much. An object without any such
+            pixel adds 0, and is counted.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_same_shape(mask_logits, teacher_probabilities)
+    logits, targets = _full_precision(mask_logits), teacher_probabilities.detach().to(torch.float32)
+    targets = targets.to(logits.dtype)
+    entropy = -(torch.xlogy(targets, targets) + torch.xlogy(1 - targets, 1 - targets))
+    values = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") - entropy
+    is_sure = ((2 * targets - 1).abs() >= confidence).to(logits.dtype)
+    per_object = (values * is_sure).flatten(1).sum(1) / is_sure.flatten(1).sum(1).clamp_min(1.0)
+    return _sum_objects(per_object, weight, object_weights)
+
+
+def latent_alignment(
+    seg_embeds: torch.Tensor,
+    target_embeds: torch.Tensor,
+    weight: float = 1.0,
+    object_weights: torch.Tensor | None = None,
+) -> LossTerm:
     """Mean squared error between prompt embeddings and their targets: mean over C, summed over objects.
 
     Args:
         seg_embeds: (N, C) float.
         target_embeds: (N, C) float, a fixed target: it gets no gradient.
         weight: factor of the whole term.
+        object_weights: (N,) factor of each object; the count is then their sum instead of N.
 
     Raises:
         ValueError: the shapes differ.
     """
     _check_same_shape(seg_embeds, target_embeds)
     difference = _full_precision(seg_embeds) - _full_precision(target_embeds.detach())
-    return _sum_objects(difference.square().mean(dim=1), weight, None)
+    return _sum_objects(difference.square().mean(dim=1), weight, object_weights)
 
 
 def original_mask_losses(

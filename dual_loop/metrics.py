@@ -12,6 +12,8 @@ All are fractions of 1, not per cent. LISA: 2308.00692; GRES: 2306.00968.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -199,3 +201,89 @@ def _to_integers(values: Any) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or (integers != array).any():
         raise ValueError(explain("areas must be whole numbers of pixels", seen=repr(values), expected="(N,) integers"))
     return integers
+
+
+def distinct_ngrams(texts: Sequence[str], length: int) -> float:
+    """Return distinct n-grams over all n-grams of ``texts`` (distinct-n, 1510.03055): 0..1, 0 where there is none."""
+    runs = []
+    for text in texts:
+        words = text.lower().split()
+        runs += [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
+
+
+METEOR_VARIANT = "meteor-exact-stem"
+"""What :func:`meteor_exact_stem` is called wherever it is printed. It is not METEOR: figures of papers are not
+comparable."""
+
+_ALPHA, _BETA, _GAMMA, _STEM_WEIGHT = 0.85, 0.20, 0.60, 0.6
+_BEAM = 32
+
+
+def meteor_exact_stem(candidate: str, references: Sequence[str]) -> float:
+    """Return the METEOR-type score of a caption against its references, 0..1, the best of them.
+
+    METEOR 1.5 (Denkowski and Lavie, WMT 2014) with its English parameters (alpha 0.85, beta 0.20, gamma 0.60) and two
+    of its four matchers: exact words (weight 1) and Snowball stems (weight 0.6). No synonyms, no paraphrases, and no
+    discount for function words, so its values differ from those of the Java program. The alignment has the largest
+    weight of matches and then the fewest chunks, found by a beam search of width 32.
+    """
+    words = _meteor_words(candidate)
+    return max((_meteor_pair(words, _meteor_words(reference)) for reference in references), default=0.0)
+
+
+def _meteor_pair(candidate: Sequence[str], reference: Sequence[str]) -> float:
+    if not candidate or not reference:
+        return 0.0
+    matched, matches, chunks = _align(candidate, reference)
+    if matches == 0:
+        return 0.0
+    precision, recall = matched / len(candidate), matched / len(reference)
+    mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
+    # One unbroken run over both whole texts is no fragmentation at all.
+    whole = chunks == 1 and matches == len(candidate) == len(reference)
+    penalty = 0.0 if whole else _GAMMA * (chunks / matches) ** _BETA
+    return mean * (1 - penalty)
+
+
+def _align(candidate: Sequence[str], reference: Sequence[str]) -> tuple[float, int, int]:
+    """Return weight, number of matches and number of chunks of the best one-to-one alignment."""
+    options = [_word_matches(word, reference) for word in candidate]
+    # State: weight, chunks, matches, positions used, position that the previous word matched (-2: none).
+    beam: list[tuple[float, int, int, frozenset[int], int]] = [(0.0, 0, 0, frozenset(), -2)]
+    for matches in options:
+        grown = {(state[3], -2): (*state[:4], -2) for state in beam}
+        for weight, chunks, count, used, last in beam:
+            for position, gain in matches:
+                if position not in used:
+                    state = (weight + gain, chunks + (position != last + 1), count + 1, used | {position}, position)
+                    key = (state[3], position)
+                    if key not in grown or (state[0], -state[1]) > (grown[key][0], -grown[key][1]):
+                        grown[key] = state
+        beam = sorted(grown.values(), key=lambda s: (-s[0], s[1], sorted(s[3]), s[4]))[:_BEAM]
+    weight, chunks, count = beam[0][:3]
+    return weight, count, chunks
+
+
+def _word_matches(word: str, reference: Sequence[str]) -> list[tuple[int, float]]:
+    exact = [(position, 1.0) for position, other in enumerate(reference) if other == word]
+    stem = _stem(word)
+    return exact + [
+        (position, _STEM_WEIGHT) for position, other in enumerate(reference) if other != word and _stem(other) == stem
+    ]
+
+
+def _meteor_words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['\u2019-]\w+)*", text.lower())
+
+
+@functools.lru_cache(maxsize=65536)
+def _stem(word: str) -> str:
+    return str(_stemmer().stemWord(word))
+
+
+@functools.lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    import snowballstemmer
+
+    return snowballstemmer.stemmer("english")

@@ -29,6 +29,7 @@ from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, summarise
 from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.loop.dual_loop import DualLoop
+from dual_loop.loop.judge import Judge
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
@@ -36,7 +37,7 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.training.devices import build_accelerator, end_processes
 from dual_loop.training.dry_run import dry_run
-from dual_loop.training.guard import gather_objects
+from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
@@ -79,7 +80,7 @@ def train(config: Config) -> FitResult:
     torch.manual_seed(config.train.seed)
     model, prompter = prepare_model(config, folder, report)
     stream = prepare_data(config, accelerator, report)
-    loop = DualLoop(model, prompter, config.loop)
+    loop = build_loop(config, model, prompter, accelerator)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
@@ -179,6 +180,21 @@ def prepare_model(config: Config, folder: RunFolder, report: Reporter) -> tuple[
         folder.write_import(imported.to_dict())
         report(f"✓ Pretrained weights loaded\n{imported}")
     return cast(VideoLLaVASAMModel, model), build_prompter(config, tokenizer)
+
+
+def build_loop(config: Config, model: VideoLLaVASAMModel, prompter: Prompter, accelerator: Accelerator) -> DualLoop:
+    """Put the loop together; a judge that is named is asked one question first, so that a wrong address shows now.
+
+    Raises:
+        JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
+    """
+    judge = None
+    if config.reward.judge_url is not None and config.reward.caption_weight > 0:
+        judge = Judge(config.reward)
+        if accelerator.is_main_process:
+            judge.check()
+    exchange = RankExchange(accelerator)
+    return DualLoop(model, prompter, config.loop, config.policy, config.reward, exchange, judge)
 
 
 def prepare_data(config: Config, accelerator: Accelerator, report: Reporter) -> DataStream:

@@ -10,7 +10,7 @@ Only these types cross from one package to another:
 
 * :class:`RegionSample`: one image (or frame pair) of any data set, on the CPU, in numpy.
 * :class:`Batch`: tensors, made from region samples by ``data.prepare``.
-* :class:`CaptionRollout`: what step 1 wrote for the regions of one batch.
+* :class:`CaptionRollout`: what step 1 wrote for the regions of one batch, of :class:`WrittenCaption`.
 * :class:`LossTerm`, :class:`StepOutput`: what step 3 returns.
 """
 
@@ -161,16 +161,35 @@ class Batch:
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
+@dataclass(frozen=True)
+class WrittenCaption:
+    """One caption that step 1 generated.
+
+    Attributes:
+        text: the cleaned caption.
+        token_ids: the generated ids, up to and with what ended the turn.
+        gate: why it may earn no reward (``loop.gates``), None where it may.
+        truncated: whether it met ``loop.max_new_tokens`` before it ended.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    gate: str | None
+    truncated: bool
+
+
 @dataclass
 class CaptionRollout:
     """What step 1 wrote for the N regions of one batch.
 
     Attributes:
         captions: N cleaned captions, as step 2 will read them (a fallback where the policy says so).
-        token_ids: N lists of generated ids, without the end of the turn.
+        token_ids: N lists of generated ids of those captions, up to and with the end of the turn.
         rejected: N reasons why the generated caption was refused, None where it was not.
         from_reference: N flags: True where the caption is the data set's own text.
         keep: N flags: False where the region is left out of step 2 (``on_rejected = drop``).
+        greedy: N captions of greedy decoding, None where none was asked for.
+        samples: N lists of K sampled captions; empty lists where none were asked for.
     """
 
     captions: list[str]
@@ -178,6 +197,16 @@ class CaptionRollout:
     rejected: list[str | None]
     from_reference: list[bool]
     keep: list[bool]
+    greedy: list[WrittenCaption | None] = field(default_factory=list)
+    samples: list[list[WrittenCaption]] = field(default_factory=list)
+
+    @property
+    def written(self) -> list[WrittenCaption]:
+        """Every generated caption, region by region, greedy before sampled."""
+        greedy = self.greedy or [None] * len(self.captions)
+        samples = self.samples or [[] for _ in self.captions]
+        pairs = zip(greedy, samples, strict=True)
+        return [caption for first, others in pairs for caption in (first, *others) if caption is not None]
 
     @property
     def num_rejected(self) -> int:
@@ -201,6 +230,28 @@ class Segmentation:
     chosen: torch.Tensor
     object_score_logits: torch.Tensor
     seg_embeds: torch.Tensor | None = None
+
+
+class Exchange(Protocol):
+    """What the loop needs of the other ranks; every rank must make the same calls with the same keys."""
+
+    def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Add ``sums`` over all ranks."""
+        ...
+
+    def gather(self, own: Sequence[str]) -> list[str]:
+        """Return the texts of all ranks, rank by rank."""
+        ...
+
+
+class SingleProcess:
+    """The :class:`Exchange` of one process."""
+
+    def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return dict(sums)
+
+    def gather(self, own: Sequence[str]) -> list[str]:
+        return list(own)
 
 
 @dataclass

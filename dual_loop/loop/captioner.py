@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from dual_loop.config import LoopConfig
+from dual_loop.config import GATES, LoopConfig
 from dual_loop.errors import DualLoopError, explain
+from dual_loop.loop.gates import CaptionGates
 from dual_loop.model.packing import left_pad
-from dual_loop.model.prompts import Prompter
+from dual_loop.model.prompts import CAPTION_QUESTIONS, SEGMENT_QUESTIONS, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.types import Batch, CaptionRollout
+from dual_loop.types import Batch, CaptionRollout, WrittenCaption
 
 logger = logging.getLogger("dual_loop")
 
@@ -25,16 +26,22 @@ EMPTY, SPECIAL_TOKEN = "empty", "special_token"
 WARN_FIRST, WARN_EVERY = 5, 100
 
 
+GREEDY = -1
+
+
 @dataclass
 class _Request:
-    """One caption to be generated: where it belongs and what the prompt needs."""
+    """One caption to be generated: where it belongs, what the prompt needs, and how its tokens are chosen."""
 
     batch: int
     region: int
+    draw: int
     prompt: list[int]
     tiles: list[int]
     mask: Tensor
     seed: int
+    temperature: float
+    top_p: float = 1.0
 
 
 class CaptionRejected(DualLoopError):
@@ -58,79 +65,128 @@ class StopOnText(StoppingCriteria):
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
-class SeededGumbelNoise(LogitsProcessor):
-    """Turns the arg-max of greedy decoding into sampling, with random numbers that belong to the row.
+class RowSampler(LogitsProcessor):
+    """Turns the arg-max of greedy decoding into sampling for the rows that ask for it, with random numbers of the row.
 
     Adding Gumbel noise to log-probabilities and taking the arg-max draws from the softmax (Gumbel-max trick). Each row
     has its own generator, so a sampled caption does not depend on how regions are spread over batches and ranks.
+
+    Args:
+        seeds: R seeds.
+        temperatures: R temperatures; a row of 0 stays greedy.
+        top_ps: R shares of probability to sample from (1.0: all of it).
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+    def __init__(self, seeds: Sequence[int], temperatures: Sequence[float], top_ps: Sequence[float]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.temperature = temperature
+        self.temperatures, self.top_ps = list(temperatures), list(top_ps)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = [torch.rand(scores.shape[-1], generator=generator) for generator in self.generators]
-        uniform = torch.stack(noise).to(scores.device).clamp_min(1e-20)
-        return scores.float() / self.temperature - torch.log(-torch.log(uniform))
+        rows = []
+        for row, (generator, temperature, top_p) in enumerate(
+            zip(self.generators, self.temperatures, self.top_ps, strict=True)
+        ):
+            values = scores[row : row + 1]
+            if temperature > 0:
+                if top_p < 1.0:
+                    values = TopPLogitsWarper(top_p)(input_ids[row : row + 1], values)
+                uniform = torch.rand(values.shape[-1], generator=generator).to(values.device).clamp_min(1e-20)
+                values = values.float() / temperature - torch.log(-torch.log(uniform))
+            rows.append(values.float())
+        return torch.cat(rows)
 
 
 class Captioner:
-    """Writes a caption for every region that has no text of its own.
+    """Writes a caption for every region that has no text of its own, and samples for those who learn from them.
 
     Args:
         model: the unwrapped model.
         prompter: builds the region prompts.
         config: decoding, rejection policy and batch size of the roll-out.
+        gates: says which captions may earn no reward.
+        sample_temperature: of the K samples (``policy.temperature``).
     """
 
-    def __init__(self, model: VideoLLaVASAMModel, prompter: Prompter, config: LoopConfig) -> None:
+    def __init__(
+        self,
+        model: VideoLLaVASAMModel,
+        prompter: Prompter,
+        config: LoopConfig,
+        gates: CaptionGates | None = None,
+        sample_temperature: float = 1.0,
+    ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
+        self.gates = gates or CaptionGates(GATES, prompter.find_marker, prompt_texts())
+        self.sample_temperature = sample_temperature
         self.num_generated = 0
         self.num_rejected = 0
 
     @torch.no_grad()
     def roll_out(
-        self, batches: Sequence[Batch], vision_features: Sequence[Tensor], *, use_references: bool = True
+        self,
+        batches: Sequence[Batch],
+        vision_features: Sequence[Tensor],
+        *,
+        use_references: bool = True,
+        greedy: bool = True,
+        num_samples: int = 0,
+        seed_offset: int = 0,
     ) -> list[CaptionRollout]:
         """Caption all regions of all batches in as few generations as ``rollout_batch_size`` allows.
+
+        Step 2 reads the data set's own caption where there is one, else the greedy caption (drawn at
+        ``loop.temperature``, if that is not 0), else the first sample.
 
         Args:
             batches: the micro-batches of one accumulation window.
             vision_features: for each batch (T, M, D_vision), from ``model.encode_vision``.
-            use_references: take the data set's own caption where there is one, without generating.
+            use_references: take the data set's own caption where there is one.
+            greedy: write a greedy caption; where samples are asked for, also for regions with a caption of their own.
+            num_samples: K, captions sampled for each region.
+            seed_offset: added to the seeds of the samples, so that two roll-outs of a region differ.
 
         Raises:
             CaptionRejected: under ``on_rejected = error``, or when more than ``max_rejected_fraction`` were rejected.
         """
         rollouts = [_empty_rollout(batch, use_references) for batch in batches]
-        requests = [
-            request
-            for index, batch in enumerate(batches)
-            for request in self._requests(index, batch, rollouts[index].from_reference)
-        ]
+        requests = []
+        for index, batch in enumerate(batches):
+            skipped = [own and not num_samples for own in rollouts[index].from_reference]
+            draws = [*([GREEDY] if greedy else []), *range(num_samples)]
+            requests += self._requests(index, batch, skipped, draws, seed_offset)
         # Rows of like length share a generation, so little is spent on padding.
         requests.sort(key=lambda request: len(request.prompt))
+        written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
         with evaluating(self.model):
             projected = [self.model.project_vision(features) for features in vision_features]
             for start in range(0, len(requests), self.config.rollout_batch_size):
                 chunk = requests[start : start + self.config.rollout_batch_size]
                 for request, ids in zip(chunk, self._generate(chunk, projected), strict=True):
-                    self._store(rollouts[request.batch], request.region, ids, batches[request.batch])
+                    own = written.setdefault((request.batch, request.region), {})
+                    own[request.draw] = self._written(ids)
+        for index, (rollout, batch) in enumerate(zip(rollouts, batches, strict=True)):
+            for region in range(batch.num_regions):
+                self._store(rollout, region, written.get((index, region), {}), batch.region_names[region])
         return rollouts
 
-    def _requests(self, index: int, batch: Batch, from_reference: Sequence[bool]) -> list[_Request]:
+    def _requests(
+        self, index: int, batch: Batch, skipped: Sequence[bool], draws: Sequence[int], seed_offset: int
+    ) -> list[_Request]:
         offsets = tile_offsets(batch.tiles_per_view)
         requests = []
         for region, image in enumerate(batch.region_image.tolist()):
-            if from_reference[region]:
+            if skipped[region]:
                 continue
             view, mask = batch.caption_view[image], batch.prompt_masks[region]
             tiles = list(range(offsets[view], offsets[view] + batch.tiles_per_view[view]))
             seed = int(batch.region_seeds[region])
             question = self.prompter.caption_question(int(mask.sum()), self.config.caption_question, seed)
             prompt = self.prompter.image_prefix(len(tiles)) + question
-            requests.append(_Request(index, region, prompt, tiles, mask, seed))
+            for draw in draws:
+                choice = (seed, self.config.temperature, self.config.top_p)
+                if draw != GREEDY:
+                    choice = (sample_seed(seed, draw + seed_offset), self.sample_temperature, 1.0)
+                requests.append(_Request(index, region, draw, prompt, tiles, mask, *choice))
         return requests
 
     def _generate(self, chunk: Sequence[_Request], projected: Sequence[Tensor]) -> list[list[int]]:
@@ -149,27 +205,31 @@ class Captioner:
             pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,
             stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, self.prompter.template.stop_texts)]),
-            logits_processor=self._sampler(chunk),
+            logits_processor=_sampler(chunk),
         )
         return [[int(i) for i in row] for row in output.tolist()]
 
-    def _sampler(self, chunk: Sequence[_Request]) -> LogitsProcessorList:
-        processors = LogitsProcessorList()
-        if self.config.temperature > 0:
-            if self.config.top_p < 1.0:
-                processors.append(TopPLogitsWarper(self.config.top_p))
-            processors.append(SeededGumbelNoise([request.seed for request in chunk], self.config.temperature))
-        return processors
-
-    def _store(self, rollout: CaptionRollout, region: int, ids: list[int], batch: Batch) -> None:
-        text, _ = self.prompter.decode_caption(ids)
+    def _written(self, ids: list[int]) -> WrittenCaption:
+        ids = self.prompter.cut_answer(ids)
+        text, ended = self.prompter.decode_caption(ids)
+        truncated = not ended
         caption = clean_caption(text)
-        reason = self._reject_reason(caption)
+        # What step 2 cannot read earns nothing, whichever gates are on.
+        gate = self.gates.check(caption, truncated) or self._reject_reason(caption)
+        return WrittenCaption(caption, tuple(ids), gate, truncated)
+
+    def _store(self, rollout: CaptionRollout, region: int, own: dict[int, WrittenCaption], name: str) -> None:
+        rollout.greedy[region] = own.get(GREEDY)
+        rollout.samples[region] = [own[draw] for draw in sorted(own) if draw != GREEDY]
+        if rollout.from_reference[region]:
+            return
+        read = own.get(GREEDY) or rollout.samples[region][0]
         self.num_generated += 1
-        rollout.token_ids[region] = ids
-        rollout.captions[region] = caption
+        rollout.token_ids[region] = list(read.token_ids)
+        rollout.captions[region] = read.text
+        reason = self._reject_reason(read.text)
         if reason is not None:
-            self._reject(rollout, region, reason, batch.region_names[region])
+            self._reject(rollout, region, reason, name)
 
     def _reject_reason(self, caption: str) -> str | None:
         if not any(character.isalnum() for character in caption):
@@ -211,6 +271,24 @@ def generate_caption_from_mask(
     return captioner.roll_out([batch], [features], use_references=False)[0]
 
 
+def sample_seed(seed: int, draw: int) -> int:
+    """Return the seed of a region's sample number ``draw``; far from the seeds of its neighbours."""
+    return (seed * 6364136223846793005 + (draw + 1) * 1442695040888963407) % 2**63
+
+
+def prompt_texts() -> list[str]:
+    """Return the texts that a caption must not repeat: every question, and how regions are listed."""
+    questions = [text.replace("{caption}", "").strip() for text in SEGMENT_QUESTIONS.values()]
+    return [*CAPTION_QUESTIONS.values(), *questions, "There are 1 part regions in the picture: region1"]
+
+
+def _sampler(chunk: Sequence[_Request]) -> LogitsProcessorList:
+    if not any(request.temperature > 0 for request in chunk):
+        return LogitsProcessorList()
+    seeds, temperatures = [r.seed for r in chunk], [r.temperature for r in chunk]
+    return LogitsProcessorList([RowSampler(seeds, temperatures, [r.top_p for r in chunk])])
+
+
 def clean_caption(text: str) -> str:
     """Collapse white space and drop quotes and a final full stop, which the question brings itself."""
     return " ".join(text.split()).strip(" \"'").rstrip(".").strip()
@@ -224,6 +302,8 @@ def _empty_rollout(batch: Batch, use_references: bool) -> CaptionRollout:
         rejected=[None for _ in references],
         from_reference=[caption is not None for caption in references],
         keep=[True for _ in references],
+        greedy=[None for _ in references],
+        samples=[[] for _ in references],
     )
 
 

@@ -5,56 +5,121 @@ The trainer calls :meth:`DualLoop.begin_window` once an optimiser step and :meth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dual_loop.config import LoopConfig
-from dual_loop.loop.captioner import Captioner
-from dual_loop.loop.segmenter import SegmentationInputs, mask_ious, segmentation_inputs, split_by
+from dual_loop.config import LoopConfig, PolicyConfig, RewardConfig
+from dual_loop.loop.alignment import mask_prompts
+from dual_loop.loop.audit import Auditor
+from dual_loop.loop.captioner import Captioner, prompt_texts
+from dual_loop.loop.critic import Critic
+from dual_loop.loop.estimators import build_estimator
+from dual_loop.loop.gates import CaptionGates
+from dual_loop.loop.judge import Judge
+from dual_loop.loop.policy import (
+    CaptionPolicy,
+    PolicyPlan,
+    add_policy_branches,
+    policy_inputs,
+    relax,
+    soft_caption_inputs,
+)
+from dual_loop.loop.rewards import RewardSet, contrasts, iou_matrix
+from dual_loop.loop.rows import Rows
+from dual_loop.loop.segmenter import RelaxedCaption, SegmentationInputs, mask_ious, segmentation_inputs, split_by
+from dual_loop.loop.teacher import MaskTeacher
+from dual_loop.model.adapters import adapters_disabled, trainable_parameters
+from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights
+from dual_loop.model.grounding import GroundingFeatures
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
-from dual_loop.types import Batch, CaptionRollout, StepOutput
+from dual_loop.model.soft_captions import temperature_at
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
+from dual_loop.types import Batch, CaptionRollout, Exchange, SingleProcess, StepOutput
 
 
 @dataclass
 class MicroBatch:
-    """One micro-batch after step 1: its captions and the ready inputs of step 2."""
+    """One micro-batch after step 1: its captions, the ready inputs of step 2, and what step 1 has to report."""
 
     batch: Batch
     rollout: CaptionRollout
     inputs: SegmentationInputs
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class DualLoop:
     """Runs steps 1 to 3.
 
     Args:
-        model: the unwrapped model, which captions.
+        model: the unwrapped model, which captions. Its weights at this moment are the frozen listener of the audits.
         prompter: token ids of prompts.
         config: settings of steps 1 and 2.
+        policy, reward: what the captioner learns from, and what captions earn.
+        exchange: sums and texts of all ranks; None for one process.
+        judge: asked by the caption reward, if there is one.
     """
 
-    def __init__(self, model: VideoLLaVASAMModel, prompter: Prompter, config: LoopConfig) -> None:
+    def __init__(
+        self,
+        model: VideoLLaVASAMModel,
+        prompter: Prompter,
+        config: LoopConfig,
+        policy: PolicyConfig | None = None,
+        reward: RewardConfig | None = None,
+        exchange: Exchange | None = None,
+        judge: Judge | None = None,
+    ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
-        self.captioner = Captioner(model, prompter, config)
+        self.policy_config, self.reward_config = policy or PolicyConfig(), reward or RewardConfig()
+        self.estimator = build_estimator(self.policy_config)
+        gates = CaptionGates(self.reward_config.gates, prompter.find_marker, prompt_texts())
+        self.captioner = Captioner(model, prompter, config, gates, self.policy_config.temperature)
+        exchange = exchange or SingleProcess()
+        self.policy = CaptionPolicy(
+            self.estimator,
+            RewardSet(self.reward_config, judge),
+            Critic(model, prompter, config),
+            exchange,
+            config,
+            self.policy_config,
+        )
+        self.teacher = MaskTeacher(model, None, model.loss_config)
+        self.starting = StartingWeights(trainable_parameters(model))
+        self.auditor = Auditor(model, prompter, config, self.starting, exchange)
 
-    def begin_window(self, batches: Sequence[Batch]) -> list[MicroBatch]:
+    def use_average(self, average: ExponentialMovingAverage) -> None:
+        """Take ``average`` as the teacher of ``loss.distill_weight``."""
+        self.teacher.average = average
+
+    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[MicroBatch]:
         """Step 1 for all micro-batches of an optimiser step; the parameters do not change inside it.
 
         The frozen vision tower runs here, once an image; step 2 uses the same features.
+
+        Args:
+            batches: the accumulation window of this rank.
+            progress: share of the run that is done, 0..1, for schedules.
+            audit: also measure the anti-cheat panel.
         """
         features = [self.model.encode_vision(batch.pixel_values) for batch in batches]
-        rollouts = self.captioner.roll_out(batches, [f.detach() for f in features])
-        return [self._micro_batch(*parts) for parts in zip(batches, rollouts, features, strict=True)]
-
-    def _micro_batch(self, batch: Batch, rollout: CaptionRollout, features: Tensor) -> MicroBatch:
-        num_objects = self.model.loss_config.num_objects
-        inputs = segmentation_inputs(batch, rollout, features, self.prompter, self.config, num_objects)
-        return MicroBatch(batch, rollout, inputs)
+        plain = [feature.detach() for feature in features]
+        draws = self.estimator.draws
+        rollouts = self.captioner.roll_out(batches, plain, greedy=draws.greedy, num_samples=draws.samples)
+        self.auditor.remember(rollouts)
+        grounding = [self._grounding(batch, audit) for batch in batches]
+        plans = self.policy.plan(batches, plain, rollouts, grounding)
+        parts = zip(batches, rollouts, features, plans, grounding, strict=True)
+        micros = [self._micro_batch(*part, progress) for part in parts]
+        inputs = [micro.inputs for micro in micros]
+        for micro, metrics in zip(micros, self.teacher.teach(batches, inputs), strict=True):
+            micro.metrics.update(metrics)
+        if audit:
+            micros[0].metrics.update(self.auditor.audit(batches, plain, rollouts, inputs))
+        return micros
 
     def step(self, wrapped_model: Any, micro: MicroBatch) -> StepOutput:
         """Steps 2 and 3: segment every caption and compare mask' with mask.
@@ -63,28 +128,102 @@ class DualLoop:
             wrapped_model: the model as the trainer wraps it (DDP), so that gradients are shared.
         """
         output = wrapped_model(micro.inputs.data, mode="terms")
-        segmentation = output["segmentation"]
-        with torch.no_grad():
-            ious = mask_ious(segmentation.mask_logits, micro.batch.target_masks).tolist()
-        metrics = self._metrics(micro, ious)
-        return StepOutput(output["terms"], metrics, segmentation, micro.rollout.captions)
+        metrics = {**self._metrics(micro, output["segmentation"].mask_logits), **micro.metrics}
+        return StepOutput(output["terms"], metrics, output["segmentation"], micro.rollout.captions)
 
-    def _metrics(self, micro: MicroBatch, ious: list[float]) -> dict[str, float]:
-        reference, cycle = split_by(ious, micro.rollout.from_reference)
-        lengths = [
-            len(ids)
-            for ids, own in zip(micro.rollout.token_ids, micro.rollout.from_reference, strict=True)
-            if not own
-        ]
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of this rank, as JSON values."""
+        counts = [self.captioner.num_generated, self.captioner.num_rejected]
+        return {"captioner": counts, "auditor": self.auditor.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.captioner.num_generated, self.captioner.num_rejected = state["captioner"]
+        self.auditor.load_state_dict(state["auditor"])
+
+    # ---- inside a window -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _grounding(self, batch: Batch, audit: bool) -> GroundingFeatures | None:
+        """Run SAM 2's frozen encoder once, where more than one pass will read its features."""
+        encoder = self.model.grounding_encoder.vision_encoder
+        is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
+        several = audit or self.policy.needs_scores or self.model.loss_config.distill_weight > 0
+        return self.model.encode_grounding(batch.g_pixel_values) if is_frozen and several else None
+
+    def _micro_batch(
+        self,
+        batch: Batch,
+        rollout: CaptionRollout,
+        features: Tensor,
+        plan: PolicyPlan,
+        grounding: GroundingFeatures | None,
+        progress: float,
+    ) -> MicroBatch:
+        rows, question = Rows(batch, self.prompter), self.config.caption_question
+        places = add_policy_branches(rows, plan.captions, question)
+        relaxed = self._relaxed(rollout, plan.metrics) if self.estimator.is_relaxed else []
+        num_objects = self.model.loss_config.num_objects
+        prompts = (self.prompter, self.config, num_objects)
+        inputs = segmentation_inputs(batch, rollout, features, *prompts, plan.region_weights, relaxed, rows)
+        if grounding is not None:
+            inputs.data["grounding_features"] = grounding
+        if relaxed:
+            config = self.policy_config
+            temperature = temperature_at(progress, config.gumbel_temperature, config.gumbel_temperature_end)
+            inputs.data["captioning"] = soft_caption_inputs(rows, relaxed, features, question, config, temperature)
+        if self.estimator.is_rewarded:
+            policy = policy_inputs(rows, plan.captions, places, question, self.policy_config)
+            self._add_policy(inputs, policy)
+        if self.model.loss_config.align_weight > 0:
+            inputs.data["align_targets"] = mask_prompts(self.model, batch.target_masks)
+            inputs.counts["align_loss"] = inputs.counts["mask_loss"]
+        return MicroBatch(batch, rollout, inputs, plan.metrics)
+
+    def _add_policy(self, inputs: SegmentationInputs, policy: dict[str, Any]) -> None:
+        inputs.counts["policy_loss"] = float(len(policy["targets"]))
+        if policy["kl_weight"] > 0:
+            inputs.counts["kl_loss"] = inputs.counts["policy_loss"]
+            with torch.no_grad(), evaluating(self.model), adapters_disabled(self.model):
+                hidden = self.model.hidden_states({k: v for k, v in inputs.data.items() if k != "captioning"})
+                policy["reference_log_probs"] = self.model.token_log_probs(hidden, policy)
+        inputs.data["policy"] = policy
+
+    def _relaxed(self, rollout: CaptionRollout, metrics: dict[str, float]) -> list[RelaxedCaption]:
+        found, missed = [], 0
+        for region, samples in enumerate(rollout.samples):
+            if rollout.from_reference[region] or rollout.rejected[region] or not rollout.keep[region]:
+                continue
+            caption = relax(self.prompter, region, samples[0])
+            missed += caption is None
+            found += [caption] if caption is not None else []
+        metrics["gumbel/not_aligned"] = float(missed)
+        return found
+
+    @torch.no_grad()
+    def _metrics(self, micro: MicroBatch, mask_logits: Tensor) -> dict[str, float]:
+        batch, rollout = micro.batch, micro.rollout
+        own = torch.arange(batch.num_regions, device=mask_logits.device)
+        ious = mask_ious(mask_logits, batch.target_masks)
+        matrix = iou_matrix(mask_logits, own, batch.target_masks, batch.region_image.to(mask_logits.device))
+        unique = contrasts(matrix, own)
+        generated = torch.tensor([not given for given in rollout.from_reference], device=unique.device)
+        unique = unique[generated & ~unique.isnan()]
+        reference, cycle = split_by(ious.tolist(), rollout.from_reference)
+        pairs = list(zip(rollout.token_ids, rollout.captions, rollout.from_reference, strict=True))
+        lengths = [len(ids) for ids, _, given in pairs if not given]
+        words = [len(text.split()) for _, text, given in pairs if not given]
         return {
             "regions": float(len(ious)),
             "tokens": float(micro.inputs.data["input_ids"].numel()),
-            "cycle_iou/sum": sum(cycle),
-            "cycle_iou/count": float(len(cycle)),
-            "reference_iou/sum": sum(reference),
-            "reference_iou/count": float(len(reference)),
-            "caption_tokens/sum": float(sum(lengths)),
-            "caption_tokens/count": float(len(lengths)),
-            "caption/rejected": float(micro.rollout.num_rejected),
-            "prompt/grid_rescued": float(micro.batch.grid_rescued.sum()),
+            **_ratio("cycle_iou", cycle),
+            **_ratio("reference_iou", reference),
+            **_ratio("uniqueness", unique.tolist()),
+            **_ratio("caption_tokens", lengths),
+            **_ratio("caption_words", words),
+            "caption/rejected": float(rollout.num_rejected),
+            "prompt/grid_rescued": float(batch.grid_rescued.sum()),
         }
+
+
+def _ratio(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}/sum": float(sum(values)), f"{name}/count": float(len(values))}

@@ -1,8 +1,8 @@
 """Step 2 and 3: image + caption -> mask', and its losses against the mask.
 
-One row an image, one branch a region (see ``model.packing``); the answer with [SEG] is given, so nothing is decoded.
-Regions that have a caption of their own add a captioning branch to the same row: supervised steps that keep the
-language of step 1 in place.
+One row an image, one branch a region (``loop.rows``); the answer with [SEG] is given, so nothing is decoded. Regions
+that have a caption of their own add a captioning branch to the same row: supervised steps that keep the language of
+step 1 in place. Captions that earned an advantage add one too (``loop.policy``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.captioner import tile_offsets
+from dual_loop.loop.rows import Place, Rows
 from dual_loop.model.object_count import object_multiplicity
-from dual_loop.model.packing import pack_rows
 from dual_loop.model.prompts import Branch, Prompter
 from dual_loop.types import Batch, CaptionRollout
 
@@ -35,6 +34,27 @@ class SegmentationInputs:
     counts: dict[str, float]
 
 
+@dataclass
+class RelaxedCaption:
+    """A caption that step 2 reads through straight-through embeddings.
+
+    Attributes:
+        region: its region.
+        token_ids: generated ids, up to and with the end of the turn.
+        first, last: the part of ``token_ids`` that is the caption, ``[first, last)``.
+        reading_ids: the ids that step 2 reads in place of that part.
+        place, offset: the branch of step 2 that holds them, and where in the branch.
+    """
+
+    region: int
+    token_ids: tuple[int, ...]
+    first: int
+    last: int
+    reading_ids: tuple[int, ...]
+    place: Place | None = None
+    offset: int = 0
+
+
 def segmentation_inputs(
     batch: Batch,
     rollout: CaptionRollout,
@@ -42,6 +62,9 @@ def segmentation_inputs(
     prompter: Prompter,
     config: LoopConfig,
     num_objects: int | None = None,
+    region_weights: Tensor | None = None,
+    relaxed: Sequence[RelaxedCaption] = (),
+    rows: Rows | None = None,
 ) -> SegmentationInputs:
     """Build the packed rows of step 2 for one batch.
 
@@ -50,34 +73,29 @@ def segmentation_inputs(
         rollout: one caption a region; regions with ``keep`` false stay in the row with weight 0.
         vision_features: (T, M, D_vision) of all views of the batch.
         num_objects: let each image count as so many objects (``loss.num_objects``); None counts every region once.
+        region_weights: (N,) float in 0..1, weight of each region in the mask losses, besides ``keep``; a weight of 0
+            also silences the region's answer.
+        relaxed: captions that are read through straight-through embeddings; their places are filled in.
+        rows: rows that further captioning branches were added to by the caller, or will be after this call through
+            ``SegmentationInputs``; None makes new ones.
     """
-    tiles, views = _target_tiles(batch)
-    rows: list[list[Branch]] = [[] for _ in batch.sources]
-    prompt_tile, prompt_masks, seeds = [], [], batch.region_seeds.tolist()
-    for region, image in enumerate(batch.region_image.tolist()):
-        rows[image].append(_segment_branch(rollout, region, seeds[region], prompter, config))
-    for region, image in _supervised_regions(batch, rollout, config):
-        mask = batch.prompt_masks[region]
-        rows[image].append(
-            prompter.caption_branch(int(mask.sum()), rollout.captions[region], config.caption_question, seeds[region])
-        )
-        prompt_tile.append(views[image][-1])
-        prompt_masks.append(mask)
-    prefixes = [prompter.image_prefix(len(view)) for view in views]
-    packed = pack_rows(prefixes, rows, prompter.tokenizer.pad_token_id or 0)
-    device, side = vision_features.device, batch.prompt_masks.shape[-1]
-    data: dict[str, Any] = {key: value.to(device) for key, value in packed.items()}
-    data["vision_features"] = vision_features[tiles]
-    data["region_tile"] = torch.tensor(prompt_tile, dtype=torch.long, device=device)
-    empty = torch.zeros(0, side, side, dtype=torch.bool, device=device)
-    data["prompt_masks"] = torch.stack(prompt_masks).to(device) if prompt_masks else empty
+    rows = rows if rows is not None else Rows(batch, prompter)
+    weights = torch.tensor(rollout.keep, dtype=torch.float32)
+    if region_weights is not None:
+        weights = weights * region_weights.float().cpu()
+    _add_segmentation(rows, rollout, weights, config, relaxed)
+    for region in _supervised_regions(batch, rollout, config):
+        cells, seed = int(batch.prompt_masks[region].sum()), int(batch.region_seeds[region])
+        caption = rollout.captions[region]
+        rows.add_captioning(region, prompter.caption_branch(cells, caption, config.caption_question, seed))
+    data = rows.pack(vision_features)
     data["g_pixel_values"] = batch.g_pixel_values
     data["masks"] = batch.target_masks
     data["region_seeds"] = batch.region_seeds
-    data["region_weights"] = torch.tensor(rollout.keep, dtype=torch.float32, device=device)
+    data["region_weights"] = weights.to(vision_features.device)
     if num_objects is not None:
         repeats = object_multiplicity(batch.region_image, len(batch.sources), num_objects, batch.region_seeds)
-        data["region_weights"] *= repeats.to(device)
+        data["region_weights"] *= repeats.to(vision_features.device)
     return SegmentationInputs(data, _counts(data))
 
 
@@ -97,39 +115,58 @@ def compute_segmentation_loss(
     return dict(model(inputs.data, mode="terms"))
 
 
-def _segment_branch(rollout: CaptionRollout, region: int, seed: int, prompter: Prompter, config: LoopConfig) -> Branch:
-    caption = rollout.captions[region]
-    branch = prompter.segment_branch(caption, config.segment_question, config.segment_answer, seed)
-    if rollout.keep[region]:
-        return branch
-    # A dropped region stays in the row, so that every rank runs the same graph, but teaches nothing.
-    return Branch(branch.input_ids, (-100,) * len(branch.labels))
+def _add_segmentation(
+    rows: Rows,
+    rollout: CaptionRollout,
+    weights: Tensor,
+    config: LoopConfig,
+    relaxed: Sequence[RelaxedCaption],
+) -> None:
+    """Add a branch a region, or (``segment_form = turns``) one branch an image with a turn for each region."""
+    special = {caption.region: caption for caption in relaxed}
+    turns: dict[int, list[tuple[int, Branch, int]]] = {}
+    for region, image in enumerate(rows.batch.region_image.tolist()):
+        is_first = config.segment_form == "branches" or image not in turns
+        branch, offset = _segment_branch(rows, rollout, region, config, special.get(region), is_first)
+        if float(weights[region]) == 0.0:
+            # A dropped region stays in the row, so that every rank runs the same graph, but teaches nothing.
+            branch = Branch(branch.input_ids, (-100,) * len(branch.labels))
+        if config.segment_form == "turns":
+            turns.setdefault(image, []).append((region, branch, offset))
+            continue
+        place = rows.add_segmentation(region, branch)
+        if region in special:
+            special[region].place, special[region].offset = place, offset
+    for parts in turns.values():
+        ids = sum((branch.input_ids for _, branch, _ in parts), ())
+        labels = sum((branch.labels for _, branch, _ in parts), ())
+        place, start = rows.add_segmentation(parts[0][0], Branch(ids, labels)), 0
+        for region, branch, offset in parts:
+            if region in special:
+                special[region].place, special[region].offset = place, start + offset
+            start += len(branch.input_ids)
 
 
-def _supervised_regions(batch: Batch, rollout: CaptionRollout, config: LoopConfig) -> list[tuple[int, int]]:
-    """Return (region, image) of regions whose own caption also trains step 1.
+def _segment_branch(
+    rows: Rows,
+    rollout: CaptionRollout,
+    region: int,
+    config: LoopConfig,
+    relaxed: RelaxedCaption | None,
+    is_first: bool,
+) -> tuple[Branch, int]:
+    names = config.segment_question, config.segment_answer
+    seed = int(rows.batch.region_seeds[region])
+    if relaxed is not None:
+        return rows.prompter.relaxed_segment_branch(relaxed.reading_ids, *names, seed, is_first)
+    return rows.prompter.segment_branch(rollout.captions[region], *names, seed, is_first), 0
 
-    Only where caption and target are on the same view: the row holds one image.
-    """
+
+def _supervised_regions(batch: Batch, rollout: CaptionRollout, config: LoopConfig) -> list[int]:
+    """Return the regions whose own caption also trains step 1."""
     if not config.caption_supervision:
         return []
-    return [
-        (region, image)
-        for region, image in enumerate(batch.region_image.tolist())
-        if rollout.from_reference[region] and batch.caption_view[image] == batch.target_view[image]
-    ]
-
-
-def _target_tiles(batch: Batch) -> tuple[list[int], list[list[int]]]:
-    """Return the tile indices of the target views in row order, and for each row its indices in the new order."""
-    starts = tile_offsets(batch.tiles_per_view)
-    tiles: list[int] = []
-    views: list[list[int]] = []
-    for view in batch.target_view:
-        count = batch.tiles_per_view[view]
-        views.append(list(range(len(tiles), len(tiles) + count)))
-        tiles += range(starts[view], starts[view] + count)
-    return tiles, views
+    return [region for region in range(batch.num_regions) if rollout.from_reference[region]]
 
 
 def _counts(data: dict[str, Any]) -> dict[str, float]:

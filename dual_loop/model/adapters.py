@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
@@ -45,6 +47,24 @@ def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none")
     inject_adapter_in_model(config, language_model)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the bare language model for the length of a ``with`` block: the reference of the policy, for no memory.
+
+    What trains besides LoRA (``mlp1``) keeps its live weights. ``enable_adapters`` of peft would also switch off
+    ``requires_grad`` and on again, which hooks of DDP need not see; the flag that its layers read is set instead.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
 
 
 def group_of(name: str) -> str | None:

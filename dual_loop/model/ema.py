@@ -89,14 +89,11 @@ class ExponentialMovingAverage:
         """
         if self._is_swapped:
             raise RuntimeError("the model already holds the averages; swapped() cannot be nested")
-        with torch.no_grad():
-            live = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._is_swapped = True
         try:
-            self._fill_parameters(self._averages)
-            yield
+            with _borrowed(self._parameters, self._averages):
+                yield
         finally:
-            self._fill_parameters(live)
             self._is_swapped = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,10 +134,43 @@ class ExponentialMovingAverage:
             own.copy_(averages[name])
         self.num_updates = int(state["num_updates"])
 
-    @torch.no_grad()
-    def _fill_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+
+class StartingWeights:
+    """A copy of the trainable parameters as they were when training began; on the CPU, lent to the model at audits.
+
+    The starting model is the listener that training cannot talk to in a private code. A resumed run starts from the
+    same weights again before its checkpoint is read, so nothing of this needs to be saved.
+
+    Args:
+        named_parameters: names to parameters; those without ``requires_grad`` are left out, since they never change.
+    """
+
+    def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        self._values = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Put the starting weights into the model for the length of a ``with`` block, then restore the live ones."""
+        with _borrowed(self._parameters, self._values):
+            yield
+
+
+@contextmanager
+def _borrowed(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    with torch.no_grad():
+        live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        _fill(parameters, values)
+        yield
+    finally:
+        _fill(parameters, live)
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _show(names: list[str]) -> str:

@@ -61,6 +61,9 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
 }
 """Stock forms after xtuner's templates of these names; ``internvl2_5`` is InternVL2.5's, without its system text."""
 
+SPACE_LETTER = "\u0120"
+"""How byte-level vocabularies write a space at the start of a token."""
+
 ANY = "any"
 """In place of a question's or answer's name: each region draws one from the bank by its seed, as Sa2VA trains."""
 
@@ -154,6 +157,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.template = TEMPLATES[template]
         self.image_tokens_per_tile = image_tokens_per_tile
+        self._with_space: list[int] | None = None
         self.markers = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, *NEW_TOKENS)
         self.seg_id, self.image_context_id = self.token_id(SEG), self.token_id(IMAGE_CONTEXT)
         for marker in self.markers:
@@ -203,17 +207,32 @@ class Prompter:
         text = choose(CAPTION_QUESTIONS, question, seed)
         return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
 
+    def sampled_branch(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Branch:
+        """Return the captioning turn with generated ids as the answer, verbatim; nothing carries language loss.
+
+        The last id is left out: every id is predicted at the place before its own, and a special token, which can only
+        be the last (:meth:`cut_answer`), would be taken for an image token or a request for a mask.
+        """
+        ids = (*self.caption_question(num_cells, question, seed), *token_ids[:-1])
+        return Branch(ids, (-100,) * len(ids))
+
     def caption_branch(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Branch:
         """Return the captioning turn with ``caption`` as the answer; the answer and its end carry loss."""
         self._refuse_markers(caption)
         return self._branch(self.caption_question(num_cells, question, seed), caption)
 
-    def segment_branch(self, caption: str, question: str, answer: str = "sure", seed: int = 0) -> Branch:
-        """Return the segmentation turn for ``caption`` with the answer that holds [SEG]."""
+    def segment_branch(
+        self, caption: str, question: str, answer: str = "sure", seed: int = 0, is_first: bool = True
+    ) -> Branch:
+        """Return the segmentation turn for ``caption`` with the answer that holds [SEG].
+
+        ``is_first``: the turn follows the image directly; else it is a later turn of the same conversation.
+        """
         self._refuse_markers(caption)
-        _, after = self._split_turn(self.template.segment_turn)
+        before, after = self._split_turn(self.template.segment_turn)
         text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=caption)
-        return self._branch(self.encode(f"\n{text}{after}"), choose(SEGMENT_ANSWERS, answer, seed + 1))
+        start = "\n" if is_first else before
+        return self._branch(self.encode(f"{start}{text}{after}"), choose(SEGMENT_ANSWERS, answer, seed + 1))
 
     def conversation(
         self, turns: Sequence[tuple[str, str]], num_tiles: int = 1, num_cells: Sequence[int] = (), stock: bool = False
@@ -236,6 +255,47 @@ class Prompter:
             ids += branch.input_ids
             labels += branch.labels
         return Branch(tuple(ids), tuple(labels))
+
+    def relaxed_segment_branch(
+        self, caption_ids: Sequence[int], question: str, answer: str, seed: int, is_first: bool = True
+    ) -> tuple[Branch, int]:
+        """Return a segmentation turn around ready caption ids, and where they start in it.
+
+        The text before the caption ends without its space: the first caption id brings it (:meth:`with_space`).
+        """
+        before, after = self._split_turn(self.template.segment_turn)
+        start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
+        head = self.encode(("\n" if is_first else before) + start.removesuffix(" "))
+        tail = self.encode(end + after)
+        branch = self._branch([*head, *caption_ids, *tail], choose(SEGMENT_ANSWERS, answer, seed + 1))
+        return branch, len(head)
+
+    def with_space(self) -> list[int]:
+        """Return for every token id the id of the same text with a space before it; itself where there is none.
+
+        Byte-level vocabularies write that space as the first letter of the token.
+        """
+        if self._with_space is None:
+            vocabulary = self.tokenizer.get_vocab()
+            table = list(range(max(vocabulary.values()) + 1))
+            for text, token in vocabulary.items():
+                table[token] = vocabulary.get(SPACE_LETTER + text, token)
+            self._with_space = table
+        return self._with_space
+
+    def cut_answer(self, token_ids: Sequence[int]) -> list[int]:
+        """Return generated ids up to and with what ended the answer, or its first special token.
+
+        The text is no caption from a special token on, whatever follows, so what follows teaches nothing.
+        """
+        ends = {self.tokenizer.eos_token_id, *(self.token_id(marker) for marker in self.markers)}
+        last = next((number for number, token in enumerate(token_ids) if token in ends), len(token_ids))
+        ids = list(token_ids[: last + 1])
+        for length in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if any(stop in text for stop in self.template.stop_texts):
+                return ids[:length]
+        return ids
 
     def _branch(self, question_ids: list[int], answer: str) -> Branch:
         answer_ids = self.encode(answer + self.template.answer_end)

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from dual_loop.config import LossConfig
 from dual_loop.errors import PromptError, explain
-from dual_loop.losses import mask_losses, original_mask_losses, sample_points, token_cross_entropy_from_positions
+from dual_loop.losses import (
+    distillation_loss,
+    kl_divergence,
+    latent_alignment,
+    mask_losses,
+    original_mask_losses,
+    policy_loss,
+    sample_points,
+    token_cross_entropy_from_positions,
+)
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
+from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
 from dual_loop.model.visual_prompt import insert_image_tokens
 from dual_loop.types import LossTerm, Segmentation
 
@@ -179,7 +189,11 @@ class VideoLLaVASAMModel(nn.Module):
                 Region prompts, either as in Sa2VA: ``prompt_masks`` a list of (n, G, G) for the tiles where
                 ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
                 Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
-                ``"terms"``, ``point_coords`` (N, points, 2), and ``object_order`` for ``"loss"``.
+                ``"terms"``, ``point_coords`` (N, points, 2), ``object_order`` for ``"loss"``; ``grounding_features``
+                of :meth:`encode_grounding`, where they are at hand; ``captioning``, inputs of :meth:`soft_captions`
+                with the places ``into_rows, into_columns`` (P,) of its embeddings. For ``"terms"`` also ``policy``
+                (:meth:`token_log_probs`, with ``advantages``, ``weight``, ``kl_weight``, ``reference_log_probs``),
+                ``teacher`` (``probabilities`` (N, Q, Q), ``weights`` (N,)) and ``align_targets`` (N, C).
             mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` with the names, weights and averages of Sa2VA
                 over this batch alone; with ``loss.num_objects`` K, the N objects become K an image, in the order
                 ``object_order`` (B * K,) or else by ``object_count.object_order``, and ``point_coords`` are theirs.
@@ -210,7 +224,44 @@ class VideoLLaVASAMModel(nn.Module):
             features = self.encode_vision(_flatten_tiles(data["pixel_values"]))
         image_features = self.project_vision(features)
         region_tile, prompt_masks = self._region_prompts(data, len(image_features), image_features.shape[1])
-        return self.embed_prompt(data["input_ids"], image_features, region_tile, prompt_masks)
+        embedded = self.embed_prompt(data["input_ids"], image_features, region_tile, prompt_masks)
+        if "captioning" not in data:
+            return embedded
+        soft = data["captioning"]
+        values = self.soft_captions(soft).to(embedded.dtype)
+        return embedded.index_put((_on(soft["into_rows"], embedded), _on(soft["into_columns"], embedded)), values)
+
+    def soft_captions(self, data: Mapping[str, Any]) -> Tensor:
+        """Run captioning rows with graph and return straight-through embeddings of P of their tokens: (P, D).
+
+        The values are those of the tokens' own embeddings; the gradient goes to the logits that chose the tokens.
+
+        Args:
+            data: inputs of the captioning rows as in :meth:`forward`, with ``rows, columns, targets`` (P,) of
+                :meth:`token_log_probs`; ``uniform`` (P, top_k + 1) in 0..1; ``is_first`` (P,) bool, tokens that are
+                read as ``with_space`` (V,) says; ``temperature``, ``top_k``.
+        """
+        hidden = self.hidden_states({key: value for key, value in data.items() if key != "captioning"})
+        chosen = hidden[_on(data["rows"], hidden), _on(data["columns"], hidden)]
+        ids, weights = straight_through_weights(
+            *(self.answer_logits(chosen), _on(data["targets"], hidden), _on(data["uniform"], hidden)),
+            *(data["temperature"], data["top_k"]),
+        )
+        spaced = _on(data["with_space"], hidden)[ids.clamp_max(len(data["with_space"]) - 1)]
+        table = self.mllm.get_input_embeddings().weight.detach()
+        return soft_embeddings(table, torch.where(_on(data["is_first"], hidden)[:, None], spaced, ids), weights)
+
+    def token_log_probs(self, hidden: Tensor, policy: Mapping[str, Any]) -> Tensor:
+        """Return the log-probabilities (P,) float32 of chosen tokens.
+
+        Args:
+            hidden: (B, L, D) last hidden states.
+            policy: ``rows, columns`` (P,) int64, where the tokens are predicted; ``targets`` (P,) int64;
+                ``temperature`` at which they were sampled.
+        """
+        chosen = hidden[_on(policy["rows"], hidden), _on(policy["columns"], hidden)]
+        log_probs = (self.answer_logits(chosen).float() / policy["temperature"]).log_softmax(-1)
+        return torch.as_tensor(log_probs.gather(1, _on(policy["targets"], hidden)[:, None])[:, 0])
 
     def _region_prompts(self, data: Mapping[str, Any], num_tiles: int, num_cells: int) -> tuple[Tensor, Tensor]:
         """Return ``region_tile`` (P,) and ``prompt_masks`` (P, G, G) from either of the two accepted forms."""
@@ -235,7 +286,10 @@ class VideoLLaVASAMModel(nn.Module):
         seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self._fcs_dtype))
         if order is not None:
             row, seg_embeds = row[order], seg_embeds[order]
-        levels = self.grounding.finish(self.encode_grounding(data["g_pixel_values"]))
+        features = data.get("grounding_features")
+        if features is None:
+            features = self.encode_grounding(data["g_pixel_values"])
+        levels = self.grounding.finish(features)
         segmentation = self.grounding.decode(seg_embeds, levels, row)
         segmentation.seg_embeds = seg_embeds
         return segmentation
@@ -250,7 +304,35 @@ class VideoLLaVASAMModel(nn.Module):
             point_coords=data.get("point_coords"),
             object_weights=data.get("region_weights"),
         )
-        return {**terms, "llm_loss": self.language_loss(hidden, data["labels"])}
+        terms["llm_loss"] = self.language_loss(hidden, data["labels"])
+        return {**terms, **self._learning_terms(data, hidden, segmentation)}
+
+    def _learning_terms(
+        self, data: Mapping[str, Any], hidden: Tensor, segmentation: Segmentation
+    ) -> dict[str, LossTerm]:
+        """Return the terms of options: policy, divergence, distillation, alignment; those whose inputs are given."""
+        terms, config = {}, self.loss_config
+        if "policy" in data:
+            policy = data["policy"]
+            log_probs = self.token_log_probs(hidden, policy)
+            terms["policy_loss"] = policy_loss(log_probs, _on(policy["advantages"], hidden), policy["weight"])
+            if "reference_log_probs" in policy:
+                terms["kl_loss"] = kl_divergence(log_probs, policy["reference_log_probs"], policy["kl_weight"])
+        if "teacher" in data:
+            teacher = data["teacher"]
+            terms["distill_loss"] = distillation_loss(
+                *(segmentation.mask_logits, teacher["probabilities"], teacher["weights"]),
+                *(config.distill_weight, config.distill_confidence),
+            )
+        if "align_targets" in data:
+            embeds = segmentation.seg_embeds
+            if config.align_through == "projection":
+                row, column = (data["input_ids"] == self.seg_id).nonzero(as_tuple=True)
+                embeds = self.text_hidden_fcs(hidden.detach()[row, column].to(self._fcs_dtype))
+            assert embeds is not None  # masks of this model always come from [SEG] embeddings
+            weights = data.get("region_weights")
+            terms["align_loss"] = latent_alignment(embeds, data["align_targets"], config.align_weight, weights)
+        return terms
 
     def _original_losses(self, data: Mapping[str, Any], hidden: Tensor) -> dict[str, Tensor]:
         """Return ``loss_mask`` and ``loss_dice`` of mode ``"loss"``; zeros with graph where there is no object."""
@@ -291,6 +373,10 @@ class VideoLLaVASAMModel(nn.Module):
             )
         seeds = data.get("region_seeds")
         return targets, torch.arange(len(targets)) if seeds is None else seeds
+
+
+def _on(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.device)
 
 
 def _flatten_tiles(pixel_values: Tensor | Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.errors import DualLoopError, EnvironmentProblem, explain
+from dual_loop.training.meters import reduce_sums
 
 MAX_NAMES = 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -147,6 +148,21 @@ def gather_objects(accelerator: Accelerator, own: Any) -> list[Any]:
     gathered: list[Any] = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(gathered, own)
     return gathered
+
+
+class RankExchange:
+    """The loop's view of the other ranks (``dual_loop.types.Exchange``)."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Add ``sums`` over all ranks in one all-reduce."""
+        return reduce_sums(self.accelerator, sums)
+
+    def gather(self, own: Sequence[str]) -> list[str]:
+        """Return the texts of all ranks, rank by rank."""
+        return [text for texts in gather_objects(self.accelerator, list(own)) for text in texts]
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -76,11 +76,17 @@ class TrainingData(Protocol):
 class Loop(Protocol):
     """What the trainer needs of the loop; see ``dual_loop.loop.dual_loop.DualLoop``."""
 
-    captioner: Any
+    def use_average(self, average: ExponentialMovingAverage) -> None: ...
 
-    def begin_window(self, batches: Sequence[Batch]) -> list[Any]: ...
+    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[Any]: ...
 
     def step(self, wrapped_model: Any, micro: Any) -> StepOutput: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Trainer:
         self.parameters = trainable_parameters(model)
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.ema = ExponentialMovingAverage(self.parameters, config.train.ema_decay)
+        loop.use_average(self.ema)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
         epochs = config.train.num_epochs
         self.total_steps = config.train.max_steps or data.steps_per_epoch * epochs
@@ -193,12 +200,14 @@ class Trainer:
     def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """Take one optimiser step and report it; return whether all ranks agree to stop."""
         number = self.progress.step + 1
-        is_logged = number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
+        is_ending = number in (1, self.total_steps)
+        is_audited = is_ending or number % self.config.train.audit_interval == 0
+        is_logged = is_ending or is_audited or number % self.config.train.log_interval == 0
         timer = PhaseTimer(self.accelerator.device, exact=is_logged)
         with timer.phase("data"):
             window = self._fetch(batches)
         with timer.phase("rollout"), self.accelerator.autocast():
-            micros = self.loop.begin_window(window)
+            micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
         counts = self._global_counts(micros, window)
         outputs = self._accumulate(micros, counts, timer)
         with timer.phase("optimiser"):
@@ -341,7 +350,7 @@ class Trainer:
             "ema_updates": ema["num_updates"],
             "total_steps": self.total_steps,
         }
-        own = {"rng": capture_rng(), "captioner": [self.loop.captioner.num_generated, self.loop.captioner.num_rejected]}
+        own = {"rng": capture_rng(), "loop": self.loop.state_dict()}
         path = save_run_checkpoint(
             self.folder.path,
             self.progress.step,
@@ -378,8 +387,7 @@ class Trainer:
         self.progress = Progress.from_state(saved.state["progress"])
         if saved.rng_states is not None:
             self._rng = saved.rng_states["rng"]
-            captioner = self.loop.captioner
-            captioner.num_generated, captioner.num_rejected = saved.rng_states["captioner"]
+            self.loop.load_state_dict(saved.rng_states["loop"])
         self._saved = (saved.step, str(path))
         self.report(f"Resumed from {path} at step {saved.step}")
         if saved.state["total_steps"] != self.total_steps:

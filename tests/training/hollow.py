@@ -7,7 +7,7 @@ give the same gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,10 +41,19 @@ class HollowLoop:
     spoil: str = ""
     noise: float = 0.0
     fail: Exception | None = None
-    captioner: Any = field(default_factory=lambda: SimpleNamespace(num_generated=0, num_rejected=0))
+    num_generated: int = 0
 
-    def begin_window(self, batches: Sequence[Batch]) -> list[Any]:
-        self.captioner.num_generated += sum(batch.num_regions for batch in batches)
+    def use_average(self, average: Any) -> None:
+        self.average = average
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_generated": self.num_generated}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_generated = state["num_generated"]
+
+    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[Any]:
+        self.num_generated += sum(batch.num_regions for batch in batches)
         return [self._micro(batch) for batch in batches]
 
     def _micro(self, batch: Batch) -> Any:

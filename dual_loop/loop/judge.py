@@ -1,0 +1,221 @@
+"""An optional judge of captions behind an OpenAI-compatible endpoint, on this machine or any other.
+
+Nothing here may hold a training step for long: an answer has a time limit, all answers of a step have one together,
+and the threads that wait are left behind when it has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dual_loop.config import RewardConfig
+from dual_loop.errors import ConfigError, DualLoopError, explain
+
+logger = logging.getLogger("dual_loop")
+
+MAX_ANSWER_BYTES = 1 << 20
+REST_AFTER, REST_CALLS = 3, 50
+"""After so many calls in a row without any answer the judge is left alone for so many calls."""
+BACK_OFF_SECONDS = 0.2
+HIGHEST_MARK = 10.0
+
+PROMPT = (
+    "Two people describe the same object of a picture. Reference: {references}. Other: {generated}. "
+    "How well does the other description fit the same object? Answer with one number from 0 (another object) to 10 "
+    "(certainly the same object), and nothing else."
+)
+
+
+class JudgeError(DualLoopError):
+    """The judge failed and ``reward.judge_failure`` is ``error``."""
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """A generated caption and the captions that it is compared with."""
+
+    generated: str
+    references: tuple[str, ...]
+
+
+class Judge:
+    """Asks for marks.
+
+    Args:
+        config: address, time limits, retries, and what to do on failure.
+
+    Attributes:
+        counters: ``judge/asked``, ``judge/answered``, ``judge/failed``, ``judge/skipped`` (not asked while it rests).
+
+    Raises:
+        ConfigError: the address is no http or https URL, or the variable of the key is not set.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.url = _endpoint(config.judge_url)
+        self._headers = {"Content-Type": "application/json", **_authorisation(config.judge_key_variable)}
+        self.counters = dict.fromkeys(("judge/asked", "judge/answered", "judge/failed", "judge/skipped"), 0)
+        self._failed_in_a_row, self._resting = 0, 0
+        self._has_warned = False
+
+    def check(self) -> None:
+        """Ask one question, so that a wrong address shows before training does.
+
+        Raises:
+            JudgeError: no answer came, and the policy is ``error``; under ``skip`` this is a warning.
+        """
+        answer, problem = self._ask_all([JudgeQuestion("a red circle", ("the red circle",))])
+        if answer[0] is None:
+            self._fail(problem or "no answer")
+
+    def ask(self, questions: Sequence[JudgeQuestion]) -> list[float | None]:
+        """Return a mark in 0..1 for each question, None where there was none in time.
+
+        Raises:
+            JudgeError: an answer failed, and the policy is ``error``.
+        """
+        if not questions:
+            return []
+        if self._resting > 0:
+            self._resting -= 1
+            self.counters["judge/skipped"] += len(questions)
+            return [None] * len(questions)
+        marks, problem = self._ask_all(questions)
+        answered = sum(mark is not None for mark in marks)
+        self.counters["judge/asked"] += len(questions)
+        self.counters["judge/answered"] += answered
+        self.counters["judge/failed"] += len(questions) - answered
+        self._failed_in_a_row = 0 if answered else self._failed_in_a_row + 1
+        if self._failed_in_a_row >= REST_AFTER:
+            self._failed_in_a_row, self._resting = 0, REST_CALLS
+        if answered < len(questions):
+            self._fail(problem or "no answer in time")
+        return marks
+
+    def _ask_all(self, questions: Sequence[JudgeQuestion]) -> tuple[list[float | None], str | None]:
+        """Ask in parallel until the deadline; threads that still wait then are abandoned (they are daemons)."""
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, float | None, str | None]] = queue.SimpleQueue()
+        for index in range(len(questions)):
+            waiting.put(index)
+        deadline = time.monotonic() + self.config.judge_deadline
+
+        def work() -> None:
+            while time.monotonic() < deadline:
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                done.put((index, *self._ask_one(questions[index], deadline)))
+
+        for _ in range(min(self.config.judge_workers, len(questions))):
+            threading.Thread(target=work, daemon=True, name="judge").start()
+        marks: list[float | None] = [None] * len(questions)
+        problem = None
+        for _ in questions:
+            try:
+                index, marks_index, reason = done.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return marks, problem or f"not all answers within {self.config.judge_deadline:g} s"
+            marks[index], problem = marks_index, problem or reason
+        return marks, problem
+
+    def _ask_one(self, question: JudgeQuestion, deadline: float) -> tuple[float | None, str | None]:
+        reason: str | None = None
+        for attempt in range(self.config.judge_retries + 1):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                return parse_mark(self._post(question, min(left, self.config.judge_timeout))), None
+            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                # OSError covers refused connections, HTTP errors and time-outs; the others an answer of another shape.
+                reason = f"{type(error).__name__}: {error}"[:200]
+            time.sleep(min(BACK_OFF_SECONDS * 2**attempt, max(0.0, deadline - time.monotonic())))
+        return None, reason
+
+    def _post(self, question: JudgeQuestion, seconds: float) -> str:
+        content = PROMPT.format(references=" | ".join(question.references), generated=question.generated)
+        body = {
+            "model": self.config.judge_model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self._headers)
+        limit = time.monotonic() + seconds
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            answer = json.loads(_read(response, limit))
+        return str(answer["choices"][0]["message"]["content"])
+
+    def _fail(self, problem: str) -> None:
+        message = explain(
+            "the judge of captions does not answer",
+            where=self.url,
+            seen=problem,
+            expected="an OpenAI-compatible server that answers with one number from 0 to 10",
+            fix="start it, check --judge_url, raise reward.judge_timeout, or leave --judge_url out",
+        )
+        if self.config.judge_failure == "error":
+            raise JudgeError(message)
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("Warning: %s; going on without its marks where it fails, counted as judge/failed", message)
+
+
+def parse_mark(text: str) -> float:
+    """Return the mark (0..1) in an answer that is one number from 0 to 10, possibly as ``8/10`` or with a full stop.
+
+    Raises:
+        ValueError: the answer is anything else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*", text)
+    if match is None or float(match[1]) > HIGHEST_MARK:
+        raise ValueError(f"the answer is no number from 0 to 10: {text[:60]!r}")
+    return float(match[1]) / HIGHEST_MARK
+
+
+def _read(response: Any, limit: float) -> bytes:
+    """Read an answer of bounded size in bounded time, also from a server that sends a byte now and then."""
+    parts, size = [], 0
+    while chunk := response.read1(65536):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > limit:
+            raise TimeoutError("the answer took too long")
+    return b"".join(parts)
+
+
+def _endpoint(url: str | None) -> str:
+    parts = urllib.parse.urlsplit(url or "")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            explain("the judge's address is no URL", "reward.judge_url", url, "http://HOST:PORT/v1", "set --judge_url")
+        )
+    base = (url or "").rstrip("/")
+    return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+
+
+def _authorisation(variable: str | None) -> dict[str, str]:
+    if variable is None:
+        return {}
+    key = os.environ.get(variable)
+    if not key:
+        fix = "export it, or leave reward.judge_key_variable out"
+        raise ConfigError(explain("the judge's key is not set", f"environment variable {variable}", fix=fix))
+    return {"Authorization": f"Bearer {key}"}
