@@ -26,7 +26,8 @@ from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError, explain
-from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, summarise
+from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, summarise
+from dual_loop.evaluation.honesty import find_flags
 from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge
@@ -44,6 +45,10 @@ from dual_loop.training.trainer import FitResult, Trainer
 
 DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir")
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
+MORE_FIGURES = (
+    *("cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
+    *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +90,7 @@ def train(config: Config) -> FitResult:
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
-    evaluator = Evaluator(config, model, prompter, accelerator, folder, report)
+    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
@@ -217,16 +222,19 @@ class Evaluator:
         accelerator: Accelerator,
         folder: RunFolder,
         report: Reporter,
+        frozen_listener: Listener | None = None,
     ) -> None:
         self.config, self.model, self.prompter = config, model, prompter
         self.accelerator, self.folder, self.report = accelerator, folder, report
+        self.frozen_listener = frozen_listener
 
     def before(self, step: int) -> list[RegionResult] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""
         if self.config.data.eval_dir is None:
             return None
         if step == 0:
-            return self._measure("before")
+            # Both listeners are the same weights here.
+            return self._measure("before", None)
         kept = self.folder.read_evaluation("before")
         # Only the files of rank 0 count: another machine may not see the folder.
         kept = gather_objects(self.accelerator, kept)[0]
@@ -240,16 +248,16 @@ class Evaluator:
         if self.config.data.eval_dir is None:
             return None
         if self.config.train.eval_weights == "live":
-            return self._measure("after")
+            return self._measure("after", self.frozen_listener)
         with trainer.ema.swapped():
-            return self._measure("after")
+            return self._measure("after", self.frozen_listener)
 
-    def _measure(self, name: str) -> list[RegionResult]:
+    def _measure(self, name: str, listener: Listener | None) -> list[RegionResult]:
         # Random states are put back, so that a run with evaluation trains exactly as one without.
         rng = capture_rng()
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         with self.accelerator.autocast():
-            own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size)
+            own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size, listener)
         restore_rng(rng)
         gathered = gather_objects(self.accelerator, own)
         results = sorted((result for part in gathered for result in part), key=lambda result: result.name)
@@ -265,15 +273,16 @@ class Evaluator:
         figures = plain_figures(results)
         regions = [asdict(result) for result in results]
         self.folder.write_evaluation(name, {"figures": figures, "regions": regions})
-        shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in figures.items())
+        values = {key: figures[key] for key in FIGURES}
+        shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
         self.report(f"Evaluation {name} ({len(results)} regions): {shown}")
         return results
 
 
 def plain_figures(results: Sequence[RegionResult]) -> dict[str, float | None]:
-    """Return the four figures as JSON holds them: None where there is nothing to average."""
+    """Return all figures as JSON holds them: None where there is nothing to average."""
     values = summarise(results)
-    return {name: None if math.isnan(values[name]) else values[name] for name in FIGURES}
+    return {name: None if math.isnan(values[name]) else values[name] for name in (*FIGURES, *MORE_FIGURES)}
 
 
 def evaluation_summary(before: Sequence[RegionResult] | None, after: Sequence[RegionResult] | None) -> dict[str, Any]:
@@ -284,7 +293,8 @@ def evaluation_summary(before: Sequence[RegionResult] | None, after: Sequence[Re
     if after is not None:
         summary["after"] = plain_figures(after)
     if before is not None and after is not None:
-        summary["gain"] = {"gIoU": gain(before, after)}
+        summary["gain"] = {"gIoU": gain(before, after), **cycle_gains(before, after)}
+        summary["flags"] = find_flags(before, after)
     return summary
 
 
@@ -310,6 +320,17 @@ def gain(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[
     return paired_bootstrap(first, second, groups=images)
 
 
+def cycle_gains(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[str, dict[str, float]]:
+    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
+    images = [result.image for result in before]
+    old = [result.cycle_iou for result in before]
+    gains = {"cycle_gIoU": paired_bootstrap(old, [result.cycle_iou for result in after], groups=images)}
+    frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
+    if len(frozen) == len(old):
+        gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
+    return gains
+
+
 def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> str:
     """Return the last printed line: how the run ended and where everything is."""
     if result.stopped_by is not None:
@@ -322,6 +343,7 @@ def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> s
         change = summary["gain"]["gIoU"]
         interval = f"{100 * change['ci95_low']:+.1f} to {100 * change['ci95_high']:+.1f}"
         text += f", gIoU gain {100 * change['mean']:+.1f} points (95 % interval {interval})"
+    text += "".join(f"\nflag: {flag}" for flag in summary.get("flags", ()))
     return text + f"\n{json.dumps({key: summary[key] for key in ('sources', 'counters')})}"
 
 

@@ -67,6 +67,7 @@ def write_demo_data(
     num_refcoco: int | None = None,
     num_val: int | None = None,
     refcoco_splits: Mapping[str, int] | None = None,
+    captioned_pools: Sequence[str] = (),
 ) -> dict[str, int]:
     """Write the data set below ``out`` and return the number of images (SA-V: of pairs) in each pool.
 
@@ -79,6 +80,8 @@ def write_demo_data(
         num_sav, num_sa1b, num_openimages, num_refcoco: override ``num_images`` for one source.
         num_val: images of the val split of RefCOCO; None takes a fifth of ``num_images``, at least one.
         refcoco_splits: further or other splits to sizes, such as ``{"testA": 20}``.
+        captioned_pools: ``sa1b``, ``openimages`` or both: their scenes come a second time, with captions, behind the
+            train split of RefCOCO. What a loop could at best learn from masks alone is measured on these.
 
     Returns:
         Counts by pool: ``sav``, ``sa1b``, ``openimages``, ``refcoco/train``, ``refcoco/val``, ...
@@ -94,12 +97,14 @@ def write_demo_data(
     counts = {name: num_images if n is None else n for name, n in own_counts.items() if name in sources}
     if "refcoco" in sources:
         counts.update({f"refcoco/{split}": count for split, count in splits.items()})
-    _check_request(sources, splits, counts)
+    _check_request(sources, splits, counts, captioned_pools)
     record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": asdict(options)}
+    if captioned_pools:
+        record["captioned_pools"] = list(captioned_pools)
     text = json.dumps(record, indent=2) + "\n"
     if _is_written(Path(out), text):
         return counts
-    _write_sources(Path(out), seed, options, counts)
+    _write_sources(Path(out), seed, options, counts, captioned_pools)
     (Path(out) / "demo.json").write_text(text, encoding="utf-8")
     return counts
 
@@ -133,10 +138,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_request(sources: Sequence[str], splits: Mapping[str, int], counts: Mapping[str, int]) -> None:
+def _check_request(
+    sources: Sequence[str], splits: Mapping[str, int], counts: Mapping[str, int], captioned_pools: Sequence[str]
+) -> None:
     problems = [f"unknown source {name!r} (known: {', '.join(SOURCES)})" for name in sources if name not in SOURCES]
     problems += [f"unknown split {s!r} (known: {', '.join(REFCOCO_SPLITS)})" for s in splits if s not in REFCOCO_SPLITS]
     problems += [f"{count} images of {pool}, expected 0 or more" for pool, count in counts.items() if count < 0]
+    copyable = [name for name in ("sa1b", "openimages") if name in counts and "refcoco" in sources]
+    wrong = [name for name in captioned_pools if name not in copyable]
+    problems += [f"no pool {name!r} to caption (written here: {', '.join(copyable) or 'none'})" for name in wrong]
     if not problems and sum(counts.values()) == 0:
         problems.append("no images were asked for, expected at least one")
     if problems:
@@ -157,7 +167,9 @@ def _is_written(out: Path, record: str) -> bool:
     raise ConfigError(explain("the output folder is not empty", str(out), state, "a new or empty folder", fix))
 
 
-def _write_sources(out: Path, seed: int, options: SceneOptions, counts: Mapping[str, int]) -> None:
+def _write_sources(
+    out: Path, seed: int, options: SceneOptions, counts: Mapping[str, int], captioned_pools: Sequence[str]
+) -> None:
     def scene(pool: str, index: int) -> Scene:
         return generate_scene(pool_seed(seed, pool, index), options)
 
@@ -167,9 +179,11 @@ def _write_sources(out: Path, seed: int, options: SceneOptions, counts: Mapping[
         _write_sa1b(out / "sa1b", counts["sa1b"], scene)
     if counts.get("openimages"):
         _write_open_images(out / "openimages", counts["openimages"], seed, options, scene)
-    splits = {pool.removeprefix("refcoco/"): n for pool, n in counts.items() if pool.startswith("refcoco/") and n}
-    if splits:
-        _write_refcoco(out / "ref_seg" / "refcoco", splits, options, scene)
+    splits = {pool: n for pool, n in counts.items() if pool.startswith("refcoco/") and n}
+    parts = [(pool.removeprefix("refcoco/"), pool, n) for pool, n in splits.items()]
+    parts += [("train", pool, counts[pool]) for pool in captioned_pools]
+    if parts:
+        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene)
 
 
 def _write_sav(root: Path, seed: int, options: SceneOptions, count: int) -> None:
@@ -254,11 +268,12 @@ def _label_name(shape: str) -> str:
 
 
 def _write_refcoco(
-    root: Path, splits: Mapping[str, int], options: SceneOptions, scene: Callable[[str, int], Scene]
+    root: Path, parts: Sequence[tuple[str, str, int]], options: SceneOptions, scene: Callable[[str, int], Scene]
 ) -> None:
     """Write ``instances.json``, ``refs(unc).p`` and the images; one expression an object.
 
-    Segmentations are run-length codes with ``iscrowd`` 0, which keeps them exact; every third one is uncompressed.
+    ``parts`` are (split, pool of scenes, number of images). Segmentations are run-length codes with ``iscrowd`` 0,
+    which keeps them exact; every third one is uncompressed.
     """
     folder = root / "coco2014" / "train2014"
     folder.mkdir(parents=True)
@@ -266,9 +281,9 @@ def _write_refcoco(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     refs: list[dict[str, Any]] = []
-    for split, count in splits.items():
+    for split, pool, count in parts:
         for index in range(count):
-            drawn = scene(f"refcoco/{split}", index)
+            drawn = scene(pool, index)
             image_id = len(images) + 1
             file_name = f"COCO_train2014_{image_id:012d}.jpg"
             height, width = drawn.image.shape[:2]
