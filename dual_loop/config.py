@@ -148,7 +148,8 @@ class PolicyConfig:
     """How the captioner learns what its captions were worth (``loop.estimators``).
 
     Attributes:
-        caption_gradient: ``none | scst | grpo | gumbel | gumbel+scst | gumbel+grpo``.
+        caption_gradient: ``auto | none | scst | grpo | gumbel | gumbel+scst | gumbel+grpo``; auto is scst where a
+            caption, contrast or length reward is on, else none.
         captions_per_region: K, sampled captions of a region (scst, grpo).
         temperature: of the sampled captions; log-probabilities are taken at the same temperature.
         weight: of the policy loss.
@@ -159,7 +160,7 @@ class PolicyConfig:
         gumbel_top_k: tokens of a position that gradient reaches, besides the sampled one.
     """
 
-    caption_gradient: str = "none"
+    caption_gradient: str = "auto"
     captions_per_region: int = 4
     temperature: float = 1.0
     weight: float = 1.0
@@ -284,6 +285,16 @@ class Config:
         return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
 
 
+
+
+def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
+    """Return the estimator's name with ``auto`` resolved: a reward that nobody learns from would be silent."""
+    if policy.caption_gradient != "auto":
+        return policy.caption_gradient
+    has_reward = max(reward.contrast_weight, reward.caption_weight, reward.length_weight) > 0
+    return "scst" if has_reward else "none"
+
+
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.attn_implementation": ("sdpa", "eager"),
@@ -291,7 +302,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.grid_pooling": ("area", "nearest"),
     "loop.on_rejected": ("fallback", "drop", "error"),
     "loop.segment_form": ("branches", "turns"),
-    "policy.caption_gradient": ("none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
+    "policy.caption_gradient": ("auto", "none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
     "policy.advantage_scale": ("none", "group"),
     "reward.judge_failure": ("skip", "error"),
     "loss.align_through": ("all", "projection"),
@@ -505,6 +516,11 @@ def _check_values(config: Any, problems: list[str]) -> None:
     if config.loop.cycle_keep is not None and config.loop.cycle_keep <= config.loop.cycle_drop:
         seen = f"{config.loop.cycle_keep} and {config.loop.cycle_drop}"
         problems.append(f"loop.cycle_keep and loop.cycle_drop: seen {seen}, expected keep above drop")
+    rewards = [name for name in ("contrast", "caption", "length") if _get_dotted(config, f"reward.{name}_weight") > 0]
+    if rewards and config.policy.caption_gradient in ("none", "gumbel"):
+        where = ", ".join(f"reward.{name}_weight" for name in rewards)
+        expected = "policy.caption_gradient auto, scst, grpo or gumbel+.."
+        problems.append(f"{where}: nobody learns from it with {config.policy.caption_gradient}; expected {expected}")
     if config.policy.caption_gradient.endswith("grpo") and config.policy.captions_per_region < 2:
         problems.append("policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest")
 

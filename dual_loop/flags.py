@@ -76,7 +76,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("on_rejected", "loop.on_rejected", "fallback|drop|error", "what to do where a caption fails"),
     ),
     "captioner (what the loop teaches step 1)": (
-        Flag("caption_gradient", "policy.caption_gradient", "none|scst|grpo|gumbel|gumbel+..", "estimator"),
+        Flag("caption_gradient", "policy.caption_gradient", "auto|none|scst|grpo|gumbel|gumbel+..", "estimator"),
         Flag("captions_per_region", "policy.captions_per_region", "CAPTIONS", "sampled for each region (scst, grpo)"),
         Flag("policy_weight", "policy.weight", "NUMBER", "weight of the policy loss"),
         Flag("kl_weight", "policy.kl_weight", "NUMBER", "weight of the divergence from the adapter switched off"),

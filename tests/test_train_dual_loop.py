@@ -92,7 +92,7 @@ def test_a_run_prints_the_promised_lines_in_order_and_leaves_everything(
     assert set(summary["sources"]) == set(SOURCES)
     assert sum(summary["sources"].values()) == 6
     for name in ("before", "after"):
-        assert set(summary[name]) == {"gIoU", "cIoU", "cycle_gIoU", "caption_exact"}
+        assert {"gIoU", "cIoU", "cycle_gIoU", "caption_exact", "uniqueness", "vocabulary"} < set(summary[name])
     change = summary["gain"]["gIoU"]
     assert change["mean"] == pytest.approx(summary["after"]["gIoU"] - summary["before"]["gIoU"], abs=1e-9)
     assert change["ci95_low"] <= change["mean"] <= change["ci95_high"]
@@ -273,4 +273,6 @@ def test_summary_has_what_was_measured_and_no_nan() -> None:
     assert evaluation_summary(None, None) == {}
     assert set(evaluation_summary(None, results)) == {"after"}
     summary = evaluation_summary(results, results)
-    assert summary["before"] == {"gIoU": 0.5, "cIoU": 0.5, "cycle_gIoU": 0.5, "caption_exact": None}
+    expected = {"gIoU": 0.5, "cIoU": 0.5, "cycle_gIoU": 0.5, "caption_exact": None, "cycle_gIoU_frozen": None}
+    assert {name: summary["before"][name] for name in expected} == expected
+    assert summary["flags"] == []

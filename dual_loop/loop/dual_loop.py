@@ -75,7 +75,7 @@ class DualLoop:
     ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
         self.policy_config, self.reward_config = policy or PolicyConfig(), reward or RewardConfig()
-        self.estimator = build_estimator(self.policy_config)
+        self.estimator = build_estimator(self.policy_config, self.reward_config)
         gates = CaptionGates(self.reward_config.gates, prompter.find_marker, prompt_texts())
         self.captioner = Captioner(model, prompter, config, gates, self.policy_config.temperature)
         exchange = exchange or SingleProcess()

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dual_loop.config import PolicyConfig
+from dual_loop.config import PolicyConfig, RewardConfig, caption_gradient
 
 Reduce = Callable[[Mapping[str, float]], dict[str, float]]
 _EPSILON = 1e-6
@@ -158,9 +158,9 @@ def against_scaled_group(reward: Tensor, baseline: Tensor | None, takes_part: Te
     return centred / (deviation + _EPSILON), takes_part
 
 
-def build_estimator(config: PolicyConfig) -> Estimator:
-    """Return the estimator that ``policy.caption_gradient`` names."""
-    name, count = config.caption_gradient, config.captions_per_region
+def build_estimator(config: PolicyConfig, reward: RewardConfig | None = None) -> Estimator:
+    """Return the estimator that ``policy.caption_gradient`` names; ``reward`` decides what ``auto`` means."""
+    name, count = caption_gradient(config, reward or RewardConfig()), config.captions_per_region
     group = against_scaled_group if config.advantage_scale == "group" else against_group
     table: dict[str, tuple[Draws, bool, Center | None]] = {
         "none": (Draws(True, 0), False, None),

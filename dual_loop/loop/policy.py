@@ -89,6 +89,7 @@ class CaptionPolicy:
     ) -> list[PolicyPlan]:
         """Return a plan for each micro-batch of an optimiser step; every rank must call this once a step."""
         plans = [PolicyPlan(metrics=self._gate_metrics(rollout)) for rollout in rollouts]
+        asked_before = dict(self.rewards.judge.counters) if self.rewards.judge else {}
         groups = []
         for plan, batch, feature, rollout, maps in zip(plans, batches, features, rollouts, grounding, strict=True):
             scores = self._scores(batch, feature, rollout, maps) if self.needs_scores else {}
@@ -98,6 +99,9 @@ class CaptionPolicy:
             combined = combine_advantages(groups, self.rewards.weights, self.exchange.reduce)
             for plan, rollout, values in zip(plans, rollouts, combined, strict=True):
                 plan.captions = _taught(rollout, values)
+        if self.rewards.judge is not None:
+            now = self.rewards.judge.counters
+            plans[0].metrics.update({name: float(now[name] - asked_before[name]) for name in now})
         return plans
 
     def _scores(

@@ -1,0 +1,142 @@
+"""Rewards: IoU matrices by hand and against a plain loop, contrasts, lengths, references, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dual_loop.config import RewardConfig
+from dual_loop.errors import ConfigError
+from dual_loop.loop.rewards import (
+    RewardError,
+    RewardSet,
+    combined_caption_reward,
+    contrasts,
+    cycle_ious,
+    iou_matrix,
+    length_rewards,
+    picks_own,
+)
+from dual_loop.metrics import meteor_exact_stem
+
+
+def test_iou_matrix_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(5, 9, 9, generator=generator) > 0.6
+    logits = torch.randn(130, 9, 9, generator=generator)
+    caption_region = torch.randint(0, 5, (130,), generator=generator)
+    region_image = torch.tensor([0, 0, 1, 1, 1])
+    matrix = iou_matrix(logits, caption_region, targets, region_image)
+    for row in range(130):
+        for region in range(5):
+            value = float(matrix[row, region])
+            if region_image[caption_region[row]] != region_image[region]:
+                assert math.isnan(value)
+                continue
+            mask = logits[row] > 0
+            expected = float((mask & targets[region]).sum()) / float((mask | targets[region]).sum())
+            assert value == pytest.approx(expected, abs=1e-6)
+
+
+def test_empty_masks():
+    nothing = torch.zeros(1, 4, 4)
+    matrix = iou_matrix(nothing - 1, torch.tensor([0]), nothing, torch.tensor([0]))
+    assert float(matrix) == 1.0
+    no_region = torch.zeros(0, dtype=torch.long)
+    assert iou_matrix(torch.zeros(0, 4, 4), no_region, nothing, torch.tensor([0])).shape == (0, 1)
+
+
+def test_contrasts_by_hand():
+    nan = float("nan")
+    matrix = torch.tensor([[0.8, 0.3, nan], [0.6, 0.5, nan], [nan, nan, 0.9], [0.4, 0.4, nan]])
+    regions = torch.tensor([0, 1, 2, 0])
+    assert cycle_ious(matrix, regions).tolist() == pytest.approx([0.8, 0.5, 0.9, 0.4])
+    found = contrasts(matrix, regions)
+    assert found[[0, 1, 3]].tolist() == pytest.approx([0.5, -0.1, 0.0])
+    assert math.isnan(float(found[2]))
+    assert picks_own(matrix, regions)[[0, 1, 3]].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_lengths():
+    assert length_rewards(["", "a", "a b", "a b c", "a b c d e", "a b c d e f"], 2, 3) == pytest.approx(
+        [0.0, 0.5, 1.0, 1.0, 1 / 3, 0.0]
+    )
+
+
+@given(st.integers(0, 100))
+def test_lengths_stay_in_range(count):
+    (reward,) = length_rewards([" ".join("w" * count)], 3, 20)
+    assert 0.0 <= reward <= 1.0
+    assert (reward == 1.0) == (3 <= count <= 20)
+
+
+def test_combined_caption_reward_without_a_judge_is_the_variant():
+    found = combined_caption_reward(["red circle", "x", "blue star"], [["the red circle"], [], ["blue star"]])
+    assert found[0] == meteor_exact_stem("red circle", ["the red circle"])
+    assert math.isnan(found[1])
+    assert found[2] == 1.0
+    with pytest.raises(ValueError, match="differ in number"):
+        combined_caption_reward(["a"], [])
+
+
+class FixedJudge:
+    """Marks 0.5, or nothing for captions that say so."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, questions):
+        self.asked += [question.generated for question in questions]
+        return [None if question.generated == "mute" else 0.5 for question in questions]
+
+
+def test_combined_caption_reward_with_a_judge():
+    judge = FixedJudge()
+    found = combined_caption_reward(["blue star", "mute", "none"], [["blue star"], ["mute"], []], judge)
+    assert found[:2] == pytest.approx([0.25 + 0.75 * 0.5, 1.0])
+    assert judge.asked == ["blue star", "mute"]
+
+
+def score(config, judge=None, gates=(None, None), references=(["red circle"], [])):
+    matrix = torch.tensor([[0.7, 0.2], [0.1, 0.6]])
+    names = ["s/1#0", "s/1#1"]
+    texts = ["red circle", "blue star"]
+    return RewardSet(config, judge).score(texts, torch.tensor([0, 1]), matrix, list(references), list(gates), names)
+
+
+def test_reward_set():
+    config = RewardConfig(contrast_weight=0.5, caption_weight=0.1, length_weight=0.1)
+    found = score(config)
+    assert set(found) == {"cycle", "contrast", "caption", "length"}
+    assert found["cycle"].tolist() == pytest.approx([0.7, 0.6])
+    assert found["contrast"].tolist() == pytest.approx([0.5, 0.5])
+    assert float(found["caption"][0]) == 1.0
+    assert math.isnan(float(found["caption"][1]))
+
+
+def test_gated_captions_earn_nothing_and_are_not_judged():
+    judge = FixedJudge()
+    found = score(RewardConfig(caption_weight=1.0), judge, gates=("coordinates", None))
+    assert found["cycle"].tolist() == pytest.approx([0.0, 0.6])
+    assert float(found["caption"][0]) == 0.0
+    assert judge.asked == []
+
+
+def test_a_caption_without_any_reward_is_an_error_that_names_the_region():
+    with pytest.raises(RewardError, match="s/1#1"):
+        score(RewardConfig(cycle_weight=0.0, caption_weight=1.0))
+    with pytest.raises(RewardError, match="regions_per_image"):
+        RewardSet(RewardConfig(cycle_weight=0.0, contrast_weight=1.0)).score(
+            ["a b"], torch.tensor([0]), torch.tensor([[0.5]]), [[]], [None], ["s/1#0"]
+        )
+
+
+def test_wrong_weights():
+    with pytest.raises(ConfigError, match="negative"):
+        RewardSet(RewardConfig(length_weight=-1.0))
+    with pytest.raises(ConfigError, match="no reward is on"):
+        RewardSet(RewardConfig(cycle_weight=0.0))
