@@ -181,6 +181,9 @@ class RewardConfig:
         contrast_weight: IoU with the own mask minus the best IoU with another region's mask of the same image.
         caption_weight: ``combined_caption_reward`` against reference captions, where there are any.
         length_weight: 1 for ``min_words..max_words`` words, falling linearly outside.
+        listener: whose masks earn the cycle and contrast rewards and weigh the cycle filter: ``own`` (the live model),
+            ``average`` (the weight average) or ``frozen`` (the weights that training started from). What is rewarded by
+            the frozen listener is no longer judged by a stranger when the audit asks it.
         gates: names of the gates that are on, from :data:`GATES`; empty switches all off but
             special_token and empty, which step 2 could not read.
         judge_url: base address of an OpenAI-compatible server (``http://127.0.0.1:8000/v1``), None for no judge.
@@ -195,6 +198,7 @@ class RewardConfig:
     length_weight: float = 0.0
     min_words: int = 2
     max_words: int = 32
+    listener: str = "own"
     gates: tuple[str, ...] = GATES
     judge_url: str | None = None
     judge_model: str = "judge"
@@ -304,6 +308,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "loop.segment_form": ("branches", "turns"),
     "policy.caption_gradient": ("auto", "none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
     "policy.advantage_scale": ("none", "group"),
+    "reward.listener": ("own", "average", "frozen"),
     "reward.judge_failure": ("skip", "error"),
     "loss.align_through": ("all", "projection"),
     "train.mixed_precision": ("auto", "no", "bf16"),

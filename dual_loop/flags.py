@@ -80,6 +80,8 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("captions_per_region", "policy.captions_per_region", "CAPTIONS", "sampled for each region (scst, grpo)"),
         Flag("policy_weight", "policy.weight", "NUMBER", "weight of the policy loss"),
         Flag("kl_weight", "policy.kl_weight", "NUMBER", "weight of the divergence from the adapter switched off"),
+        Flag("policy_temperature", "policy.temperature", "NUMBER", "of the sampled captions"),
+        Flag("reward_listener", "reward.listener", "own|average|frozen", "whose masks earn rewards"),
         Flag("cycle_reward_weight", "reward.cycle_weight", "NUMBER", "reward: IoU of mask' and mask"),
         Flag("contrast_reward_weight", "reward.contrast_weight", "NUMBER", "reward: own mask, not a neighbour's"),
         Flag("caption_reward_weight", "reward.caption_weight", "NUMBER", "reward: likeness to reference captions"),

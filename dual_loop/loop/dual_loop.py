@@ -6,6 +6,7 @@ The trainer calls :meth:`DualLoop.begin_window` once an optimiser step and :meth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,14 +87,25 @@ class DualLoop:
             exchange,
             config,
             self.policy_config,
+            self._listening,
         )
         self.teacher = MaskTeacher(model, None, model.loss_config)
         self.starting = StartingWeights(trainable_parameters(model))
         self.auditor = Auditor(model, prompter, config, self.starting, exchange)
 
     def use_average(self, average: ExponentialMovingAverage) -> None:
-        """Take ``average`` as the teacher of ``loss.distill_weight``."""
+        """Take ``average`` as the teacher of ``loss.distill_weight`` and the listener ``average``."""
         self.teacher.average = average
+
+    def _listening(self) -> AbstractContextManager[None]:
+        """Lend the model the weights that score captions (``reward.listener``)."""
+        if self.reward_config.listener == "frozen":
+            return self.starting.swapped()
+        if self.reward_config.listener == "average":
+            if self.teacher.average is None:
+                raise RuntimeError("the weight average is to listen: call DualLoop.use_average first")
+            return self.teacher.average.swapped()
+        return nullcontext()
 
     def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[MicroBatch]:
         """Step 1 for all micro-batches of an optimiser step; the parameters do not change inside it.

@@ -6,7 +6,8 @@ estimator turns them into advantages, and captions with an advantage become capt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,7 @@ class CaptionPolicy:
         critic: segments captions.
         exchange: sums over ranks.
         loop, policy: settings.
+        listener: puts the weights that score captions into the model for the length of a ``with`` block.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class CaptionPolicy:
         exchange: Exchange,
         loop: LoopConfig,
         policy: PolicyConfig,
+        listener: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.estimator, self.rewards, self.critic, self.exchange = estimator, rewards, critic, exchange
-        self.loop, self.policy = loop, policy
+        self.loop, self.policy, self.listener = loop, policy, listener
 
     @property
     def needs_scores(self) -> bool:
@@ -90,9 +93,13 @@ class CaptionPolicy:
         """Return a plan for each micro-batch of an optimiser step; every rank must call this once a step."""
         plans = [PolicyPlan(metrics=self._gate_metrics(rollout)) for rollout in rollouts]
         asked_before = dict(self.rewards.judge.counters) if self.rewards.judge else {}
+        all_scores: list[dict[AskedCaption, Tensor]] = [{} for _ in batches]
+        if self.needs_scores:
+            with self.listener():
+                parts = zip(batches, features, rollouts, grounding, strict=True)
+                all_scores = [self._scores(*part) for part in parts]
         groups = []
-        for plan, batch, feature, rollout, maps in zip(plans, batches, features, rollouts, grounding, strict=True):
-            scores = self._scores(batch, feature, rollout, maps) if self.needs_scores else {}
+        for plan, batch, rollout, scores in zip(plans, batches, rollouts, all_scores, strict=True):
             plan.region_weights = self._filter(batch, rollout, scores, plan.metrics)
             groups.append(self._advantages(batch, rollout, scores, plan.metrics))
         if self.estimator.is_rewarded:

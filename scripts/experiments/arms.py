@@ -11,6 +11,8 @@ FAST = ("--learning_rate", str(2 * LEARNING_RATE))
 ALIGN = ("--align_weight", "1")
 PROJECTION = (*ALIGN, "--align_through", "projection")
 GRPO = ("--caption_gradient", "grpo", "--captions_per_region", "4")
+HOT = ("--policy_temperature", "1.5")
+FROZEN = (*HOT, "--reward_listener", "frozen")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ ARMS: dict[str, Arm] = {
     "C": Arm("B + cycle filter", MASKS, ("--cycle_keep", "0.7", "--cycle_drop", "0.3")),
     "D1": Arm("B + scst", MASKS, ("--caption_gradient", "scst", "--captions_per_region", "2")),
     "D2": Arm("B + grpo", MASKS, GRPO),
+    "D3": Arm("D2, rewarded by the frozen listener, samples at 1.5", MASKS, (*GRPO, *FROZEN)),
+    "D4": Arm("D2, samples at 1.5", MASKS, (*GRPO, *HOT)),
     "E": Arm("B + gumbel", MASKS, ("--caption_gradient", "gumbel")),
     "E2": Arm("B + gumbel+grpo", MASKS, ("--caption_gradient", "gumbel+grpo", "--captions_per_region", "4")),
     "F": Arm("D2 + distillation", MASKS, (*GRPO, "--distill_weight", "0.5")),

@@ -283,3 +283,23 @@ def test_sampled_special_tokens_are_punished_not_obeyed():
     output = loop.step(model, micro)
     assert len(output.segmentation.mask_logits) == micro.batch.num_regions
     assert micro.metrics["gate/special_token"] >= 2 * micro.batch.num_regions
+
+
+@pytest.mark.parametrize("listener", ["own", "average", "frozen"])
+def test_the_listener_that_is_asked_for_scores(listener):
+    config = setting("grpo")
+    reward = dataclasses.replace(config.reward, listener=listener, contrast_weight=0.0)
+    model, prompter, _ = small_model(config)
+    loop = DualLoop(model, prompter, config.loop, config.policy, reward)
+    loop.use_average(ExponentialMovingAverage({n: p for n, p in model.named_parameters() if p.requires_grad}, 0.5))
+    batch = small_batch(config, masks_only())
+    (before,) = loop.begin_window([batch])
+    with torch.no_grad():
+        for parameter in model.text_hidden_fcs.parameters():
+            parameter.mul_(-1.0)
+    live = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    (after,) = loop.begin_window([batch])
+    # Captions do not change, so only the own listener rewards them differently.
+    same = after.metrics["reward_cycle/sum"] == pytest.approx(before.metrics["reward_cycle/sum"], abs=1e-6)
+    assert same == (listener != "own")
+    assert all(torch.equal(live[name], parameter) for name, parameter in model.named_parameters())
