@@ -68,6 +68,7 @@ def write_demo_data(
     num_val: int | None = None,
     refcoco_splits: Mapping[str, int] | None = None,
     captioned_pools: Sequence[str] = (),
+    vague_share: float = 0.0,
 ) -> dict[str, int]:
     """Write the data set below ``out`` and return the number of images (SA-V: of pairs) in each pool.
 
@@ -82,6 +83,8 @@ def write_demo_data(
         refcoco_splits: further or other splits to sizes, such as ``{"testA": 20}``.
         captioned_pools: ``sa1b``, ``openimages`` or both: their scenes come a second time, with captions, behind the
             train split of RefCOCO. What a loop could at best learn from masks alone is measured on these.
+        vague_share: share of the captions of the train split that name the shape alone (``the star``): true, but no
+            help where another star is near. Captions that people write are often so.
 
     Returns:
         Counts by pool: ``sav``, ``sa1b``, ``openimages``, ``refcoco/train``, ``refcoco/val``, ...
@@ -101,10 +104,12 @@ def write_demo_data(
     record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": asdict(options)}
     if captioned_pools:
         record["captioned_pools"] = list(captioned_pools)
+    if vague_share:
+        record["vague_share"] = vague_share
     text = json.dumps(record, indent=2) + "\n"
     if _is_written(Path(out), text):
         return counts
-    _write_sources(Path(out), seed, options, counts, captioned_pools)
+    _write_sources(Path(out), seed, options, counts, captioned_pools, vague_share)
     (Path(out) / "demo.json").write_text(text, encoding="utf-8")
     return counts
 
@@ -168,7 +173,12 @@ def _is_written(out: Path, record: str) -> bool:
 
 
 def _write_sources(
-    out: Path, seed: int, options: SceneOptions, counts: Mapping[str, int], captioned_pools: Sequence[str]
+    out: Path,
+    seed: int,
+    options: SceneOptions,
+    counts: Mapping[str, int],
+    captioned_pools: Sequence[str],
+    vague_share: float,
 ) -> None:
     def scene(pool: str, index: int) -> Scene:
         return generate_scene(pool_seed(seed, pool, index), options)
@@ -183,7 +193,7 @@ def _write_sources(
     parts = [(pool.removeprefix("refcoco/"), pool, n) for pool, n in splits.items()]
     parts += [("train", pool, counts[pool]) for pool in captioned_pools]
     if parts:
-        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene)
+        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene, vague_share)
 
 
 def _write_sav(root: Path, seed: int, options: SceneOptions, count: int) -> None:
@@ -268,7 +278,11 @@ def _label_name(shape: str) -> str:
 
 
 def _write_refcoco(
-    root: Path, parts: Sequence[tuple[str, str, int]], options: SceneOptions, scene: Callable[[str, int], Scene]
+    root: Path,
+    parts: Sequence[tuple[str, str, int]],
+    options: SceneOptions,
+    scene: Callable[[str, int], Scene],
+    vague_share: float = 0.0,
 ) -> None:
     """Write ``instances.json``, ``refs(unc).p`` and the images; one expression an object.
 
@@ -292,7 +306,9 @@ def _write_refcoco(
             for item in drawn.objects:
                 annotation = _annotation(item, len(annotations) + 1, image_id, categories[item.shape])
                 annotations.append(annotation)
-                refs.append(_reference(item, annotation, split))
+                is_vague = split == "train" and _spread(len(annotations)) < vague_share
+                caption = f"the {item.shape}" if is_vague else item.caption
+                refs.append(_reference(caption, annotation, split))
     instances = {
         "info": {"description": "generated scenes in the COCO layout"},
         "images": images,
@@ -316,9 +332,13 @@ def _annotation(item: SceneObject, annotation_id: int, image_id: int, category_i
     }
 
 
-def _reference(item: SceneObject, annotation: Mapping[str, Any], split: str) -> dict[str, Any]:
+def _spread(number: int) -> float:
+    """Return a number in 0..1 that looks random and is always the same for ``number``."""
+    return (number * 2654435761 % 2**32) / 2**32
+
+
+def _reference(caption: str, annotation: Mapping[str, Any], split: str) -> dict[str, Any]:
     number, image_id = int(annotation["id"]), int(annotation["image_id"])
-    caption = item.caption
     return {
         "ref_id": number,
         "ann_id": number,

@@ -180,7 +180,10 @@ def combine_advantages(
 
     With several objectives each is divided by the root mean square of its advantages over all captions that take part,
     of all micro-batches and ranks: else the objective with the widest range rules (reward-decoupled normalisation, as
-    in BalCapRL 2605.07394; there over groups, here over the step). A single objective keeps its values.
+    in BalCapRL 2605.07394; there over groups, here over the step). All are then multiplied by the weighted mean of
+    these root mean squares, so that a second objective does not change the size of the policy gradient against the
+    other losses: with advantages of size 1 the policy loss drowned the mask losses (docs/experiments.md). A single
+    objective keeps its values.
 
     Args:
         groups: one for each micro-batch.
@@ -198,9 +201,9 @@ def combine_advantages(
             sums[f"{name}/square"] = sum(float(group.values[name].double().square().sum()) for group in groups)
             sums[f"{name}/count"] = float(sum(int(group.takes_part[name].sum()) for group in groups))
         total = reduce(sums)
-        for name in weights:
-            size = (total[f"{name}/square"] / max(total[f"{name}/count"], 1.0)) ** 0.5
-            scales[name] = 1.0 / max(size, _EPSILON)
+        sizes = {n: (total[f"{n}/square"] / max(total[f"{n}/count"], 1.0)) ** 0.5 for n in weights}
+        common = sum(weights[name] * sizes[name] for name in weights) / sum(weights.values())
+        scales = {name: common / max(sizes[name], _EPSILON) for name in weights}
     return [
         torch.stack([group.values[name] * (weight * scales[name]) for name, weight in weights.items()]).sum(0)
         for group in groups

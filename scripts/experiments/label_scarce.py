@@ -7,7 +7,8 @@ not run again and a broken one goes on from its checkpoint, so the command may b
 take the same number of optimiser steps of the same number of images; seconds stand beside.
 
 The held-out scenes have two to four objects, most of which share their shape or colour with another one. All scenes of
-the mask-only part are written twice: as SA-1B and Open Images without text, and (for the ceiling) with captions.
+the mask-only part are written twice: as SA-1B and Open Images without text, and (for the ceiling) with captions. With
+``--vague 0.5`` half of the training captions name the shape alone: they describe, and do not tell apart.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--captioned", type=int, default=60, help="scenes with captions")
     parser.add_argument("--scenes", type=int, default=900, help="mask-only scenes of each of the two sources")
     parser.add_argument("--val", type=int, default=200, help="held-out scenes")
+    parser.add_argument("--vague", type=float, default=0.0, help="share of training captions that name the shape alone")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--list", action="store_true", help="print the arms with their flags and stop")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
@@ -73,6 +75,7 @@ def write_data(args: argparse.Namespace) -> None:
             num_refcoco=args.captioned,
             num_val=args.val,
             captioned_pools=pools,
+            vague_share=args.vague,
         )
 
 

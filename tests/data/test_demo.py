@@ -32,6 +32,7 @@ from dual_loop.data.demo_scenes import (
     paraphrases,
     pool_seed,
 )
+from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -418,3 +419,29 @@ class TestWriter:
         for setting, folder in demo.demo_directories(out).items():
             assert f"--{setting} {folder}" in printed
             assert Path(folder).is_dir()
+
+
+def test_pools_with_captions_and_vague_captions(tmp_path):
+    """The ceiling's data set holds the mask-only scenes again; vague captions touch the train split alone."""
+    options = {"sources": ("sa1b", "openimages", "refcoco"), "num_val": 3}
+    plain, vague = tmp_path / "plain", tmp_path / "vague"
+    demo.write_demo_data(plain, 4, 3, captioned_pools=("sa1b", "openimages"), **options)
+    demo.write_demo_data(vague, 4, 3, captioned_pools=("sa1b", "openimages"), vague_share=0.5, **options)
+    train = RefCoco(plain / "ref_seg", datasets=("refcoco",), split="train")
+    assert len(train) == 12
+    copies = [train.load_all(index) for index in range(len(train))]
+    pictures = {path.read_bytes() for path in (plain / "sa1b").glob("*.jpg")}
+    images = (plain / "ref_seg" / "refcoco").rglob("*.jpg")
+    assert len(pictures & {path.read_bytes() for path in images}) == 4
+    assert all(len(text.split()) >= 3 for sample in copies for texts in sample.captions for text in texts)
+
+    def texts(split):
+        source = RefCoco(vague / "ref_seg", datasets=("refcoco",), split=split)
+        samples = [source.load_all(index) for index in range(len(source))]
+        return [text for sample in samples for own in sample.captions for text in own]
+
+    short = [len(text.split()) == 2 for text in texts("train")]
+    assert 0.25 < sum(short) / len(short) < 0.75
+    assert all(len(text.split()) >= 3 for text in texts("val"))
+    with pytest.raises(ConfigError, match="no pool 'sav' to caption"):
+        demo.write_demo_data(tmp_path / "wrong", 2, 3, captioned_pools=("sav",))

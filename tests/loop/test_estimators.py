@@ -137,7 +137,11 @@ def test_objectives_are_brought_to_one_size():
     rewards = {"cycle": REWARDS, "contrast": 1000 * REWARDS.flip(1)}
     found = estimator("grpo").advantages(rewards, {}, ALL)
     (combined,) = combine_advantages([found], {"cycle": 1.0, "contrast": 1.0}, dict)
-    torch.testing.assert_close(combined, torch.zeros(2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(combined, torch.zeros(2, 3), atol=1e-4, rtol=0)
+    # The same objective twice is that objective, at the sum of the weights.
+    twice = estimator("grpo").advantages({"cycle": REWARDS, "contrast": REWARDS}, {}, ALL)
+    (combined,) = combine_advantages([twice], {"cycle": 1.0, "contrast": 0.5}, dict)
+    torch.testing.assert_close(combined, 1.5 * twice.values["cycle"])
 
 
 # ---- the policy gradient is the gradient of the expected reward ------------------------------------------------------
