@@ -1,0 +1,52 @@
+"""The options that go beyond the plain loop, alone and all together, on real photographs and two processes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from end_to_end import records, summary, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+OPTIONS = {
+    "distillation": ["--distill_weight", "0.5"],
+    "caption reward": ["--caption_reward_weight", "0.1"],
+    "several objects": ["--regions_per_image", "3", "--contrast_reward_weight", "0.5", "--segment_form", "turns"],
+}
+TOGETHER = [
+    *("--distill_weight", "0.5", "--caption_reward_weight", "0.1", "--regions_per_image", "3"),
+    *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "2", "--contrast_reward_weight", "0.5"),
+    *("--align_weight", "0.5", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.1"),
+    *("--length_reward_weight", "0.1", "--reward_listener", "average"),
+]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), TOGETHER], ids=[*OPTIONS, "together"])
+def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
+    out = tmp_path / "run"
+    flags = [
+        *("--config", "configs/tiny_cpu.py", "--device", "cpu", "--num_workers", "0", "--max_steps", "6"),
+        *("--sav_dir", str(real_samples / "sav" / "npz"), "--sa1b_dir", str(real_samples / "sa1b_flat")),
+        *("--openimage_dir", str(real_samples / "openimages"), "--refcoco_dir", str(real_samples / "ref_seg")),
+        *("--output_dir", str(out), "--log_interval", "1", "--batch_size", "2"),
+        *("--gradient_accumulation_steps", "1", *options),
+    ]
+    train(flags, tmp_path, num_processes=2)
+    result, last = summary(out), records(out)[-1]
+    assert result["steps"] == 6
+    assert all(count > 0 for count in result["sources"].values())
+    losses = last["other_losses"]
+    expected = {
+        "--distill_weight": "distill_loss",
+        "--align_weight": "align_loss",
+        "--kl_weight": "kl_loss",
+        "--caption_reward_weight": "policy_loss",
+        "--contrast_reward_weight": "policy_loss",
+    }
+    assert set(losses) == {name for flag, name in expected.items() if flag in options}
+    assert all(math.isfinite(value) for value in losses.values())
+    for name in ("own_cycle_iou", "frozen_cycle_iou", "kl", "vocabulary", "distinct_2", "seg_probability"):
+        assert last[name] is not None, name
+    assert any(name.startswith("gate/") for name in last["counters"])
