@@ -7,6 +7,7 @@ the weights that training started from.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
+from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.critic import AskedCaption, Critic
 from dual_loop.loop.rows import Rows
 from dual_loop.loop.segmenter import SegmentationInputs, mask_ious
 from dual_loop.loop.teacher import plain_inputs
@@ -26,8 +29,8 @@ from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
 from dual_loop.types import Batch, CaptionRollout, Exchange
 
 REMEMBERED_CAPTIONS = 512
-OWN_ROSE, FROZEN_FELL = 0.05, 0.05
-"""Changes of cycle IoU since the first audit that together raise ``flag/private_code``."""
+LEAST_PREFERENCE = 0.02
+"""Mean difference in IoU from which a listener prefers one captioner's words to another's."""
 
 
 class Auditor:
@@ -51,7 +54,10 @@ class Auditor:
         self.model, self.prompter, self.config = model, prompter, config
         self.starting, self.exchange = starting, exchange
         self.recent: deque[str] = deque(maxlen=REMEMBERED_CAPTIONS)
-        self.first: dict[str, float] = {}
+        # Rejections are part of what is measured here, never a reason to stop.
+        greedy = dataclasses.replace(config, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0)
+        self.captioner = Captioner(model, prompter, greedy, is_silent=True)
+        self.critic = Critic(model, prompter, config)
 
     def remember(self, rollouts: Sequence[CaptionRollout]) -> None:
         """Keep the generated captions that step 2 reads, for vocabulary and distinct n-grams."""
@@ -73,7 +79,10 @@ class Auditor:
         ``kl`` (divergence of the captioner from itself without the adapter, in nats a token, exact over the
         vocabulary, along the captions that were written); ``seg_probability`` (of [SEG] at its place, when it is not
         forced), ``seg_emitted`` (share of answers that greedy decoding would write up to [SEG]); ``vocabulary``,
-        ``distinct_1``, ``distinct_2`` over the last captions of all ranks; ``flag/private_code``.
+        ``distinct_1``, ``distinct_2`` over the last captions of all ranks; ``own_preference``, ``frozen_preference``
+        (IoU of today's captions minus that of the captions that the starting weights write of the same regions, by the
+        live and by the starting listener); ``flag/private_code``: the live listener prefers today's captions and the
+        starting one those of the start, both beyond chance.
         """
         sums = dict.fromkeys((f"{name}/{part}" for name in _RATIOS for part in ("sum", "count")), 0.0)
         with evaluating(self.model):
@@ -85,16 +94,15 @@ class Auditor:
             for batch, feature, rollout in zip(batches, features, rollouts, strict=True):
                 self._diverge(batch, feature, rollout, sums)
         sums.update(self._language())
-        sums["flag/private_code"] = self._private_code(sums)
+        sums.update(self._prefer(batches, features, rollouts))
         return sums
 
     def state_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {"recent": list(self.recent), "first": dict(self.first)}
+        return {"recent": list(self.recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.recent = deque(state["recent"], maxlen=REMEMBERED_CAPTIONS)
-        self.first = dict(state["first"])
 
     def _listen(
         self, batch: Batch, rollout: CaptionRollout, inputs: SegmentationInputs, sums: dict[str, float], who: str
@@ -161,20 +169,61 @@ class Auditor:
         # The same on every rank: sums over ranks divide out again.
         return {f"{name}/{part}": v for name, value in values.items() for part, v in (("sum", value), ("count", 1.0))}
 
-    def _private_code(self, sums: Mapping[str, float]) -> float:
-        """Return 1 (on one rank's behalf) where own listeners rose and the frozen one fell since the first audit."""
-        names = [f"{name}/{part}" for name in LISTENERS for part in ("sum", "count")]
-        total = self.exchange.reduce({**{name: sums[name] for name in names}, "ranks": 1.0})
-        now = {name: total[f"{name}/sum"] / max(total[f"{name}/count"], 1.0) for name in LISTENERS}
-        if not self.first:
-            self.first = now
-        rose = now["own_cycle_iou"] - self.first["own_cycle_iou"] >= OWN_ROSE
-        fell = self.first["frozen_cycle_iou"] - now["frozen_cycle_iou"] >= FROZEN_FELL
-        return 1.0 / total["ranks"] if rose and fell else 0.0
+    def _prefer(
+        self,
+        batches: Sequence[Batch],
+        features: Sequence[Tensor],
+        rollouts: Sequence[CaptionRollout],
+    ) -> dict[str, float]:
+        """Let both listeners hear today's captions and those that the starting captioner writes of the same regions.
+
+        Where both wrote the same the preference is 0, so the comparison has little noise: it is paired by region.
+        """
+        with self.starting.swapped():
+            first = self.captioner.roll_out(batches, features)
+        own = self._preferences(batches, features, rollouts, first)
+        with self.starting.swapped():
+            frozen = self._preferences(batches, features, rollouts, first)
+        sums: dict[str, float] = {}
+        for name, values in (("own_preference", own), ("frozen_preference", frozen)):
+            sums[f"{name}/sum"], sums[f"{name}/count"] = float(sum(values)), float(len(values))
+            sums[f"{name}/squares"] = float(sum(value * value for value in values))
+        total = self.exchange.reduce({**sums, "ranks": 1.0})
+        sums = {name: value for name, value in sums.items() if not name.endswith("/squares")}
+        is_private = _beyond_chance(total, "own_preference", 1.0) and _beyond_chance(total, "frozen_preference", -1.0)
+        # A counter: the ranks' parts add up to 1.
+        return {**sums, "flag/private_code": 1.0 / total["ranks"] if is_private else 0.0}
+
+    def _preferences(
+        self,
+        batches: Sequence[Batch],
+        features: Sequence[Tensor],
+        rollouts: Sequence[CaptionRollout],
+        first: Sequence[CaptionRollout],
+    ) -> list[float]:
+        """Return for each generated caption its IoU minus that of the starting captioner's caption."""
+        found = []
+        for batch, feature, now, before in zip(batches, features, rollouts, first, strict=True):
+            regions = [n for n, given in enumerate(now.from_reference) if not given]
+            texts = [(n, now.captions[n], before.captions[n]) for n in regions]
+            asked = [AskedCaption(n, text) for n, *pair in texts for text in pair]
+            matrix = self.critic.score(batch, feature, asked)
+            own = [float(matrix[row, caption.region]) for row, caption in enumerate(asked)]
+            found += [new - old for new, old in zip(own[0::2], own[1::2], strict=True)]
+        return found
+
+
+def _beyond_chance(total: Mapping[str, float], name: str, sign: float) -> bool:
+    """Tell whether a mean preference has ``sign``, at least 0.02 of size, and twice its standard error."""
+    count = total[f"{name}/count"]
+    if count < 2:
+        return False
+    mean = sign * total[f"{name}/sum"] / count
+    variance = max(total[f"{name}/squares"] / count - mean * mean, 0.0) / (count - 1)
+    return mean >= LEAST_PREFERENCE and mean > 2 * variance**0.5
 
 
 CHUNK = 64
 """Tokens whose logits are held at once: 64 x 151,674 x 4 bytes are 39 MB, twice."""
 
-LISTENERS = ("own_cycle_iou", "frozen_cycle_iou")
-_RATIOS = (*LISTENERS, "kl", "seg_probability", "seg_emitted")
+_RATIOS = ("own_cycle_iou", "frozen_cycle_iou", "kl", "seg_probability", "seg_emitted")

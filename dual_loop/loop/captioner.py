@@ -105,6 +105,7 @@ class Captioner:
         config: decoding, rejection policy and batch size of the roll-out.
         gates: says which captions may earn no reward.
         sample_temperature: of the K samples (``policy.temperature``).
+        is_silent: do not warn of rejected captions (for measurements beside training).
     """
 
     def __init__(
@@ -114,10 +115,11 @@ class Captioner:
         config: LoopConfig,
         gates: CaptionGates | None = None,
         sample_temperature: float = 1.0,
+        is_silent: bool = False,
     ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
         self.gates = gates or CaptionGates(GATES, prompter.find_marker, prompt_texts())
-        self.sample_temperature = sample_temperature
+        self.sample_temperature, self.is_silent = sample_temperature, is_silent
         self.num_generated = 0
         self.num_rejected = 0
 
@@ -240,7 +242,7 @@ class Captioner:
         config = self.config
         self.num_rejected += 1
         rollout.rejected[region] = reason
-        if self.num_rejected <= WARN_FIRST or self.num_rejected % WARN_EVERY == 0:
+        if not self.is_silent and (self.num_rejected <= WARN_FIRST or self.num_rejected % WARN_EVERY == 0):
             logger.warning(
                 "Warning: Caption generation failed (%s) for %s; policy %s; %d of %d captions so far",
                 *(reason, name, config.on_rejected, self.num_rejected, self.num_generated),

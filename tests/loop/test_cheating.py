@@ -96,8 +96,17 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
     (micro,) = loop.begin_window([batch], audit=True)
     assert micro.metrics["flag/private_code"] == 0.0
 
-    writes(monkeypatch, prompter, lambda request: secret[request.region])
+    start = model.text_hidden_fcs[0].weight.detach().clone()
+
+    def speak(request):
+        """The starting captioner is honest; the live one, once it differs, is not."""
+        is_start = torch.equal(model.text_hidden_fcs[0].weight.detach(), start)
+        return (texts if is_start and not tuning else secret)[request.region]
+
+    tuning = True
+    writes(monkeypatch, prompter, speak)
     tune(model, loop, batch, steps=120)
+    tuning = False
     coded = evaluate_samples(model, prompter, config, samples, loop.starting.swapped)
     before, after = summarise(honest), summarise(coded)
     assert after["cycle_gIoU"] > before["cycle_gIoU"] + 0.05
@@ -106,6 +115,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
     assert [flag.split(":")[0] for flag in flags] == ["private_code", "language_drift"]
     (micro,) = loop.begin_window([batch], audit=True)
     assert micro.metrics["flag/private_code"] == 1.0
+    assert micro.metrics["own_preference/sum"] > 0 > micro.metrics["frozen_preference/sum"]
 
 
 def tune(model, loop, batch, steps: int) -> None:
