@@ -200,9 +200,8 @@ class Trainer:
     def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """Take one optimiser step and report it; return whether all ranks agree to stop."""
         number = self.progress.step + 1
-        is_ending = number in (1, self.total_steps)
-        is_audited = is_ending or number % self.config.train.audit_interval == 0
-        is_logged = is_ending or is_audited or number % self.config.train.log_interval == 0
+        is_audited = self._is_audited(number)
+        is_logged = is_audited or number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
         timer = PhaseTimer(self.accelerator.device, exact=is_logged)
         with timer.phase("data"):
             window = self._fetch(batches)
@@ -220,6 +219,11 @@ class Trainer:
         if number == self.total_steps or number == 1 or number % self.config.train.panel_interval == 0:
             self._save_panels(micros, outputs)
         return sums[STOP] > 0
+
+    def _is_audited(self, number: int) -> bool:
+        """Tell whether step ``number`` ends with an audit: every so many steps, and the last of a run that has any."""
+        interval = self.config.train.audit_interval
+        return number % interval == 0 or (number == self.total_steps and self.total_steps > interval)
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         device, count = self.accelerator.device, self.config.train.gradient_accumulation_steps

@@ -30,7 +30,7 @@ def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
         *("--config", "configs/tiny_cpu.py", "--device", "cpu", "--num_workers", "0", "--max_steps", "6"),
         *("--sav_dir", str(real_samples / "sav" / "npz"), "--sa1b_dir", str(real_samples / "sa1b_flat")),
         *("--openimage_dir", str(real_samples / "openimages"), "--refcoco_dir", str(real_samples / "ref_seg")),
-        *("--output_dir", str(out), "--log_interval", "1", "--batch_size", "2"),
+        *("--output_dir", str(out), "--log_interval", "1", "--batch_size", "2", "--audit_interval", "3"),
         *("--gradient_accumulation_steps", "1", *options),
     ]
     train(flags, tmp_path, num_processes=2)

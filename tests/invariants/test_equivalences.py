@@ -22,7 +22,8 @@ PLAIN: list[str] = []
 LEARNING = [
     *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "3", "--contrast_reward_weight", "0.5"),
     *("--caption_reward_weight", "0.1", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.0"),
-    *("--distill_weight", "0.5", "--align_weight", "0.5", "--cfg-options", "policy.mask_truncated=False"),
+    *("--distill_weight", "0.5", "--align_weight", "0.5", "--audit_interval", "1"),
+    *("--cfg-options", "policy.mask_truncated=False"),
 ]
 OPTIONS = pytest.mark.parametrize("options", [PLAIN, LEARNING], ids=["plain", "learning"])
 

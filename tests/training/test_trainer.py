@@ -283,3 +283,23 @@ def test_a_non_finite_loss_on_one_rank_stops_both_with_its_name(tmp_path: Path) 
     assert done.stderr.count("rank 1: mask_loss = nan") >= 2
     assert "sa1b/5#0" in done.stderr
     assert len(_records(tmp_path / "two")) == 1
+
+
+def test_audits_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
+    def audited(name: str, max_steps: int, interval: int) -> list[int]:
+        loop, steps = HollowLoop(), []
+        trainer = make_trainer(tmp_path / name, loop, max_steps=max_steps, audit_interval=interval, log_interval=100)
+        original = loop.begin_window
+
+        def begin_window(batches: Any, progress: float = 0.0, audit: bool = False) -> Any:
+            assert progress == pytest.approx(trainer.progress.step / max_steps)
+            steps.extend([trainer.progress.step + 1] if audit else [])
+            return original(batches, progress, audit)
+
+        loop.begin_window = begin_window  # type: ignore[method-assign]
+        trainer.fit()
+        assert {record["step"] for record in _records(tmp_path / name)} == {1, max_steps, *steps}
+        return steps
+
+    assert audited("long", 5, 2) == [2, 4, 5]
+    assert audited("short", 2, 50) == []
