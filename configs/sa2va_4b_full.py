@@ -3,4 +3,4 @@
 _base_ = ["_base_/sa2va_4b.py"]
 
 train = dict(batch_size=2, gradient_accumulation_steps=4, save_interval=500, log_interval=10)
-data = dict(regions_per_image=4)
+data = dict(regions_per_image=4, leakage_guard="drop")

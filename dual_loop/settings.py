@@ -60,7 +60,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the data is and how samples are chosen. A directory of None leaves the source out."""
+    """Where the data is and how samples are chosen. A directory of None leaves the source out.
+
+    ``leakage_guard`` decides what happens to training images whose COCO id is in a held-out split of the RefCOCO sets
+    at hand (``refcoco_dir``, ``eval_dir``): ``drop`` leaves them out, ``error`` stops, ``warn`` counts them, ``off``
+    does not look. See ``data.leakage``.
+    """
 
     sav_dir: str | None = None
     sav_max_samples: int | None = None
@@ -89,6 +94,14 @@ class DataConfig:
     refcoco_datasets: tuple[str, ...] = ("refcoco", "refcoco+", "refcocog")
     refcoco_split: str = "train"
     refcoco_images: str | None = None
+    masks_dir: str | None = None
+    masks_max_samples: int | None = None
+    masks_repeats: float = 1.0
+    masks_weight: float | None = None
+    masks_images: str | None = None
+    masks_min_area: float = 0.0
+    masks_max_area: float = 1.0
+    leakage_guard: str = "warn"
     regions_per_image: int = 1
     max_tiles: int = 1
     grid_pooling: str = "area"

@@ -43,7 +43,7 @@ from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
 
-DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir")
+DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir", "data.masks_dir")
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
 MORE_FIGURES = (
     *("cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
@@ -144,7 +144,9 @@ def check_paths(config: Config) -> None:
     if not any(sources.values()):
         problems.append(f"no data set is given: set at least one of {', '.join(f'--{k[5:]}' for k in DIRECTORIES)}")
     folders = {**sources, "data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
-    problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
+    # A user's own masks may be one file.
+    is_there = {key: Path(path).exists() if key == "data.masks_dir" else Path(path).is_dir() for key, path in folders.items() if path}
+    problems += [f"{key}: no such folder: {folders[key]}" for key, found in is_there.items() if not found]
     for key, weights in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
         if weights and not Path(weights).exists():
             problems.append(f"train.{key}: no such file: {weights}")

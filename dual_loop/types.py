@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class RegionSource(Protocol):
 
         Raises:
             SampleError: the entry cannot be used.
+        """
+        ...
+
+    def image_path(self, index: int) -> Path | None:
+        """Return the file of the captioned image of entry ``index``; None where no file holds the image alone.
+
+        Raises:
+            SampleError: the file is missing, or its name leaves the root.
         """
         ...
 

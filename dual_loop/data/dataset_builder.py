@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dual_loop.config import Config, DataConfig
+from dual_loop.data.leakage import guard
 from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample, region_seed, sample_rng
 from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
@@ -33,7 +34,7 @@ from dual_loop.types import Batch, RegionSample, RegionSource, SkippedSample
 logger = logging.getLogger(__name__)
 
 # Source name -> prefix of its settings in DataConfig.
-SETTING_PREFIX = {"sav": "sav", "sa1b": "sa1b", "openimages": "openimage", "refcoco": "refcoco"}
+SETTING_PREFIX = {"sav": "sav", "sa1b": "sa1b", "openimages": "openimage", "refcoco": "refcoco", "masks": "masks"}
 MAX_TRIES = 32
 _NUM_PROBES = 16
 
@@ -56,7 +57,7 @@ class TooManyBadSamples(SampleError):
 
 
 def build_sources(data: DataConfig) -> list[RegionSource]:
-    """Open every data set whose directory is given, in the order of ``types.SOURCES``.
+    """Open every data set whose directory is given, in the order of :data:`SETTING_PREFIX`.
 
     Raises:
         ConfigError: no directory is given, or some of them cannot be used; the message lists all of these.
@@ -70,7 +71,7 @@ def build_sources(data: DataConfig) -> list[RegionSource]:
     problems = [
         explain("no such folder", f"data.{SETTING_PREFIX[name]}_dir", path)
         for name, path in given.items()
-        if not Path(path).expanduser().is_dir()
+        if not (Path(path).expanduser().is_dir() or (name == "masks" and Path(path).expanduser().is_file()))
     ]
     sources: list[RegionSource] = []
     for name in given if not problems else ():
@@ -82,6 +83,15 @@ def build_sources(data: DataConfig) -> list[RegionSource]:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with the data sets:\n{listing}")
     return sources
+
+
+def build_training_sources(data: DataConfig) -> list[RegionSource]:
+    """Open the data sets and apply the leakage guard.
+
+    Raises:
+        ConfigError: see :func:`build_sources` and :func:`dual_loop.data.leakage.guard`.
+    """
+    return guard(build_sources(data), data)
 
 
 def _open_sav(data: DataConfig) -> RegionSource:
@@ -134,6 +144,20 @@ def _open_refcoco(data: DataConfig) -> RegionSource:
     )
 
 
+def _open_masks(data: DataConfig) -> RegionSource:
+    from dual_loop.data.masks_dir import MasksDir
+
+    return MasksDir(
+        _given(data.masks_dir),
+        data.masks_max_samples,
+        regions_per_image=data.regions_per_image,
+        min_area=data.masks_min_area,
+        max_area=data.masks_max_area,
+        images=data.masks_images,
+        index_dir=data.index_dir,
+    )
+
+
 def _given(path: str | None) -> Path:
     assert path is not None, "readers are opened only where a directory is given"
     return Path(path).expanduser()
@@ -144,6 +168,7 @@ _READERS: Mapping[str, Callable[[DataConfig], RegionSource]] = {
     "sa1b": _open_sa1b,
     "openimages": _open_open_images,
     "refcoco": _open_refcoco,
+    "masks": _open_masks,
 }
 
 
@@ -280,7 +305,7 @@ def build_dataset(
     Raises:
         ConfigError: see :func:`build_sources` and :func:`build_draw_stream`.
     """
-    readers = build_sources(config.data) if sources is None else list(sources)
+    readers = build_training_sources(config.data) if sources is None else list(sources)
     stream = build_draw_stream(readers, config.data, config.train.seed)
     return DualLoopDataset(readers, stream, geometry, config.train.seed, keep_samples)
 

@@ -245,16 +245,26 @@ def read_mask_png(path: str | Path) -> np.ndarray:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
     """
-    image = _open_image(Path(path))
-    try:
-        image.load()
-        values = np.asarray(image)
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
+    image = open_image_file(path)
+    values = np.asarray(image)
     if values.ndim == 2:
         return np.ascontiguousarray(values > 0)
     num_colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") else values.shape[2]
     return np.ascontiguousarray((values[:, :, :num_colours] > 0).any(axis=2))
+
+
+def open_image_file(path: str | Path) -> Image.Image:
+    """Open and decode an image file, in the mode it is stored in.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
+    """
+    image = _open_image(Path(path))
+    try:
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+    return image
 
 
 def _open_image(path: Path) -> Image.Image:

@@ -176,6 +176,14 @@ class OpenImages:
         """Return the ImageID."""
         return self._image_ids[int(self._kept[index])]
 
+    def image_path(self, index: int) -> Path:
+        """Return where the image is, or should be.
+
+        Raises:
+            SampleError: ``unsafe_path``.
+        """
+        return safe_join(self.images, f"{self.entry_id(index)}.jpg")
+
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 

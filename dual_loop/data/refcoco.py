@@ -113,6 +113,20 @@ class RefCoco:
         part, image, _ = self._entry(index)
         return f"{part.label}/{part.image_ids[image]}"
 
+    def coco_id(self, index: int) -> int:
+        """Return COCO's id of the image."""
+        part, image, _ = self._entry(index)
+        return int(part.image_ids[image])
+
+    def image_path(self, index: int) -> Path:
+        """Return the image file.
+
+        Raises:
+            SampleError: ``missing_file`` or ``unsafe_path``.
+        """
+        part, image, _ = self._entry(index)
+        return part.find_image(image)
+
     def _entry(self, index: int) -> tuple[_DatasetPart, int, np.ndarray]:
         number, image, start, stop = (int(value) for value in self._entries[index])
         part = self._parts[number]
@@ -222,7 +236,11 @@ class _DatasetPart:
         return tuple(json.loads(self._sentences[row]))
 
     def read_image(self, number: int) -> np.ndarray:
-        """Return image ``number`` as (H, W, 3) uint8, under its own name or either name of COCO."""
+        """Return image ``number`` as (H, W, 3) uint8."""
+        return read_image(self.find_image(number), apply_exif=False)
+
+    def find_image(self, number: int) -> Path:
+        """Return the file of image ``number``, under its own name or either name of COCO."""
         image_id = int(self.image_ids[number])
         names = (self._image_files[number], f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
         paths = [safe_join(self.image_folder, name) for name in names]
@@ -231,13 +249,30 @@ class _DatasetPart:
             expected = ", ".join(dict.fromkeys(names))
             message = explain("a COCO image is missing", str(self.image_folder), "none of the names", expected)
             raise SampleError("missing_file", message)
-        return read_image(path, apply_exif=False)
+        return path
 
     def decode_mask(self, row: int, image_number: int, size: tuple[int, int], where: str) -> np.ndarray:
         """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
         height, width = (int(side) for side in self._image_sizes[image_number])
         mask = decode_segmentation(json.loads(self._segmentations[row]), height, width, where)
         return fit_mask(mask, size, where)
+
+
+def held_out_images(
+    root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
+) -> Iterator[tuple[int, str, Path | None]]:
+    """Yield (COCO id, ``<data set> <split>``, file or None) of every image in a split that is not ``train``."""
+    for label in _present_datasets(root, datasets):
+        part = _DatasetPart(label, root, images, index_dir)
+        for split in part.split_names:
+            if split == "train":
+                continue
+            for number, _, _ in part.entries_of_split(split):
+                try:
+                    path = part.find_image(number)
+                except SampleError:
+                    path = None
+                yield int(part.image_ids[number]), f"{label} {split}", path
 
 
 # --- finding the parts -----------------------------------------------------------------------------------------------

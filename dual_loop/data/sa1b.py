@@ -112,6 +112,11 @@ class Sa1b:
         row = int(self._kept[index])
         return _entry_name(self._images[row] or self._records[row])
 
+    def image_path(self, index: int) -> Path | None:
+        """Return the image file, None where the entry is a JSON file without one."""
+        name = self._images[int(self._kept[index])]
+        return self.root / name if name else None
+
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass.
 

@@ -85,6 +85,10 @@ class SavPairs:
         """Return the path below the root, without ``.npz``."""
         return self._paths[int(self._kept[index])][: -len(".npz")]
 
+    def image_path(self, index: int) -> Path | None:
+        """Return None: both frames are arrays inside the npz file."""
+        return None
+
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2.
 

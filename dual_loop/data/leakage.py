@@ -1,0 +1,217 @@
+"""The leakage guard: training images that are held out for evaluation in RefCOCO, RefCOCO+ or RefCOCOg.
+
+The three sets share COCO's photographs but not their splits, and other collections contain COCO images under names of
+their own. Two ways to find them:
+
+* **by id** (:func:`leaked_by_id`): the COCO id of an image, as RefCOCO states it or as a file name carries it (twelve
+  digits that stand alone, ``COCO_train2014_000000581857.jpg`` or ``000000581857.jpg``). Costs nothing; blind to renamed
+  files.
+* **by sight** (:func:`leaked_by_sight`): every image is reduced to 24 x 24 grey values, and pairs whose values
+  correlate by at least 0.98 count as the same photograph. Finds copies that were renamed, resized or compressed
+  again, also where colours were changed a little; blind to crops and mirror images. Reads every image once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dual_loop.config import DataConfig
+from dual_loop.data.refcoco import held_out_images
+from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.types import RegionSample, RegionSource
+
+logger = logging.getLogger(__name__)
+
+COCO_NAME = re.compile(r"(?<![0-9A-Za-z])(\d{12})(?![0-9A-Za-z])")
+THUMBNAIL_SIDE = 24
+SAME_CORRELATION = 0.98
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class HeldOutImage:
+    """An image that must not be trained on: its COCO id, the split that holds it, and its file if it is there."""
+
+    coco_id: int
+    split: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A training entry that shows a held-out image."""
+
+    source: str
+    entry: int
+    entry_id: str
+    held_out: HeldOutImage
+    found_by: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}/{self.entry_id} is COCO image {self.held_out.coco_id} of {self.held_out.split} "
+            f"(found by {self.found_by})"
+        )
+
+
+def coco_id_of_name(name: str) -> int | None:
+    """Return the COCO id that a file name carries, None where there is none."""
+    match = COCO_NAME.search(name)
+    return int(match[1]) if match else None
+
+
+def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
+    """Return the held-out images of the RefCOCO sets in ``refcoco_dir`` and ``eval_dir``, by COCO id."""
+    found: dict[int, HeldOutImage] = {}
+    places = ((data.refcoco_dir, data.refcoco_datasets), (data.eval_dir, data.eval_datasets))
+    for root, datasets in places:
+        if root is not None and Path(root).expanduser().is_dir():
+            held_out = held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir)
+            for coco_id, split, path in held_out:
+                found.setdefault(coco_id, HeldOutImage(coco_id, split, path))
+    return found
+
+
+def leaked_by_id(source: RegionSource, held_out: Mapping[int, HeldOutImage]) -> list[Leak]:
+    """Return the entries whose COCO id is held out; works from the index alone."""
+    own_id = getattr(source, "coco_id", None)
+    leaks = []
+    for index in range(len(source) if held_out else 0):
+        name = source.entry_id(index)
+        number = own_id(index) if own_id is not None else coco_id_of_name(name)
+        if number in held_out:
+            leaks.append(Leak(source.name, index, name, held_out[number], "id"))
+    return leaks
+
+
+def leaked_by_sight(
+    source: RegionSource, held_out: Sequence[HeldOutImage], limit: int | None = None
+) -> tuple[list[Leak], int]:
+    """Return the entries that look like a held-out image, and how many entries were looked at.
+
+    Args:
+        source: entries without an image file of their own (frame pairs) are looked at through their first frame.
+        held_out: those without a file are left out.
+        limit: look at so many entries at most, evenly spread; None looks at all.
+    """
+    known = [(image, fingerprint(image.path)) for image in held_out if image.path is not None]
+    known = [(image, print_) for image, print_ in known if print_ is not None]
+    count = len(source) if limit is None else min(limit, len(source))
+    if not known or not count:
+        return [], 0
+    table = np.stack([print_ for _, print_ in known])
+    leaks, looked_at = [], 0
+    for chunk in _chunks(np.linspace(0, len(source) - 1, count).astype(int).tolist()):
+        prints = [(index, _entry_fingerprint(source, index)) for index in chunk]
+        seen = [(index, print_) for index, print_ in prints if print_ is not None]
+        looked_at += len(seen)
+        if seen:
+            likeness = np.stack([print_ for _, print_ in seen]) @ table.T
+            for (index, _), row in zip(seen, likeness, strict=True):
+                best = int(row.argmax())
+                if row[best] >= SAME_CORRELATION:
+                    leaks.append(Leak(source.name, index, source.entry_id(index), known[best][0], "sight"))
+    return leaks, looked_at
+
+
+def fingerprint(image: Path | np.ndarray | None) -> np.ndarray | None:
+    """Return 24 x 24 grey values of an image, centred and of length 1: (576,) float32; None where it is unreadable.
+
+    The product of two fingerprints is their correlation. An image of one grey value has none.
+    """
+    if image is None:
+        return None
+    try:
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        picture.draft("L", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # lets a JPEG decode at an eighth of its size
+        small = picture.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError):
+        return None
+    values: np.ndarray = np.asarray(small, np.float32).ravel()
+    values = values - values.mean()
+    length = float(np.linalg.norm(values))
+    return values / length if length > 1.0 else None
+
+
+def guard(sources: Sequence[RegionSource], data: DataConfig) -> list[RegionSource]:
+    """Apply ``data.leakage_guard`` by id and return the sources to train on.
+
+    Raises:
+        ConfigError: under ``error`` where something leaks, under ``drop`` where nothing would be left of a source.
+    """
+    if data.leakage_guard == "off":
+        return list(sources)
+    held_out = held_out_of(data)
+    guarded: list[RegionSource] = []
+    for source in sources:
+        leaks = leaked_by_id(source, held_out)
+        if not leaks:
+            guarded.append(source)
+            continue
+        message = _message(source, leaks, data.leakage_guard)
+        if data.leakage_guard == "error" or (data.leakage_guard == "drop" and len(leaks) == len(source)):
+            raise ConfigError(message)
+        logger.warning(message)
+        leaked = {leak.entry for leak in leaks}
+        kept = [index for index in range(len(source)) if index not in leaked]
+        guarded.append(Subset(source, kept) if data.leakage_guard == "drop" else source)
+    return guarded
+
+
+def _message(source: RegionSource, leaks: Sequence[Leak], policy: str) -> str:
+    done = {"drop": "they are left out", "warn": "they are trained on", "error": "nothing was started"}[policy]
+    return explain(
+        f"training images are held out for evaluation; {done}",
+        f"{source.name}, leakage guard",
+        f"{len(leaks)} of {len(source)} entries, for example {leaks[0]}",
+        "no image of val, testA, testB or test",
+        "set data.leakage_guard=drop to leave them out; `dual-loop data check` lists them, renamed copies too",
+    )
+
+
+class Subset:
+    """Some entries of a source, as a source of the same name.
+
+    Args:
+        source: where the entries are.
+        kept: their indices in ``source``.
+    """
+
+    def __init__(self, source: RegionSource, kept: Sequence[int]) -> None:
+        self.source, self.name = source, source.name
+        self.kept = np.asarray(kept, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def entry_id(self, index: int) -> str:
+        return self.source.entry_id(int(self.kept[index]))
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        return self.source.load(int(self.kept[index]), rng)
+
+    def image_path(self, index: int) -> Path | None:
+        return self.source.image_path(int(self.kept[index]))
+
+
+def _entry_fingerprint(source: RegionSource, index: int) -> np.ndarray | None:
+    try:
+        path = source.image_path(index)
+        if path is not None:
+            return fingerprint(path)
+        return fingerprint(source.load(index, np.random.default_rng(0)).image)
+    except SampleError:
+        return None
+
+
+def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]

@@ -1,0 +1,390 @@
+"""Reader of a user's own images and masks, with or without captions: one folder, three ways to store the masks.
+
+PNG files (every mask file lies under the image's name)::
+
+    root/images/cat.jpg
+    root/masks/cat.png            one object (0 and 255, or 0 and 1), or a map of labels: palette, or grey without 255
+    root/masks/cat/left_ear.png   or a folder of masks, one object each
+    root/captions.json            optional: {"cat": "a grey cat", "cat/left_ear": ["the left ear", "its left ear"],
+                                  "cat#2": "label 2 of the map"}
+
+COCO JSON (one ``*.json`` with ``images`` and ``annotations`` beside ``images/``; ``caption`` or ``captions`` of an
+annotation are read), or lines of JSON, one object each (``*.jsonl``)::
+
+    {"image": "images/cat.jpg", "segmentation": RLE or polygons, "caption": "a grey cat", "id": "7"}
+
+``caption`` (or ``captions``, a list) and ``id`` are optional. ``root`` may also be the ``.json`` or ``.jsonl`` file
+itself. Names of images are looked up below ``images`` where that is given, else below the root, else below its
+``images/``. The lines that ``dual-loop audit`` writes are read back this way.
+
+Masks are drawn on the stored pixels; where they fit only the image turned as its EXIF says, it is turned. Masks may
+differ from their image by 2 pixels a side (:func:`~dual_loop.data.masks.fit_mask`).
+
+Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
+``unsafe_path``, ``ambiguous_mask``, ``bad_polygon``, ``broken_rle``, ``broken_json``, ``size_mismatch``,
+``no_region_left``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_loop.data.index_cache import (
+    StringTable,
+    TreeListing,
+    check_root,
+    choose_capped,
+    layout_error,
+    load_or_build,
+    watch_files,
+)
+from dual_loop.data.masks import (
+    check_mask,
+    decode_rle,
+    decode_segmentation,
+    fit_mask,
+    open_image_file,
+    read_image,
+    safe_join,
+)
+from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.types import RegionSample
+
+LAYOUT = """
+  root/images/<name>.jpg                   root/images/...            root/images/...
+  root/masks/<name>.png        or          root/annotations.json or   root/masks.jsonl
+  root/masks/<name>/<object>.png           (COCO)                     (one object a line)
+"""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+CAPTIONS_NAME = "captions.json"
+_LINE_EXPECTED = '{"image": "images/a.jpg", "segmentation": {...} or [[...]], "caption": "..."}'
+
+
+class MasksDir:
+    """A user's own masks as a :class:`~dual_loop.types.RegionSource`; an entry is an image with its objects.
+
+    Args:
+        root: the folder, or a COCO ``.json`` or ``.jsonl`` file.
+        max_samples: keep this many images, drawn with a fixed seed; None keeps all.
+        regions_per_image: most regions of one sample.
+        min_area, max_area: limits on the share of the image that a mask covers, 0..1.
+        images: folder that the images' names are looked up in; None looks below ``root``.
+        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+
+    Raises:
+        ConfigError: the root holds none of the three layouts, or two of them; a file of it has another structure.
+    """
+
+    name = "masks"
+
+    def __init__(
+        self,
+        root: str | Path,
+        max_samples: int | None = None,
+        regions_per_image: int = 1,
+        min_area: float = 0.0,
+        max_area: float = 1.0,
+        images: str | Path | None = None,
+        index_dir: str | Path | None = None,
+    ) -> None:
+        self.root, self.kind, self.file = _find_layout(Path(root).expanduser())
+        self.regions_per_image = regions_per_image
+        self.min_area, self.max_area = min_area, max_area
+        self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
+        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "layout": self.kind}
+        arrays = load_or_build(index_dir, key, self._build_index)
+        self._images = StringTable.from_arrays(arrays, "image")
+        self._regions = StringTable.from_arrays(arrays, "region")
+        self._lines, self._starts = arrays["lines"], arrays["starts"]
+        if not len(self._images):
+            raise layout_error("the folder holds no image with a mask", self.root, "no pair of the same name", LAYOUT)
+        self._kept = choose_capped(len(self._images), max_samples, "masks_max_samples")
+
+    # ---- the index -----------------------------------------------------------------------------------------------
+
+    def _build_index(self) -> dict[str, np.ndarray]:
+        """Return images, and the regions of each: a JSON record, or where its line is (``lines``: offset, length)."""
+        watched: dict[str, np.ndarray]
+        if self.kind == "png":
+            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"))
+            found = dict(_pair_png_files(listing.files, _read_captions(self.root / CAPTIONS_NAME), self.root))
+            watched = listing.watched_arrays()
+        else:
+            assert self.file is not None
+            watched = watch_files([self.file])
+            found = _coco_regions(self.file) if self.kind == "coco" else _line_places(self.file)
+        names = sorted(found)
+        regions = [region for name in names for region in found[name]]
+        are_places = self.kind == "lines"
+        records = [] if are_places else [json.dumps(region) for region in regions]
+        places = regions if are_places else []
+        return {
+            **StringTable.from_strings(names).to_arrays("image"),
+            **StringTable.from_strings(records).to_arrays("region"),
+            "lines": np.array(places, np.int64).reshape(-1, 2),
+            "starts": np.concatenate(([0], np.cumsum([len(found[name]) for name in names]))).astype(np.int64),
+            **watched,
+        }
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def entry_id(self, index: int) -> str:
+        """Return the image's name without its suffix and without a leading ``images/``."""
+        return self._images[int(self._kept[index])].rsplit(".", 1)[0].removeprefix("images/")
+
+    def image_path(self, index: int) -> Path:
+        """Return the image file of entry ``index``.
+
+        Raises:
+            SampleError: ``unsafe_path`` or ``missing_file``.
+        """
+        name = self._images[int(self._kept[index])]
+        paths = [safe_join(self.image_root, name), safe_join(self.image_root / "images", name)]
+        found = next((path for path in paths if path.is_file()), None)
+        if found is None:
+            expected = " or ".join(str(path) for path in paths)
+            raise SampleError(
+                "missing_file", explain("an image is missing", name, "nothing there", expected, "set --masks_images")
+            )
+        return found
+
+    # ---- samples -------------------------------------------------------------------------------------------------
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
+
+        Objects that are empty or outside the limits are passed over; any other fault makes the sample bad.
+
+        Raises:
+            SampleError: see the module.
+        """
+        row = int(self._kept[index])
+        start, stop = int(self._starts[row]), int(self._starts[row + 1])
+        path = self.image_path(index)
+        image, ids, masks, captions = read_image(path, apply_exif=False), [], [], []
+        for number in rng.permutation(stop - start).tolist():
+            region = self._region(start + number)
+            where = f"{self.file or self.root}: {region.get('id', number)} of {path.name}"
+            mask = self._mask(region, image.shape[:2], where)
+            if not _fits(mask, image.shape[:2]):
+                turned = read_image(path, apply_exif=True)
+                image = turned if not masks and _fits(mask, turned.shape[:2]) else image
+            mask = fit_mask(mask, (image.shape[0], image.shape[1]), where)
+            if not self._passes(mask, where):
+                continue
+            ids.append(str(region.get("id", f"at{number}")))
+            masks.append(mask)
+            captions.append(_texts(region, where))
+            if len(ids) == self.regions_per_image:
+                break
+        if not ids:
+            seen, expected = f"{stop - start} masks", f"one that covers {self.min_area:g} to {self.max_area:g} of it"
+            raise SampleError("no_region_left", explain("no region of an image is left", str(path), seen, expected))
+        ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
+        return RegionSample(self.name, self.entry_id(index), image, np.stack(masks), tuple(ids), tuple(captions))
+
+    def _region(self, number: int) -> dict[str, Any]:
+        if self.kind != "lines":
+            return dict(json.loads(self._regions[number]))
+        assert self.file is not None
+        offset, length = (int(value) for value in self._lines[number])
+        with self.file.open("rb") as stream:
+            stream.seek(offset)
+            raw = stream.read(length)
+        return _parse_line(raw, f"{self.file}, byte {offset}")
+
+    def _mask(self, region: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
+        if "mask" in region:
+            return _read_labelled(safe_join(self.root, region["mask"]), region.get("label"))
+        segmentation = region.get("segmentation")
+        if isinstance(segmentation, Mapping):
+            return decode_rle(segmentation, where)
+        height, width = region.get("size", size)
+        return decode_segmentation(segmentation, int(height), int(width), where)
+
+    def _passes(self, mask: np.ndarray, where: str) -> bool:
+        try:
+            check_mask(mask, where, self.min_area, self.max_area)
+        except SampleError:
+            return False
+        return True
+
+
+# --- finding out what is there ---------------------------------------------------------------------------------------
+
+
+def _find_layout(root: Path) -> tuple[Path, str, Path | None]:
+    """Return (folder, ``png`` | ``coco`` | ``lines``, the file that lists the masks or None).
+
+    Raises:
+        ConfigError: none of the layouts is there, or more than one could be meant.
+    """
+    if root.is_file():
+        kinds = {".jsonl": "lines", ".json": "coco"}
+        if root.suffix not in kinds:
+            raise layout_error("a file of masks has an unknown kind", root, root.suffix or "no suffix", LAYOUT)
+        return check_root(root.parent, "masks", LAYOUT), kinds[root.suffix], root.absolute()
+    folder = check_root(root, "masks", LAYOUT)
+    lists = sorted([*folder.glob("*.jsonl"), *(p for p in folder.glob("*.json") if p.name != CAPTIONS_NAME)])
+    if (folder / "masks").is_dir() and not lists:
+        return folder, "png", None
+    if len(lists) == 1 and not (folder / "masks").is_dir():
+        return folder, "lines" if lists[0].suffix == ".jsonl" else "coco", lists[0]
+    seen = ", ".join(path.name for path in lists) or "no masks/, no .json, no .jsonl"
+    if (folder / "masks").is_dir():
+        seen = f"masks/ and {seen}"
+    raise layout_error("it is not clear where the masks are (give one file to say which)", folder, seen, LAYOUT)
+
+
+def _pair_png_files(files: list[str], captions: Mapping[str, Any], root: Path) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (image, its regions) for the images that have masks."""
+    images = {f[len("images/") :].rsplit(".", 1)[0]: f for f in files if f.startswith("images/")}
+    masks: dict[str, list[tuple[str, str]]] = {}
+    for file in files:
+        if not file.startswith("masks/") or not file.endswith(".png"):
+            continue
+        stem = file[len("masks/") :].removesuffix(".png")
+        owner = stem if stem in images else stem.rpartition("/")[0]
+        if owner in images:
+            masks.setdefault(owner, []).append((stem, file))
+    known: set[str] = set()
+    for owner, found in masks.items():
+        regions = []
+        for stem, file in found:
+            for label in _labels_of(root / file):
+                name = stem if label is None else f"{stem}#{label}"
+                known.add(name)
+                region: dict[str, Any] = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": label}
+                regions.append({**region, "captions": captions.get(name, [])})
+        yield images[owner], regions
+    unused = sorted(set(captions) - known)
+    if unused:
+        seen = f"{len(unused)} names without a mask: {', '.join(unused[:3])}"
+        expected = "names of mask files below masks/, without .png (of a map of labels: name#label)"
+        fix = "rename them, or remove them"
+        raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected, fix))
+
+
+def _labels_of(path: Path) -> list[int | None]:
+    """Return the labels of a map, ``[None]`` for the mask of one object; damaged files fail when they are loaded."""
+    try:
+        values, is_map = _mask_values(path)
+    except SampleError:
+        return [None]
+    return [int(v) for v in np.unique(values) if v > 0] if is_map else [None]
+
+
+def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
+    """Return the stored values (H, W) and whether they are labels of several objects.
+
+    Raises:
+        SampleError: ``ambiguous_mask`` where 255 stands beside other grey values (anti-aliased edges, as a rule).
+    """
+    image = open_image_file(path)
+    values: np.ndarray = np.asarray(image)
+    if values.ndim == 3:
+        colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "RGBA") else values.shape[2]
+        return (values[:, :, :colours] > 0).any(axis=2), False
+    present = np.unique(values)
+    present = present[present > 0]
+    if image.mode in ("1", "P") or len(present) <= 1:
+        return values, image.mode == "P" and len(present) > 1
+    if 255 in present:
+        seen, expected = f"{len(present)} grey values and 255", "0 and 255, or labels below 255"
+        fix = "threshold the mask, or save labels as a palette image"
+        raise SampleError("ambiguous_mask", explain("a mask is neither binary nor labels", str(path), seen, expected, fix))
+    return values, True
+
+
+def _read_labelled(path: Path, label: int | None) -> np.ndarray:
+    values, _ = _mask_values(path)
+    return np.ascontiguousarray(values > 0 if label is None else values == label)
+
+
+def _read_captions(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(explain("captions cannot be read", str(path), str(error), "JSON")) from error
+    is_sound = isinstance(captions, dict) and all(_is_caption(value) for value in captions.values())
+    if not is_sound:
+        expected = '{"mask name": "text" or ["text", "text"]}'
+        raise ConfigError(explain("captions have another structure", str(path), str(captions)[:60], expected))
+    return dict(captions)
+
+
+def _is_caption(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _texts(region: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    given = region.get("captions", region.get("caption"))
+    if given is None:
+        return ()
+    if not _is_caption(given):
+        expected = "text, or a list of texts"
+        raise SampleError("broken_json", explain("a caption is no text", where, str(given)[:60], expected))
+    texts = [given] if isinstance(given, str) else given
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _coco_regions(path: Path) -> dict[str, list[Any]]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        images = {image["id"]: image for image in tree["images"]}
+        found: dict[str, list[Any]] = {}
+        for item in tree["annotations"]:
+            image = images[item["image_id"]]
+            region = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
+            region.update(id=str(item["id"]), size=[int(image["height"]), int(image["width"])])
+            found.setdefault(str(image["file_name"]), []).append(region)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"
+        raise ConfigError(explain("not a COCO file", str(path), seen, expected, "mend or replace it")) from error
+    return found
+
+
+def _line_places(path: Path) -> dict[str, list[Any]]:
+    """Return for each image where its lines are: (offset, length) in bytes."""
+    found: dict[str, list[Any]] = {}
+    offset = 0
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if raw.strip():
+                try:
+                    record = _parse_line(raw, f"{path}, line {number}")
+                except SampleError as error:
+                    raise ConfigError(str(error)) from error
+                found.setdefault(record["image"], []).append((offset, len(raw)))
+            offset += len(raw)
+    return found
+
+
+def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise SampleError("broken_json", explain("a line is not JSON", where, str(error), _LINE_EXPECTED)) from error
+    if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:
+        seen = raw[:80].decode("utf-8", "replace")
+        raise SampleError("broken_json", explain("a line lacks its keys", where, seen, _LINE_EXPECTED))
+    return record
+
+
+def _fits(mask: np.ndarray, size: tuple[int, ...]) -> bool:
+    try:
+        fit_mask(mask, (size[0], size[1]), "")
+    except SampleError:
+        return False
+    return True
+

@@ -1,0 +1,136 @@
+"""The leakage guard: by id, by sight, the four policies; a renamed copy of a held-out image is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dual_loop.config import DataConfig
+from dual_loop.data.dataset_builder import build_sources, build_training_sources
+from dual_loop.data.demo import write_demo_data
+from dual_loop.data.leakage import coco_id_of_name, fingerprint, held_out_of, leaked_by_id, leaked_by_sight
+from dual_loop.data.masks import encode_rle
+from dual_loop.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("leak") / "demo"
+    write_demo_data(root, 12, 3, num_val=4)
+    return root
+
+
+def data_of(demo: Path, **changes: object) -> DataConfig:
+    data = DataConfig(
+        sa1b_dir=str(demo / "sa1b"),
+        sav_dir=str(demo / "sav"),
+        openimage_dir=str(demo / "openimages"),
+        refcoco_dir=str(demo / "ref_seg"),
+        index_dir=str(demo.parent / "index"),
+    )
+    return dataclasses.replace(data, **changes)
+
+
+def coco_like(folder: Path, picture: Image.Image, name: str) -> Path:
+    """Write an SA-1B-style set of one image with one mask."""
+    folder.mkdir(parents=True)
+    picture.save(folder / f"{name}.jpg", quality=60)
+    mask = np.zeros((picture.height, picture.width), bool)
+    mask[2:-2, 2 : picture.width // 2] = True
+    record = {"image": {}, "annotations": [{"id": 1, "segmentation": encode_rle(mask)}]}
+    (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_ids_stand_alone_in_a_name() -> None:
+    assert coco_id_of_name("COCO_train2014_000000581857") == 581857
+    assert coco_id_of_name("part/000000000009") == 9
+    assert coco_id_of_name("sa_000000000009_x") == 9
+    for name in ("sa_223750", "0000000043233c82", "677c122b0eaa5d16", "a000000000009", "0000000000091"):
+        assert coco_id_of_name(name) is None
+
+
+def test_generated_data_does_not_leak(demo: Path) -> None:
+    held_out = held_out_of(data_of(demo))
+    assert len(held_out) >= 4
+    for source in build_sources(data_of(demo)):
+        assert leaked_by_id(source, held_out) == []
+        found, looked_at = leaked_by_sight(source, list(held_out.values()))
+        assert (found, looked_at) == ([], len(source))
+
+
+def test_a_renamed_resized_copy_is_found_by_sight_and_by_id_when_the_name_tells(demo: Path, tmp_path: Path) -> None:
+    held_out = held_out_of(data_of(demo))
+    victim = next(image for image in held_out.values() if image.split.endswith("val"))
+    assert victim.path is not None
+    copy = Image.open(victim.path).resize((150, 130))
+    renamed = data_of(demo, sa1b_dir=str(coco_like(tmp_path / "renamed", copy, "sa_77")))
+    named = data_of(demo, sa1b_dir=str(coco_like(tmp_path / "named", copy, f"sa_{victim.coco_id:012d}")))
+    source = next(s for s in build_sources(renamed) if s.name == "sa1b")
+    assert leaked_by_id(source, held_out) == []
+    [leak], _ = leaked_by_sight(source, list(held_out.values()))
+    assert (leak.held_out, leak.found_by) == (victim, "sight")
+    source = next(s for s in build_sources(named) if s.name == "sa1b")
+    [leak] = leaked_by_id(source, held_out)
+    assert f"COCO image {victim.coco_id} of refcoco val (found by id)" in str(leak)
+
+
+def test_policies(demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held_out = held_out_of(data_of(demo))
+    victim = next(iter(held_out.values()))
+    assert victim.path is not None
+    folder = coco_like(tmp_path / "named", Image.open(victim.path), f"sa_{victim.coco_id:012d}")
+    for extra in sorted((demo / "sa1b").rglob("sa_*"))[:4]:
+        (folder / extra.name).write_bytes(extra.read_bytes())
+    lengths = {}
+    for policy in ("off", "warn", "drop"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "dual_loop"):
+            sources = build_training_sources(data_of(demo, sa1b_dir=str(folder), leakage_guard=policy))
+        sa1b = next(source for source in sources if source.name == "sa1b")
+        lengths[policy] = (len(sa1b), sum("held out" in record.message for record in caplog.records))
+    assert lengths == {"off": (3, 0), "warn": (3, 1), "drop": (2, 1)}
+    names = [sa1b.entry_id(index) for index in range(2)]
+    assert all(coco_id_of_name(name) is None for name in names)
+    assert sa1b.load(0, np.random.default_rng(0)).sample_id == names[0]
+    assert sa1b.image_path(1).is_file()
+    with pytest.raises(ConfigError, match="1 of 3 entries"):
+        build_training_sources(data_of(demo, sa1b_dir=str(folder), leakage_guard="error"))
+
+
+def test_dropping_everything_is_an_error(demo: Path) -> None:
+    data = data_of(demo, refcoco_split="val", leakage_guard="drop")
+    with pytest.raises(ConfigError, match="held out for evaluation"):
+        build_training_sources(data)
+
+
+def test_fingerprints_ignore_size_and_brightness_but_not_content(demo: Path) -> None:
+    images = sorted((demo / "sa1b").rglob("*.jpg"))
+    first = Image.open(images[0]).convert("RGB")
+    changed = np.clip(np.asarray(first.resize((97, 61))).astype(np.int64) * 0.8 + 20, 0, 255).astype(np.uint8)
+    own, same, other = fingerprint(images[0]), fingerprint(changed), fingerprint(images[1])
+    assert own is not None and same is not None and other is not None  # noqa: PT018
+    assert float(own @ same) > 0.98
+    assert float(own @ other) < 0.9
+    assert fingerprint(np.full((9, 9, 3), 7, np.uint8)) is None
+    assert fingerprint(demo / "demo.json") is None
+
+
+def test_real_photographs(real_samples: Path, tmp_path: Path) -> None:
+    """The SA-1B-style set there holds both COCO photographs of the reference sets under other names."""
+    data = DataConfig(
+        sa1b_dir=str(real_samples / "sa1b_flat"),
+        refcoco_dir=str(real_samples / "ref_seg"),
+        index_dir=str(tmp_path),
+    )
+    held_out = held_out_of(data)
+    source = build_sources(data)[0]
+    assert leaked_by_id(source, held_out) == []
+    found, _ = leaked_by_sight(source, list(held_out.values()))
+    assert {(leak.entry_id, leak.held_out.coco_id) for leak in found} == {("sa_142238", 142238), ("sa_439180", 439180)}
