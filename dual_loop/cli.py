@@ -12,6 +12,9 @@ from dual_loop.flags import add_training_flags
 
 COMMANDS = {
     "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
+    "caption": "describe masked regions of images",
+    "segment": "segment what a text describes",
+    "loop": "describe regions, segment the descriptions, compare",
     "export": "write a run's weights in the formats of Sa2VA, transformers or peft, and read them back",
     "demo-data": "write a generated data set in the four on-disk formats",
 }
@@ -27,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     args = parser.parse_args(arguments[:1] or ["--help"])
+    if args.command in ("caption", "segment", "loop"):
+        from dual_loop.commands.predict import main as predict
+
+        return predict(args.command, arguments[1:])
     runner = {"train": _train, "export": _export, "demo-data": _demo_data}[args.command]
     return runner(arguments[1:])
 

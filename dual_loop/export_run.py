@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +27,17 @@ from dual_loop.checkpoint.exporter import (
     collect_video,
     export_weights,
 )
-from dual_loop.checkpoint.importer import load_weights
-from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
+from dual_loop.checkpoint.weights_plan import weights_sources
 from dual_loop.config import Config, load_config
 from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import CheckpointError, DualLoopError, explain
 from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.segmenter import compute_segmentation_loss
-from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
+from dual_loop.serve.loading import fill, find_run, rebuild
 from dual_loop.types import RegionSample
 
 PROBE_TEXT = "the object on the left"
@@ -109,42 +106,6 @@ def run(args: argparse.Namespace) -> int:
         print("note: the release's own .py files belong beside config.json; copy them from its folder")
     print(f"exported to {out}")
     return 0
-
-
-def find_run(path: Path) -> tuple[Path, Path]:
-    """Return (run folder, checkpoint folder) for a run folder or one of its checkpoints.
-
-    Raises:
-        CheckpointError: there is no run or no whole checkpoint.
-    """
-    folder = next((parent for parent in (path, *path.parents[:2]) if (parent / "config.json").is_file()), None)
-    if folder is None:
-        raise CheckpointError(
-            explain("not a run folder", str(path), "no config.json", "a folder that training wrote", "check the path")
-        )
-    return folder, cast(Path, find_checkpoint(str(path), folder))
-
-
-def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel, Prompter]:
-    """Build the run's model with the weights that it started from."""
-    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
-    embeddings = brings_embeddings(list(sources), len(tokenizer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(config.train.seed)
-        model = cast(VideoLLaVASAMModel, build_model(config, tokenizer, weights_imported=embeddings))
-    if sources:
-        load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
-    return model, build_prompter(config, tokenizer)
-
-
-def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:
-    """Put the trained parameters of a run checkpoint, or their averages, into ``model``."""
-    content = load_checkpoint(checkpoint, 0, 1)
-    tensors = content.ema_tensors if weights == "ema" else content.model_tensors
-    if tensors is None:
-        raise CheckpointError(explain("no averages were saved", str(checkpoint), fix="use --weights live"))
-    fill_parameters(trainable_parameters(model), tensors)
 
 
 def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dict[str, Tensor]:

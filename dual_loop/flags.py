@@ -68,7 +68,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("masks_images", "data.masks_images", "DIR", "images of your own masks, if elsewhere"),
         Flag("masks_max_samples", "data.masks_max_samples", "IMAGES", "use only so many images"),
         Flag("masks_repeats", "data.masks_repeats", "TIMES", "times an epoch, fractions allowed"),
-        Flag("leakage_guard", "data.leakage_guard", "warn|drop|error|off", "training images of held-out RefCOCO splits"),
+        Flag("leakage_guard", "data.leakage_guard", "warn|drop|error|off", "training images held out in RefCOCO"),
         Flag("regions_per_image", "data.regions_per_image", "REGIONS", "most regions of an image in a step"),
         Flag("num_workers", "data.num_workers", "PROCESSES", "loader processes a rank; 0 loads in the main one"),
     ),

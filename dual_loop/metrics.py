@@ -174,6 +174,46 @@ def paired_bootstrap(
     return {"mean": float(differences.mean()), "ci95_low": float(low), "ci95_high": float(high)}
 
 
+def bootstrap_ratio(
+    numerators: npt.ArrayLike,
+    denominators: npt.ArrayLike,
+    groups: Sequence[Hashable],
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % interval of ``sum(numerators) / sum(denominators)`` by the percentile bootstrap over groups.
+
+    With denominators of 1 it is the interval of a mean; with intersections and unions that of cIoU. A resample whose
+    denominators sum to 0 counts 1, as two empty masks do.
+
+    Args:
+        numerators, denominators: (N,) finite numbers.
+        groups: N labels, such as image names; whole groups are drawn.
+        num_resamples: at least 1.
+        seed: fixes the result.
+
+    Raises:
+        ValueError: nothing is given, or lengths differ.
+    """
+    top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    if top.ndim != 1 or top.shape != bottom.shape or len(groups) != len(top) or not len(top):
+        seen = f"shapes {top.shape} and {bottom.shape}, {len(groups)} groups"
+        raise ValueError(explain("a ratio cannot be resampled", "bootstrap_ratio", seen, "N values each, N >= 1"))
+    numbers: dict[Hashable, int] = {}
+    group_of_item = np.array([numbers.setdefault(label, len(numbers)) for label in groups])
+    tops = np.bincount(group_of_item, weights=top, minlength=len(numbers))
+    bottoms = np.bincount(group_of_item, weights=bottom, minlength=len(numbers))
+    generator, ratios = np.random.default_rng(seed), np.empty(num_resamples)
+    piece = max(1, _MAX_DRAWS_AT_ONCE // len(numbers))
+    for start in range(0, num_resamples, piece):
+        stop = min(start + piece, num_resamples)
+        drawn = generator.integers(len(numbers), size=(stop - start, len(numbers)))
+        sums = bottoms[drawn].sum(axis=1)
+        ratios[start:stop] = np.where(sums > 0, tops[drawn].sum(axis=1) / np.where(sums > 0, sums, 1.0), 1.0)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def _resample_means(
     values: npt.NDArray[np.float64],
     group_of_item: npt.NDArray[np.int64],

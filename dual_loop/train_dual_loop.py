@@ -144,9 +144,10 @@ def check_paths(config: Config) -> None:
     if not any(sources.values()):
         problems.append(f"no data set is given: set at least one of {', '.join(f'--{k[5:]}' for k in DIRECTORIES)}")
     folders = {**sources, "data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
-    # A user's own masks may be one file.
-    is_there = {key: Path(path).exists() if key == "data.masks_dir" else Path(path).is_dir() for key, path in folders.items() if path}
-    problems += [f"{key}: no such folder: {folders[key]}" for key, found in is_there.items() if not found]
+    for key, path in folders.items():
+        # A user's own masks may be one file.
+        if path and not (Path(path).is_dir() or (key == "data.masks_dir" and Path(path).is_file())):
+            problems.append(f"{key}: no such folder: {path}")
     for key, weights in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
         if weights and not Path(weights).exists():
             problems.append(f"train.{key}: no such file: {weights}")

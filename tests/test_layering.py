@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 
 # From the ground up. A unit is a module or a package directly under dual_loop/.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "settings"),
+    ("types", "errors", "settings", "pages"),
     ("config", "flags"),
     ("data", "losses", "metrics"),
     ("model", "checkpoint"),
     ("loop",),
     ("training", "evaluation"),
     ("preflight", "serve"),
-    ("cli", "train_dual_loop", "export_run", "__main__"),
+    ("cli", "commands", "train_dual_loop", "export_run", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -34,6 +34,7 @@ NEIGHBOURS = {
     ("checkpoint", "model"),
     ("cli", "train_dual_loop"),
     ("cli", "export_run"),
+    ("cli", "commands"),
     ("__main__", "cli"),
 }
 

@@ -87,7 +87,7 @@ def leaked_by_id(source: RegionSource, held_out: Mapping[int, HeldOutImage]) -> 
     for index in range(len(source) if held_out else 0):
         name = source.entry_id(index)
         number = own_id(index) if own_id is not None else coco_id_of_name(name)
-        if number in held_out:
+        if number is not None and number in held_out:
             leaks.append(Leak(source.name, index, name, held_out[number], "id"))
     return leaks
 
@@ -102,16 +102,16 @@ def leaked_by_sight(
         held_out: those without a file are left out.
         limit: look at so many entries at most, evenly spread; None looks at all.
     """
-    known = [(image, fingerprint(image.path)) for image in held_out if image.path is not None]
-    known = [(image, print_) for image, print_ in known if print_ is not None]
+    prints = [(image, fingerprint(image.path)) for image in held_out]
+    known = [(image, print_) for image, print_ in prints if print_ is not None]
     count = len(source) if limit is None else min(limit, len(source))
     if not known or not count:
         return [], 0
     table = np.stack([print_ for _, print_ in known])
     leaks, looked_at = [], 0
     for chunk in _chunks(np.linspace(0, len(source) - 1, count).astype(int).tolist()):
-        prints = [(index, _entry_fingerprint(source, index)) for index in chunk]
-        seen = [(index, print_) for index, print_ in prints if print_ is not None]
+        entries = [(index, _entry_fingerprint(source, index)) for index in chunk]
+        seen = [(index, print_) for index, print_ in entries if print_ is not None]
         looked_at += len(seen)
         if seen:
             likeness = np.stack([print_ for _, print_ in seen]) @ table.T

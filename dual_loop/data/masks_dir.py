@@ -168,7 +168,10 @@ class MasksDir:
         row = int(self._kept[index])
         start, stop = int(self._starts[row]), int(self._starts[row + 1])
         path = self.image_path(index)
-        image, ids, masks, captions = read_image(path, apply_exif=False), [], [], []
+        image = read_image(path, apply_exif=False)
+        ids: list[str] = []
+        masks: list[np.ndarray] = []
+        captions: list[tuple[str, ...]] = []
         for number in rng.permutation(stop - start).tolist():
             region = self._region(start + number)
             where = f"{self.file or self.root}: {region.get('id', number)} of {path.name}"
@@ -291,7 +294,7 @@ def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
     values: np.ndarray = np.asarray(image)
     if values.ndim == 3:
         colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "RGBA") else values.shape[2]
-        return (values[:, :, :colours] > 0).any(axis=2), False
+        return np.asarray((values[:, :, :colours] > 0).any(axis=2)), False
     present = np.unique(values)
     present = present[present > 0]
     if image.mode in ("1", "P") or len(present) <= 1:
@@ -299,8 +302,25 @@ def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
     if 255 in present:
         seen, expected = f"{len(present)} grey values and 255", "0 and 255, or labels below 255"
         fix = "threshold the mask, or save labels as a palette image"
-        raise SampleError("ambiguous_mask", explain("a mask is neither binary nor labels", str(path), seen, expected, fix))
+        raise SampleError(
+            "ambiguous_mask", explain("a mask is neither binary nor labels", str(path), seen, expected, fix)
+        )
     return values, True
+
+
+def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
+    """Return the objects of a mask file: (name, (H, W) bool) each, one for a mask, one a label for a map of labels.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``ambiguous_mask``, ``empty_mask``.
+    """
+    values, is_map = _mask_values(path)
+    if not (values > 0).any():
+        raise SampleError("empty_mask", explain("a mask is empty", str(path), "0 pixels", "1 or more"))
+    labels = [int(value) for value in np.unique(values) if value > 0] if is_map else [None]
+    names = [path.stem if label is None else f"{path.stem}#{label}" for label in labels]
+    masks = [values > 0 if label is None else values == label for label in labels]
+    return list(zip(names, masks, strict=True))
 
 
 def _read_labelled(path: Path, label: int | None) -> np.ndarray:
@@ -387,4 +407,3 @@ def _fits(mask: np.ndarray, size: tuple[int, ...]) -> bool:
     except SampleError:
         return False
     return True
-

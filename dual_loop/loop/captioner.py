@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from dual_loop.config import GATES, LoopConfig
 from dual_loop.errors import DualLoopError, explain
 from dual_loop.loop.gates import CaptionGates
-from dual_loop.model.packing import left_pad
+from dual_loop.loop.generation import generate_ids
 from dual_loop.model.prompts import CAPTION_QUESTIONS, SEGMENT_QUESTIONS, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
 from dual_loop.types import Batch, CaptionRollout, WrittenCaption
@@ -46,23 +45,6 @@ class _Request:
 
 class CaptionRejected(DualLoopError):
     """A generated caption was refused and the policy ``on_rejected`` is ``error``."""
-
-
-class StopOnText(StoppingCriteria):
-    """Stop a row where one of the texts appears at its end, however the tokenizer cuts it.
-
-    Sa2VA's ``<|end|>`` is plain text to its tokenizer, so no single token id marks the end of an answer.
-    """
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.tokenizer, self.texts = tokenizer, tuple(texts)
-        # A token holds at least one byte, so a text of n bytes spans at most n tokens.
-        self.window = max(len(text.encode()) for text in texts)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        tails = self.tokenizer.batch_decode(input_ids[:, -self.window :], skip_special_tokens=False)
-        done = [any(text in tail for text in self.texts) for tail in tails]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
 class RowSampler(LogitsProcessor):
@@ -192,24 +174,15 @@ class Captioner:
         return requests
 
     def _generate(self, chunk: Sequence[_Request], projected: Sequence[Tensor]) -> list[list[int]]:
-        device, tokenizer = self.model.device, self.prompter.tokenizer
-        input_ids, attention_mask = left_pad([request.prompt for request in chunk], tokenizer.pad_token_id or 0)
         features = torch.cat([projected[request.batch][request.tiles] for request in chunk])
         # A region refers to the last tile of its row: the thumbnail, or the only tile.
         last_tile = torch.tensor([len(request.tiles) for request in chunk]).cumsum(0) - 1
-        masks = torch.stack([request.mask for request in chunk]).to(device)
-        embedded = self.model.embed_prompt(input_ids.to(device), features, last_tile.to(device), masks)
-        output = self.model.generate(
-            embedded,
-            attention_mask.to(device),
-            max_new_tokens=self.config.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            eos_token_id=tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([StopOnText(tokenizer, self.prompter.template.stop_texts)]),
-            logits_processor=_sampler(chunk),
+        masks = torch.stack([request.mask for request in chunk])
+        prompts = [request.prompt for request in chunk]
+        return generate_ids(
+            *(self.model, self.prompter, prompts, features, last_tile, masks, self.config.max_new_tokens),
+            processors=_sampler(chunk),
         )
-        return [[int(i) for i in row] for row in output.tolist()]
 
     def _written(self, ids: list[int]) -> WrittenCaption:
         ids = self.prompter.cut_answer(ids)

@@ -107,3 +107,8 @@ class GroundingDecoder:
         labels = torch.ones(len(points), 1, 1, dtype=torch.long, device=points.device)
         sparse, _ = self.sam.prompt_encoder(points[:, None, None], labels, None, None)
         return torch.as_tensor(sparse)
+
+    def box_prompts(self, boxes: Tensor) -> Tensor:
+        """SAM 2's own prompt for one box an object: (N, 4) x1, y1, x2, y2 pixels in 0..S -> (N, 1, 2 or 3, C)."""
+        sparse, _ = self.sam.prompt_encoder(None, None, boxes[:, None], None)
+        return torch.as_tensor(sparse)

@@ -228,11 +228,20 @@ class Prompter:
 
         ``is_first``: the turn follows the image directly; else it is a later turn of the same conversation.
         """
+        ids = self.segment_question(caption, question, seed, is_first)
+        return self._branch(ids, choose(SEGMENT_ANSWERS, answer, seed + 1))
+
+    def segment_question(self, caption: str, question: str, seed: int = 0, is_first: bool = True) -> list[int]:
+        """Return the ids that ask for the mask of ``caption``, after the image prefix or an earlier turn.
+
+        Raises:
+            PromptError: the caption holds a special token.
+        """
         self._refuse_markers(caption)
         before, after = self._split_turn(self.template.segment_turn)
         text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=caption)
         start = "\n" if is_first else before
-        return self._branch(self.encode(f"{start}{text}{after}"), choose(SEGMENT_ANSWERS, answer, seed + 1))
+        return self.encode(f"{start}{text}{after}")
 
     def conversation(
         self, turns: Sequence[tuple[str, str]], num_tiles: int = 1, num_cells: Sequence[int] = (), stock: bool = False
@@ -288,7 +297,13 @@ class Prompter:
 
         The text is no caption from a special token on, whatever follows, so what follows teaches nothing.
         """
-        ends = {self.tokenizer.eos_token_id, *(self.token_id(marker) for marker in self.markers)}
+        return self._cut(token_ids, {self.tokenizer.eos_token_id, *(self.token_id(marker) for marker in self.markers)})
+
+    def cut_turn(self, token_ids: Sequence[int]) -> list[int]:
+        """Return generated ids up to and with what ended the turn; special tokens such as [SEG] stay in it."""
+        return self._cut(token_ids, {self.tokenizer.eos_token_id})
+
+    def _cut(self, token_ids: Sequence[int], ends: set[int]) -> list[int]:
         last = next((number for number, token in enumerate(token_ids) if token in ends), len(token_ids))
         ids = list(token_ids[: last + 1])
         for length in range(1, len(ids) + 1):

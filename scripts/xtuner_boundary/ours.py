@@ -21,8 +21,8 @@ from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
 from dual_loop.checkpoint.weights_plan import weights_sources
 from dual_loop.cli import main as dual_loop
 from dual_loop.config import CONFIG_DIR, load_config
-from dual_loop.export_run import fill, find_run, rebuild
 from dual_loop.model.prompts import TEMPLATES
+from dual_loop.serve.loading import fill, find_run, rebuild
 
 SYSTEM, QUESTIONS, ANSWERS = "Be brief.", ("Describe region1.", "Please segment it."), ("a red star", "Sure, [SEG].")
 

@@ -87,7 +87,7 @@ def test_png_masks_single_folder_and_label_maps(png_root: Path) -> None:
 
 def test_captions_without_a_mask_are_refused(png_root: Path) -> None:
     (png_root / "captions.json").write_text(json.dumps({"oen": "a box"}))
-    with pytest.raises(ConfigError, match="captions belong to no mask.*oen"):
+    with pytest.raises(ConfigError, match=r"captions belong to no mask.*oen"):
         open_all(png_root)
 
 

@@ -1,0 +1,205 @@
+"""Measures both directions and the loop on samples: one plain record a region, ready for a line of JSON.
+
+A record holds everything that figures are made of, so figures can be computed again without a model::
+
+    {"name": "refcoco/refcoco/12#ref5", "image": "refcoco/refcoco/12", "data": "refcoco:val",
+     "target": RLE,                                       the true mask
+     "references": ["a red star"], "caption": "a red star", "rejected": null,
+     "sentences": [{"text": "a red star", "num_masks": 1, "intersection": 90, "union": 100, "mask": RLE}],
+     "cycle": {"intersection": 80, "union": 100, "mask": RLE, "ious": [0.8, 0.1]},   IoU with each region of the image
+     "own": 0}                                            this region's place in "ious"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from dual_loop.config import Config
+from dual_loop.data.masks import decode_rle, encode_rle
+from dual_loop.data.prepare import batch_from_samples
+from dual_loop.evaluation.evaluate import resize_logits
+from dual_loop.evaluation.protocol import Protocol
+from dual_loop.loop.answers import Answerer
+from dual_loop.loop.captioner import Captioner
+from dual_loop.model.build import geometry
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
+from dual_loop.types import Batch, RegionSample
+
+Record = dict[str, Any]
+
+
+class RegionMeter:
+    """Captions regions, segments captions and sentences, and compares.
+
+    Args:
+        model, prompter, config: the model in use.
+        protocol: how sentences are asked for.
+        tasks: some of ``referring``, ``captioning``, ``loop``.
+        autocast: the precision to compute in.
+    """
+
+    def __init__(
+        self,
+        model: VideoLLaVASAMModel,
+        prompter: Prompter,
+        config: Config,
+        protocol: Protocol,
+        tasks: Sequence[str] = ("referring", "captioning", "loop"),
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.model, self.prompter, self.config, self.protocol = model, prompter, config, protocol
+        self.tasks, self.autocast = set(tasks), autocast or nullcontext()
+        self.geometry = geometry(config)
+        self.settings = dataclasses.replace(
+            config.loop,
+            temperature=0.0,
+            on_rejected="fallback",
+            max_rejected_fraction=1.0,
+            segment_form="branches",
+            segment_question=protocol.question,
+        )
+        self.captioner = Captioner(model, prompter, self.settings, is_silent=True)
+        self.answerer = Answerer(model, prompter, self.settings)
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[RegionSample], data: str) -> list[Record]:
+        """Return a record for every region of ``samples``; ``data`` names where they come from."""
+        batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
+        records = _empty_records(samples, batch, data)
+        with evaluating(self.model), self.autocast:
+            features = self.model.encode_vision(batch.pixel_values)
+            if self.tasks & {"captioning", "loop"}:
+                [rollout] = self.captioner.roll_out([batch], [features], use_references=False)
+                for record, written, reason in zip(records, rollout.greedy, rollout.rejected, strict=True):
+                    assert written is not None  # greedy captions were asked for
+                    record.update(caption=written.text, rejected=reason)
+            if "loop" in self.tasks:
+                self._close_loop(records, samples, batch, features)
+            if "referring" in self.tasks:
+                self._refer(records, samples, batch, features)
+        return records
+
+    def _close_loop(
+        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, features: torch.Tensor
+    ) -> None:
+        readable = [record["caption"] if record["rejected"] is None else "x" for record in records]
+        logits = self.answerer.segment(batch, features, readable, generated=self.protocol.seg == "generated")
+        masks = self._masks(logits, samples)
+        start = 0
+        for sample in samples:
+            for place in range(sample.num_regions):
+                record, mask = records[start + place], masks[start + place]
+                if record["rejected"] is not None:
+                    mask = np.zeros_like(mask)
+                areas = [overlap(mask, target) for target in sample.segmentation_masks]
+                ious = [iou_of(*area) for area in areas]
+                intersection, union = areas[place]
+                record["cycle"] = {"intersection": intersection, "union": union, "ious": ious, "mask": encode_rle(mask)}
+                record["own"] = place
+            start += sample.num_regions
+
+    def _refer(
+        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, features: torch.Tensor
+    ) -> None:
+        texts = [[self.protocol.clean(text) for text in record["references"]] for record in records]
+        targets = [target for sample in samples for target in sample.segmentation_masks]
+        # Round k asks for the k-th sentence of every region that has one; the others repeat their last one unheard.
+        for number in range(max((len(own) for own in texts), default=0)):
+            asked = [own[min(number, len(own) - 1)] if own else "x" for own in texts]
+            logits = self.answerer.segment(batch, features, asked, generated=self.protocol.seg == "generated")
+            masks = self._masks(logits, samples)
+            for record, own, found, mask, target in zip(records, texts, logits, masks, targets, strict=True):
+                if number < len(own):
+                    intersection, union = overlap(mask, target)
+                    record["sentences"].append(
+                        {
+                            "text": own[number],
+                            "num_masks": len(found),
+                            "intersection": intersection,
+                            "union": union,
+                            "mask": encode_rle(mask),
+                        }
+                    )
+
+    def _masks(self, logits: Sequence[torch.Tensor], samples: Sequence[RegionSample]) -> list[np.ndarray]:
+        """Return one mask (H, W) bool a region at its image's size, several joined as the protocol says."""
+        sizes = [s.segmentation_image.shape[:2] for s in samples for _ in range(s.num_regions)]
+        masks = []
+        for found, size in zip(logits, sizes, strict=True):
+            if not len(found):
+                masks.append(np.zeros(size, bool))
+                continue
+            chosen = found[:1] if self.protocol.join == "first" else found
+            full = resize_logits(chosen.float(), (size[0], size[1]), self.geometry.grounding_size)
+            masks.append(np.asarray((full > 0).any(0).cpu().numpy()))
+        return masks
+
+
+def overlap(mask: np.ndarray, target: np.ndarray) -> tuple[int, int]:
+    """Return intersection and union of two masks (H, W) bool, in pixels."""
+    return int(np.count_nonzero(mask & target)), int(np.count_nonzero(mask | target))
+
+
+def iou_of(intersection: float, union: float) -> float:
+    """Return the IoU; empty against empty counts 1."""
+    return intersection / union if union else 1.0
+
+
+def compare_predictions(sample: RegionSample, data: str, predictions: dict[str, Record]) -> list[Record]:
+    """Return records of masks that were saved before, compared with the true masks of ``sample``.
+
+    Args:
+        sample: with its true masks and expressions.
+        data: where it comes from.
+        predictions: by region name, ``{"sentences": [{"mask": RLE}, ...]}`` in the order of the expressions.
+
+    Raises:
+        SampleError: a run-length code is broken or of another size.
+    """
+    records = []
+    for place, region in enumerate(sample.region_ids):
+        name = f"{sample.source}/{sample.sample_id}#{region}"
+        target = sample.segmentation_masks[place]
+        record = {**_record(sample, place, name, data), "sentences": []}
+        saved = predictions.get(name, {}).get("sentences", [])
+        for number, text in enumerate(sample.captions[place]):
+            mask = np.zeros(target.shape, bool)
+            if number < len(saved):
+                mask = _checked(decode_rle(saved[number]["mask"], name), target, name)
+            intersection, union = overlap(mask, target)
+            entry = {"text": text, "num_masks": int(number < len(saved)), "intersection": intersection, "union": union}
+            record["sentences"].append({**entry, "mask": encode_rle(mask)})
+        records.append(record)
+    return records
+
+
+def _checked(mask: np.ndarray, target: np.ndarray, name: str) -> np.ndarray:
+    from dual_loop.errors import SampleError, explain
+
+    if mask.shape != target.shape:
+        message = explain("a saved mask has another size than its image", name, mask.shape, target.shape)
+        raise SampleError("size_mismatch", message)
+    return mask
+
+
+def _empty_records(samples: Sequence[RegionSample], batch: Batch, data: str) -> list[Record]:
+    places = [(sample, place) for sample in samples for place in range(sample.num_regions)]
+    pairs = zip(places, batch.region_names, strict=True)
+    return [{**_record(sample, place, name, data), "sentences": []} for (sample, place), name in pairs]
+
+
+def _record(sample: RegionSample, place: int, name: str, data: str) -> Record:
+    return {
+        "name": name,
+        "image": f"{sample.source}/{sample.sample_id}",
+        "data": data,
+        "target": encode_rle(sample.segmentation_masks[place]),
+        "references": list(sample.captions[place]),
+    }

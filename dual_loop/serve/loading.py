@@ -1,0 +1,172 @@
+"""From a run folder, a checkpoint or a file of weights to a model that answers."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from dual_loop.checkpoint.importer import load_weights
+from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME
+from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
+from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
+
+DEFAULT_CONFIG = "tiny_cpu"
+_BLOCK = 1 << 20
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode on its device, with all that is needed to ask it.
+
+    Attributes:
+        model, prompter, config: the parts.
+        origin: what was loaded: path, step and kind of weights, and the SHA-256 of the file that holds them.
+    """
+
+    model: VideoLLaVASAMModel
+    prompter: Prompter
+    config: Config
+    origin: dict[str, Any]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the precision that the model computes in: bfloat16 where its frozen weights are."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16")
+
+
+def load_trained(
+    checkpoint: str | Path | None = None,
+    *,
+    weights: str = "ema",
+    config: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+) -> LoadedModel:
+    """Load a model for use.
+
+    Args:
+        checkpoint: a run folder, one checkpoint folder inside it, or weights (a file or folder that
+            ``--pretrained_pth`` takes); None is the tiny checkpoint in the package.
+        weights: ``ema`` (the weight average) or ``live``, for runs.
+        config: configuration of weights that are no run; None is the tiny one.
+        overrides: dotted settings that win over the run's or the file's.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+        ConfigError: a setting is wrong.
+        EnvironmentProblem: ``cuda`` without a GPU.
+    """
+    target = choose_device(device)
+    if checkpoint is not None and not Path(checkpoint).exists():
+        fix = "check the path; a run folder is what --output_dir named"
+        raise CheckpointError(explain("no such run or weights", str(checkpoint), "nothing there", fix=fix))
+    if checkpoint is not None and _run_of(Path(checkpoint)) is not None:
+        loaded = _load_run(Path(checkpoint), weights, overrides or {})
+    else:
+        loaded = _load_weights(checkpoint, config, overrides or {})
+    loaded.model.to(target).eval()
+    return loaded
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device called ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentProblem: ``cuda`` without a GPU.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise EnvironmentProblem(explain("no GPU is visible", "--device", "cuda", "a CUDA device", "use --device cpu"))
+    return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+
+
+def find_run(path: Path) -> tuple[Path, Path]:
+    """Return (run folder, checkpoint folder) for a run folder or one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no run or no whole checkpoint.
+    """
+    folder = _run_of(path)
+    if folder is None:
+        raise CheckpointError(
+            explain("not a run folder", str(path), "no config.json", "a folder that training wrote", "check the path")
+        )
+    return folder, cast(Path, find_checkpoint(str(path), folder))
+
+
+def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel, Prompter]:
+    """Build the run's model with the weights that it started from."""
+    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
+    embeddings = brings_embeddings(list(sources), len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(config.train.seed)
+        model = cast(VideoLLaVASAMModel, build_model(config, tokenizer, weights_imported=embeddings))
+    if sources:
+        load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
+    return model, build_prompter(config, tokenizer)
+
+
+def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:
+    """Put the trained parameters of a run checkpoint, or their averages, into ``model``."""
+    content = load_checkpoint(checkpoint, 0, 1)
+    tensors = content.ema_tensors if weights == "ema" else content.model_tensors
+    if tensors is None:
+        raise CheckpointError(explain("no averages were saved", str(checkpoint), fix="use --weights live"))
+    fill_parameters(trainable_parameters(model), tensors)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run folder that ``path`` is or lies in; a folder of exported weights is none."""
+    for folder in (path, *path.absolute().parents[:2]):
+        if (folder / "config.json").is_file() and (folder / "versions.json").is_file():
+            return folder
+    return None
+
+
+def _load_run(path: Path, weights: str, overrides: Mapping[str, Any]) -> LoadedModel:
+    folder, checkpoint = find_run(path)
+    config = load_config(folder / "config.json", overrides)
+    model, prompter = rebuild(config, weights_sources(config))
+    fill(model, checkpoint, weights)
+    name = EMA_NAME if weights == "ema" else MODEL_NAME
+    origin = {"path": str(folder), "checkpoint": checkpoint.name, "weights": weights}
+    return LoadedModel(model, prompter, config, {**origin, "sha256": file_digest(checkpoint / name)})
+
+
+def _load_weights(checkpoint: str | Path | None, config_name: str | None, overrides: Mapping[str, Any]) -> LoadedModel:
+    settings = dict(overrides)
+    if checkpoint is not None:
+        settings["train.pretrained_pth"] = str(checkpoint)
+    config = load_config(resolve_config_path(config_name or DEFAULT_CONFIG), settings)
+    sources = weights_sources(config)
+    if not sources:
+        raise CheckpointError(explain("no weights are given", config.model.name, fix="give --checkpoint"))
+    model, prompter = rebuild(config, sources)
+    source = sources[-1]
+    origin = {"path": str(source) if checkpoint is not None else "the tiny checkpoint in the package"}
+    if source.is_file():
+        origin["sha256"] = file_digest(source)
+    return LoadedModel(model, prompter, config, origin)

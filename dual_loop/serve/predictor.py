@@ -1,0 +1,340 @@
+"""Ask a model: caption regions, segment texts, close the loop; on numpy arrays or PIL images, one or many at a time.
+
+predictor = Predictor.load("outputs/run")
+predictor.caption(image, masks)            -> ["a red star", ...]
+predictor.segment(image, ["a red star"])   -> [SegmentedText(mask=...), ...]
+predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, matrix)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from dual_loop.config import LoopConfig
+from dual_loop.data.prepare import batch_from_samples
+from dual_loop.errors import SampleError, explain
+from dual_loop.evaluation.evaluate import resize_logits
+from dual_loop.loop.answers import Answerer
+from dual_loop.loop.captioner import Captioner
+from dual_loop.model.build import geometry
+from dual_loop.model.video_llava_sam import evaluating
+from dual_loop.serve.loading import LoadedModel, load_trained
+from dual_loop.types import Batch, RegionSample
+
+ImageLike: TypeAlias = "np.ndarray | Image.Image"
+IMAGES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class SegmentedText:
+    """What a text was segmented as.
+
+    Attributes:
+        text: the text.
+        mask: (H, W) bool on the image; empty where the model wrote no [SEG].
+        num_masks: masks that the answer asked for; they are united in ``mask``.
+        confidence: mean probability of the foreground pixels, 0..1; 0 for an empty mask.
+    """
+
+    text: str
+    mask: np.ndarray
+    num_masks: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """Masks to captions and back.
+
+    Attributes:
+        captions: N captions. rejected: N reasons why a caption is not usable, None where it is.
+        masks: (N, H, W) bool, segmented from the captions; empty for rejected ones.
+        ious: (N,) float64, IoU of each mask with the one that was captioned.
+        matrix: (N, N) float64, IoU of mask' i with given mask j: how well caption i tells its region from the others.
+    """
+
+    captions: list[str]
+    rejected: list[str | None]
+    masks: np.ndarray
+    ious: np.ndarray
+    matrix: np.ndarray
+
+
+class Predictor:
+    """A loaded model with the three questions that the package is about.
+
+    Args:
+        loaded: model, prompter and configuration (:func:`dual_loop.serve.loading.load_trained`).
+        max_new_tokens: longest caption; None takes the configuration's.
+    """
+
+    def __init__(self, loaded: LoadedModel, max_new_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
+        # A user sees what the model wrote; nothing is replaced and nothing stops.
+        changes: dict[str, Any] = {"temperature": 0.0, "on_rejected": "fallback", "max_rejected_fraction": 1.0}
+        if max_new_tokens is not None:
+            changes["max_new_tokens"] = max_new_tokens
+        self.settings: LoopConfig = dataclasses.replace(self.config.loop, segment_form="branches", **changes)
+        self.geometry = geometry(self.config)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path | None = None,
+        *,
+        weights: str = "ema",
+        device: str = "auto",
+        config: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Predictor:
+        """Load a run, a checkpoint or weights; see :func:`dual_loop.serve.loading.load_trained` for all of it."""
+        loaded = load_trained(checkpoint, weights=weights, config=config, overrides=overrides, device=device)
+        return cls(loaded, max_new_tokens)
+
+    # ---- one image ---------------------------------------------------------------------------------------------------
+
+    def caption(self, image: ImageLike, masks: np.ndarray) -> list[str]:
+        """Caption every region: ``masks`` is (N, H, W) or (H, W), foreground where > 0.
+
+        Raises:
+            SampleError: a mask has another size than the image, or no pixel.
+        """
+        return self.caption_many([(image, masks)])[0]
+
+    def segment(self, image: ImageLike, texts: Sequence[str] | str, *, generated: bool = False) -> list[SegmentedText]:
+        """Segment what each text describes.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or a PIL image.
+            texts: one text or several.
+            generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
+
+        Raises:
+            PromptError: a text holds a special token.
+        """
+        return self.segment_many([(image, [texts] if isinstance(texts, str) else list(texts))], generated=generated)[0]
+
+    def loop(self, image: ImageLike, masks: np.ndarray) -> LoopResult:
+        """Caption every region, segment every caption, and compare."""
+        return self.loop_many([(image, masks)])[0]
+
+    def region_from_box(self, image: ImageLike, box: Sequence[float], *, refine: bool = False) -> np.ndarray:
+        """Return the mask (H, W) bool of a box (x1, y1, x2, y2) in pixels: the box's area.
+
+        ``refine`` lets SAM 2 draw the object in the box instead; its weights must know boxes (SAM 2's own do, the tiny
+        checkpoint's do not).
+
+        Raises:
+            SampleError: the box lies outside the image or has no area, or SAM 2 finds nothing in it.
+        """
+        pixels = to_array(image)
+        height, width = pixels.shape[:2]
+        x1, y1, x2, y2 = (float(value) for value in box)
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            expected = f"0 <= x1 < x2 <= {width}, 0 <= y1 < y2 <= {height}"
+            raise SampleError("bad_box", explain("a box does not fit its image", "--box", list(box), expected))
+        if refine:
+            return self._prompted(pixels, torch.tensor([[x1, y1, x2, y2]]), f"box {x1:g},{y1:g},{x2:g},{y2:g}")
+        mask = np.zeros((height, width), bool)
+        mask[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = True
+        return mask
+
+    def region_from_point(self, image: ImageLike, point: Sequence[float]) -> np.ndarray:
+        """Return the mask (H, W) bool that SAM 2 draws for the object at a point (x, y) in pixels.
+
+        Raises:
+            SampleError: the point lies outside the image, or SAM 2 finds nothing there.
+        """
+        pixels = to_array(image)
+        height, width = pixels.shape[:2]
+        x, y = (float(value) for value in point)
+        if not (0 <= x <= width and 0 <= y <= height):
+            expected = f"0 <= x <= {width}, 0 <= y <= {height}"
+            raise SampleError("bad_point", explain("a point lies outside its image", "--point", list(point), expected))
+        return self._prompted(pixels, torch.tensor([[x, y]]), f"point {x:g},{y:g}")
+
+    # ---- many images -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def caption_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[list[str]]:
+        """:meth:`caption` for many images, eight at a time."""
+        found: list[list[str]] = []
+        for chunk in _chunks([region_sample(*item) for item in items]):
+            batch, features = self._encode(chunk)
+            captions, _ = self._write(batch, features)
+            found += _by_sample(captions, chunk)
+        return found
+
+    @torch.no_grad()
+    def segment_many(
+        self, items: Sequence[tuple[ImageLike, Sequence[str]]], *, generated: bool = False
+    ) -> list[list[SegmentedText]]:
+        """:meth:`segment` for many images, eight at a time."""
+        found: list[list[SegmentedText]] = []
+        answerer = Answerer(self.model, self.prompter, self.settings)
+        for part in _chunks(list(items)):
+            # A text needs no region; a whole image stands in for one, so that one path serves all.
+            samples = [_texts_sample(to_array(image), texts) for image, texts in part]
+            flat = [text for _, texts in part for text in texts]
+            if not flat:
+                found += [[] for _ in part]
+                continue
+            batch, features = self._encode([sample for sample in samples if sample is not None])
+            with self.loaded.autocast():
+                logits = answerer.segment(batch, features, flat, generated=generated)
+            start = 0
+            for image, texts in part:
+                own = logits[start : start + len(texts)]
+                start += len(texts)
+                size = to_array(image).shape[:2]
+                found.append([self._united(t, m, (size[0], size[1])) for t, m in zip(texts, own, strict=True)])
+        return found
+
+    @torch.no_grad()
+    def loop_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[LoopResult]:
+        """:meth:`loop` for many images, eight at a time."""
+        results: list[LoopResult] = []
+        answerer = Answerer(self.model, self.prompter, self.settings)
+        for chunk in _chunks([region_sample(*item) for item in items]):
+            batch, features = self._encode(chunk)
+            captions, rejected = self._write(batch, features)
+            readable = [text if reason is None else "x" for text, reason in zip(captions, rejected, strict=True)]
+            with self.loaded.autocast():
+                logits = answerer.segment(batch, features, readable, generated=False)
+            start = 0
+            for sample in chunk:
+                part = slice(start, start + sample.num_regions)
+                start += sample.num_regions
+                masks = torch.cat(logits[part]).float()
+                predicted = self._at_size(masks, sample.image.shape) > 0
+                usable = np.array([reason is None for reason in rejected[part]])
+                results.append(_loop_result(captions[part], rejected[part], predicted & usable[:, None, None], sample))
+        return results
+
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    def _encode(self, samples: Sequence[RegionSample]) -> tuple[Batch, torch.Tensor]:
+        batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
+        with evaluating(self.model), self.loaded.autocast(), torch.no_grad():
+            return batch, self.model.encode_vision(batch.pixel_values)
+
+    def _write(self, batch: Batch, features: torch.Tensor) -> tuple[list[str], list[str | None]]:
+        captioner = Captioner(self.model, self.prompter, self.settings, is_silent=True)
+        with self.loaded.autocast():
+            [rollout] = captioner.roll_out([batch], [features], use_references=False)
+        # The words themselves, also where step 2 could not read them.
+        return [caption.text for caption in rollout.greedy if caption is not None], rollout.rejected
+
+    def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
+        size = (int(shape[0]), int(shape[1]))
+        return np.asarray(resize_logits(logits.float(), size, self.geometry.grounding_size).cpu().numpy())
+
+    def _united(self, text: str, logits: torch.Tensor, size: tuple[int, int]) -> SegmentedText:
+        if not len(logits):
+            return SegmentedText(text, np.zeros(size, bool), 0, 0.0)
+        values = self._at_size(logits, size).max(axis=0)
+        mask = values > 0
+        confidence = float((1 / (1 + np.exp(-values[mask]))).mean()) if mask.any() else 0.0
+        return SegmentedText(text, mask, len(logits), confidence)
+
+    @torch.no_grad()
+    def _prompted(self, pixels: np.ndarray, prompt: torch.Tensor, name: str) -> np.ndarray:
+        """Segment with SAM 2's own prompt: (1, 2) a point or (1, 4) a box, in pixels of the image."""
+        side = self.geometry.grounding_size
+        scale = torch.tensor([side / pixels.shape[1], side / pixels.shape[0]]).repeat(prompt.shape[1] // 2)
+        scaled = (prompt * scale).to(self.model.device)
+        [sample] = [region_sample(pixels, np.ones(pixels.shape[:2], bool))]
+        batch = batch_from_samples([sample], self.geometry, seed=0).to(self.model.device)
+        grounding = self.model.grounding
+        with evaluating(self.model), self.loaded.autocast():
+            levels = grounding.finish(self.model.encode_grounding(batch.g_pixel_values))
+            sparse = grounding.point_prompts(scaled) if prompt.shape[1] == 2 else grounding.box_prompts(scaled)
+            index = torch.zeros(1, dtype=torch.long, device=self.model.device)
+            logits = grounding.decode_prompts(sparse, levels, index).mask_logits
+        mask = self._at_size(logits, pixels.shape)[0] > 0
+        if not mask.any():
+            raise SampleError("no_region_left", explain("SAM 2 finds no object there", name, fix="give a mask"))
+        return mask
+
+
+def to_array(image: ImageLike) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB; a PIL image is turned as its EXIF orientation says.
+
+    Raises:
+        SampleError: an array of another shape or dtype.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        seen = f"{image.shape} {image.dtype}"
+        raise SampleError("not_an_image", explain("not an RGB image", "image", seen, "(H, W, 3) uint8"))
+    return image
+
+
+def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
+    """Make a sample of an image and masks (N, H, W) or (H, W), foreground where > 0.
+
+    Raises:
+        SampleError: ``size_mismatch``, ``empty_mask``, ``not_an_image``.
+    """
+    pixels = to_array(image)
+    stack = np.asarray(masks)
+    stack = (stack[None] if stack.ndim == 2 else stack) > 0
+    if stack.ndim != 3 or not len(stack) or stack.shape[1:] != pixels.shape[:2]:
+        expected = f"(N, {pixels.shape[0]}, {pixels.shape[1]}) as the image, N >= 1"
+        fix = "draw the mask on this very image"
+        raise SampleError(
+            "size_mismatch", explain("masks do not fit the image", "masks", np.asarray(masks).shape, expected, fix)
+        )
+    empty = [number for number, mask in enumerate(stack) if not mask.any()]
+    if empty:
+        raise SampleError("empty_mask", explain("a mask is empty", f"mask {empty[0]}", "0 pixels", "1 or more"))
+    names = tuple(str(number) for number in range(len(stack)))
+    return RegionSample("given", "image", pixels, np.ascontiguousarray(stack), names, ((),) * len(stack))
+
+
+def iou_table(predicted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Return the IoU of every pair: (P, H, W) and (N, H, W) bool -> (P, N) float64; two empty masks count 1."""
+    first = predicted.reshape(len(predicted), -1).astype(np.float64)
+    second = given.reshape(len(given), -1).astype(np.float64)
+    intersection = first @ second.T
+    union = first.sum(1)[:, None] + second.sum(1)[None] - intersection
+    ious: np.ndarray = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+    return ious
+
+
+def _loop_result(
+    captions: Sequence[str], rejected: Sequence[str | None], masks: np.ndarray, sample: RegionSample
+) -> LoopResult:
+    matrix = iou_table(masks, sample.masks)
+    return LoopResult(list(captions), list(rejected), masks, matrix.diagonal().copy(), matrix)
+
+
+def _texts_sample(pixels: np.ndarray, texts: Sequence[str]) -> RegionSample | None:
+    if not texts:
+        return None
+    whole = np.ones((len(texts), *pixels.shape[:2]), bool)
+    names = tuple(str(number) for number in range(len(texts)))
+    return RegionSample("given", "image", pixels, whole, names, ((),) * len(texts))
+
+
+def _by_sample(values: Sequence[str], samples: Sequence[RegionSample]) -> list[list[str]]:
+    parts, start = [], 0
+    for sample in samples:
+        parts.append(list(values[start : start + sample.num_regions]))
+        start += sample.num_regions
+    return parts
+
+
+def _chunks(values: list[Any]) -> list[list[Any]]:
+    return [values[start : start + IMAGES_AT_ONCE] for start in range(0, len(values), IMAGES_AT_ONCE)]
