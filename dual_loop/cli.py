@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from dual_loop import __version__
 from dual_loop.errors import DualLoopError
@@ -12,6 +13,7 @@ from dual_loop.flags import add_training_flags
 
 COMMANDS = {
     "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
+    "evaluate": "measure a model: referring segmentation, captioning, the loop",
     "caption": "describe masked regions of images",
     "segment": "segment what a text describes",
     "loop": "describe regions, segment the descriptions, compare",
@@ -34,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dual_loop.commands.predict import main as predict
 
         return predict(args.command, arguments[1:])
-    runner = {"train": _train, "export": _export, "demo-data": _demo_data}[args.command]
-    return runner(arguments[1:])
+    own = {"train": _train, "export": _export, "demo-data": _demo_data}
+    if args.command in own:
+        return own[args.command](arguments[1:])
+    return int(import_module(f"dual_loop.commands.{args.command}").main(arguments[1:]))
 
 
 def _train(arguments: list[str]) -> int:

@@ -159,6 +159,18 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{flag.name}", dest=flag.name, default=None, metavar=flag.unit, help=text)
 
 
+DATA_TITLES = ("data (a folder left out leaves the source out)", "evaluation")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add training's flags of data and ``--cfg-options``, for commands that read the same data."""
+    group = parser.add_argument_group("data (the flags of training)")
+    for flag in (flag for title in DATA_TITLES for flag in FLAGS[title]):
+        group.add_argument(f"--{flag.name}", dest=flag.name, default=None, metavar=flag.unit, help=flag.help)
+    text = "any setting by its dotted key (flags win over these)"
+    group.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help=text)
+
+
 def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     """Return dotted keys to values from parsed flags; a flag wins over ``--cfg-options``.
 
@@ -167,7 +179,7 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     """
     overrides = parse_options(args.cfg_options)
     for flag in all_flags():
-        value = getattr(args, flag.name)
+        value = getattr(args, flag.name, None)  # commands offer a part of the table
         if value is not None:
             overrides[flag.key] = value
     return overrides

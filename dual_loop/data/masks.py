@@ -169,6 +169,25 @@ def decode_segmentation(segmentation: Any, height: int, width: int, where: str) 
     return np.ascontiguousarray(coco_mask.decode(united) > 0)
 
 
+def decode_summed_polygons(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
+    """Decode polygons the way of evaluation code that adds them up: (H, W) bool, wrong where polygons overlap.
+
+    The sum is 2 there, and COCO's encoder starts a new run at every change of value, so inside and outside are
+    exchanged between such runs. Published Sa2VA and LISA figures were counted against these masks.
+
+    Raises:
+        SampleError: as :func:`decode_segmentation`.
+    """
+    if isinstance(segmentation, Mapping):
+        return decode_segmentation(segmentation, height, width, where)
+    from pycocotools import mask as coco_mask
+
+    polygons = _check_polygons(segmentation, height, width, where)
+    layers = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))
+    summed = coco_mask.encode(np.asfortranarray(layers.sum(axis=2).astype(np.uint8)))
+    return np.ascontiguousarray(coco_mask.decode(summed) > 0)
+
+
 def _check_polygons(segmentation: Any, height: int, width: int, where: str) -> list[list[float]]:
     """Return the polygons as lists of floats: at least 3 points each, finite, near the image.
 

@@ -28,7 +28,7 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,14 @@ from dual_loop.data.index_cache import (
     load_or_build,
     watch_files,
 )
-from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, read_image, safe_join
+from dual_loop.data.masks import (
+    check_mask,
+    decode_segmentation,
+    decode_summed_polygons,
+    fit_mask,
+    read_image,
+    safe_join,
+)
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import RegionSample
 
@@ -70,6 +77,7 @@ class RefCoco:
         regions_per_image: most references of one sample.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
         index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.masks.decode_summed_polygons`), for comparison alone.
 
     Raises:
         ConfigError: no data set, or a part of one, is there; a file has another structure; a pickle asks for a
@@ -87,10 +95,12 @@ class RefCoco:
         regions_per_image: int = 1,
         images: str | Path | None = None,
         index_dir: str | Path | None = None,
+        polygons: str = "union",
     ) -> None:
         self.root = check_root(root, "RefCOCO", LAYOUT)
         self.split = split
         self.regions_per_image = regions_per_image
+        self._decode = decode_summed_polygons if polygons == "summed" else decode_segmentation
         self._parts = [
             _DatasetPart(label, self.root, images, index_dir) for label in _present_datasets(self.root, datasets)
         ]
@@ -173,7 +183,7 @@ class RefCoco:
         chosen, masks = [], []
         for row in rows.tolist():
             where = f"{part.folder}: ref {part.ref_ids[row]}"
-            mask = part.decode_mask(row, image_number, image.shape[:2], where)
+            mask = part.decode_mask(row, image_number, image.shape[:2], where, self._decode)
             if pass_over_empty and not mask.any():
                 continue
             check_mask(mask, where)
@@ -251,10 +261,17 @@ class _DatasetPart:
             raise SampleError("missing_file", message)
         return path
 
-    def decode_mask(self, row: int, image_number: int, size: tuple[int, int], where: str) -> np.ndarray:
+    def decode_mask(
+        self,
+        row: int,
+        image_number: int,
+        size: tuple[int, int],
+        where: str,
+        decode: Callable[[Any, int, int, str], np.ndarray],
+    ) -> np.ndarray:
         """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
         height, width = (int(side) for side in self._image_sizes[image_number])
-        mask = decode_segmentation(json.loads(self._segmentations[row]), height, width, where)
+        mask = decode(json.loads(self._segmentations[row]), height, width, where)
         return fit_mask(mask, size, where)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ class CaptionScores:
     """Scores of N captions.
 
     Attributes:
-        corpus: name to value; BLEU is a score of the whole corpus, the others are means.
-        single: name to N values, for intervals; BLEU of single captions is left out.
+        corpus: name to value; BLEU and METEOR are scores of the whole corpus, the others are means.
+        single: name to N values of those that are means, for intervals.
         tokenizer: ``ptb`` (the Penn Treebank tokenizer of the Java program) or ``words`` (see :func:`words`).
         missing: name to why a score is not there.
     """
@@ -88,9 +89,22 @@ def _ptb(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
     # An empty line would shift all that follow it: the tokenizer drops it.
     form = {key: [{"caption": text.replace("\n", " ").strip() or "."} for text in own] for key, own in texts.items()}
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _quiet_children():
         found = PTBTokenizer().tokenize(form)
     return {key: list(found[key]) for key in texts}
+
+
+@contextlib.contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Send what child processes write to standard error nowhere: the tokenizer reports its speed."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _python_scores(scores: CaptionScores, truths: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
@@ -111,11 +125,11 @@ def _meteor(scores: CaptionScores, truths: Mapping[str, Any], tokens: Mapping[st
     from pycocoevalcap.meteor.meteor import Meteor
 
     try:
-        mean, single = Meteor().compute_score(truths, tokens)
+        mean, _ = Meteor().compute_score(truths, tokens)
     except (OSError, ValueError, AssertionError) as error:
         scores.missing["METEOR 1.5"] = f"the Java program failed: {type(error).__name__}: {error}"
         return
-    scores.corpus["METEOR 1.5"] = float(mean)
-    scores.single["METEOR 1.5"] = [float(value) for value in single]
-    if not all(math.isfinite(value) for value in scores.single["METEOR 1.5"]):
+    if not math.isfinite(mean):
         raise EnvironmentProblem(explain("METEOR's Java program returned no number", seen=str(mean)))
+    # The program adds up matches and chunks over the corpus; it is no mean of single scores.
+    scores.corpus["METEOR 1.5"] = float(mean)

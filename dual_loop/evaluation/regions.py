@@ -7,7 +7,8 @@ A record holds everything that figures are made of, so figures can be computed a
      "references": ["a red star"], "caption": "a red star", "rejected": null,
      "sentences": [{"text": "a red star", "num_masks": 1, "intersection": 90, "union": 100, "mask": RLE}],
      "cycle": {"intersection": 80, "union": 100, "mask": RLE, "ious": [0.8, 0.1]},   IoU with each region of the image
-     "own": 0}                                            this region's place in "ious"
+     "own": 0,                                            this region's place in "ious"
+     "entry": 12}                                         number of the entry in its data set
 """
 
 from __future__ import annotations

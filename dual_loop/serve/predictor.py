@@ -261,7 +261,7 @@ class Predictor:
             sparse = grounding.point_prompts(scaled) if prompt.shape[1] == 2 else grounding.box_prompts(scaled)
             index = torch.zeros(1, dtype=torch.long, device=self.model.device)
             logits = grounding.decode_prompts(sparse, levels, index).mask_logits
-        mask = self._at_size(logits, pixels.shape)[0] > 0
+        mask: np.ndarray = self._at_size(logits, pixels.shape)[0] > 0
         if not mask.any():
             raise SampleError("no_region_left", explain("SAM 2 finds no object there", name, fix="give a mask"))
         return mask

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
+from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.types import RegionSample, StepOutput
 
 PANEL_SIDE = 320
@@ -21,8 +22,6 @@ GAP = 8
 FONT_SIZE = 14
 LINE_HEIGHT = 18
 TITLE_HEIGHT = 2 * LINE_HEIGHT + 6
-GIVEN_COLOUR = (255, 140, 0)
-PREDICTED_COLOUR = (0, 170, 255)
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def make_panel(micro: Any, output: StepOutput, samples: Sequence[RegionSample], 
 
 def draw_panel(panel: Panel) -> Image.Image:
     """Draw image + mask, the caption, and target image + mask' side by side; images keep their aspect ratio."""
-    left = _overlay(panel.image, panel.mask, GIVEN_COLOUR)
-    right = _overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, outline=panel.target_mask)
+    left = overlay(panel.image, panel.mask, GIVEN_COLOUR, PANEL_SIDE)
+    right = overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, PANEL_SIDE, outline=panel.target_mask)
     lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
     height = max(left.height, right.height, len(lines) * LINE_HEIGHT)
     canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, TITLE_HEIGHT + height + GAP), "white")
@@ -118,32 +117,6 @@ def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
         ranked.append((seen.get(source, 0), position))
         seen[source] = seen.get(source, 0) + 1
     return [position for _, position in sorted(ranked)[:limit]]
-
-
-def _overlay(
-    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], outline: np.ndarray | None = None
-) -> Image.Image:
-    """Tint ``mask`` on ``image`` and fit it into a square panel; ``outline`` is drawn as a thin border."""
-    scale = PANEL_SIDE / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).astype(np.float32)
-    inside = _resize_mask(mask, size)
-    pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(colour, dtype=np.float32)
-    pixels[_border(inside)] = colour
-    if outline is not None:
-        pixels[_border(_resize_mask(outline, size))] = GIVEN_COLOUR
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) >= 128
-
-
-def _border(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels of ``mask`` with a neighbour outside of it (the rim of the picture counts as outside)."""
-    padded = np.pad(mask, 1)
-    core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return np.asarray(mask & ~core)
 
 
 def _left_of(column: int) -> int:

@@ -1,0 +1,184 @@
+"""Reader of RefCOCO mirrors in parquet: the column layouts of ``jxu124/refcoco*`` and ``lmms-lab/RefCOCO*``.
+
+* jxu124: one row a reference; ``image_id``, ``ref_id``, ``sentences`` (list of {sent, raw}), ``raw_anns`` and
+  ``raw_image_info`` as JSON text. No pixels: the COCO images are looked up by name in ``images``. Its files are named
+  by split, and ``test`` there is RefCOCO's testA.
+* lmms-lab: one row an object with its picture: ``image`` ({bytes, path} or bytes), ``answer`` (expressions),
+  ``segmentation`` (one polygon, or a list of them), ``question_id``. There is no train split.
+
+Needs pyarrow (``pip install 'dual-loop[parquet]'``). Reasons of :class:`~dual_loop.errors.SampleError`:
+``missing_file``, ``truncated_file``, ``not_an_image``, ``unsafe_path``, ``bad_polygon``, ``broken_rle``,
+``broken_json``, ``size_mismatch``, ``empty_mask``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dual_loop.data.masks import (
+    check_mask,
+    decode_segmentation,
+    decode_summed_polygons,
+    fit_mask,
+    read_image,
+    safe_join,
+)
+from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain
+from dual_loop.types import RegionSample
+
+JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
+LMMS_COLUMNS = {"image", "answer", "segmentation"}
+
+
+class RefParquet:
+    """One parquet file of references, grouped by image.
+
+    Args:
+        path: the file.
+        images: folder of the COCO images, for files without pixels.
+        polygons: ``union`` or ``summed``, see :class:`~dual_loop.data.refcoco.RefCoco`.
+
+    Raises:
+        ConfigError: the file cannot be read, has other columns, or needs ``images``.
+        EnvironmentProblem: pyarrow is not installed.
+    """
+
+    name = "refcoco"
+
+    def __init__(self, path: str | Path, images: str | Path | None = None, polygons: str = "union") -> None:
+        self.path = Path(path)
+        self._decode: Callable[[Any, int, int, str], np.ndarray] = (
+            decode_summed_polygons if polygons == "summed" else decode_segmentation
+        )
+        self._table = _open_table(self.path)
+        columns = set(self._table.column_names)
+        self.has_pixels = columns >= LMMS_COLUMNS
+        if not self.has_pixels and not columns >= JXU_COLUMNS:
+            expected = f"{', '.join(sorted(JXU_COLUMNS))}; or {', '.join(sorted(LMMS_COLUMNS))}"
+            raise ConfigError(explain("not a known layout of references", str(path), sorted(columns), expected))
+        if not self.has_pixels and images is None:
+            raise ConfigError(explain("the file holds no pixels", str(path), fix="give --refcoco_images DIR"))
+        self.images = None if images is None else Path(images).expanduser()
+        # lmms-lab rows carry their picture; rows of one photograph share its file name where that is given.
+        key = next((name for name in ("image_id", "file_name", "question_id") if name in columns), None)
+        names = [str(value) for value in self._table.column(key).to_pylist()] if key else []
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(names or map(str, range(self._table.num_rows))):
+            groups.setdefault(name.removesuffix(".jpg"), []).append(row)
+        self._groups = sorted(groups.items())
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def entry_id(self, index: int) -> str:
+        """Return ``<file stem>/<image>``."""
+        return f"{self.path.stem}/{self._groups[index][0]}"
+
+    def image_path(self, index: int) -> Path | None:
+        """Return the image file, None where the pixels are in the parquet file."""
+        if self.has_pixels:
+            return None
+        return self._find_image(self._row(self._groups[index][1][0]))
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Return the same as :meth:`load_all`: mirrors are for evaluation."""
+        return self.load_all(index)
+
+    def load_all(self, index: int) -> RegionSample:
+        """Read one image with all its references.
+
+        Raises:
+            SampleError: see the module.
+        """
+        _, rows = self._groups[index]
+        records = [self._row(row) for row in rows]
+        image = self._read_image(records[0])
+        masks, ids, captions = [], [], []
+        for row, record in zip(rows, records, strict=True):
+            where = f"{self.path}, row {row}"
+            mask = self._mask(record, image.shape, where)
+            check_mask(mask, where)
+            masks.append(mask)
+            ids.append(f"ref{record.get('ref_id', row)}")
+            captions.append(_expressions(record, where))
+        ids = ids if len(set(ids)) == len(ids) else [f"{name}_{row}" for name, row in zip(ids, rows, strict=True)]
+        return RegionSample(self.name, self.entry_id(index), image, np.stack(masks), tuple(ids), tuple(captions))
+
+    def _row(self, row: int) -> dict[str, Any]:
+        return dict(self._table.slice(row, 1).to_pylist()[0])
+
+    def _read_image(self, record: Mapping[str, Any]) -> np.ndarray:
+        if not self.has_pixels:
+            return read_image(self._find_image(record), apply_exif=False)
+        value = record["image"]
+        raw: Any = value.get("bytes") if isinstance(value, Mapping) else value
+        try:
+            return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
+        except (OSError, TypeError, ValueError, SyntaxError) as error:
+            raise SampleError("truncated_file", explain("a picture is damaged", str(self.path), str(error))) from error
+
+    def _find_image(self, record: Mapping[str, Any]) -> Path:
+        assert self.images is not None  # checked when the file was opened
+        image_id = int(record["image_id"])
+        name = str(_json(record["raw_image_info"], str(self.path)).get("file_name", ""))
+        names = [name, f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
+        paths = [safe_join(self.images, candidate) for candidate in names if candidate]
+        found = next((path for path in paths if path.is_file()), None)
+        if found is None:
+            expected = ", ".join(path.name for path in paths)
+            raise SampleError("missing_file", explain("a COCO image is missing", str(self.images), "none", expected))
+        return found
+
+    def _mask(self, record: Mapping[str, Any], shape: Sequence[int], where: str) -> np.ndarray:
+        size = (int(shape[0]), int(shape[1]))
+        if not self.has_pixels:
+            info = _json(record["raw_image_info"], where)
+            segmentation = _json(record["raw_anns"], where).get("segmentation")
+            stored = (int(info.get("height", size[0])), int(info.get("width", size[1])))
+            return fit_mask(self._decode(segmentation, *stored, where), size, where)
+        segmentation = record["segmentation"]
+        if isinstance(segmentation, str):
+            segmentation = _json(segmentation, where)
+        if isinstance(segmentation, Sequence) and segmentation and not isinstance(segmentation[0], Sequence):
+            segmentation = [list(segmentation)]  # one polygon as a flat list
+        return self._decode(segmentation, *size, where)
+
+
+def _open_table(path: Path) -> Any:
+    try:
+        import pyarrow.parquet as parquet
+        from pyarrow.lib import ArrowException
+    except ImportError as error:
+        fix = "pip install 'dual-loop[parquet]'"
+        raise EnvironmentProblem(explain("parquet files need pyarrow", str(path), "not installed", fix=fix)) from error
+    try:
+        return parquet.read_table(path)
+    except (OSError, ArrowException) as error:
+        seen = f"{type(error).__name__}: {error}"
+        raise ConfigError(explain("a parquet file cannot be read", str(path), seen, fix="download it again")) from error
+
+
+def _json(text: Any, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise SampleError("broken_json", explain("a column holds no JSON", where, str(text)[:60])) from error
+    return value if isinstance(value, (dict, list)) else {}  # type: ignore[return-value]
+
+
+def _expressions(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if "sentences" in record:
+        texts = [s.get("sent") or s.get("raw") for s in record["sentences"] if isinstance(s, Mapping)]
+    else:
+        answer = record["answer"]
+        texts = [answer] if isinstance(answer, str) else list(answer or ())
+    if not all(isinstance(text, str) for text in texts):
+        raise SampleError("broken_json", explain("an expression is no text", where, str(texts)[:60], "text"))
+    return tuple(text.strip() for text in texts if text and text.strip())
