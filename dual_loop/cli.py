@@ -14,6 +14,8 @@ from dual_loop.flags import add_training_flags
 COMMANDS = {
     "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
     "evaluate": "measure a model: referring segmentation, captioning, the loop",
+    "audit": "run the loop over a mask set without training; rank the result, export pseudo-labels",
+    "report": "write one HTML page about a run, or about several compared",
     "caption": "describe masked regions of images",
     "segment": "segment what a text describes",
     "loop": "describe regions, segment the descriptions, compare",

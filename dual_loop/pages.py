@@ -28,7 +28,8 @@ p,li{max-width:72ch}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:v
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:14px}
+.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}.grid+.grid{margin-top:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px}
 figure img{width:100%;height:auto;border-radius:6px;display:block}
 figure .pair{display:grid;grid-template-columns:1fr 1fr;gap:6px}
@@ -84,9 +85,10 @@ class Page:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
         self.parts.append(f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>')
 
-    def gallery(self, items: Sequence[Figure]) -> None:
-        """Add pictures with captions, as many beside each other as fit."""
-        self.parts.append(f'<div class="grid">{"".join(item.html() for item in items)}</div>')
+    def gallery(self, items: Sequence[Figure], is_wide: bool = False) -> None:
+        """Add pictures with captions, as many beside each other as fit; two of wide ones."""
+        kind = "grid wide" if is_wide else "grid"
+        self.parts.append(f'<div class="{kind}">{"".join(item.html() for item in items)}</div>')
 
     def charts(self, charts: Sequence[str]) -> None:
         """Add charts (:func:`line_chart`), as many beside each other as fit."""

@@ -25,9 +25,12 @@ from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, DualLoopError, explain
-from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, summarise
+from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
 from dual_loop.evaluation.honesty import find_flags
+from dual_loop.evaluation.protocol import PRESETS
+from dual_loop.evaluation.regions import RegionMeter
 from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge
@@ -39,12 +42,15 @@ from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.training.devices import build_accelerator, end_processes
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
+from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
 
 DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir", "data.masks_dir")
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
+EXAMPLES = 6
+"""Held-out regions that are drawn before and after."""
 MORE_FIGURES = (
     *("cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
     *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
@@ -261,6 +267,8 @@ class Evaluator:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         with self.accelerator.autocast():
             own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size, listener)
+            if self.accelerator.is_main_process:
+                save_named_panels(self._examples(), self.folder.path / "panels", name)
         restore_rng(rng)
         gathered = gather_objects(self.accelerator, own)
         results = sorted((result for part in gathered for result in part), key=lambda result: result.name)
@@ -280,6 +288,24 @@ class Evaluator:
         shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
         self.report(f"Evaluation {name} ({len(results)} regions): {shown}")
         return results
+
+
+    def _examples(self) -> list[Panel]:
+        """Return panels of a few held-out regions, the same ones before and after."""
+        source = held_out_source(self.config)
+        meter = RegionMeter(self.model, self.prompter, self.config, PRESETS["dual_loop"], ("loop",))
+        panels = []
+        for index in sorted({number * (len(source) - 1) // (EXAMPLES - 1) for number in range(EXAMPLES)}):
+            sample = source.load_all(index)
+            record = meter.measure([sample], self.config.data.eval_split)[0]
+            back = decode_rle(record["cycle"]["mask"], record["name"])
+            origin = "rejected" if record["rejected"] else "generated"
+            pictures = (sample.segmentation_image, sample.segmentation_masks[0], back)
+            iou = record["cycle"]["ious"][0]
+            panels.append(
+                Panel(record["name"], sample.image, sample.masks[0], record["caption"], origin, *pictures, iou)
+            )
+        return panels
 
 
 def plain_figures(results: Sequence[RegionResult]) -> dict[str, float | None]:

@@ -96,8 +96,13 @@ def draw_panel(panel: Panel) -> Image.Image:
 
 def save_panels(panels: Sequence[Panel], folder: Path, step: int) -> list[Path]:
     """Write ``step_000123_<n>.png`` for each panel below ``folder`` and return the paths."""
+    return save_named_panels(panels, folder, f"step_{step:06d}")
+
+
+def save_named_panels(panels: Sequence[Panel], folder: Path, name: str) -> list[Path]:
+    """Write ``<name>_<n>.png`` for each panel below ``folder`` and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"step_{step:06d}_{index}.png" for index in range(len(panels))]
+    paths = [folder / f"{name}_{index}.png" for index in range(len(panels))]
     for panel, path in zip(panels, paths, strict=True):
         draw_panel(panel).save(path)
     return paths

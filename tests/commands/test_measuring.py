@@ -1,0 +1,201 @@
+"""evaluate, audit and report on generated data with the tiny checkpoint: ranks, resume, predictions, pseudo-labels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dual_loop.cli import main
+from dual_loop.data.demo import write_demo_data
+from dual_loop.data.masks_dir import MasksDir
+from dual_loop.evaluation.runner import PARTS, REGIONS, read_regions
+
+pytestmark = pytest.mark.slow
+IMAGES = 20  # three chunks
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("measure") / "demo"
+    write_demo_data(root, 8, 5, num_val=IMAGES)
+    return root
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def evaluate_arguments(demo: Path, out: Path) -> list[str]:
+    data = ["--data", "refcoco:val", "--refcoco_dir", str(demo / "ref_seg")]
+    options = ["--cfg-options", "train.num_threads=1", f"data.index_dir={demo.parent / 'index'}"]
+    return ["evaluate", *data, "--output_dir", str(out), "--device", "cpu", *options]
+
+
+@pytest.fixture(scope="module")
+def evaluated(demo: Path) -> Path:
+    out = demo.parent / "evaluation"
+    run(*evaluate_arguments(demo, out))
+    return out
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())["figures"]["refcoco:val"]
+
+
+def test_what_is_written(evaluated: Path) -> None:
+    written = json.loads((evaluated / "evaluation.json").read_text())
+    assert written["protocol"]["seg"] == "forced"
+    assert len(written["checkpoint"]["sha256"]) == 64
+    assert not (evaluated / PARTS).exists()
+    found = figures(evaluated)
+    assert found["images"] == IMAGES
+    assert found["referring"]["sentences"] >= found["regions"]
+    assert 0.2 < found["referring"]["gIoU"]["value"] < 0.9
+    assert found["captioning"]["exact"]["value"] > 0.5
+    low, value, high = (found["loop"]["cycle_gIoU"][key] for key in ("ci95_low", "value", "ci95_high"))
+    assert low < value < high
+    records = list(read_regions(evaluated / REGIONS))
+    assert len(records) == found["regions"]
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_the_same(demo: Path, evaluated: Path) -> None:
+    out = demo.parent / "evaluation_2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "dual_loop.cli", *evaluate_arguments(demo, out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "evaluation.json").read_text())["world_size"] == 2
+    assert (out / REGIONS).read_text() == (evaluated / REGIONS).read_text()
+    for task, values in figures(evaluated).items():
+        for name, one in values.items() if isinstance(values, dict) else ():
+            if isinstance(one, dict) and "value" in one:
+                assert figures(out)[task][name]["value"] == pytest.approx(one["value"], abs=1e-12)
+
+
+def test_a_killed_evaluation_goes_on(demo: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finish one chunk, cut the second one off in the middle of its line, and start again."""
+    out = demo.parent / "evaluation_3"
+    header = {k: v for k, v in json.loads((evaluated / "evaluation.json").read_text()).items() if k in HEADER}
+    first = [record for record in read_regions(evaluated / REGIONS) if record["entry"] < 8]
+    line = json.dumps({"data": "refcoco:val", "chunk": 0, "records": first, "skipped": []})
+    (out / PARTS).mkdir(parents=True)
+    (out / PARTS / "header.json").write_text(json.dumps(header))
+    (out / PARTS / "rank_0_of_1.jsonl").write_text(f'{line}\n{{"data": "refco')
+    run(*evaluate_arguments(demo, out))
+    assert (out / REGIONS).read_text() == (evaluated / REGIONS).read_text()
+    assert main([*evaluate_arguments(demo, out)]) == 2
+    assert "finished evaluation" in capsys.readouterr().err
+
+
+HEADER = ("checkpoint", "data", "tasks", "protocol", "max_new_tokens")
+
+
+def test_another_evaluation_in_the_folder_is_refused(
+    demo: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = demo.parent / "evaluation_4"
+    (out / PARTS).mkdir(parents=True)
+    written = json.loads((evaluated / "evaluation.json").read_text())
+    header = {**{k: written[k] for k in HEADER}, "tasks": ["loop"]}
+    (out / PARTS / "header.json").write_text(json.dumps(header))
+    assert main(evaluate_arguments(demo, out)) == 2
+    message = capsys.readouterr().err
+    assert "another evaluation" in message
+    assert "tasks: ['loop']" in message
+
+
+def test_saved_predictions_give_the_same_figures(demo: Path, evaluated: Path) -> None:
+    out = demo.parent / "predictions"
+    arguments = ["--predictions", str(evaluated / REGIONS), "--output_dir", str(out)]
+    base = [a for a in evaluate_arguments(demo, out) if a not in ("--output_dir", str(out))]
+    run(*base, *arguments)
+    own, again = figures(evaluated)["referring"], figures(out)["referring"]
+    assert again["gIoU"] == own["gIoU"]
+    assert again["cIoU"] == own["cIoU"]
+
+
+def test_generated_answers(demo: Path) -> None:
+    out = demo.parent / "generated"
+    run(*evaluate_arguments(demo, out), "--protocol", "generated", "--max_samples", 8, "--tasks", "referring")
+    found = figures(out)
+    assert found["images"] == 8
+    assert found["referring"]["without_mask"]["value"] <= 0.2, "the tiny model writes [SEG] by itself"
+    assert "captioning" not in found
+
+
+def test_audit_ranks_exports_and_trains_on_its_labels(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, labels = demo.parent / "audit", demo.parent / "labels"
+    data = ["--data", "sa1b", "sav", "--sa1b_dir", demo / "sa1b", "--sav_dir", demo / "sav"]
+    run("audit", *data, "--output_dir", out, "--labels", labels, "--examples", 3, "--device", "cpu")
+    printed = capsys.readouterr().out
+    page = (out / "audit.html").read_text()
+    for title in ("Worst masks", "Ambiguous captions", "Best pairs (3)"):
+        assert title in page
+    assert page.count("data:image/jpeg") >= 12
+    rows = [json.loads(line) for line in (labels / "labels.jsonl").read_text().splitlines()]
+    assert f"{len(rows)} pseudo-labels" in printed
+    assert rows
+    assert all(row["iou"] >= 0.7 for row in rows)
+    assert all(row["uniqueness"] is None or row["uniqueness"] >= 0.1 for row in rows)
+    source = MasksDir(labels, index_dir=demo.parent / "index", regions_per_image=9)
+    samples = [source.load(index, np.random.default_rng(0)) for index in range(len(source))]
+    assert sum(sample.num_regions for sample in samples) == len(rows)
+    assert {text for s in samples for own in s.captions for text in own} == {row["caption"] for row in rows}
+    import importlib.util
+
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow.parquet as parquet
+
+        assert parquet.read_table(labels / "labels.parquet").num_rows == len(rows)
+    trained = demo.parent / "trained"
+    run(
+        *("train", "--config", "tiny_demo", "--masks_dir", labels, "--max_steps", 2, "--output_dir", trained),
+        *("--device", "cpu", "--batch_size", 2),
+    )
+    assert set(json.loads((trained / "summary.json").read_text())["sources"]) == {"masks"}
+
+
+def test_report_of_a_run_and_of_two(demo: Path) -> None:
+    out = demo.parent / "run"
+    data = ["--sa1b_dir", demo / "sa1b", "--eval_dir", demo / "ref_seg", "--eval_max_samples", 6]
+    run("train", "--config", "tiny_demo", *data, "--max_steps", 2, "--output_dir", out, "--device", "cpu")
+    assert sorted(path.name for path in (out / "panels").glob("before_*")) == [f"before_{k}.png" for k in range(6)]
+    run("evaluate", out, "--data", "refcoco:val", "--max_samples", 3, "--device", "cpu")
+    run("report", out)
+    page = (out / "report.html").read_text()
+    for part in (
+        "Held-out figures",
+        "Curves",
+        "before and after",
+        "Evaluation of refcoco:val",
+        "mask_loss",
+        "Counters",
+    ):
+        assert part in page
+    assert 'src="http' not in page
+    assert "https://" not in page.replace("http://www.w3.org", "")
+    run("report", out, "--compare", out, "--out", demo.parent / "two.html")
+    assert "against run" in (demo.parent / "two.html").read_text()
+
+
+def test_errors_are_one_message(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        ("report", str(tmp_path)): "not a run folder",
+        ("evaluate", str(tmp_path / "nothing")): "no such run or weights",
+        ("evaluate", "--data", "refcoco:vla", "--refcoco_dir", str(demo / "ref_seg")): "no RefCOCO data set has this",
+        ("evaluate", "--data", "coco"): "unknown data set",
+        ("evaluate",): "no data set is given",
+        ("audit", "--data", "sa1b"): "set --sa1b_dir",
+    }
+    for arguments, text in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        message = capsys.readouterr().err
+        assert text in message
+        assert message.count("error:") == 1
+        assert "Traceback" not in message

@@ -1,0 +1,92 @@
+"""Parquet mirrors of RefCOCO: both column layouts, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dual_loop.data.ref_parquet import RefParquet
+from dual_loop.errors import ConfigError, SampleError
+
+pyarrow = pytest.importorskip("pyarrow", reason="parquet files need pyarrow (the extra [parquet])")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+HEIGHT, WIDTH = 20, 30
+POLYGON = [2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def jxu_row(ref_id: int, image_id: int, text: str) -> dict:
+    info = {"file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": HEIGHT, "width": WIDTH}
+    return {
+        "image_id": image_id,
+        "ref_id": ref_id,
+        "split": "test",
+        "sentences": [{"sent": text, "raw": text.upper(), "sent_id": ref_id, "tokens": text.split()}],
+        "raw_anns": json.dumps({"segmentation": [POLYGON], "id": 5}),
+        "raw_image_info": json.dumps(info),
+    }
+
+
+def test_jxu_layout(tmp_path: Path) -> None:
+    images = tmp_path / "train2014"
+    images.mkdir()
+    picture().save(images / "COCO_train2014_000000000007.jpg")
+    picture().save(images / "000000000009.jpg")
+    path = write(tmp_path / "testA.parquet", [jxu_row(1, 7, "a"), jxu_row(2, 9, "b"), jxu_row(3, 7, "c")])
+    source = RefParquet(path, images)
+    assert [source.entry_id(k) for k in range(len(source))] == ["testA/7", "testA/9"]
+    sample = source.load_all(0)
+    assert (sample.region_ids, sample.captions) == (("ref1", "ref3"), (("a",), ("c",)))
+    assert sample.masks[0].sum() == 100
+    assert source.image_path(1) == images / "000000000009.jpg"
+    with pytest.raises(ConfigError, match="--refcoco_images"):
+        RefParquet(path)
+    (images / "000000000009.jpg").unlink()
+    with pytest.raises(SampleError) as caught:
+        source.load_all(1)
+    assert caught.value.reason == "missing_file"
+
+
+def test_lmms_layout(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    picture().save(stream, "PNG")
+    row = {
+        "question_id": "q1",
+        "image": {"bytes": stream.getvalue(), "path": "x.jpg"},
+        "answer": ["left box", "box"],
+        "segmentation": POLYGON,
+        "file_name": "COCO_train2014_000000000007.jpg",
+    }
+    source = RefParquet(write(tmp_path / "val.parquet", [row, {**row, "answer": ["again"]}]))
+    assert len(source) == 1
+    assert source.image_path(0) is None
+    sample = source.load_all(0)
+    assert sample.captions == (("left box", "box"), ("again",))
+    assert sample.image.shape == (HEIGHT, WIDTH, 3)
+    assert len(set(sample.region_ids)) == 2
+    broken = RefParquet(write(tmp_path / "bad.parquet", [{**row, "image": {"bytes": b"no", "path": "x"}}]))
+    with pytest.raises(SampleError) as caught:
+        broken.load_all(0)
+    assert caught.value.reason == "truncated_file"
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a known layout"):
+        RefParquet(write(tmp_path / "a.parquet", [{"x": 1}]))
+    (tmp_path / "b.parquet").write_text("no")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RefParquet(tmp_path / "b.parquet")

@@ -1,0 +1,154 @@
+"""The predictor on the tiny checkpoint: arrays and PIL, one and many, boxes and points, and its commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dual_loop.cli import main
+from dual_loop.data.demo_scenes import generate_scene
+from dual_loop.errors import CheckpointError, PromptError, SampleError
+from dual_loop.serve.predictor import Predictor, iou_table, region_sample
+
+SCENE = generate_scene(1003)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor.load(device="cpu")
+
+
+def test_caption_segment_and_loop_agree(predictor: Predictor) -> None:
+    masks = np.asarray(SCENE.masks)
+    captions = predictor.caption(SCENE.image, masks)
+    assert captions == list(SCENE.captions), "the tiny checkpoint knows this scene"
+    assert predictor.caption(Image.fromarray(SCENE.image), masks[0]) == captions[:1]
+    found = predictor.segment(SCENE.image, captions)
+    assert [one.text for one in found] == captions
+    result = predictor.loop(SCENE.image, masks)
+    assert result.captions == captions
+    assert result.rejected == [None] * len(captions)
+    for number, one in enumerate(found):
+        assert np.array_equal(one.mask, result.masks[number])
+        assert 0.5 < one.confidence <= 1
+        assert result.ious[number] > 0.5
+    assert np.array_equal(result.matrix.diagonal(), result.ious)
+    assert result.matrix[0, 1] < 0.2
+
+
+def test_many_equal_one_by_one(predictor: Predictor) -> None:
+    scenes = [generate_scene(1000 + k) for k in range(10)]
+    items = [(scene.image, np.asarray(scene.masks)) for scene in scenes]
+    assert predictor.caption_many(items) == [predictor.caption(*item) for item in items]
+    many = predictor.segment_many([(scene.image, list(scene.captions)) for scene in scenes])
+    single = predictor.segment(scenes[9].image, list(scenes[9].captions))
+    for first, second in zip(many[9], single, strict=True):
+        assert np.mean(first.mask != second.mask) < 1e-3
+    assert predictor.segment_many([(scenes[0].image, [])]) == [[]]
+
+
+def test_written_answers_hold_seg(predictor: Predictor) -> None:
+    [one] = predictor.segment(SCENE.image, SCENE.captions[0], generated=True)
+    assert one.num_masks == 1
+    assert one.mask.any()
+
+
+def test_points_and_boxes(predictor: Predictor) -> None:
+    mask = np.asarray(SCENE.masks[1])
+    rows, columns = np.nonzero(mask)
+    drawn = predictor.region_from_point(SCENE.image, (columns.mean(), rows.mean()))
+    assert iou_table(drawn[None], mask[None])[0, 0] > 0.5
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    area = predictor.region_from_box(SCENE.image, box)
+    assert area.sum() == (box[2] - box[0]) * (box[3] - box[1])
+    with pytest.raises(SampleError, match="does not fit its image"):
+        predictor.region_from_box(SCENE.image, (5, 5, 5, 9))
+    with pytest.raises(SampleError, match="outside its image"):
+        predictor.region_from_point(SCENE.image, (-1, 5))
+
+
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [
+        (np.ones((3, 3)), "size_mismatch"),
+        (np.zeros(SCENE.image.shape[:2]), "empty_mask"),
+        (np.ones((0, *SCENE.image.shape[:2])), "size_mismatch"),
+    ],
+)
+def test_masks_that_do_not_fit(masks: np.ndarray, reason: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        region_sample(SCENE.image, masks)
+    assert caught.value.reason == reason
+
+
+def test_refused_inputs(predictor: Predictor) -> None:
+    with pytest.raises(SampleError, match="not an RGB image"):
+        predictor.segment(SCENE.image[:, :, 0], "x")
+    with pytest.raises(PromptError, match="special token"):
+        predictor.segment(SCENE.image, "the [SEG] thing")
+    with pytest.raises(CheckpointError, match="no such run or weights"):
+        Predictor.load("nowhere")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("predict")
+    for seed in (1003, 1002):
+        scene = generate_scene(seed)
+        (root / "images").mkdir(exist_ok=True)
+        (root / "masks" / str(seed)).mkdir(parents=True)
+        Image.fromarray(scene.image).save(root / "images" / f"{seed}.png")
+        for number, mask in enumerate(scene.masks):
+            Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).save(root / "masks" / str(seed) / f"{number}.png")
+    return root
+
+
+def test_caption_and_loop_commands(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    image, mask = folder / "images/1003.png", folder / "masks/1003/0.png"
+    assert main(["caption", str(image), "--mask", str(mask), "--box", "1,1,60,60", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"][0]["regions"][0] == {"region": "0", "caption": SCENE.captions[0]}
+    assert result["images"][0]["regions"][1]["region"] == "box 1,1,60,60"
+    arguments = ["loop", str(folder / "images"), "--mask", str(folder / "masks"), "--out", str(tmp_path / "back")]
+    assert main([*arguments, "--json", str(tmp_path / "r.json"), "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert len(result["images"]) == 2
+    for one in result["images"]:
+        for number, region in enumerate(one["regions"]):
+            assert region["iou_with_each"][number] == region["iou"]
+            assert Path(region["mask"]).is_file()
+
+
+def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "one.png"
+    image = str(folder / "images/1003.png")
+    assert main(["segment", image, "--text", SCENE.captions[0], "--out", str(out), "--device", "cpu"]) == 0
+    [text] = json.loads(capsys.readouterr().out)["images"][0]["texts"]
+    mask = np.asarray(Image.open(out)) > 0
+    assert text["pixels"] == mask.sum()
+    assert iou_table(mask[None], np.asarray(SCENE.masks[:1]))[0, 0] > 0.5
+    assert main(["segment", image, "--text", "a", "b", "--out", str(out), "--device", "cpu"]) == 2
+    assert "give a folder" in capsys.readouterr().err
+
+
+def test_bad_files_are_skipped_and_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    Image.fromarray(SCENE.image).save(images / "good.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    Image.fromarray(SCENE.image).save(images / "alone.png")
+    Image.fromarray(np.asarray(SCENE.masks[0]).astype(np.uint8) * 255).save(masks / "good.png")
+    assert main(["caption", str(images), "--mask", str(masks), "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [Path(one["image"]).stem for one in result["images"]] == ["good"]
+    assert {Path(one["image"]).stem for one in result["skipped"]} == {"broken", "alone"}
+    assert captured.err.count("skipped:") == 2
