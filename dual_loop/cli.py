@@ -12,6 +12,8 @@ from dual_loop.errors import DualLoopError
 from dual_loop.flags import add_training_flags
 
 COMMANDS = {
+    "doctor": "look at machine, data, weights and settings the way a run would",
+    "data": "check, measure or preview data sets",
     "train": "train with the dual loop (the same as python -m dual_loop.train_dual_loop)",
     "evaluate": "measure a model: referring segmentation, captioning, the loop",
     "audit": "run the loop over a mask set without training; rank the result, export pseudo-labels",

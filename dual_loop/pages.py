@@ -32,7 +32,7 @@ th{color:var(--soft);font-weight:600}
 .wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}.grid+.grid{margin-top:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px}
 figure img{width:100%;height:auto;border-radius:6px;display:block}
-figure .pair{display:grid;grid-template-columns:1fr 1fr;gap:6px}
+figure .pair{display:grid;gap:6px}
 figcaption{font-size:.88rem;margin-top:8px;overflow-wrap:anywhere}
 svg{width:100%;height:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
 svg text{fill:var(--soft);font:11px system-ui,sans-serif}.key{display:inline-block;margin-right:14px;font-size:.85rem}
@@ -116,7 +116,8 @@ class Figure:
     def html(self) -> str:
         alt = html.escape(self.alt or (self.lines[0] if self.lines else ""), quote=True)
         images = "".join(f'<img src="{uri}" alt="{alt}" loading="lazy">' for uri in self.pictures)
-        kind = ' class="pair"' if len(self.pictures) > 1 else ""
+        columns = f"grid-template-columns:repeat({len(self.pictures)},1fr)"
+        kind = f' class="pair" style="{columns}"' if len(self.pictures) > 1 else ""
         first, *others = [html.escape(line) for line in self.lines] or [""]
         rest = "".join(f'<br><span class="soft">{line}</span>' for line in others)
         return f"<figure><div{kind}>{images}</div><figcaption>{first}{rest}</figcaption></figure>"

@@ -243,7 +243,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser step, its schedule, and what a run writes."""
+    """The optimiser step, its schedule, and what a run writes.
+
+    ``allow_emulated_bf16`` lets a run in bf16 start on a device that has no bf16 of its own and is slow with it.
+    """
 
     output_dir: str = "outputs/run"
     pretrained_pth: str | None = None
@@ -262,6 +265,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "auto"
+    allow_emulated_bf16: bool = False
     device: str = "auto"
     num_threads: int | None = None
     seed: int = 42

@@ -39,6 +39,7 @@ from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import build_accelerator, end_processes
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
@@ -87,6 +88,8 @@ def train(config: Config) -> FitResult:
     accelerator = build_accelerator(config)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
+    for warning in require_ready(config):
+        report(f"{warning}")
     folder = prepare_folder(config, accelerator)
     torch.manual_seed(config.train.seed)
     model, prompter = prepare_model(config, folder, report)

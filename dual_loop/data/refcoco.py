@@ -169,6 +169,15 @@ class RefCoco:
         assert sample is not None, "an entry has at least one reference"
         return sample
 
+    def split_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Return for every data set and split the numbers of images and of references."""
+        return {
+            part.label: {
+                split: (len(part.entries_of_split(split)), len(part.rows_of_split(split))) for split in part.split_names
+            }
+            for part in self._parts
+        }
+
     def iter_sentences(self) -> Iterator[tuple[int, int, str]]:
         """Yield (entry index, ref_id, sentence) for every sentence of the split: the unit of RefCOCO's scores."""
         for index in range(len(self)):

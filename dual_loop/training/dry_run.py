@@ -47,7 +47,7 @@ class PlaceholderTokenizer:
 
 def dry_run(config: Config) -> str:
     """Build the model of ``config`` on the meta device and return the report."""
-    model = build_model(config, _tokenizer(config), device="meta", weights_imported=True)
+    model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
     counts = count_parameters(model)
     memory = estimate_memory(model, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,7 +110,7 @@ def _activation_bytes(config: Config) -> float:
     return float((kept if config.model.gradient_checkpointing else 16 * kept) + inside)
 
 
-def _tokenizer(config: Config) -> Any:
+def meta_tokenizer(config: Config) -> Any:
     """Load the tokenizer where there is one; else take the vocabulary size that the config names."""
     try:
         return build_tokenizer(config.model, config.train.model_path)

@@ -1,0 +1,5 @@
+"""GPUs of 48 GB: batch 4, four regions of an image, accumulation 2 (64 on 8 GPUs)."""
+
+_base_ = ["sa2va_4b_full.py"]
+
+train = dict(batch_size=4, gradient_accumulation_steps=2)

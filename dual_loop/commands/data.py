@@ -1,0 +1,135 @@
+"""``dual-loop data check|stats|preview``: is the data sound, what is in it, what does the model see of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.errors import ConfigError, DualLoopError
+from dual_loop.flags import add_data_flags, overrides_from
+from dual_loop.model.build import geometry
+from dual_loop.preflight import data_checks
+from dual_loop.preflight.data_checks import SourceReport
+from dual_loop.preflight.findings import Finding, as_dict, as_text, has_problem
+from dual_loop.preflight.preview import preview_page
+from dual_loop.types import RegionSource
+
+DESCRIPTIONS = {
+    "check": "Read the data the way training does; count what is skipped and why; look for held-out images.",
+    "stats": "Measure what is in the data: sizes, regions, areas, captions.",
+    "preview": "Write a page of what the model really sees.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 where a check found a problem, 2 for a wrong call."""
+    args = _parser().parse_args(argv)
+    try:
+        config = load_config(resolve_config_path(args.config), overrides_from(args))
+        sources, findings = data_checks.open_sources(config.data)
+        if args.what == "check":
+            return _check(args, config, sources, findings)
+        if findings:
+            raise ConfigError(as_text(findings))
+        return _stats(args, config, sources) if args.what == "stats" else _preview(args, config, sources)
+    except DualLoopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dual-loop data", description="Look at data before training on it.")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="check|stats|preview")
+    for name, text in DESCRIPTIONS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", default="tiny_cpu", metavar="FILE|NAME", help="whose image sizes count")
+        if name == "preview":
+            command.add_argument("--samples", type=int, default=6, metavar="NUMBER", help="entries of a source (6)")
+            command.add_argument("--out", type=Path, default=Path("outputs/preview.html"), metavar="FILE")
+        else:
+            text = "entries of a source to read, evenly spread; 0: all (default: 200)"
+            command.add_argument("--samples", type=int, default=200, metavar="NUMBER", help=text)
+            command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "check":
+            text = "compare images with held-out ones by id alone, not by sight"
+            command.add_argument("--ids_only", action="store_true", help=text)
+        add_data_flags(command)
+    return parser
+
+
+def _check(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource], findings: list[Finding]) -> int:
+    for source in sources:
+        report = _read(source, args.samples, config)
+        findings += data_checks.findings_of(report, config.data.max_bad_fraction)
+        findings += data_checks.expected_counts(source)
+    leaks: list[Any] = []
+    if sources:
+        found, leaks = data_checks.check_leakage(sources, config.data, by_sight=not args.ids_only)
+        findings += found
+    if args.json:
+        listed = [{"source": leak.source, "entry": leak.entry_id, "message": str(leak)} for leak in leaks]
+        print(json.dumps({**as_dict(findings), "leaks": listed}, indent=2, ensure_ascii=False))
+    else:
+        print(as_text(findings))
+        for leak in leaks:
+            print(f"leak: {leak}")
+        print("problems were found" if has_problem(findings) else "no problem was found")
+    return 1 if has_problem(findings) else 0
+
+
+def _stats(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource]) -> int:
+    stats = {source.name: stats_of(_read(source, args.samples, config)) for source in sources}
+    if args.json:
+        print(json.dumps(stats, indent=2))
+        return 0
+    for name, values in stats.items():
+        print(name)
+        for key, value in values.items():
+            print(f"  {key:<28}{value}")
+    return 0
+
+
+def stats_of(report: SourceReport) -> dict[str, Any]:
+    """Return plain values: counts, and quantiles (5, 50, 95 %) of what varies."""
+    values: dict[str, Any] = {"entries": report.entries, "read": report.read, "good": report.good}
+    values["skipped"] = dict(report.reasons) or "none"
+    if not report.good:
+        return values
+    heights, widths = zip(*report.sizes, strict=True)
+    total = sum(report.regions)
+    values["regions an image"] = _quantiles(report.regions)
+    values["mask, % of the image"] = _quantiles([100 * area for area in report.areas])
+    values["width"], values["height"] = _quantiles(widths), _quantiles(heights)
+    values["captioned regions"] = f"{sum(count > 0 for count in report.captions)} of {total}"
+    if report.words:
+        values["words a caption"] = _quantiles(report.words)
+    values["grid cell rescued"] = f"{report.rescued} of {total}"
+    return values
+
+
+def _quantiles(values: Sequence[float]) -> str:
+    low, middle, high = np.percentile(np.asarray(values, float), [5, 50, 95])
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _preview(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource]) -> int:
+    page = preview_page(sources, args.samples, geometry(config), config.train.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page, encoding="utf-8")
+    print(f"{args.out} ({len(page) / 1e6:.1f} MB)")
+    return 0
+
+
+def _read(source: RegionSource, count: int, config: Config) -> SourceReport:
+    with tqdm(total=1, desc=source.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        report = data_checks.read_source(source, count or None, geometry(config), config.train.seed)
+        bar.update(1)
+    return report

@@ -1,0 +1,184 @@
+"""The data: what every source holds, what its readers make of it, and what must not be in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dual_loop.config import Config, DataConfig
+from dual_loop.data.dataset_builder import SETTING_PREFIX, build_sources
+from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
+from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.errors import ConfigError, SampleError
+from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
+from dual_loop.types import RegionSource
+
+DECODED = 8
+LOOKED_AT = 20_000
+"""Most images of a source that are compared by sight; more take minutes."""
+
+# References by split, from the releases: refs(unc).p of RefCOCO, refs(umd).p of RefCOCOg.
+EXPECTED_REFS = {
+    "refcoco": {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
+    "refcocog": {"train": 42226, "val": 2573, "test": 5023},
+}
+# Images by split of RefCOCO's release.
+EXPECTED_IMAGES = {"refcoco": {"train": 16994, "val": 1500, "testA": 750, "testB": 750}}
+
+
+@dataclass
+class SourceReport:
+    """What was found when a source was read.
+
+    Attributes:
+        name: of the source.
+        entries: in its index.
+        read: how many entries were read; good: how many of these can be used.
+        reasons: why the others cannot, with one message each.
+        regions, captions, areas, sizes, rescued: of the good ones: regions an image, captions a region, share of the
+            image that a mask covers, (H, W) of images, regions whose grid cell had to be rescued.
+    """
+
+    name: str
+    entries: int
+    read: int = 0
+    good: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    messages: dict[str, str] = field(default_factory=dict)
+    regions: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    rescued: int = 0
+
+
+def open_sources(data: DataConfig) -> tuple[list[RegionSource], list[Finding]]:
+    """Open every data set that is given, one by one, so that one broken root does not hide the others."""
+    sources, findings = [], []
+    fields = {f"{prefix}_dir": None for prefix in SETTING_PREFIX.values()}
+    for name, prefix in SETTING_PREFIX.items():
+        path = getattr(data, f"{prefix}_dir")
+        if path is None:
+            continue
+        try:
+            settings: dict[str, Any] = {**fields, f"{prefix}_dir": path}
+            sources += build_sources(replace(data, **settings))
+        except ConfigError as error:
+            text = str(error).split("\n", 1)[-1].strip().removeprefix("- ")
+            findings.append(Finding(PROBLEM, "data", f"{name}: {text}", f"check --{prefix}_dir"))
+    if not sources and not findings:
+        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
+        findings.append(Finding(PROBLEM, "data", "no data set is given", f"set at least one of {flags}"))
+    return sources, findings
+
+
+def read_source(source: RegionSource, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
+    """Read ``count`` entries, evenly spread (None: all), the way that training does.
+
+    Args:
+        source: the reader.
+        count: entries to read.
+        geometry: sizes of the model, for the checks of preparation.
+        seed: of the drawn regions.
+    """
+    report = SourceReport(source.name, len(source))
+    wanted = len(source) if count is None else min(count, len(source))
+    for index in sorted(set(np.linspace(0, len(source) - 1, wanted).astype(int).tolist())):
+        report.read += 1
+        rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
+        try:
+            sample = source.load(index, rng)
+            seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
+            prepared = prepare_sample(sample, geometry, rng, seeds)
+        except SampleError as error:
+            report.reasons[error.reason] += 1
+            report.messages.setdefault(error.reason, str(error))
+            continue
+        report.good += 1
+        report.regions.append(sample.num_regions)
+        report.captions += [len(texts) for texts in sample.captions]
+        report.words += [len(text.split()) for texts in sample.captions for text in texts]
+        report.areas += [float(mask.mean()) for mask in sample.masks]
+        report.sizes.append((sample.image.shape[0], sample.image.shape[1]))
+        report.rescued += int(prepared.grid_rescued.sum())
+    return report
+
+
+def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Finding]:
+    """Say how a source did; a source that would stop a run is a problem."""
+    text = f"{report.name}: {report.entries:,} entries, {report.good} of {report.read} read are good"
+    bad = report.read - report.good
+    if not bad:
+        yield Finding(OK, "data", text)
+        return
+    reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons.most_common())
+    level = PROBLEM if bad > max_bad_fraction * report.read else WARNING
+    yield Finding(level, "data", f"{text} ({reasons})", "mend these files, or raise data.max_bad_fraction")
+    for reason, message in report.messages.items():
+        yield Finding(NOTE, "data", f"first {reason}: {message}")
+
+
+def expected_counts(source: RegionSource) -> Iterator[Finding]:
+    """Compare RefCOCO's splits with the release; other sizes are worth knowing, no fault."""
+    if not isinstance(source, RefCoco):
+        return
+    for label, counts in source.split_counts().items():
+        name = label.partition(":")[0]
+        for split, (images, refs) in counts.items():
+            want_refs = EXPECTED_REFS.get(name, {}).get(split)
+            want_images = EXPECTED_IMAGES.get(name, {}).get(split)
+            text = f"{label} {split}: {refs:,} references on {images:,} images"
+            if want_refs is None:
+                yield Finding(NOTE, "data", text)
+            elif refs == want_refs and want_images in (None, images):
+                yield Finding(OK, "data", f"{text}, as released")
+            else:
+                yield Finding(NOTE, "data", f"{text}; the release has {want_refs:,} references")
+
+
+def check_leakage(
+    sources: Sequence[RegionSource], data: DataConfig, *, by_sight: bool
+) -> tuple[list[Finding], list[Leak]]:
+    """Look for held-out images among the training data, by id and, if asked, by sight."""
+    held_out = held_out_of(data)
+    if not held_out:
+        return [Finding(NOTE, "leakage", "no held-out RefCOCO split is at hand to compare with")], []
+    findings, leaks = [], []
+    for source in sources:
+        found = {leak.entry: leak for leak in leaked_by_id(source, held_out)}
+        looked_at = 0
+        if by_sight:
+            seen, looked_at = leaked_by_sight(source, list(held_out.values()), LOOKED_AT)
+            for leak in seen:
+                found.setdefault(leak.entry, leak)
+        how = f"by id, {looked_at:,} of {len(source):,} by sight" if by_sight else "by id"
+        if not found:
+            findings.append(Finding(OK, "leakage", f"{source.name}: no held-out image ({how})"))
+            continue
+        leaks += list(found.values())
+        first = next(iter(found.values()))
+        text = f"{source.name}: {len(found)} of {len(source):,} entries show held-out images ({how}), such as {first}"
+        fix = "remove these files; --leakage_guard drop leaves out those that an id tells"
+        findings.append(Finding(PROBLEM, "leakage", text, fix))
+    return findings, leaks
+
+
+def check_captions(config: Config) -> Iterator[Finding]:
+    """Look for captions where a reward, or the anchor of the language, needs them."""
+    data = config.data
+    has_captions = data.refcoco_dir is not None or data.masks_dir is not None
+    if config.reward.caption_weight > 0 and not has_captions:
+        fix = "give --refcoco_dir or captioned --masks_dir, or set --caption_reward_weight 0"
+        yield Finding(PROBLEM, "captions", "the caption reward is on and no data set has captions", fix)
+    elif not has_captions:
+        fix = "mix in --refcoco_dir, or watch `frozen_cycle_iou` and `kl`"
+        text = "no data set has captions: nothing keeps the language of step 1 in place but the start"
+        yield Finding(WARNING, "captions", text, fix)
+    else:
+        yield Finding(OK, "captions", "captions anchor the language of step 1")

@@ -1,0 +1,209 @@
+"""The machine: versions, device, precision, memory, disk, and whether processes reach each other."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dual_loop.config import CONFIG_DIR, Config, load_config
+from dual_loop.errors import EnvironmentProblem
+from dual_loop.preflight.data_checks import check_captions
+from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
+from dual_loop.training.devices import available_cores, precision
+from dual_loop.training.dry_run import estimate_memory
+from dual_loop.training.run_folder import versions
+
+GIB = 2**30
+PRESETS = {24: "sa2va_4b_24gb", 48: "sa2va_4b_48gb", 80: "sa2va_4b_80gb"}
+USABLE_SHARE = 0.9
+"""Of a device's memory: the rest goes to the context, to fragments and to what the estimate leaves out."""
+COPIES_OF_TRAINED = 4
+"""A checkpoint holds parameters, averages and two Adam moments, in float32."""
+ALL_REDUCE_SECONDS = 60
+
+_ALL_REDUCE = """
+import sys, torch, torch.distributed as dist
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+value = torch.tensor([float(rank + 1)])
+dist.all_reduce(value)
+assert value.item() == 3.0, value
+dist.barrier()
+"""
+
+
+def check_versions() -> Iterator[Finding]:
+    """Say what is installed, in one line that can be pasted into an issue."""
+    found = versions()
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    yield Finding(NOTE, "versions", f"Python {found['python']}, {packages}")
+    yield Finding(NOTE, "versions", f"{found['platform']}, commit {str(found['git_commit'])[:12]}")
+    missing = [name for name, version in found["packages"].items() if version == "not installed"]
+    if missing:
+        fix = "bash test_dual_loop.sh sets up the environment"
+        yield Finding(PROBLEM, "versions", f"not installed: {', '.join(missing)}", fix)
+
+
+def has_bf16(device_type: str) -> bool:
+    """Tell whether the device computes in bfloat16 itself; elsewhere it is emulated, many times slower."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return True  # torch cannot tell on others; ARM cores of the last years have it
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def check_precision(config: Config) -> Iterator[Finding]:
+    """Look for bf16 where the configuration computes in it."""
+    device_type = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
+    wanted, has = precision(config), has_bf16(device_type)
+    if wanted != "bf16":
+        yield Finding(OK, "device", f"computes in {config.model.dtype}, without mixed precision")
+    elif has:
+        yield Finding(OK, "device", f"computes in bf16, which this {device_type} has")
+    else:
+        level = WARNING if config.train.allow_emulated_bf16 else PROBLEM
+        fix = (
+            "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
+            "train.allow_emulated_bf16=True to wait for it"
+        )
+        yield Finding(level, "device", f"bf16 is asked for and this {device_type} would have to emulate it", fix)
+
+
+def check_device(config: Config) -> Iterator[Finding]:
+    """Say what there is to compute on."""
+    yield Finding(NOTE, "device", f"{available_cores()} CPU cores, {_ram()[1] / GIB:.1f} GiB of memory free")
+    if not torch.cuda.is_available():
+        level = PROBLEM if config.train.device == "cuda" else NOTE
+        yield Finding(level, "device", "no GPU is visible", "--device cpu" if level == PROBLEM else "")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        yield Finding(NOTE, "device", f"GPU {index}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    attention = config.model.attn_implementation
+    backends = [
+        name
+        for name, is_on in (
+            ("flash", torch.backends.cuda.flash_sdp_enabled()),
+            ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
+            ("math", torch.backends.cuda.math_sdp_enabled()),
+        )
+        if is_on
+    ]
+    yield Finding(NOTE, "device", f"attention: {attention}, kernels {', '.join(backends)}")
+
+
+def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
+    """Compare the estimate of one process with the memory there is; name the preset that would fit."""
+    needed = sum(estimate_memory(meta_model, config).values())
+    if torch.cuda.is_available() and config.train.device != "cpu":
+        free, where = torch.cuda.mem_get_info(0)[0] / GIB, "on GPU 0"
+    else:
+        # Processes of one machine share its memory.
+        free, where = _ram()[1] / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "of memory"
+    text = f"estimate {needed:.2f} GiB a process, {free:.1f} GiB free {where}"
+    if needed <= USABLE_SHARE * free:
+        yield Finding(OK, "memory", text)
+        return
+    fitting = [size for size in PRESETS if size <= free / USABLE_SHARE + 1]
+    is_large = config.model.name.startswith("sa2va")
+    fix = f"--config {PRESETS[max(fitting)]}" if fitting and is_large else "--batch_size 1 --regions_per_image 1"
+    yield Finding(WARNING, "memory", text, fix)
+
+
+def preset_estimates() -> dict[str, float]:
+    """Return the estimate of every memory preset in GiB a process (builds each model without memory)."""
+    from dual_loop.model.build import build_model
+    from dual_loop.training.dry_run import meta_tokenizer
+
+    found = {}
+    for name in PRESETS.values():
+        config = load_config(CONFIG_DIR / f"{name}.py")
+        model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
+        found[name] = sum(estimate_memory(model, config).values())
+    return found
+
+
+def check_output(config: Config, meta_model: nn.Module | None = None) -> Iterator[Finding]:
+    """Look for write access and for room for the checkpoints."""
+    folder = Path(config.train.output_dir)
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())
+    probe = existing / f".dual_loop_{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        yield Finding(PROBLEM, "run folder", f"{existing} cannot be written: {error}", "choose another --output_dir")
+        return
+    yield Finding(OK, "run folder", f"{existing} can be written")
+    if meta_model is None:
+        return
+    trained = sum(p.numel() for p in meta_model.parameters() if p.requires_grad)
+    one = 4 * COPIES_OF_TRAINED * trained
+    # A new checkpoint is written before the oldest is removed.
+    needed, free = one * (config.train.keep_checkpoints + 1), shutil.disk_usage(existing).free
+    text = f"{config.train.keep_checkpoints + 1} checkpoints of {one / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
+    if needed <= free:
+        yield Finding(OK, "run folder", text)
+    else:
+        fix = "free some space, move --output_dir, or lower --keep_checkpoints"
+        yield Finding(PROBLEM, "run folder", text, fix)
+
+
+def require_ready(config: Config) -> list[Finding]:
+    """Return the warnings of the quick checks that come before every training.
+
+    Raises:
+        EnvironmentProblem: something would stop the run; every such finding is listed.
+    """
+    findings = [*check_precision(config), *check_output(config), *check_captions(config)]
+    problems = [finding for finding in findings if finding.level == PROBLEM]
+    if problems:
+        listing = "\n".join(f"  - {finding.what}; to do: {finding.fix}" for finding in problems)
+        raise EnvironmentProblem(f"{len(problems)} problem(s) before the start (see `dual-loop doctor`):\n{listing}")
+    return [finding for finding in findings if finding.level == WARNING]
+
+
+def check_all_reduce() -> Iterator[Finding]:
+    """Let two processes add a number over gloo on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", _ALL_REDUCE]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    errors = []
+    for rank in ranks:
+        try:
+            _, text = rank.communicate(timeout=ALL_REDUCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            text = f"no answer in {ALL_REDUCE_SECONDS} s"
+        if rank.returncode != 0:
+            errors.append(text.strip().splitlines()[-1] if text.strip() else f"exit {rank.returncode}")
+    if errors:
+        fix = "check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and the firewall of this machine"
+        yield Finding(PROBLEM, "processes", f"two processes cannot add a number: {errors[0]}", fix)
+    else:
+        yield Finding(OK, "processes", "two processes added a number over gloo")
+
+
+def _ram() -> tuple[int, int]:
+    """Return total and available bytes of memory."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)

@@ -1,0 +1,114 @@
+"""The model that a configuration asks for: tokens, checkpoint, what trains, one batch forward and backward."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from dual_loop.checkpoint.weights_plan import tokenizer_folder, weights_sources
+from dual_loop.config import Config
+from dual_loop.data.demo_scenes import generate_scene
+from dual_loop.data.prepare import collate as collate_samples
+from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng
+from dual_loop.errors import DualLoopError, SampleError
+from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.segmenter import compute_segmentation_loss
+from dual_loop.model.adapters import trainable_parameters, trainable_table
+from dual_loop.model.build import build_tokenizer, geometry
+from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, Prompter
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
+from dual_loop.types import RegionSample, RegionSource
+
+
+def check_tokens(config: Config) -> Iterator[Finding]:
+    """Look whether every special token is one token, and where Sa2VA appends its five."""
+    try:
+        tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
+        Prompter(tokenizer, config.model.template, geometry(config).grid_size ** 2)
+    except DualLoopError as error:
+        yield Finding(PROBLEM, "tokens", str(error))
+        return
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in NEW_TOKENS]
+    context = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    text = f"{len(tokenizer):,} tokens; {IMAGE_CONTEXT} is {context}, {NEW_TOKENS[0]} is {ids[0]}"
+    if ids == list(range(ids[0], ids[0] + len(ids))):
+        yield Finding(OK, "tokens", f"{text}; all special tokens are single and follow each other")
+    else:
+        fix = "append them in the order of dual_loop.model.prompts.NEW_TOKENS"
+        yield Finding(PROBLEM, "tokens", f"{text}; the new tokens are scattered: {ids}", fix)
+
+
+def check_weights(config: Config) -> Iterator[Finding]:
+    """Say which weights a run would start from, after a look at their headers."""
+    try:
+        sources = weights_sources(config)
+    except DualLoopError as error:
+        yield Finding(PROBLEM, "weights", str(error))
+        return
+    if not sources:
+        fix = "give --pretrained_pth; a random model captions nothing that step 2 could use"
+        yield Finding(WARNING, "weights", "no weights: a random start", fix)
+    for source in sources:
+        yield Finding(OK, "weights", f"{source} can be read")
+
+
+def check_trains(model: torch.nn.Module) -> Iterator[Finding]:
+    """Say what trains and what does not."""
+    for line in trainable_table(model).splitlines():
+        yield Finding(NOTE, "what trains", line.strip())
+
+
+def check_batch(
+    model: VideoLLaVASAMModel, prompter: Prompter, config: Config, sources: Sequence[RegionSource]
+) -> Iterator[Finding]:
+    """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
+    sizes = geometry(config)
+    for name, sample in _one_of_each(sources):
+        prepared = prepare_sample(
+            sample, sizes, sample_rng(0, name), [region_seed(0, name, place) for place in range(sample.num_regions)]
+        )
+        batch = collate_samples([prepared]).to(model.device)
+        started = time.perf_counter()
+        captioner = Captioner(model, prompter, config.loop, is_silent=True)
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+        with autocast:
+            with torch.no_grad():
+                features = model.encode_vision(batch.pixel_values)
+            [rollout] = captioner.roll_out([batch], [features])
+            output = compute_segmentation_loss(model, batch, rollout, prompter, config.loop, features)
+        loss = torch.stack([term.mean for term in output["terms"].values()]).sum()
+        loss.backward()
+        gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
+        norm = float(torch.sqrt(sum((g.float() ** 2).sum() for g in gradients)))  # type: ignore[arg-type]
+        model.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        figures = f"loss {float(loss):.3f}, gradient norm {norm:.3g}, {seconds:.1f} s"
+        text = f"{name}: caption {rollout.captions[0]!r}, {figures}"
+        if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+            yield Finding(PROBLEM, "one batch", text, "check the weights and the precision")
+        elif rollout.num_rejected:
+            fix = "check that the weights are trained ones, and --max_new_tokens"
+            yield Finding(WARNING, "one batch", f"{text}; {rollout.rejected[0]} caption", fix)
+        else:
+            yield Finding(OK, "one batch", text)
+
+
+def _one_of_each(sources: Sequence[RegionSource]) -> Iterator[tuple[str, RegionSample]]:
+    for source in sources:
+        for index in range(min(len(source), 32)):
+            try:
+                sample = source.load(index, sample_rng(0, source.entry_id(index)))
+            except SampleError:
+                continue
+            yield source.name, sample
+            break
+    if not sources:
+        scene = generate_scene(0)
+        names = tuple(str(k) for k in range(len(scene.objects)))
+        masks = np.asarray(scene.masks)
+        yield "generated", RegionSample("generated", "scene", scene.image, masks, names, ((),) * len(names))

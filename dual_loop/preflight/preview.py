@@ -1,0 +1,87 @@
+"""A page of what the model really sees: the tiles, the prompt grid on them, the grounding image with its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.errors import SampleError
+from dual_loop.pages import Figure, Page
+from dual_loop.pictures import GIVEN_COLOUR, data_uri, overlay
+from dual_loop.types import RegionSample, RegionSource
+
+SIDE = 260
+
+
+def preview_page(sources: Sequence[RegionSource], count: int, geometry: Geometry, seed: int) -> str:
+    """Return a page with ``count`` entries of every source, evenly spread, prepared exactly as training does.
+
+    Args:
+        sources: the readers.
+        count: entries of each.
+        geometry: sizes of the model.
+        seed: of the drawn regions and captions.
+    """
+    grid = f"{geometry.grid_size} x {geometry.grid_size}"
+    lead = (
+        f"vision tiles of {geometry.vision_image_size} pixels, prompt grid {grid}, "
+        f"grounding image {geometry.grounding_size}, target {geometry.mask_size} x {geometry.mask_size}"
+    )
+    page = Page("What the model really sees", lead)
+    for source in sources:
+        page.heading(f"{source.name}: {len(source):,} entries")
+        figures: list[Figure] = []
+        for index in sorted(set(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist())):
+            try:
+                figures += _entry(source, index, geometry, seed)
+            except SampleError as error:
+                page.text(f"{source.entry_id(index)} is skipped ({error.reason}): {error}", "bad")
+        page.gallery(figures, is_wide=True)
+    return page.html()
+
+
+def _entry(source: RegionSource, index: int, geometry: Geometry, seed: int) -> list[Figure]:
+    rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
+    sample = source.load(index, rng)
+    seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
+    prepared = prepare_sample(sample, geometry, rng, seeds)
+    return [_region(sample, prepared, place, geometry) for place in range(sample.num_regions)]
+
+
+def _region(sample: RegionSample, prepared: Prepared, place: int, geometry: Geometry) -> Figure:
+    """Draw one region: the image, the last tile with the kept grid cells, the grounding image with the target."""
+    grid = prepared.prompt_masks[place].numpy()
+    tile = _denormalised(prepared.pixel_values[prepared.tiles_per_view[0] - 1], geometry)
+    cells = np.asarray(Image.fromarray(grid.astype(np.uint8)).resize(tile.shape[1::-1], Image.Resampling.NEAREST)) > 0
+    grounding = prepared.g_pixel_values.permute(1, 2, 0).contiguous().numpy()
+    target = prepared.target_masks[place].numpy()
+    size = (grounding.shape[1], grounding.shape[0])
+    full = np.asarray(Image.fromarray(target).resize(size, Image.Resampling.NEAREST)) > 0
+    pictures = [
+        overlay(sample.image, sample.masks[place], GIVEN_COLOUR, SIDE),
+        overlay(tile, cells, GIVEN_COLOUR, SIDE),
+        overlay(grounding, full, GIVEN_COLOUR, SIDE),
+    ]
+    rescued = ", rescued" if bool(prepared.grid_rescued[place]) else ""
+    height, width = sample.image.shape[:2]
+    lines = [
+        prepared.region_names[place],
+        f"{width} x {height} pixels, {prepared.tiles_per_view[0]} tile(s), {int(grid.sum())} grid cells{rescued}, "
+        f"target {int(target.sum())} of {target.size} pixels",
+        f"caption: {prepared.captions[place] or 'none, step 1 writes it'}",
+    ]
+    if sample.target_image is not None:
+        lines.append("frame pair: captioned on the first, segmented on the second")
+    return Figure([data_uri(picture) for picture in pictures], lines)
+
+
+def _denormalised(tile: torch.Tensor, geometry: Geometry) -> np.ndarray:
+    """Return a tile (3, I, I) as (I, I, 3) uint8."""
+    mean = torch.tensor(geometry.image_mean).view(3, 1, 1)
+    std = torch.tensor(geometry.image_std).view(3, 1, 1)
+    pixels = ((tile * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
