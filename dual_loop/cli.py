@@ -21,6 +21,7 @@ COMMANDS = {
     "caption": "describe masked regions of images",
     "segment": "segment what a text describes",
     "loop": "describe regions, segment the descriptions, compare",
+    "serve": "the loop in a browser: draw, caption, edit, segment",
     "export": "write a run's weights in the formats of Sa2VA, transformers or peft, and read them back",
     "demo-data": "write a generated data set in the four on-disk formats",
 }

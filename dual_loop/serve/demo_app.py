@@ -1,0 +1,357 @@
+"""The loop in a browser: draw or upload masks, read their captions, edit them, watch the masks that come back.
+
+Needs the extra ``demo`` (gradio). The server listens on 127.0.0.1 unless told otherwise, and nothing is loaded from
+elsewhere: fonts and scripts are gradio's own.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_loop.data.demo_scenes import generate_scene
+from dual_loop.data.masks_dir import read_mask_file
+from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain
+from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
+from dual_loop.serve.predictor import Predictor, iou_table
+
+SIDE = 440
+SAME_IMAGE = 4.0
+"""Mean difference of two images, in 0..255, below which they are the same picture encoded twice."""
+MAX_REGIONS = 8
+MAX_UPLOAD = "20mb"
+EXAMPLE_SEEDS = (1003, 1002, 1011)
+START_TEXT = "Open an image, draw over an object with the brush, and press **Caption what I drew**."
+CSS = """
+.gradio-container{max-width:1180px!important;margin:auto!important}
+#matrix table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+#matrix th,#matrix td{padding:6px 12px;text-align:center;border:1px solid var(--border-color-primary)}
+#matrix th{font-weight:600}#matrix td.own{outline:2px solid var(--color-accent);outline-offset:-2px}
+#iou p{font-size:1.5rem;font-weight:700;font-variant-numeric:tabular-nums;margin:0}
+"""
+
+
+@dataclass
+class Session:
+    """What one visitor has drawn: an image, its regions, and what the model made of them.
+
+    Attributes:
+        image: (H, W, 3) uint8, None before the first region.
+        names, masks: of the regions; masks are (H, W) bool.
+        captions: as written, or as edited.
+        back: the masks that the captions led to, (H, W) bool.
+    """
+
+    image: np.ndarray | None = None
+    names: list[str] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    back: list[np.ndarray] = field(default_factory=list)
+
+    def matrix(self) -> np.ndarray:
+        """Return the IoU (N, N) of every mask that came back with every given mask."""
+        return iou_table(np.stack(self.back), np.stack(self.masks)) if self.masks else np.zeros((0, 0))
+
+
+class DemoLogic:
+    """What the page does, without the page: every method takes a session and returns a new one.
+
+    Args:
+        predictor: the model in use.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def add_regions(
+        self, session: Session, image: np.ndarray | None, regions: Sequence[tuple[str, np.ndarray]]
+    ) -> Session:
+        """Caption new regions and segment their captions; another image starts anew.
+
+        Raises:
+            SampleError: no image, no region, too many, or a mask that does not fit.
+        """
+        if image is None:
+            raise SampleError("not_an_image", explain("no image is open", fix="open one, or choose an example"))
+        if not regions:
+            fix = "draw over an object with the brush, or upload a mask"
+            raise SampleError("empty_mask", explain("no region is marked", fix=fix))
+        old = session if _is_same(session.image, image) else Session()
+        image = image if old.image is None else old.image
+        if len(old.masks) + len(regions) > MAX_REGIONS:
+            seen, expected = len(old.masks) + len(regions), f"at most {MAX_REGIONS}"
+            raise SampleError("too_many", explain("too many regions", seen=seen, expected=expected, fix="start over"))
+        for name, mask in regions:
+            if mask.shape != image.shape[:2]:
+                fix = "draw the mask on this very image"
+                message = explain("a mask and the image differ in size", name, mask.shape, image.shape[:2], fix)
+                raise SampleError("size_mismatch", message)
+        result = self.predictor.loop(image, np.stack([mask for _, mask in regions]))
+        first = len(old.names) + 1
+        # Numbered, so that two files of one name stay apart.
+        names = [f"{first + k}: {name}" if name else f"region {first + k}" for k, (name, _) in enumerate(regions)]
+        return Session(
+            image,
+            [*old.names, *names],
+            [*old.masks, *(mask for _, mask in regions)],
+            [*old.captions, *result.captions],
+            [*old.back, *result.masks],
+        )
+
+    def edit(self, session: Session, place: int, caption: str) -> Session:
+        """Segment another caption of a region.
+
+        Raises:
+            SampleError: there is no such region. PromptError: the caption holds a special token.
+        """
+        if session.image is None or not 0 <= place < len(session.masks):
+            raise SampleError("no_region_left", explain("no region is chosen", fix="mark a region first"))
+        captions, back = list(session.captions), list(session.back)
+        captions[place] = caption
+        text = caption.strip()
+        empty = np.zeros(session.image.shape[:2], bool)
+        back[place] = self.predictor.segment(session.image, text)[0].mask if text else empty
+        return replace(session, captions=captions, back=back)
+
+
+def _is_same(first: np.ndarray | None, second: np.ndarray) -> bool:
+    """Tell whether two images are one, up to what an encoder changes."""
+    if first is None or first.shape != second.shape:
+        return False
+    return float(np.abs(first.astype(np.int16) - second.astype(np.int16)).mean()) < SAME_IMAGE
+
+
+def read_uploads(paths: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+    """Return the regions of uploaded mask files; messages name the files as the visitor knows them.
+
+    Raises:
+        SampleError: a file is no mask.
+    """
+    regions: list[tuple[str, np.ndarray]] = []
+    for path in map(Path, paths):
+        try:
+            regions += read_mask_file(path)
+        except SampleError as error:
+            seen, expected = error.reason.replace("_", " "), "a PNG mask: 0 and 255, or labels"
+            message = explain("an uploaded file cannot be used", path.name, seen, expected, "upload another file")
+            raise SampleError(error.reason, message) from error
+    return regions
+
+
+def read_drawing(value: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return (image, mask) of an image editor's value: RGB pixels, and where anything was drawn; None where neither."""
+    if not value or value.get("background") is None:
+        return None, None
+    image = np.ascontiguousarray(np.asarray(value["background"])[:, :, :3])
+    drawn = np.zeros(image.shape[:2], bool)
+    for layer in value.get("layers") or []:
+        drawn |= np.asarray(layer)[:, :, 3] > 0
+    return image, drawn if drawn.any() else None
+
+
+def matrix_html(session: Session) -> str:
+    """Return the IoU of every caption's mask with every region as a table; the own region is outlined."""
+    if not session.masks:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in session.names)
+    rows = []
+    for place, values in enumerate(session.matrix()):
+        cells = []
+        for column, value in enumerate(values):
+            kind = ' class="own"' if column == place else ""
+            cells.append(f'<td{kind} style="background:rgba(0,150,220,{0.65 * value:.2f})">{value:.2f}</td>')
+        rows.append(f"<tr><th>“{html.escape(session.captions[place])}”</th>{''.join(cells)}</tr>")
+    return f"<table><tr><th>caption \\ region</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def pictures(session: Session, place: int) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+    """Return the given mask and the one that came back, drawn on the image, and the IoU as text."""
+    if session.image is None or not 0 <= place < len(session.masks):
+        return None, None, ""
+    given = overlay(session.image, session.masks[place], GIVEN_COLOUR, SIDE)
+    back = overlay(session.image, session.back[place], PREDICTED_COLOUR, SIDE, outline=session.masks[place])
+    return np.asarray(given), np.asarray(back), f"IoU {session.matrix()[place, place]:.3f}"
+
+
+class DemoPage:
+    """The page: gradio components, and what happens when they are used.
+
+    Args:
+        gr: the gradio module.
+        predictor: the model in use.
+        title: which weights, shown at the top.
+    """
+
+    def __init__(self, gr: Any, predictor: Predictor, title: str) -> None:
+        self.gr, self.logic = gr, DemoLogic(predictor)
+        with gr.Blocks(title="dual_loop", analytics_enabled=False) as self.app:
+            gr.Markdown(f"# dual_loop\nmask → caption → mask: does the caption lead back? &nbsp; *{title}*")
+            self.session = gr.State(Session())
+            with gr.Row():
+                with gr.Column(scale=1):
+                    self._drawing()
+                with gr.Column(scale=1):
+                    self._results()
+            gr.Markdown("### Does every caption pick its own region?")
+            self.matrix = gr.HTML("", elem_id="matrix")
+            self._connect()
+
+    def _drawing(self) -> None:
+        gr = self.gr
+        self.editor = gr.ImageEditor(
+            label="1. Mark a region",
+            sources=["upload", "clipboard"],
+            brush=gr.Brush(default_size=14, colors=["#ff8c00"], color_mode="fixed"),
+            layers=False,
+            transforms=(),
+            elem_id="editor",
+            height=460,
+            format="png",  # a lossy format would change the image at every round
+        )
+        with gr.Row():
+            self.add = gr.Button("Caption what I drew", variant="primary", elem_id="add")
+            self.upload = gr.UploadButton("Upload masks", file_count="multiple", elem_id="upload", min_width=120)
+            self.clear = gr.Button("Start over", elem_id="clear", min_width=100)
+        scenes = [generate_scene(seed).image for seed in EXAMPLE_SEEDS]
+        gr.Examples(examples=scenes, inputs=self.editor, label="Examples")
+
+    def _results(self) -> None:
+        gr = self.gr
+        self.status = gr.Markdown(START_TEXT, elem_id="status")
+        self.region = gr.Radio([], label="2. Region", elem_id="region", visible=False)
+        self.caption = gr.Textbox(label="3. Caption (edit it: the mask follows)", lines=2, elem_id="caption")
+        self.score = gr.Markdown("", elem_id="iou")
+        with gr.Row():
+            with gr.Column(min_width=160):
+                gr.Markdown("given mask")
+                self.given = gr.Image(show_label=False, interactive=False, elem_id="given", buttons=[])
+            with gr.Column(min_width=160):
+                gr.Markdown("mask that came back")
+                self.back = gr.Image(show_label=False, interactive=False, elem_id="back", buttons=[])
+
+    def _connect(self) -> None:
+        shown = [self.session, self.editor, self.status, self.region, self.caption]
+        shown += [self.score, self.given, self.back, self.matrix]
+        busy = {"show_progress_on": [self.status]}  # a veil over the editor would hide what is drawn next
+        self.add.click(self._on_draw, [self.session, self.editor], shown, **busy)
+        self.upload.upload(self._on_upload, [self.session, self.editor, self.upload], shown, **busy)
+        self.clear.click(lambda: self._show(Session(), START_TEXT, None), None, shown)
+        edited = [self.session, self.status, self.score, self.given, self.back, self.matrix]
+        inputs = [self.session, self.region, self.caption]
+        self.caption.input(self._on_edit, inputs, edited, trigger_mode="always_last", show_progress="hidden")
+        self.region.input(self._on_choose, inputs[:2], [self.caption, self.score, self.given, self.back])
+
+    def _show(self, session: Session, text: str, editor: Any) -> list[Any]:
+        """Return the values of everything that is shown; the newest region is the chosen one."""
+        place = len(session.masks) - 1
+        given, back, iou = pictures(session, place)
+        name = session.names[place] if session.names else None
+        region = self.gr.Radio(choices=session.names, value=name, visible=bool(session.names))
+        words = session.captions[place] if session.captions else ""
+        return [session, editor, text, region, words, iou, given, back, matrix_html(session)]
+
+    def _on_draw(self, session: Session, value: Any) -> list[Any]:
+        image, mask = read_drawing(value)
+        try:
+            session = self.logic.add_regions(session, image, [] if mask is None else [("", mask)])
+        except DualLoopError as error:
+            return self._show(session, _error(error), self.gr.skip())
+        fresh: dict[str, Any] = {"background": image, "layers": [], "composite": image}
+        return self._show(session, "Draw the next region, or edit the caption. The thin outline is the given mask.", fresh)
+
+    def _on_upload(self, session: Session, value: Any, files: Sequence[str] | None) -> list[Any]:
+        image, _ = read_drawing(value)
+        try:
+            regions = read_uploads(files or [])
+            session = self.logic.add_regions(session, image, regions)
+        except DualLoopError as error:
+            return self._show(session, _error(error), self.gr.skip())
+        return self._show(session, f"{len(regions)} region(s) added.", self.gr.skip())
+
+    def _on_edit(self, session: Session, name: str | None, text: str) -> list[Any]:
+        place = _place(session, name)
+        message: Any = self.gr.skip()
+        try:
+            session = self.logic.edit(session, place, text)
+        except DualLoopError as error:
+            message = _error(error)
+        given, back, iou = pictures(session, place)
+        return [session, message, iou, given, back, matrix_html(session)]
+
+    def _on_choose(self, session: Session, name: str | None) -> list[Any]:
+        place = _place(session, name)
+        given, back, iou = pictures(session, place)
+        return [session.captions[place] if place >= 0 else "", iou, given, back]
+
+
+def _place(session: Session, name: str | None) -> int:
+    return session.names.index(name) if name in session.names else -1
+
+
+def _error(error: Exception) -> str:
+    return f"**Error:** {html.escape(str(error))}"
+
+
+def serve(predictor: Predictor, host: str, port: int, title: str, *, blocking: bool = True) -> Any:
+    """Start the server; return gradio's blocks, once it listens (``blocking``: when it ends).
+
+    Raises:
+        EnvironmentProblem: gradio is not installed, or the port is taken.
+    """
+    gr = import_gradio()
+    check_port(host, port)
+    app = DemoPage(gr, predictor, title).app
+    theme = gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    app.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=not blocking,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        footer_links=[],
+        theme=theme,
+        css=CSS,
+    )
+    return app
+
+
+def check_port(host: str, port: int) -> None:
+    """Look whether the port is free.
+
+    Raises:
+        EnvironmentProblem: it is taken, or the host is not this machine's.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fix = "choose another --port, or stop what listens there"
+            raise EnvironmentProblem(
+                explain("the server cannot listen", f"{host}:{port}", str(error), fix=fix)
+            ) from error
+
+
+def import_gradio() -> Any:
+    """Return gradio, told to send nothing anywhere.
+
+    Raises:
+        EnvironmentProblem: it is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import gradio
+    except ImportError as error:
+        fix = "pip install 'dual-loop[demo]', or DUAL_LOOP_EXTRAS=demo bash scripts/setup_env.sh"
+        raise EnvironmentProblem(explain("the demo needs gradio", seen="not installed", fix=fix)) from error
+    return gradio
