@@ -47,6 +47,7 @@ class Session:
         names, masks: of the regions; masks are (H, W) bool.
         captions: as written, or as edited.
         back: the masks that the captions led to, (H, W) bool.
+        drawn: (H, W) bool, all brush strokes that became regions; they stay on the canvas.
     """
 
     image: np.ndarray | None = None
@@ -54,6 +55,7 @@ class Session:
     masks: list[np.ndarray] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     back: list[np.ndarray] = field(default_factory=list)
+    drawn: np.ndarray | None = None
 
     def matrix(self) -> np.ndarray:
         """Return the IoU (N, N) of every mask that came back with every given mask."""
@@ -103,7 +105,25 @@ class DemoLogic:
             [*old.masks, *(mask for _, mask in regions)],
             [*old.captions, *result.captions],
             [*old.back, *result.masks],
+            old.drawn,
         )
+
+    def add_drawing(self, session: Session, image: np.ndarray | None, drawn: np.ndarray | None) -> Session:
+        """Make a region of what was drawn since the last one.
+
+        Where strokes were wiped since then, everything on the canvas is the new region: so a whole can be drawn after
+        its part.
+
+        Raises:
+            SampleError: as :meth:`add_regions`.
+        """
+        regions = []
+        if image is not None and drawn is not None:
+            old = session.drawn if _is_same(session.image, image) else None
+            is_kept = old is not None and old.shape == drawn.shape and bool(drawn[old].all())
+            new = drawn & ~old if old is not None and is_kept else drawn
+            regions = [("", new)] if new.any() else []
+        return replace(self.add_regions(session, image, regions), drawn=drawn)
 
     def edit(self, session: Session, place: int, caption: str) -> Session:
         """Segment another caption of a region.
@@ -237,34 +257,33 @@ class DemoPage:
                 self.back = gr.Image(show_label=False, interactive=False, elem_id="back", buttons=[])
 
     def _connect(self) -> None:
-        shown = [self.session, self.editor, self.status, self.region, self.caption]
-        shown += [self.score, self.given, self.back, self.matrix]
-        busy = {"show_progress_on": [self.status]}  # a veil over the editor would hide what is drawn next
-        self.add.click(self._on_draw, [self.session, self.editor], shown, **busy)
-        self.upload.upload(self._on_upload, [self.session, self.editor, self.upload], shown, **busy)
-        self.clear.click(lambda: self._show(Session(), START_TEXT, None), None, shown)
+        shown = [self.session, self.status, self.region, self.caption, self.score, self.given, self.back, self.matrix]
+        self.add.click(self._on_draw, [self.session, self.editor], shown)
+        self.upload.upload(self._on_upload, [self.session, self.editor, self.upload], shown)
+        self.clear.click(lambda: [None, *self._show(Session(), START_TEXT)], None, [self.editor, *shown])
         edited = [self.session, self.status, self.score, self.given, self.back, self.matrix]
         inputs = [self.session, self.region, self.caption]
         self.caption.input(self._on_edit, inputs, edited, trigger_mode="always_last", show_progress="hidden")
         self.region.input(self._on_choose, inputs[:2], [self.caption, self.score, self.given, self.back])
 
-    def _show(self, session: Session, text: str, editor: Any) -> list[Any]:
-        """Return the values of everything that is shown; the newest region is the chosen one."""
+    def _show(self, session: Session, text: str) -> list[Any]:
+        """Return the values of everything that is shown; the newest region is the chosen one.
+
+        The editor keeps its strokes: setting its value from here would wipe what is being drawn.
+        """
         place = len(session.masks) - 1
         given, back, iou = pictures(session, place)
         name = session.names[place] if session.names else None
         region = self.gr.Radio(choices=session.names, value=name, visible=bool(session.names))
         words = session.captions[place] if session.captions else ""
-        return [session, editor, text, region, words, iou, given, back, matrix_html(session)]
+        return [session, text, region, words, iou, given, back, matrix_html(session)]
 
     def _on_draw(self, session: Session, value: Any) -> list[Any]:
-        image, mask = read_drawing(value)
         try:
-            session = self.logic.add_regions(session, image, [] if mask is None else [("", mask)])
+            session = self.logic.add_drawing(session, *read_drawing(value))
         except DualLoopError as error:
-            return self._show(session, _error(error), self.gr.skip())
-        fresh: dict[str, Any] = {"background": image, "layers": [], "composite": image}
-        return self._show(session, "Draw the next region, or edit the caption. The thin outline is the given mask.", fresh)
+            return self._show(session, _error(error))
+        return self._show(session, "Draw the next region, or edit the caption. The thin outline is the given mask.")
 
     def _on_upload(self, session: Session, value: Any, files: Sequence[str] | None) -> list[Any]:
         image, _ = read_drawing(value)
@@ -272,8 +291,8 @@ class DemoPage:
             regions = read_uploads(files or [])
             session = self.logic.add_regions(session, image, regions)
         except DualLoopError as error:
-            return self._show(session, _error(error), self.gr.skip())
-        return self._show(session, f"{len(regions)} region(s) added.", self.gr.skip())
+            return self._show(session, _error(error))
+        return self._show(session, f"{len(regions)} region(s) added.")
 
     def _on_edit(self, session: Session, name: str | None, text: str) -> list[Any]:
         place = _place(session, name)

@@ -100,15 +100,10 @@ def test_draw_caption_edit_segment_and_error(page: Any, tmp_path: Path) -> None:
     first = float(page.locator("#iou").inner_text().split()[-1])
     assert first > 0.3
 
-    for _ in range(4):
-        # The editor is cleared after every region; what is drawn before it is back is lost, as it would be for anybody.
-        time.sleep(4)
-        scribble(page, 0.26, 0.2, 25)  # the cloud at the upper left
-        time.sleep(1)
-        page.locator("#add").click()
-        time.sleep(4)
-        if "cloud" in caption_of(page):
-            break
+    # The cloud at the upper left; a stroke that starts beside the image is none.
+    scribble(page, 0.27, 0.27, 15)
+    time.sleep(1)
+    page.locator("#add").click()
     wait_for(lambda: "cloud" in caption_of(page), "the caption of the cloud")
     wait_for(lambda: page.locator("#matrix td").count() == 4, "a matrix of two by two")
     assert page.locator("#region label").count() == 2

@@ -57,6 +57,20 @@ def test_regions_add_up_and_edits_move_the_mask(logic: DemoLogic) -> None:
     assert len(other.masks) == 1, "another image starts anew"
 
 
+def test_strokes_become_regions_one_after_another(logic: DemoLogic) -> None:
+    session = logic.add_drawing(Session(), SCENE.image, MASKS[0])
+    session = logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
+    assert np.array_equal(session.masks[1], MASKS[1] & ~MASKS[0])
+    with pytest.raises(SampleError, match="no region is marked"):
+        logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
+    # The strokes were wiped and a whole was drawn over its part.
+    whole = np.zeros_like(MASKS[0])
+    whole[10:60, 10:60] = True
+    assert np.array_equal(logic.add_drawing(session, SCENE.image, whole).masks[-1], whole)
+    with pytest.raises(SampleError, match="no image is open"):
+        logic.add_drawing(session, None, None)
+
+
 def test_what_is_shown(logic: DemoLogic) -> None:
     session = logic.add_regions(Session(), SCENE.image, [("<b>", MASKS[0])])
     given, back, iou = pictures(session, 0)
