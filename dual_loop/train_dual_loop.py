@@ -85,10 +85,11 @@ def train(config: Config) -> FitResult:
         DualLoopError: anything that the user can mend; the message says how.
     """
     check_paths(config)
+    warned = require_ready(config)
     accelerator = build_accelerator(config)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
-    for warning in require_ready(config):
+    for warning in warned:
         report(f"{warning}")
     folder = prepare_folder(config, accelerator)
     torch.manual_seed(config.train.seed)

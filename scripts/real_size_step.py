@@ -362,6 +362,7 @@ def training_arguments(args: argparse.Namespace, folder: Path) -> list[str]:
         *("--sav_dir", str(folder / "data" / "sav"), "--model_path", str(folder / "tokenizer")),
         *("--output_dir", str(folder / "run"), "--device", "cpu"),
         *("--cfg-options", f"loop.max_new_tokens={args.max_new_tokens}", f"data.index_dir={folder / 'index'}"),
+        "train.allow_emulated_bf16=True",
     ]
 
 

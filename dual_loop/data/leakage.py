@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
     places = ((data.refcoco_dir, data.refcoco_datasets), (data.eval_dir, data.eval_datasets))
     for root, datasets in places:
         if root is not None and Path(root).expanduser().is_dir():
-            held_out = held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
+                held_out = list(
+                    held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir)
+                )
             for coco_id, split, path in held_out:
                 found.setdefault(coco_id, HeldOutImage(coco_id, split, path))
     return found

@@ -83,13 +83,14 @@ def check_batch(
             output = compute_segmentation_loss(model, batch, rollout, prompter, config.loop, features)
         loss = torch.stack([term.mean for term in output["terms"].values()]).sum()
         loss.backward()
+        value = float(loss.detach())
         gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
         norm = float(torch.sqrt(sum((g.float() ** 2).sum() for g in gradients)))  # type: ignore[arg-type]
         model.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        figures = f"loss {float(loss):.3f}, gradient norm {norm:.3g}, {seconds:.1f} s"
+        figures = f"loss {value:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s"
         text = f"{name}: caption {rollout.captions[0]!r}, {figures}"
-        if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+        if not (math.isfinite(value) and math.isfinite(norm)):
             yield Finding(PROBLEM, "one batch", text, "check the weights and the precision")
         elif rollout.num_rejected:
             fix = "check that the weights are trained ones, and --max_new_tokens"
