@@ -30,7 +30,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 2 a problem that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="dual-loop", description="Train grounded multimodal models from masks alone.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="dual-loop", description="Train grounded multimodal models from masks alone."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # Each command's own arguments are read by its own parser, made after the choice.
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        parser = argparse.ArgumentParser(prog="dual-loop train", description=COMMANDS["train"])
+        parser = argparse.ArgumentParser(
+            allow_abbrev=False, prog="dual-loop train", description=COMMANDS["train"], usage="%(prog)s [flags]"
+        )
         add_training_flags(parser)
         parser.print_help()
         return 0
@@ -67,7 +71,7 @@ def _export(arguments: list[str]) -> int:
 def _demo_data(arguments: list[str]) -> int:
     from dual_loop.data import demo
 
-    parser = argparse.ArgumentParser(prog="dual-loop demo-data", description=COMMANDS["demo-data"])
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop demo-data", description=COMMANDS["demo-data"])
     demo.add_arguments(parser)
     try:
         return int(demo.run(parser.parse_args(arguments)))

@@ -204,7 +204,8 @@ def remove(path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for a problem that the user can mend."""
-    parser = argparse.ArgumentParser(prog="dual-loop export", description="Write a run's weights for other programs.")
+    text = "Write a run's weights for other programs."
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:

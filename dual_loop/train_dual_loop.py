@@ -60,7 +60,12 @@ MORE_FIGURES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit status. Messages of errors go to stderr."""
-    parser = argparse.ArgumentParser(prog="dual_loop.train_dual_loop", description="Train with the dual loop.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="dual_loop.train_dual_loop",
+        description="Train with the dual loop.",
+        usage="%(prog)s [flags]",
+    )
     add_training_flags(parser)
     args = parser.parse_args(argv)
     try:
@@ -292,7 +297,6 @@ class Evaluator:
         shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
         self.report(f"Evaluation {name} ({len(results)} regions): {shown}")
         return results
-
 
     def _examples(self) -> list[Panel]:
         """Return panels of a few held-out regions, the same ones before and after."""

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="dual-loop audit",
+        usage="dual-loop audit [CHECKPOINT] [--data NAME ...] [--labels DIR] [flags below]",
         description="Caption every mask, segment every caption, and rank what came back.",
         epilog="example: dual-loop audit outputs/run --data sa1b --sa1b_dir data/sa1b --labels outputs/labels",
     )

@@ -46,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dual-loop data", description="Look at data before training on it.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog="dual-loop data", description="Look at data before training on it."
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="check|stats|preview")
     for name, text in DESCRIPTIONS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, usage=f"dual-loop data {name} [flags of data]"
+        )
         command.add_argument("--config", default="tiny_cpu", metavar="FILE|NAME", help="whose image sizes count")
         if name == "preview":
             command.add_argument("--samples", type=int, default=6, metavar="NUMBER", help="entries of a source (6)")

@@ -24,7 +24,9 @@ from dual_loop.types import RegionSource
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 where something would stop the run, 2 for a wrong call."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="dual-loop doctor",
+        usage="dual-loop doctor [--quick] [--json] [flags of train]",
         description="Look at machine, data, weights and settings the way a run would; print what to mend.",
         epilog="example: dual-loop doctor --config tiny_demo --sa1b_dir data/sa1b",
     )

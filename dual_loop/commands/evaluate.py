@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="dual-loop evaluate",
+        usage="dual-loop evaluate [CHECKPOINT] [--data NAME ...] [flags below]",
         description="Measure a model: referring segmentation, region captioning, and the loop of both.",
         epilog="example: dual-loop evaluate outputs/run --data refcoco:val --refcoco_dir data/ref_seg",
     )

@@ -70,7 +70,10 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"dual-loop {command}", description=DESCRIPTIONS[command], epilog=f"example: {EXAMPLES[command]}"
+        allow_abbrev=False,
+        prog=f"dual-loop {command}",
+        description=DESCRIPTIONS[command],
+        epilog=f"example: {EXAMPLES[command]}",
     )
     parser.add_argument("image", type=Path, help="an image, or a folder of images")
     if command == "segment":

@@ -14,6 +14,7 @@ from dual_loop.evaluation.report import read_run, report_page
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for a problem that the user can mend."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="dual-loop report",
         description="Write one self-contained HTML page about a run.",
         epilog="example: dual-loop report outputs/run --compare outputs/other",

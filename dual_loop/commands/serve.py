@@ -15,6 +15,7 @@ from dual_loop.serve.demo_app import check_port, import_gradio, serve
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is stopped; return 0, or 2 for a problem that the user can mend."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="dual-loop serve",
         description="Draw masks in a browser, read and edit captions, watch the masks that come back.",
         epilog="example: dual-loop serve --checkpoint outputs/run --port 7860",
