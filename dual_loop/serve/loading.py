@@ -14,6 +14,7 @@ import torch
 
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME
+from dual_loop.checkpoint.store import CHECKPOINT_DIR
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
@@ -73,7 +74,7 @@ def load_trained(
     if checkpoint is not None and not Path(checkpoint).exists():
         fix = "check the path; a run folder is what --output_dir named"
         raise CheckpointError(explain("no such run or weights", str(checkpoint), "nothing there", fix=fix))
-    if checkpoint is not None and _run_of(Path(checkpoint)) is not None:
+    if checkpoint is not None and _is_run(Path(checkpoint)):
         loaded = _load_run(Path(checkpoint), weights, overrides or {})
     else:
         loaded = _load_weights(checkpoint, config, overrides or {})
@@ -99,7 +100,7 @@ def find_run(path: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is no run or no whole checkpoint.
     """
-    folder = _run_of(path)
+    folder = next((parent for parent in (path, *path.parents[:2]) if (parent / "config.json").is_file()), None)
     if folder is None:
         raise CheckpointError(
             explain("not a run folder", str(path), "no config.json", "a folder that training wrote", "check the path")
@@ -138,12 +139,10 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _run_of(path: Path) -> Path | None:
-    """Return the run folder that ``path`` is or lies in; a folder of exported weights is none."""
-    for folder in (path, *path.absolute().parents[:2]):
-        if (folder / "config.json").is_file() and (folder / "versions.json").is_file():
-            return folder
-    return None
+def _is_run(path: Path) -> bool:
+    """Tell whether ``path`` is a run or lies in one; released weights have a ``config.json`` of another kind."""
+    folders = (path, *path.absolute().parents[:2])
+    return any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in folders)
 
 
 def _load_run(path: Path, weights: str, overrides: Mapping[str, Any]) -> LoadedModel:
