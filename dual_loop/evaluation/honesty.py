@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dual_loop.evaluation.evaluate import RegionResult, summarise
 from dual_loop.metrics import paired_bootstrap
 
-LISTENERS_APART = 0.02
-"""Points (of 1) by which the own listener must rise and the frozen one fall."""
+LEAST_RISE, LEAST_FALL = 0.02, 0.01
+"""Points (of 1) by which the own listener must rise and the frozen one fall, both beyond chance."""
 VOCABULARY_SHARE = 0.5
 LENGTH_FACTOR = 2.0
 EXACT_LOSS = 0.10
@@ -39,7 +39,7 @@ def _private_code(before: Sequence[RegionResult], after: Sequence[RegionResult])
     images = [result.image for result in before]
     rise = paired_bootstrap([b for b, _ in own], [a for _, a in own], groups=images)
     fall = paired_bootstrap([b for b, _ in frozen], [a for _, a in frozen], groups=images)
-    if rise["mean"] < LISTENERS_APART or fall["mean"] > -LISTENERS_APART:
+    if rise["mean"] < LEAST_RISE or fall["mean"] > -LEAST_FALL:
         return None
     if rise["ci95_low"] <= 0 or fall["ci95_high"] >= 0:
         return None

@@ -36,7 +36,7 @@ def names(before, after) -> list[str]:
 
 def test_honest_gains_raise_no_flag():
     before = regions(0.5)
-    for own, frozen in ((0.5, 0.5), (0.7, 0.55), (0.7, 0.49), (0.5, 0.3), (0.4, 0.4)):
+    for own, frozen in ((0.5, 0.5), (0.7, 0.55), (0.7, 0.495), (0.5, 0.3), (0.4, 0.4)):
         assert names(before, regions(own, frozen)) == [], (own, frozen)
     assert names(before, regions(0.9)) == [], "no frozen listener was asked"
 
