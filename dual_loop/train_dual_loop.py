@@ -25,6 +25,7 @@ from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.data.dataset_builder import SETTING_PREFIX
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
@@ -32,6 +33,7 @@ from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
 from dual_loop.evaluation.regions import RegionMeter
 from dual_loop.flags import add_training_flags, overrides_from
+from dual_loop.iteration import evenly_spread
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge
 from dual_loop.metrics import paired_bootstrap
@@ -48,7 +50,7 @@ from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
 
-DIRECTORIES = ("data.sav_dir", "data.sa1b_dir", "data.openimage_dir", "data.refcoco_dir", "data.masks_dir")
+DIRECTORIES = tuple(f"data.{prefix}_dir" for prefix in SETTING_PREFIX.values())
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
 EXAMPLES = 6
 """Held-out regions that are drawn before and after."""
@@ -303,7 +305,7 @@ class Evaluator:
         source = held_out_source(self.config)
         meter = RegionMeter(self.model, self.prompter, self.config, PRESETS["dual_loop"], ("loop",))
         panels = []
-        for index in sorted({number * (len(source) - 1) // (EXAMPLES - 1) for number in range(EXAMPLES)}):
+        for index in evenly_spread(len(source), EXAMPLES):
             sample = source.load_all(index)
             record = meter.measure([sample], self.config.data.eval_split)[0]
             back = decode_rle(record["cycle"]["mask"], record["name"])

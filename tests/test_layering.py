@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 
 # From the ground up. A unit is a module or a package directly under dual_loop/.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "settings", "pages", "pictures"),
+    ("types", "errors", "settings", "pages", "pictures", "iteration"),
     ("config", "flags"),
     ("data", "losses", "metrics"),
     ("model", "checkpoint"),

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dual_loop.data.masks import read_image
 from dual_loop.data.masks_dir import IMAGE_SUFFIXES, read_mask_file
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
-from dual_loop.serve.predictor import IMAGES_AT_ONCE, Predictor, to_array
+from dual_loop.iteration import in_chunks
+from dual_loop.serve.predictor import IMAGES_AT_ONCE, Predictor
 
 DESCRIPTIONS = {
     "caption": "Describe the region of an image that a mask, a box or a point marks.",
@@ -97,7 +99,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _caption(args: argparse.Namespace) -> int:
     predictor = load_predictor(args)
     report = _Report(args.json)
-    for chunk in _in_chunks(_regions(args, predictor, report)):
+    for chunk in in_chunks(_regions(args, predictor, report), IMAGES_AT_ONCE):
         captions = predictor.caption_many([(image, masks) for _, image, _, masks in chunk])
         for (path, _, names, _), texts in zip(chunk, captions, strict=True):
             pairs = zip(names, texts, strict=True)
@@ -108,7 +110,7 @@ def _caption(args: argparse.Namespace) -> int:
 def _loop(args: argparse.Namespace) -> int:
     predictor = load_predictor(args)
     report = _Report(args.json)
-    for chunk in _in_chunks(_regions(args, predictor, report)):
+    for chunk in in_chunks(_regions(args, predictor, report), IMAGES_AT_ONCE):
         results = predictor.loop_many([(image, masks) for _, image, _, masks in chunk])
         for (path, _, names, _), result in zip(chunk, results, strict=True):
             regions = []
@@ -132,7 +134,7 @@ def _segment(args: argparse.Namespace) -> int:
         raise ConfigError(explain("several masks do not fit into one file", "--out", str(args.out), "a folder", fix))
     predictor = load_predictor(args)
     report = _Report(args.json)
-    for chunk in _in_chunks(_open_images(paths, report)):
+    for chunk in in_chunks(_open_images(paths, report), IMAGES_AT_ONCE):
         found = predictor.segment_many([(image, args.text) for _, image in chunk], generated=args.generated)
         for (path, _), masks in zip(chunk, found, strict=True):
             texts = []
@@ -237,34 +239,13 @@ def _image_paths(path: Path) -> list[Path]:
 def _open_images(paths: Sequence[Path], report: _Report) -> Iterator[tuple[Path, np.ndarray]]:
     for path in paths:
         try:
-            yield path, read_picture(path)
+            # As a viewer shows it, and as a mask drawn over it was drawn.
+            yield path, read_image(path, apply_exif=True)
         except SampleError as error:
             report.skip(path, error)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """Read an image as a viewer shows it, turned as its EXIF says: (H, W, 3) uint8.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
-    """
-    from dual_loop.data.masks import read_image
-
-    return to_array(read_image(path, apply_exif=True))
 
 
 def _save(mask: np.ndarray, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(mask.astype(np.uint8) * 255).save(path)
     return path
-
-
-def _in_chunks(items: Iterator[Any]) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == IMAGES_AT_ONCE:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

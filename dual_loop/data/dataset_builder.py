@@ -29,6 +29,7 @@ from dual_loop.data.leakage import guard
 from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample, region_seed, sample_rng
 from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
+from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch, RegionSample, RegionSource, SkippedSample
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,8 @@ def build_draw_stream(sources: Sequence[RegionSource], data: DataConfig, seed: i
         weight = None if prefix is None else getattr(data, f"{prefix}_weight")
         length = len(source)
         # First, last and some between; all names of 11 million images would make every start slow.
-        places = sorted({number * (length - 1) // (_NUM_PROBES - 1) for number in range(_NUM_PROBES)} if length else ())
-        shares.append(SourceShare(source.name, length, repeats, weight, tuple(source.entry_id(p) for p in places)))
+        probes = tuple(source.entry_id(place) for place in evenly_spread(length, _NUM_PROBES))
+        shares.append(SourceShare(source.name, length, repeats, weight, probes))
     return DrawStream(shares, seed)
 
 

@@ -16,10 +16,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +26,7 @@ from PIL import Image
 from dual_loop.config import DataConfig
 from dual_loop.data.refcoco import held_out_images
 from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.iteration import evenly_spread, in_chunks
 from dual_loop.types import RegionSample, RegionSource
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
         if root is not None and Path(root).expanduser().is_dir():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
-                held_out = list(
-                    held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir)
-                )
+                held_out = list(held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir))
             for coco_id, split, path in held_out:
                 found.setdefault(coco_id, HeldOutImage(coco_id, split, path))
     return found
@@ -114,7 +112,7 @@ def leaked_by_sight(
         return [], 0
     table = np.stack([print_ for _, print_ in known])
     leaks, looked_at = [], 0
-    for chunk in _chunks(np.linspace(0, len(source) - 1, count).astype(int).tolist()):
+    for chunk in in_chunks(evenly_spread(len(source), count), _CHUNK):
         entries = [(index, _entry_fingerprint(source, index)) for index in chunk]
         seen = [(index, print_) for index, print_ in entries if print_ is not None]
         looked_at += len(seen)
@@ -215,8 +213,3 @@ def _entry_fingerprint(source: RegionSource, index: int) -> np.ndarray | None:
         return fingerprint(source.load(index, np.random.default_rng(0)).image)
     except SampleError:
         return None
-
-
-def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]

@@ -264,7 +264,11 @@ def read_mask_png(path: str | Path) -> np.ndarray:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
     """
-    image = open_image_file(path)
+    return foreground_of(open_image_file(path))
+
+
+def foreground_of(image: Image.Image) -> np.ndarray:
+    """Return where a decoded mask image is above 0, as :func:`read_mask_png` counts it: (H, W) bool."""
     values = np.asarray(image)
     if values.ndim == 2:
         return np.ascontiguousarray(values > 0)

@@ -48,6 +48,7 @@ from dual_loop.data.masks import (
     decode_rle,
     decode_segmentation,
     fit_mask,
+    foreground_of,
     open_image_file,
     read_image,
     safe_join,
@@ -293,8 +294,7 @@ def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
     image = open_image_file(path)
     values: np.ndarray = np.asarray(image)
     if values.ndim == 3:
-        colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "RGBA") else values.shape[2]
-        return np.asarray((values[:, :, :colours] > 0).any(axis=2)), False
+        return foreground_of(image), False
     present = np.unique(values)
     present = present[present > 0]
     if image.mode in ("1", "P") or len(present) <= 1:

@@ -28,8 +28,8 @@ from dual_loop.data.masks import (
     decode_summed_polygons,
     fit_mask,
     read_image,
-    safe_join,
 )
+from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain
 from dual_loop.types import RegionSample
 
@@ -127,14 +127,8 @@ class RefParquet:
     def _find_image(self, record: Mapping[str, Any]) -> Path:
         assert self.images is not None  # checked when the file was opened
         image_id = int(record["image_id"])
-        name = str(_json(record["raw_image_info"], str(self.path)).get("file_name", ""))
-        names = [name, f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
-        paths = [safe_join(self.images, candidate) for candidate in names if candidate]
-        found = next((path for path in paths if path.is_file()), None)
-        if found is None:
-            expected = ", ".join(path.name for path in paths)
-            raise SampleError("missing_file", explain("a COCO image is missing", str(self.images), "none", expected))
-        return found
+        name = _json(record["raw_image_info"], str(self.path)).get("file_name")
+        return find_coco_image(self.images, str(name or f"{image_id:012d}.jpg"), image_id)
 
     def _mask(self, record: Mapping[str, Any], shape: Sequence[int], where: str) -> np.ndarray:
         size = (int(shape[0]), int(shape[1]))

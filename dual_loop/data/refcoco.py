@@ -260,15 +260,7 @@ class _DatasetPart:
 
     def find_image(self, number: int) -> Path:
         """Return the file of image ``number``, under its own name or either name of COCO."""
-        image_id = int(self.image_ids[number])
-        names = (self._image_files[number], f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
-        paths = [safe_join(self.image_folder, name) for name in names]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            expected = ", ".join(dict.fromkeys(names))
-            message = explain("a COCO image is missing", str(self.image_folder), "none of the names", expected)
-            raise SampleError("missing_file", message)
-        return path
+        return find_coco_image(self.image_folder, self._image_files[number], int(self.image_ids[number]))
 
     def decode_mask(
         self,
@@ -282,6 +274,22 @@ class _DatasetPart:
         height, width = (int(side) for side in self._image_sizes[image_number])
         mask = decode(json.loads(self._segmentations[row]), height, width, where)
         return fit_mask(mask, size, where)
+
+
+def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
+    """Return the file of a COCO image below ``folder``, under its own ``name`` or either name of COCO.
+
+    Raises:
+        SampleError: ``missing_file``, or ``unsafe_path`` where the name leaves the folder.
+    """
+    names = (name, f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
+    paths = [safe_join(folder, candidate) for candidate in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        expected = ", ".join(dict.fromkeys(names))
+        message = explain("a COCO image is missing", str(folder), "none of the names", expected)
+        raise SampleError("missing_file", message)
+    return path
 
 
 def held_out_images(

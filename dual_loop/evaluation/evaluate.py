@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from dual_loop.config import Config
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, explain
+from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.rewards import contrasts, iou_matrix
 from dual_loop.loop.segmenter import segmentation_inputs
@@ -145,7 +146,7 @@ def evaluate_samples(
     results: list[RegionResult] = []
     sizes = geometry(config)
     with evaluating(model), torch.no_grad():
-        for chunk in _chunks(samples, IMAGES_PER_BATCH):
+        for chunk in in_chunks(samples, IMAGES_PER_BATCH):
             batch = batch_from_samples(chunk, sizes, seed=config.train.seed).to(model.device)
             features = model.encode_vision(batch.pixel_values)
             written = generate_caption_from_mask(model, prompter, batch, greedy)
@@ -177,17 +178,6 @@ def _uniqueness(mask_logits: torch.Tensor, batch: Batch) -> list[float | None]:
     own = torch.arange(len(mask_logits), device=mask_logits.device)
     matrix = iou_matrix(mask_logits, own, batch.target_masks, batch.region_image.to(mask_logits.device))
     return [None if value != value else value for value in contrasts(matrix, own).tolist()]
-
-
-def _chunks(samples: Iterable[RegionSample], size: int) -> Iterator[list[RegionSample]]:
-    chunk: list[RegionSample] = []
-    for sample in samples:
-        chunk.append(sample)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _reference_rounds(chunk: Sequence[RegionSample]) -> list[CaptionRollout]:

@@ -24,6 +24,7 @@ import torch
 from dual_loop.config import Config
 from dual_loop.data.masks import decode_rle, encode_rle
 from dual_loop.data.prepare import batch_from_samples
+from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.evaluate import resize_logits
 from dual_loop.evaluation.protocol import Protocol
 from dual_loop.loop.answers import Answerer
@@ -182,8 +183,6 @@ def compare_predictions(sample: RegionSample, data: str, predictions: dict[str, 
 
 
 def _checked(mask: np.ndarray, target: np.ndarray, name: str) -> np.ndarray:
-    from dual_loop.errors import SampleError, explain
-
     if mask.shape != target.shape:
         message = explain("a saved mask has another size than its image", name, mask.shape, target.shape)
         raise SampleError("size_mismatch", message)

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, build_sources
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
+from dual_loop.iteration import evenly_spread
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.types import RegionSource
 
@@ -88,8 +87,7 @@ def read_source(source: RegionSource, count: int | None, geometry: Geometry, see
         seed: of the drawn regions.
     """
     report = SourceReport(source.name, len(source))
-    wanted = len(source) if count is None else min(count, len(source))
-    for index in sorted(set(np.linspace(0, len(source) - 1, wanted).astype(int).tolist())):
+    for index in evenly_spread(len(source), len(source) if count is None else count):
         report.read += 1
         rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
         try:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
 from dual_loop.errors import SampleError
+from dual_loop.iteration import evenly_spread
 from dual_loop.pages import Figure, Page
 from dual_loop.pictures import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.types import RegionSample, RegionSource
@@ -35,7 +36,7 @@ def preview_page(sources: Sequence[RegionSource], count: int, geometry: Geometry
     for source in sources:
         page.heading(f"{source.name}: {len(source):,} entries")
         figures: list[Figure] = []
-        for index in sorted(set(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist())):
+        for index in evenly_spread(len(source), count):
             try:
                 figures += _entry(source, index, geometry, seed)
             except SampleError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from dual_loop.checkpoint.importer import load_weights
-from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME
+from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
 from dual_loop.checkpoint.store import CHECKPOINT_DIR
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
@@ -25,7 +24,6 @@ from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
 
 DEFAULT_CONFIG = "tiny_cpu"
-_BLOCK = 1 << 20
 
 
 @dataclass
@@ -130,15 +128,6 @@ def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:
     fill_parameters(trainable_parameters(model), tensors)
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _is_run(path: Path) -> bool:
     """Tell whether ``path`` is a run or lies in one; released weights have a ``config.json`` of another kind."""
     folders = (path, *path.absolute().parents[:2])
@@ -152,7 +141,7 @@ def _load_run(path: Path, weights: str, overrides: Mapping[str, Any]) -> LoadedM
     fill(model, checkpoint, weights)
     name = EMA_NAME if weights == "ema" else MODEL_NAME
     origin = {"path": str(folder), "checkpoint": checkpoint.name, "weights": weights}
-    return LoadedModel(model, prompter, config, {**origin, "sha256": file_digest(checkpoint / name)})
+    return LoadedModel(model, prompter, config, {**origin, "sha256": hash_file(checkpoint / name)})
 
 
 def _load_weights(checkpoint: str | Path | None, config_name: str | None, overrides: Mapping[str, Any]) -> LoadedModel:
@@ -167,5 +156,5 @@ def _load_weights(checkpoint: str | Path | None, config_name: str | None, overri
     source = sources[-1]
     origin = {"path": str(source) if checkpoint is not None else "the tiny checkpoint in the package"}
     if source.is_file():
-        origin["sha256"] = file_digest(source)
+        origin["sha256"] = hash_file(source)
     return LoadedModel(model, prompter, config, origin)

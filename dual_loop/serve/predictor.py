@@ -22,6 +22,7 @@ from dual_loop.config import LoopConfig
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.evaluate import resize_logits
+from dual_loop.iteration import in_chunks
 from dual_loop.loop.answers import Answerer
 from dual_loop.loop.captioner import Captioner
 from dual_loop.model.build import geometry
@@ -169,7 +170,7 @@ class Predictor:
     def caption_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[list[str]]:
         """:meth:`caption` for many images, eight at a time."""
         found: list[list[str]] = []
-        for chunk in _chunks([region_sample(*item) for item in items]):
+        for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
             batch, features = self._encode(chunk)
             captions, _ = self._write(batch, features)
             found += _by_sample(captions, chunk)
@@ -182,7 +183,7 @@ class Predictor:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
         answerer = Answerer(self.model, self.prompter, self.settings)
-        for part in _chunks(list(items)):
+        for part in in_chunks(items, IMAGES_AT_ONCE):
             # A text needs no region; a whole image stands in for one, so that one path serves all.
             samples = [_texts_sample(to_array(image), texts) for image, texts in part]
             flat = [text for _, texts in part for text in texts]
@@ -205,7 +206,7 @@ class Predictor:
         """:meth:`loop` for many images, eight at a time."""
         results: list[LoopResult] = []
         answerer = Answerer(self.model, self.prompter, self.settings)
-        for chunk in _chunks([region_sample(*item) for item in items]):
+        for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
             batch, features = self._encode(chunk)
             captions, rejected = self._write(batch, features)
             readable = [text if reason is None else "x" for text, reason in zip(captions, rejected, strict=True)]
@@ -334,7 +335,3 @@ def _by_sample(values: Sequence[str], samples: Sequence[RegionSample]) -> list[l
         parts.append(list(values[start : start + sample.num_regions]))
         start += sample.num_regions
     return parts
-
-
-def _chunks(values: list[Any]) -> list[list[Any]]:
-    return [values[start : start + IMAGES_AT_ONCE] for start in range(0, len(values), IMAGES_AT_ONCE)]
