@@ -2,28 +2,138 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dual_loop.config import Config, DataConfig
+from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, build_sources
 from dual_loop.data.ref_parquet import RefParquet
 from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
 from dual_loop.errors import ConfigError, explain
+from dual_loop.evaluation import runner
+from dual_loop.evaluation.protocol import Protocol
+from dual_loop.evaluation.regions import Record, RegionMeter
 from dual_loop.evaluation.runner import MeasuredData
+from dual_loop.flags import add_data_flags, overrides_from
+from dual_loop.serve.loading import LoadedModel, load_trained
+from dual_loop.training.devices import build_accelerator, end_processes
 
 DATA_HELP = (
     "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
     "sav, sa1b, openimages, masks (their folders), or a .parquet file of references"
 )
 MASKS_ONLY = tuple(name for name in SETTING_PREFIX if name != "refcoco")
+
+
+REGIONS_PER_IMAGE = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What rank 0 has in hand when every rank has measured.
+
+    Attributes:
+        folder: where results go.
+        header: what was measured, with which weights and protocol.
+        data: the data sets; loaded: the model.
+        records: of every data set; skipped: entries that could not be read.
+    """
+
+    folder: Path
+    header: dict[str, Any]
+    data: list[MeasuredData]
+    loaded: LoadedModel
+    records: dict[str, list[Record]]
+    skipped: list[dict[str, str]]
+
+    def finish(self) -> None:
+        """Remove the parts; call it when everything is written, since a second start needs them until then."""
+        runner.finish(self.folder)
+
+
+def add_what_is_measured(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, ``--data`` and ``--max_samples``."""
+    text = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=DATA_HELP)
+    parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
+
+
+def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how the checkpoint is loaded, and training's flags of data."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
+    model.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
+    model.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer")
+    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    add_data_flags(parser)
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the flags name; up to 16 regions of an image, unless a flag says otherwise."""
+    settings = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args)}
+    settings["train.device"] = args.device
+    if args.model_path:
+        settings["train.model_path"] = args.model_path
+    return settings
+
+
+def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequence[str]) -> Measured | None:
+    """Load the checkpoint and measure this rank's share of the data; return everything on rank 0, None elsewhere.
+
+    Args:
+        args: of :func:`add_what_is_measured` and :func:`add_model_and_data_arguments`, with ``output_dir``.
+        name: of the default output folder and of the progress bar.
+        protocol: how sentences are asked for.
+        tasks: what is measured.
+
+    Raises:
+        DualLoopError: the checkpoint, the data or the folder cannot be used.
+    """
+    loaded = load_trained(
+        args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args), device=args.device
+    )
+    config, folder = loaded.config, args.output_dir or default_output(args.checkpoint, name)
+    data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
+    accelerator = build_accelerator(config)
+    header = {
+        "checkpoint": loaded.origin,
+        "data": data_description(data),
+        "tasks": list(tasks),
+        "protocol": protocol.to_dict(),
+        "max_new_tokens": config.loop.max_new_tokens,
+    }
+    runner.start(folder, header, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    loaded.model.to(accelerator.device)
+    meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    runner.measure_chunks(
+        *(folder, data, meter.measure, config.train.seed, rank, world_size, progress_bar(accelerator, name))
+    )
+    accelerator.wait_for_everyone()
+    is_main = accelerator.is_main_process
+    # From here on rank 0 works alone, on files.
+    end_processes(accelerator)
+    if not is_main:
+        return None
+    records, skipped = runner.join(folder, data)
+    return Measured(folder, {**header, "world_size": world_size}, data, loaded, records, skipped)
+
+
+def describe_origin(origin: dict[str, Any]) -> str:
+    """Return which weights were measured, on one line."""
+    if not origin:
+        return "none (saved predictions)"
+    parts = [origin["path"], *(origin[key] for key in ("checkpoint", "weights") if key in origin)]
+    return " ".join([*parts, f"sha256 {origin['sha256'][:16]}" if "sha256" in origin else ""]).strip()
 
 
 def open_measured(
@@ -92,20 +202,8 @@ def data_description(data: Sequence[MeasuredData]) -> list[dict[str, Any]]:
     return described
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one move."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def default_output(checkpoint: str | None, name: str) -> Path:
     """Return where results go by default: inside the run, else ``outputs/<name>``."""
     if checkpoint is not None and (Path(checkpoint) / "config.json").is_file():
         return Path(checkpoint) / name
     return Path("outputs") / name
-
-
-def with_regions(config: Config, count: int) -> Config:
-    """Return ``config`` with so many regions of an image at most."""
-    return replace(config, data=replace(config.data, regions_per_image=count))

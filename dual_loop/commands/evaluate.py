@@ -12,27 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from dual_loop.commands.common import (
-    DATA_HELP,
+    add_model_and_data_arguments,
+    add_what_is_measured,
     data_description,
-    default_output,
+    describe_origin,
+    measure,
     open_measured,
-    progress_bar,
-    with_regions,
-    write_json,
+    overrides_of,
 )
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
 from dual_loop.evaluation import runner
 from dual_loop.evaluation.figures import figures_of, markdown_table
 from dual_loop.evaluation.protocol import CHOICES, PRESETS, choose_protocol
-from dual_loop.evaluation.regions import Record, RegionMeter, compare_predictions
-from dual_loop.flags import add_data_flags, overrides_from
-from dual_loop.serve.loading import DEFAULT_CONFIG, load_trained
-from dual_loop.training.devices import build_accelerator, end_processes
-from dual_loop.training.run_folder import versions
+from dual_loop.evaluation.regions import Record, compare_predictions
+from dual_loop.serve.loading import DEFAULT_CONFIG
+from dual_loop.training.run_folder import versions, write_json
 
 TASKS = ("referring", "captioning", "loop")
-REGIONS_PER_IMAGE = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,71 +50,31 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a model: referring segmentation, region captioning, and the loop of both.",
         epilog="example: dual-loop evaluate outputs/run --data refcoco:val --refcoco_dir data/ref_seg",
     )
-    text = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
-    parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=DATA_HELP)
+    add_what_is_measured(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all three")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: CHECKPOINT/evaluation")
-    parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="measure so many entries of each data set")
     text = "masks of an earlier evaluation (regions.jsonl) to be counted again; needs no model"
     parser.add_argument("--predictions", type=Path, metavar="FILE", help=text)
     protocol = parser.add_argument_group("protocol (printed in the result)")
     protocol.add_argument("--protocol", default="dual_loop", metavar="NAME", help=", ".join(PRESETS))
     for name, choices in CHOICES.items():
         protocol.add_argument(f"--{name}", metavar="|".join(choices) if len(choices) < 4 else "NAME", default=None)
-    model = parser.add_argument_group("model")
-    model.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
-    model.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
-    model.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer")
-    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    add_data_flags(parser)
+    add_model_and_data_arguments(parser)
     return parser
-
-
-def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the flags name, regions of an image among them."""
-    settings = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args)}
-    settings["train.device"] = args.device
-    if args.model_path:
-        settings["train.model_path"] = args.model_path
-    return settings
 
 
 def _with_model(args: argparse.Namespace) -> int:
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in CHOICES})
-    loaded = load_trained(
-        args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args), device=args.device
-    )
-    config, folder = loaded.config, args.output_dir or default_output(args.checkpoint, "evaluation")
-    data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
-    accelerator = build_accelerator(config)
-    header = {
-        "checkpoint": loaded.origin,
-        "data": data_description(data),
-        "tasks": args.tasks,
-        "protocol": protocol.to_dict(),
-        "max_new_tokens": config.loop.max_new_tokens,
-    }
-    runner.start(folder, header, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    loaded.model.to(accelerator.device)
-    meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, args.tasks, loaded.autocast())
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    show = progress_bar(accelerator, "evaluate")
-    runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, show)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        records, skipped = runner.join(folder, data)
-        report(folder, {**header, "world_size": world_size}, records, skipped, args.tasks)
-        runner.finish(folder)
-    end_processes(accelerator)
+    measured = measure(args, "evaluation", protocol, args.tasks)
+    if measured is not None:
+        report(measured.folder, measured.header, measured.records, measured.skipped, args.tasks)
+        measured.finish()
     return 0
 
 
 def _from_predictions(args: argparse.Namespace) -> int:
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in CHOICES})
     config = load_config(resolve_config_path(args.config or DEFAULT_CONFIG), overrides_of(args))
-    config = with_regions(config, REGIONS_PER_IMAGE)
     data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
     if not args.predictions.is_file():
         raise ConfigError(explain("no such file", "--predictions", str(args.predictions)))
@@ -131,8 +88,7 @@ def _from_predictions(args: argparse.Namespace) -> int:
             try:
                 found = compare_predictions(one.load(index, config.train.seed), one.name, saved)
             except SampleError as error:
-                entry = {"data": one.name, "entry": one.source.entry_id(index), "reason": error.reason}
-                skipped.append({**entry, "message": str(error)})
+                skipped.append(one.skipped(index, error))
                 continue
             records[one.name] += found
             seen.update(record["name"] for record in found)
@@ -166,11 +122,3 @@ def report(
     for entry in skipped:
         print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
     print(f"{len(skipped)} entries skipped; written to {folder}")
-
-
-def describe_origin(origin: dict[str, Any]) -> str:
-    """Return which weights were measured, on one line."""
-    if not origin:
-        return "none (saved predictions)"
-    parts = [origin["path"], *(origin[key] for key in ("checkpoint", "weights") if key in origin)]
-    return " ".join([*parts, f"sha256 {origin['sha256'][:16]}" if "sha256" in origin else ""]).strip()

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dual_loop.commands.evaluate import describe_origin
+from dual_loop.commands.common import describe_origin
 from dual_loop.commands.predict import add_model_arguments, load_predictor
 from dual_loop.errors import DualLoopError
 from dual_loop.serve.demo_app import check_port, import_gradio, serve

@@ -48,6 +48,11 @@ class MeasuredData:
             return sample
         return self.source.load(index, sample_rng(seed, f"{self.name}/{self.source.entry_id(index)}"))
 
+    def skipped(self, index: int, error: SampleError) -> dict[str, str]:
+        """Return how a result names an entry that could not be read."""
+        entry = {"data": self.name, "entry": self.source.entry_id(index), "reason": error.reason}
+        return {**entry, "message": str(error)}
+
 
 Measure = Callable[[Sequence[RegionSample], str], list[Record]]
 
@@ -127,8 +132,7 @@ def _measure_chunk(data: MeasuredData, chunk: int, measure: Measure, seed: int) 
             samples.append(sample)
             entries[f"{sample.source}/{sample.sample_id}"] = index
         except SampleError as error:
-            entry = {"data": data.name, "entry": data.source.entry_id(index), "reason": error.reason}
-            skipped.append({**entry, "message": str(error)})
+            skipped.append(data.skipped(index, error))
     records = measure(samples, data.name) if samples else []
     for record in records:
         record["entry"] = entries[record["image"]]
