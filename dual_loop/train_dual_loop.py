@@ -25,7 +25,7 @@ from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
-from dual_loop.data.dataset_builder import SETTING_PREFIX
+from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
@@ -50,7 +50,6 @@ from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
 
-DIRECTORIES = tuple(f"data.{prefix}_dir" for prefix in SETTING_PREFIX.values())
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
 EXAMPLES = 6
 """Held-out regions that are drawn before and after."""
@@ -156,15 +155,16 @@ def check_paths(config: Config) -> None:
     Raises:
         ConfigError: a path is missing, or no data set is given; all problems are listed.
     """
-    sources = {key: getattr(config.data, key.split(".")[1]) for key in DIRECTORIES}
+    sources = {name: getattr(config.data, f"{prefix}_dir") for name, prefix in SETTING_PREFIX.items()}
     problems = []
     if not any(sources.values()):
-        problems.append(f"no data set is given: set at least one of {', '.join(f'--{k[5:]}' for k in DIRECTORIES)}")
-    folders = {**sources, "data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
-    for key, path in folders.items():
-        # A user's own masks may be one file.
-        if path and not (Path(path).is_dir() or (key == "data.masks_dir" and Path(path).is_file())):
-            problems.append(f"{key}: no such folder: {path}")
+        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
+        problems.append(f"no data set is given: set at least one of {flags}")
+    for name, path in sources.items():
+        if path and not has_root(name, path):
+            problems.append(f"data.{SETTING_PREFIX[name]}_dir: no such folder: {path}")
+    folders = {"data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
+    problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
     for key, weights in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
         if weights and not Path(weights).exists():
             problems.append(f"train.{key}: no such file: {weights}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dual_loop.config import DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, build_sources
+from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.ref_parquet import RefParquet
 from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
 from dual_loop.errors import ConfigError, explain
@@ -176,8 +176,7 @@ def _open(name: str, data: DataConfig, polygons: str) -> Any:
     field = f"{SETTING_PREFIX[dataset]}_dir"
     if getattr(data, field) is None:
         raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{field}"))
-    settings: dict[str, Any] = {f"{prefix}_dir": None for prefix in SETTING_PREFIX.values() if f"{prefix}_dir" != field}
-    return build_sources(replace(data, **settings))[0]
+    return open_source(dataset, data)
 
 
 def progress_bar(accelerator: Accelerator, text: str) -> Callable[[int, int], None]:

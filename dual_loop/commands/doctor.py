@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from dual_loop.checkpoint.weights_plan import weights_sources
 from dual_loop.config import Config, load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
 from dual_loop.flags import add_training_flags, overrides_from
@@ -88,8 +89,6 @@ def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
 
 
 def _batch(config: Config, sources: Sequence[RegionSource]) -> Iterable[Finding]:
-    from dual_loop.checkpoint.weights_plan import weights_sources
-
     accelerator = build_accelerator(config)
     model, prompter = rebuild(config, weights_sources(config))
     yield Finding(OK, "weights", "all parts of the model are filled; nothing is missing or left over")

@@ -72,7 +72,7 @@ def build_sources(data: DataConfig) -> list[RegionSource]:
     problems = [
         explain("no such folder", f"data.{SETTING_PREFIX[name]}_dir", path)
         for name, path in given.items()
-        if not (Path(path).expanduser().is_dir() or (name == "masks" and Path(path).expanduser().is_file()))
+        if not has_root(name, path)
     ]
     sources: list[RegionSource] = []
     for name in given if not problems else ():
@@ -84,6 +84,25 @@ def build_sources(data: DataConfig) -> list[RegionSource]:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with the data sets:\n{listing}")
     return sources
+
+
+def has_root(name: str, path: str) -> bool:
+    """Tell whether the root of a data set is there: a folder; of a user's own masks also a file."""
+    root = Path(path).expanduser()
+    return root.is_dir() or (name == "masks" and root.is_file())
+
+
+def open_source(name: str, data: DataConfig) -> RegionSource:
+    """Open the one data set called ``name``, whose directory is given.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    field = f"{SETTING_PREFIX[name]}_dir"
+    path = getattr(data, field)
+    if not has_root(name, path):
+        raise ConfigError(explain("no such folder", f"data.{field}", path))
+    return _READERS[name](data)
 
 
 def build_training_sources(data: DataConfig) -> list[RegionSource]:

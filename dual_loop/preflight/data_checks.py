@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, build_sources
+from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
 from dual_loop.data.refcoco import RefCoco
@@ -60,17 +59,13 @@ class SourceReport:
 def open_sources(data: DataConfig) -> tuple[list[RegionSource], list[Finding]]:
     """Open every data set that is given, one by one, so that one broken root does not hide the others."""
     sources, findings = [], []
-    fields = {f"{prefix}_dir": None for prefix in SETTING_PREFIX.values()}
     for name, prefix in SETTING_PREFIX.items():
-        path = getattr(data, f"{prefix}_dir")
-        if path is None:
+        if getattr(data, f"{prefix}_dir") is None:
             continue
         try:
-            settings: dict[str, Any] = {**fields, f"{prefix}_dir": path}
-            sources += build_sources(replace(data, **settings))
+            sources.append(open_source(name, data))
         except ConfigError as error:
-            text = str(error).split("\n", 1)[-1].strip().removeprefix("- ")
-            findings.append(Finding(PROBLEM, "data", f"{name}: {text}", f"check --{prefix}_dir"))
+            findings.append(Finding(PROBLEM, "data", f"{name}: {error}", f"check --{prefix}_dir"))
     if not sources and not findings:
         flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
         findings.append(Finding(PROBLEM, "data", "no data set is given", f"set at least one of {flags}"))
