@@ -24,6 +24,7 @@ from dual_loop.settings import (
     ModelConfig,
     PolicyConfig,
     RewardConfig,
+    SpeedConfig,
     TrainConfig,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "PolicyConfig",
     "RewardConfig",
+    "SpeedConfig",
     "TrainConfig",
     "caption_gradient",
     "load_config",
@@ -55,13 +57,12 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, as JSON holds them."""
         return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
-
-
 
 
 def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
@@ -85,6 +86,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "reward.listener": ("own", "average", "frozen"),
     "reward.judge_failure": ("skip", "error"),
     "loss.align_through": ("all", "projection"),
+    "speed.pack_weights": ("auto", "on", "off"),
     "train.mixed_precision": ("auto", "no", "bf16"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.eval_weights": ("ema", "live"),
@@ -121,6 +123,8 @@ MINIMA: Mapping[str, float] = {
     "loss.align_weight": 0,
     "loss.num_points": 0,
     "loss.num_objects": 1,
+    "speed.cross_entropy_chunk": 0,
+    "speed.feature_cache_gib": 0,
     "train.num_epochs": 1,
     "train.max_steps": 1,
     "train.batch_size": 1,

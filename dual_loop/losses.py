@@ -12,8 +12,11 @@ Sources: soft dice, V-Net (1606.04797); uncertain-point sampling, PointRend (191
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dual_loop.config import LossConfig
 from dual_loop.errors import explain
@@ -188,6 +191,36 @@ def token_cross_entropy_from_positions(logits: torch.Tensor, labels: torch.Tenso
         raise ValueError(explain("token logits and labels do not fit", seen=seen, expected="(P, V) and (P,)"))
     total = F.cross_entropy(_full_precision(logits), labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return LossTerm(total * weight, float((labels != IGNORE_INDEX).sum()))
+
+
+def chunked_token_cross_entropy(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    chunk: int,
+    weight: float = 1.0,
+) -> LossTerm:
+    """Cross-entropy of P tokens whose logits never exist all at once; else as the function above.
+
+    With more than one chunk the backward pass computes the logits of a chunk again: (chunk, V) float32 instead of
+    (P, V) is kept at any time.
+
+    Args:
+        logits_of: (p, D) -> (p, V).
+        hidden: (P, D) float.
+        labels: (P,) int64.
+        chunk: most positions at once; 0 takes all.
+        weight: factor of the whole term.
+    """
+    if chunk == 0 or len(hidden) <= chunk:
+        return token_cross_entropy_from_positions(logits_of(hidden), labels, weight)
+
+    def part_total(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
+        return token_cross_entropy_from_positions(logits_of(part), part_labels, weight).total
+
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    totals = [checkpoint(part_total, *part, use_reentrant=False) for part in parts]
+    return LossTerm(torch.stack(totals).sum(), float((labels != IGNORE_INDEX).sum()))
 
 
 def shifted_token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossTerm:

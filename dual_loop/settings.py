@@ -242,6 +242,57 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """Levers that change what a step costs and nothing else; ``docs/performance.md`` says what each is worth.
+
+    Everything that is on by default gives the same captions, losses and gradients as the plain flow up to rounding
+    (``tests/invariants/test_levers.py``).
+
+    Attributes:
+        share_towers: run the frozen vision tower and SAM 2's encoder once an image, for both steps and all regions.
+        pack_branches: let all branches about an image share its prefix in one row; off, every branch has its own row.
+        batch_rollout: caption the whole accumulation window together; off, one caption at a time.
+        share_prefix: compute keys and values of an image's prefix once for all its regions and samples in step 1.
+        sort_by_length: put prompts of like length into one generation.
+        drop_finished: let finished rows leave the generation.
+        last_hidden_only: keep the language model's last hidden state alone.
+        loss_positions_only: compute vocabulary logits only where a label is.
+        cross_entropy_chunk: most positions whose vocabulary logits exist at once; 0 takes all together. With chunks,
+            logits are computed again in the backward pass.
+        fused_lora: run each adapter as two matrix products that add into the frozen one's output.
+        grouped_attention: on a CPU, let the query heads of a group share one matrix product while decoding.
+        pack_weights: on a CPU with bfloat16, keep frozen weights in the blocked layout of oneDNN: ``auto|on|off``.
+        fused_optimizer: AdamW and the weight average as fused or foreach operations.
+        bucket_view: let gradients be views of DDP's buckets.
+        feature_cache: folder of an on-disk cache of the frozen towers' features; None for none.
+        feature_cache_gib: most GiB that the cache may hold.
+        static_cache: decode with transformers' static cache (needed by ``compile_decode``).
+        compile_decode: compile the decoding step (GPUs).
+        liger: use the Liger kernels for norms, rotary embedding and gated units (GPUs, ``pip install liger-kernel``).
+    """
+
+    share_towers: bool = True
+    pack_branches: bool = True
+    batch_rollout: bool = True
+    share_prefix: bool = True
+    sort_by_length: bool = True
+    drop_finished: bool = True
+    last_hidden_only: bool = True
+    loss_positions_only: bool = True
+    cross_entropy_chunk: int = 1024
+    fused_lora: bool = True
+    grouped_attention: bool = True
+    pack_weights: str = "off"
+    fused_optimizer: bool = True
+    bucket_view: bool = True
+    feature_cache: str | None = None
+    feature_cache_gib: float = 20.0
+    static_cache: bool = False
+    compile_decode: bool = False
+    liger: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimiser step, its schedule, and what a run writes.
 

@@ -403,8 +403,6 @@ def _loss(reader: _Reader) -> LossConfig:
         dice_weight=reader.number("losses.loss_dice.loss_weight", default.dice_weight, float),
         num_points=reader.number("losses.num_points", default.num_points),
         oversample_ratio=reader.number("losses.oversample_ratio", default.oversample_ratio, float),
-        importance_sample_ratio=reader.number(
-            "losses.importance_sample_ratio", default.importance_sample_ratio, float
-        ),
+        importance_sample_ratio=reader.number("losses.importance_sample_ratio", default.importance_sample_ratio, float),
         num_objects=reader.number("losses.fix_number", 5),
     )

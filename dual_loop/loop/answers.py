@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import tile_offsets
-from dual_loop.loop.generation import generate_ids
+from dual_loop.loop.generation import Prompts, generate_ids
 from dual_loop.loop.rows import Rows
 from dual_loop.model.prompts import Branch, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
@@ -77,18 +77,23 @@ class Answerer:
     def _written(self, batch: Batch, vision_features: Tensor, texts: Sequence[str]) -> list[Branch]:
         offsets, seeds = tile_offsets(batch.tiles_per_view), batch.region_seeds.tolist()
         projected = self.model.project_vision(vision_features)
-        prompts, tiles, questions = [], [], []
+        views: list[int] = []
+        images, questions = [], []
         for region, image in enumerate(batch.region_image.tolist()):
             view = batch.target_view[image]
-            count = batch.tiles_per_view[view]
-            question = self.prompter.segment_question(texts[region], self.config.segment_question, seeds[region])
-            questions.append(question)
-            prompts.append(self.prompter.image_prefix(count) + question)
-            tiles += list(range(offsets[view], offsets[view] + count))
-        answers = generate_ids(
-            *(self.model, self.prompter, prompts, projected[tiles]),
-            *(torch.zeros(0, dtype=torch.long), batch.prompt_masks[:0], self.max_new_tokens),
+            if view not in views:
+                views.append(view)
+            images.append(views.index(view))
+            questions.append(self.prompter.segment_question(texts[region], self.config.segment_question, seeds[region]))
+        counts = [batch.tiles_per_view[view] for view in views]
+        prompts = Prompts(
+            questions=questions,
+            images=images,
+            prefixes=[self.prompter.image_prefix(count) for count in counts],
+            tiles=[list(range(offsets[v], offsets[v] + count)) for v, count in zip(views, counts, strict=True)],
+            masks=[None] * len(questions),
         )
+        answers = generate_ids(self.model, self.prompter, prompts, projected, self.max_new_tokens)
         return [self._branch(*pair) for pair in zip(questions, answers, strict=True)]
 
     def _branch(self, question: list[int], answer: list[int]) -> Branch:

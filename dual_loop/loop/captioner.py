@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TopPLogitsWarper
 
 from dual_loop.config import GATES, LoopConfig
 from dual_loop.errors import DualLoopError, explain
+from dual_loop.iteration import in_chunks
 from dual_loop.loop.gates import CaptionGates
-from dual_loop.loop.generation import generate_ids
+from dual_loop.loop.generation import Generator, Prompts, RowSampler
 from dual_loop.model.prompts import CAPTION_QUESTIONS, SEGMENT_QUESTIONS, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
 from dual_loop.types import Batch, CaptionRollout, WrittenCaption
@@ -29,14 +28,22 @@ GREEDY = -1
 
 
 @dataclass
+class _Image:
+    """The captioned view of an image: its batch, and its tiles there."""
+
+    batch: int
+    tiles: list[int]
+
+
+@dataclass
 class _Request:
     """One caption to be generated: where it belongs, what the prompt needs, and how its tokens are chosen."""
 
     batch: int
     region: int
     draw: int
-    prompt: list[int]
-    tiles: list[int]
+    image: int
+    question: list[int]
     mask: Tensor
     seed: int
     temperature: float
@@ -45,37 +52,6 @@ class _Request:
 
 class CaptionRejected(DualLoopError):
     """A generated caption was refused and the policy ``on_rejected`` is ``error``."""
-
-
-class RowSampler(LogitsProcessor):
-    """Turns the arg-max of greedy decoding into sampling for the rows that ask for it, with random numbers of the row.
-
-    Adding Gumbel noise to log-probabilities and taking the arg-max draws from the softmax (Gumbel-max trick). Each row
-    has its own generator, so a sampled caption does not depend on how regions are spread over batches and ranks.
-
-    Args:
-        seeds: R seeds.
-        temperatures: R temperatures; a row of 0 stays greedy.
-        top_ps: R shares of probability to sample from (1.0: all of it).
-    """
-
-    def __init__(self, seeds: Sequence[int], temperatures: Sequence[float], top_ps: Sequence[float]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.temperatures, self.top_ps = list(temperatures), list(top_ps)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = []
-        for row, (generator, temperature, top_p) in enumerate(
-            zip(self.generators, self.temperatures, self.top_ps, strict=True)
-        ):
-            values = scores[row : row + 1]
-            if temperature > 0:
-                if top_p < 1.0:
-                    values = TopPLogitsWarper(top_p)(input_ids[row : row + 1], values)
-                uniform = torch.rand(values.shape[-1], generator=generator).to(values.device).clamp_min(1e-20)
-                values = values.float() / temperature - torch.log(-torch.log(uniform))
-            rows.append(values.float())
-        return torch.cat(rows)
 
 
 class Captioner:
@@ -109,7 +85,7 @@ class Captioner:
     def roll_out(
         self,
         batches: Sequence[Batch],
-        vision_features: Sequence[Tensor],
+        vision_features: Sequence[Tensor | None],
         *,
         use_references: bool = True,
         greedy: bool = True,
@@ -123,7 +99,8 @@ class Captioner:
 
         Args:
             batches: the micro-batches of one accumulation window.
-            vision_features: for each batch (T, M, D_vision), from ``model.encode_vision``.
+            vision_features: for each batch (T, M, D_vision), from ``model.encode_vision``; None runs the vision tower
+                again for every generation.
             use_references: take the data set's own caption where there is one.
             greedy: write a greedy caption; where samples are asked for, also for regions with a caption of their own.
             num_samples: K, captions sampled for each region.
@@ -133,56 +110,103 @@ class Captioner:
             CaptionRejected: under ``on_rejected = error``, or when more than ``max_rejected_fraction`` were rejected.
         """
         rollouts = [_empty_rollout(batch, use_references) for batch in batches]
-        requests = []
+        requests: list[_Request] = []
+        images: list[_Image] = []
         for index, batch in enumerate(batches):
             skipped = [own and not num_samples for own in rollouts[index].from_reference]
             draws = [*([GREEDY] if greedy else []), *range(num_samples)]
-            requests += self._requests(index, batch, skipped, draws, seed_offset)
-        # Rows of like length share a generation, so little is spent on padding.
-        requests.sort(key=lambda request: len(request.prompt))
+            requests += self._requests(index, batch, images, skipped, draws, seed_offset)
+        if self.model.speed.sort_by_length:
+            # Rows of like length share a generation, so little is spent on padding.
+            requests.sort(key=lambda request: len(request.question))
         written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
         with evaluating(self.model):
-            projected = [self.model.project_vision(features) for features in vision_features]
-            for start in range(0, len(requests), self.config.rollout_batch_size):
-                chunk = requests[start : start + self.config.rollout_batch_size]
-                for request, ids in zip(chunk, self._generate(chunk, projected), strict=True):
-                    own = written.setdefault((request.batch, request.region), {})
-                    own[request.draw] = self._written(ids)
+            for request, ids in self._generate(batches, images, requests, vision_features):
+                own = written.setdefault((request.batch, request.region), {})
+                own[request.draw] = self._written(ids)
         for index, (rollout, batch) in enumerate(zip(rollouts, batches, strict=True)):
             for region in range(batch.num_regions):
                 self._store(rollout, region, written.get((index, region), {}), batch.region_names[region])
         return rollouts
 
     def _requests(
-        self, index: int, batch: Batch, skipped: Sequence[bool], draws: Sequence[int], seed_offset: int
+        self,
+        index: int,
+        batch: Batch,
+        images: list[_Image],
+        skipped: Sequence[bool],
+        draws: Sequence[int],
+        seed_offset: int,
     ) -> list[_Request]:
+        """Return one request a draw of a region, and add the images that they ask about to ``images``."""
         offsets = tile_offsets(batch.tiles_per_view)
-        requests = []
+        requests: list[_Request] = []
+        number_of_view: dict[int, int] = {}
         for region, image in enumerate(batch.region_image.tolist()):
             if skipped[region]:
                 continue
             view, mask = batch.caption_view[image], batch.prompt_masks[region]
-            tiles = list(range(offsets[view], offsets[view] + batch.tiles_per_view[view]))
+            if view not in number_of_view:
+                number_of_view[view] = len(images)
+                tiles = range(offsets[view], offsets[view] + batch.tiles_per_view[view])
+                images.append(_Image(index, list(tiles)))
             seed = int(batch.region_seeds[region])
             question = self.prompter.caption_question(int(mask.sum()), self.config.caption_question, seed)
-            prompt = self.prompter.image_prefix(len(tiles)) + question
             for draw in draws:
                 choice = (seed, self.config.temperature, self.config.top_p)
                 if draw != GREEDY:
                     choice = (sample_seed(seed, draw + seed_offset), self.sample_temperature, 1.0)
-                requests.append(_Request(index, region, draw, prompt, tiles, mask, *choice))
+                requests.append(_Request(index, region, draw, number_of_view[view], question, mask, *choice))
         return requests
 
-    def _generate(self, chunk: Sequence[_Request], projected: Sequence[Tensor]) -> list[list[int]]:
-        features = torch.cat([projected[request.batch][request.tiles] for request in chunk])
-        # A region refers to the last tile of its row: the thumbnail, or the only tile.
-        last_tile = torch.tensor([len(request.tiles) for request in chunk]).cumsum(0) - 1
-        masks = torch.stack([request.mask for request in chunk])
-        prompts = [request.prompt for request in chunk]
-        return generate_ids(
-            *(self.model, self.prompter, prompts, features, last_tile, masks, self.config.max_new_tokens),
-            processors=_sampler(chunk),
+    def _generate(
+        self,
+        batches: Sequence[Batch],
+        images: Sequence[_Image],
+        requests: Sequence[_Request],
+        vision_features: Sequence[Tensor | None],
+    ) -> Iterator[tuple[_Request, list[int]]]:
+        """Yield the new ids of every request, in generations of ``rollout_batch_size`` rows (one, if plain)."""
+        is_batched = self.model.speed.batch_rollout
+        size = self.config.rollout_batch_size if is_batched else 1
+        # Whoever shares nothing makes a generator, with the features of its images, for every chunk.
+        is_shared = is_batched and all(features is not None for features in vision_features)
+        parts = [list(requests)] if is_shared and requests else list(in_chunks(requests, size))
+        for part in parts:
+            generator = self._generator(batches, images, part, vision_features)
+            for rows in in_chunks(range(len(part)), size):
+                chunk = [part[row] for row in rows]
+                yield from zip(chunk, generator.write(rows, _sampler(chunk)), strict=True)
+
+    def _generator(
+        self,
+        batches: Sequence[Batch],
+        images: Sequence[_Image],
+        requests: Sequence[_Request],
+        vision_features: Sequence[Tensor | None],
+    ) -> Generator:
+        """Return the generator of ``requests``, for the images that they ask about."""
+        numbers = sorted({request.image for request in requests})
+        place = {number: k for k, number in enumerate(numbers)}
+        features, tiles, start = [], [], 0
+        for number in numbers:
+            image = images[number]
+            own = vision_features[image.batch]
+            if own is None:
+                seen = self.model.encode_vision(batches[image.batch].pixel_values[image.tiles])
+            else:
+                seen = own[image.tiles]
+            features.append(self.model.project_vision(seen))
+            tiles.append(list(range(start, start + len(image.tiles))))
+            start += len(image.tiles)
+        prompts = Prompts(
+            questions=[request.question for request in requests],
+            images=[place[request.image] for request in requests],
+            prefixes=[self.prompter.image_prefix(len(group)) for group in tiles],
+            tiles=tiles,
+            masks=[request.mask for request in requests],
         )
+        return Generator(self.model, self.prompter, prompts, torch.cat(features), self.config.max_new_tokens)
 
     def _written(self, ids: list[int]) -> WrittenCaption:
         ids = self.prompter.cut_answer(ids)
@@ -257,11 +281,10 @@ def prompt_texts() -> list[str]:
     return [*CAPTION_QUESTIONS.values(), *questions, "There are 1 part regions in the picture: region1"]
 
 
-def _sampler(chunk: Sequence[_Request]) -> LogitsProcessorList:
+def _sampler(chunk: Sequence[_Request]) -> RowSampler | None:
     if not any(request.temperature > 0 for request in chunk):
-        return LogitsProcessorList()
-    seeds, temperatures = [r.seed for r in chunk], [r.temperature for r in chunk]
-    return LogitsProcessorList([RowSampler(seeds, temperatures, [r.top_p for r in chunk])])
+        return None
+    return RowSampler([r.seed for r in chunk], [r.temperature for r in chunk], [r.top_p for r in chunk])
 
 
 def clean_caption(text: str) -> str:

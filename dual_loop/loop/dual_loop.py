@@ -117,14 +117,20 @@ class DualLoop:
             progress: share of the run that is done, 0..1, for schedules.
             audit: also measure the anti-cheat panel.
         """
-        features = [self.model.encode_vision(batch.pixel_values) for batch in batches]
-        plain = [feature.detach() for feature in features]
+        is_shared = self.model.speed.share_towers
+        needs_more = audit or self.policy.needs_scores or self.estimator.is_relaxed
+        features = [
+            self.model.encode_vision(batch.pixel_values) if is_shared or needs_more else None for batch in batches
+        ]
+        plain = [feature.detach() for feature in features if feature is not None]
         draws = self.estimator.draws
-        rollouts = self.captioner.roll_out(batches, plain, greedy=draws.greedy, num_samples=draws.samples)
+        seen: list[Tensor | None] = [*plain] if is_shared else [None] * len(batches)
+        rollouts = self.captioner.roll_out(batches, seen, greedy=draws.greedy, num_samples=draws.samples)
         self.auditor.remember(rollouts)
         grounding = [self._grounding(batch, audit) for batch in batches]
         plans = self.policy.plan(batches, plain, rollouts, grounding)
-        parts = zip(batches, rollouts, features, plans, grounding, strict=True)
+        read = features if is_shared else [None] * len(batches)
+        parts = zip(batches, rollouts, read, plans, grounding, strict=True)
         micros = [self._micro_batch(*part, progress) for part in parts]
         inputs = [micro.inputs for micro in micros]
         for micro, metrics in zip(micros, self.teacher.teach(batches, inputs), strict=True):
@@ -159,6 +165,8 @@ class DualLoop:
         """Run SAM 2's frozen encoder once, where more than one pass will read its features."""
         encoder = self.model.grounding_encoder.vision_encoder
         is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
+        if not self.model.speed.share_towers:
+            return None
         several = audit or self.policy.needs_scores or self.model.loss_config.distill_weight > 0
         return self.model.encode_grounding(batch.g_pixel_values) if is_frozen and several else None
 
@@ -166,12 +174,15 @@ class DualLoop:
         self,
         batch: Batch,
         rollout: CaptionRollout,
-        features: Tensor,
+        features: Tensor | None,
         plan: PolicyPlan,
         grounding: GroundingFeatures | None,
         progress: float,
     ) -> MicroBatch:
-        rows, question = Rows(batch, self.prompter), self.config.caption_question
+        rows, question = (
+            Rows(batch, self.prompter, is_packed=self.model.speed.pack_branches),
+            self.config.caption_question,
+        )
         places = add_policy_branches(rows, plan.captions, question)
         relaxed = self._relaxed(rollout, plan.metrics) if self.estimator.is_relaxed else []
         num_objects = self.model.loss_config.num_objects

@@ -173,9 +173,7 @@ def build_estimator(config: PolicyConfig, reward: RewardConfig | None = None) ->
     return CaptionEstimator(name, *table[name])
 
 
-def combine_advantages(
-    groups: Sequence[GroupAdvantages], weights: Mapping[str, float], reduce: Reduce
-) -> list[Tensor]:
+def combine_advantages(groups: Sequence[GroupAdvantages], weights: Mapping[str, float], reduce: Reduce) -> list[Tensor]:
     """Add the advantages of all objectives, each brought to the same size first.
 
     With several objectives each is divided by the root mean square of its advantages over all captions that take part,

@@ -54,9 +54,7 @@ class CaptionGates:
         ConfigError: an unknown gate.
     """
 
-    def __init__(
-        self, gates: Sequence[str], find_marker: Callable[[str], str | None], prompts: Sequence[str]
-    ) -> None:
+    def __init__(self, gates: Sequence[str], find_marker: Callable[[str], str | None], prompts: Sequence[str]) -> None:
         unknown = [name for name in gates if name not in GATES]
         if unknown:
             raise ConfigError(explain("unknown gate", "reward.gates", ", ".join(unknown), ", ".join(GATES)))

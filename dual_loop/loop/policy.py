@@ -273,7 +273,7 @@ def relax(prompter: Prompter, region: int, caption: WrittenCaption) -> RelaxedCa
 def soft_caption_inputs(
     rows: Rows,
     relaxed: Sequence[RelaxedCaption],
-    vision_features: Tensor,
+    vision_features: Tensor | None,
     question: str,
     config: PolicyConfig,
     temperature: float,

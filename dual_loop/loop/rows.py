@@ -41,22 +41,27 @@ class Rows:
         batch: B images with N regions.
         prompter: gives the image prefixes.
         captions_only: make no rows for the images that are segmented (rows are then made as branches need them).
+        is_packed: branches about one image share its row; else every branch gets a row of its own
+            (``speed.pack_branches``).
     """
 
-    def __init__(self, batch: Batch, prompter: Prompter, captions_only: bool = False) -> None:
-        self.batch, self.prompter = batch, prompter
-        self.rows = [] if captions_only else [_Row(view) for view in batch.target_view]
+    def __init__(self, batch: Batch, prompter: Prompter, captions_only: bool = False, is_packed: bool = True) -> None:
+        self.batch, self.prompter, self.is_packed = batch, prompter, is_packed
+        self.rows = [] if captions_only or not is_packed else [_Row(view) for view in batch.target_view]
         self._row_of_view = {row.view: index for index, row in enumerate(self.rows)}
         self._images = batch.region_image.tolist()
 
     def add_segmentation(self, region: int, branch: Branch) -> Place:
         """Add a branch with [SEG] about the image that the region is segmented on; regions in ascending order."""
+        if not self.is_packed:
+            self.rows.append(_Row(self.batch.target_view[self._images[region]]))
+            return self._add(len(self.rows) - 1, branch)
         return self._add(self._images[region], branch)
 
     def add_captioning(self, region: int, branch: Branch) -> Place:
         """Add a branch with the region's prompt about the image that the region is captioned on."""
         view = self.batch.caption_view[self._images[region]]
-        if view not in self._row_of_view:
+        if not self.is_packed or view not in self._row_of_view:
             self._row_of_view[view] = len(self.rows)
             self.rows.append(_Row(view))
         index = self._row_of_view[view]
@@ -73,13 +78,19 @@ class Rows:
         prefix = len(self.prompter.image_prefix(self.batch.tiles_per_view[row.view]))
         return prefix + sum(len(branch.input_ids) for branch in row.branches[: place.branch])
 
-    def pack(self, vision_features: Tensor) -> dict[str, Any]:
-        """Return the model's inputs: packed ids, masks and labels, vision features by row, and the region prompts.
+    def row_images(self) -> list[int]:
+        """Return for each row which of the B images is segmented there; 0 for a row without [SEG]."""
+        image_of_view = {view: image for image, view in enumerate(self.batch.target_view)}
+        return [image_of_view.get(row.view, 0) for row in self.rows]
+
+    def pack(self, vision_features: Tensor | None) -> dict[str, Any]:
+        """Return the model's inputs: packed ids, masks and labels, what it sees by row, and the region prompts.
 
         Args:
-            vision_features: (T, M, D_vision) of all views of the batch.
+            vision_features: (T, M, D_vision) of all views of the batch; None gives the model the tiles themselves,
+                row by row, so that the vision tower runs again.
         """
-        device, offsets = vision_features.device, tile_offsets(self.batch.tiles_per_view)
+        device, offsets = self.batch.pixel_values.device, tile_offsets(self.batch.tiles_per_view)
         counts = [self.batch.tiles_per_view[row.view] for row in self.rows]
         prefixes = [self.prompter.image_prefix(count) for count in counts]
         branches = [row.branches for row in self.rows]
@@ -91,7 +102,11 @@ class Rows:
         empty = self.batch.prompt_masks[:0]
         return {
             **{key: value.to(device) for key, value in packed.items()},
-            "vision_features": vision_features[tiles],
+            **(
+                {"pixel_values": self.batch.pixel_values[tiles]}
+                if vision_features is None
+                else {"vision_features": vision_features[tiles]}
+            ),
             "region_tile": torch.tensor(prompt_tile, dtype=torch.long, device=device),
             "prompt_masks": (torch.stack(masks) if masks else empty).to(device),
         }

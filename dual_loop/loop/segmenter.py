@@ -58,7 +58,7 @@ class RelaxedCaption:
 def segmentation_inputs(
     batch: Batch,
     rollout: CaptionRollout,
-    vision_features: Tensor,
+    vision_features: Tensor | None,
     prompter: Prompter,
     config: LoopConfig,
     num_objects: int | None = None,
@@ -71,7 +71,7 @@ def segmentation_inputs(
     Args:
         batch: B images with N regions.
         rollout: one caption a region; regions with ``keep`` false stay in the row with weight 0.
-        vision_features: (T, M, D_vision) of all views of the batch.
+        vision_features: (T, M, D_vision) of all views of the batch; None lets the model run its tower on every row.
         num_objects: let each image count as so many objects (``loss.num_objects``); None counts every region once.
         region_weights: (N,) float in 0..1, weight of each region in the mask losses, besides ``keep``; a weight of 0
             also silences the region's answer.
@@ -90,12 +90,14 @@ def segmentation_inputs(
         rows.add_captioning(region, prompter.caption_branch(cells, caption, config.caption_question, seed))
     data = rows.pack(vision_features)
     data["g_pixel_values"] = batch.g_pixel_values
+    if not rows.is_packed:
+        _add_row_images(data, batch, rows.row_images(), vision_features is not None)
     data["masks"] = batch.target_masks
     data["region_seeds"] = batch.region_seeds
-    data["region_weights"] = weights.to(vision_features.device)
+    data["region_weights"] = weights.to(batch.pixel_values.device)
     if num_objects is not None:
         repeats = object_multiplicity(batch.region_image, len(batch.sources), num_objects, batch.region_seeds)
-        data["region_weights"] *= repeats.to(vision_features.device)
+        data["region_weights"] *= repeats.to(batch.pixel_values.device)
     return SegmentationInputs(data, _counts(data))
 
 
@@ -160,6 +162,14 @@ def _segment_branch(
     if relaxed is not None:
         return rows.prompter.relaxed_segment_branch(relaxed.reading_ids, *names, seed, is_first)
     return rows.prompter.segment_branch(rollout.captions[region], *names, seed, is_first), 0
+
+
+def _add_row_images(data: dict[str, Any], batch: Batch, row_images: Sequence[int], is_shared: bool) -> None:
+    """Say which image each row segments: by its number, or (nothing shared) with a copy of its pixels."""
+    if is_shared:
+        data["row_image"] = torch.tensor(row_images, dtype=torch.long)
+    else:
+        data["g_pixel_values"] = batch.g_pixel_values[row_images]
 
 
 def _supervised_regions(batch: Batch, rollout: CaptionRollout, config: LoopConfig) -> list[int]:

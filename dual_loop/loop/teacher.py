@@ -28,9 +28,7 @@ class MaskTeacher:
         config: agreement and weight.
     """
 
-    def __init__(
-        self, model: VideoLLaVASAMModel, average: ExponentialMovingAverage | None, config: LossConfig
-    ) -> None:
+    def __init__(self, model: VideoLLaVASAMModel, average: ExponentialMovingAverage | None, config: LossConfig) -> None:
         self.model, self.average, self.config = model, average, config
 
     @torch.no_grad()

@@ -30,6 +30,8 @@ from dual_loop.config import Config, ModelConfig
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
+from dual_loop.model.attention import GROUPED
+from dual_loop.model.fast_linear import fuse_adapters
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
@@ -124,6 +126,7 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
             image_mean=IMAGENET_MEAN,
             image_std=IMAGENET_STD,
             loss=config.loss,
+            speed=config.speed,
             single_mask=settings.single_mask,
         )
     groups = list(settings.trainable)
@@ -138,6 +141,10 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
     apply_freeze_policy(model, groups, settings.single_mask)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    if config.speed.fused_lora:
+        fuse_adapters(mllm.model.language_model)
+    if config.speed.grouped_attention and settings.attn_implementation == "sdpa":
+        mllm.model.language_model.set_attn_implementation(GROUPED)
     return model
 
 

@@ -26,18 +26,24 @@ class ExponentialMovingAverage:
             since frozen weights equal their own average.
         decay: 0..1; 0 makes the average a copy of the live weights, 1 never moves it (without warm-up).
         warmup: apply the schedule above; False uses ``decay`` from the first update.
+        is_fused: move all averages in one foreach operation.
 
     Raises:
         ValueError: the decay is out of range, or nothing is trainable.
     """
 
     def __init__(
-        self, named_parameters: Mapping[str, torch.nn.Parameter], decay: float = 0.999, warmup: bool = True
+        self,
+        named_parameters: Mapping[str, torch.nn.Parameter],
+        decay: float = 0.999,
+        warmup: bool = True,
+        is_fused: bool = True,
     ) -> None:
         if not 0 <= decay <= 1:
             raise ValueError(explain("the decay of the weight average is out of range", seen=decay, expected="0..1"))
         self.decay = decay
         self.warmup = warmup
+        self.is_fused = is_fused
         self.num_updates = 0
         self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
         if not self._parameters:
@@ -70,11 +76,15 @@ class ExponentialMovingAverage:
                 "the weight average was updated while the model held the averages; leave swapped() first"
             )
         decay = self.current_decay
-        for name, parameter in self._parameters.items():
-            if decay == 0:
-                self._averages[name].copy_(parameter)  # lerp would keep a NaN of the old average
-            else:
-                self._averages[name].lerp_(parameter.to(torch.float32), 1 - decay)
+        averages = [self._averages[name] for name in self._parameters]
+        live = [parameter.detach().to(torch.float32) for parameter in self._parameters.values()]
+        if decay == 0:
+            torch._foreach_copy_(averages, live)  # lerp would keep a NaN of the old average
+        elif self.is_fused:
+            torch._foreach_lerp_(averages, live, 1 - decay)
+        else:
+            for average, value in zip(averages, live, strict=True):
+                average.lerp_(value, 1 - decay)
         self.num_updates += 1
 
     @contextmanager

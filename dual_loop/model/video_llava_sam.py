@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dual_loop.config import LossConfig
+from dual_loop.config import LossConfig, SpeedConfig
 from dual_loop.errors import PromptError, explain
 from dual_loop.losses import (
+    chunked_token_cross_entropy,
     distillation_loss,
     kl_divergence,
     latent_alignment,
@@ -27,7 +28,7 @@ from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
-from dual_loop.model.visual_prompt import insert_image_tokens
+from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
 from dual_loop.types import LossTerm, Segmentation
 
 
@@ -45,6 +46,7 @@ class VideoLLaVASAMModel(nn.Module):
         seg_id, image_context_id: token ids of ``[SEG]`` and ``<IMG_CONTEXT>``.
         image_mean, image_std: normalisation of the grounding image, three values for 0..1 pixels.
         loss: weights, point sampling and object count of the losses that :meth:`forward` returns.
+        speed: which levers are used.
         single_mask: take mask candidate 0 instead of the best of three.
     """
 
@@ -62,13 +64,14 @@ class VideoLLaVASAMModel(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         loss: LossConfig | None = None,
+        speed: SpeedConfig | None = None,
         single_mask: bool = False,
     ) -> None:
         super().__init__()
         self.mllm, self.grounding_encoder, self.text_hidden_fcs = mllm, grounding_encoder, text_hidden_fcs
         self.new_token_rows: NewTokenRows | None = None
         self.seg_id, self.image_context_id = seg_id, image_context_id
-        self.loss_config = loss or LossConfig()
+        self.loss_config, self.speed = loss or LossConfig(), speed or SpeedConfig()
         self.grounding = GroundingDecoder(grounding_encoder, single_mask)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
@@ -146,8 +149,13 @@ class VideoLLaVASAMModel(nn.Module):
         if attention_mask.dim() == 4:
             attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
         output = self.mllm.model.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=not self.speed.last_hidden_only,
         )
+        self._all_hidden_states = output.hidden_states  # None, unless the lever is off: then kept as Sa2VA keeps them
         return torch.as_tensor(output.last_hidden_state)
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
@@ -158,10 +166,14 @@ class VideoLLaVASAMModel(nn.Module):
         return torch.as_tensor(logits)
 
     def language_loss(self, hidden: Tensor, labels: Tensor) -> LossTerm:
-        """Token cross-entropy at the positions that carry loss; only their logits are computed."""
+        """Token cross-entropy at the positions that carry loss; only their logits are computed, a chunk at a time."""
+        weight, chunk = self.loss_config.language_weight, self.speed.cross_entropy_chunk
+        if not self.speed.loss_positions_only:
+            logits = self.answer_logits(hidden[:, :-1].flatten(0, 1)).float()
+            return token_cross_entropy_from_positions(logits, labels[:, 1:].flatten(), weight)
         carries = labels[:, 1:] != -100
-        logits = self.answer_logits(hidden[:, :-1][carries])
-        return token_cross_entropy_from_positions(logits, labels[:, 1:][carries], self.loss_config.language_weight)
+        chosen, targets = hidden[:, :-1][carries], labels[:, 1:][carries]
+        return chunked_token_cross_entropy(self.answer_logits, chosen, targets, chunk, weight)
 
     @torch.no_grad()
     def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -169,6 +181,20 @@ class VideoLLaVASAMModel(nn.Module):
         self.sync_new_tokens()
         output = self.mllm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
         return torch.as_tensor(output)
+
+    def embed_regions(
+        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
+    ) -> Tensor:
+        """Embed questions (R, L) whose only placeholders are those of their region prompts, row by row.
+
+        Args:
+            image_features: (T, M, D). region_tile: (R,) int64. prompt_masks: (R, G, G) bool.
+        """
+        embedded = self.mllm.get_input_embeddings()(input_ids)
+        if self.new_token_rows is not None:
+            embedded = self.new_token_rows.embed(input_ids, embedded)
+        features = region_features(image_features, region_tile, prompt_masks)
+        return fill_placeholders(embedded, input_ids == self.image_context_id, features)
 
     def sync_new_tokens(self) -> None:
         """Write trained rows of new tokens into the embedding tables, which generation and export read."""
@@ -190,8 +216,9 @@ class VideoLLaVASAMModel(nn.Module):
                 ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
                 Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
                 ``"terms"``, ``point_coords`` (N, points, 2), ``object_order`` for ``"loss"``; ``grounding_features``
-                of :meth:`encode_grounding`, where they are at hand; ``captioning``, inputs of :meth:`soft_captions`
-                with the places ``into_rows, into_columns`` (P,) of its embeddings. For ``"terms"`` also ``policy``
+                of :meth:`encode_grounding`, where they are at hand; ``row_image`` (B,) int64, where rows do not segment
+                the images in their order; ``captioning``, inputs of :meth:`soft_captions` with the places
+                ``into_rows, into_columns`` (P,) of its embeddings. For ``"terms"`` also ``policy``
                 (:meth:`token_log_probs`, with ``advantages``, ``weight``, ``kl_weight``, ``reference_log_probs``),
                 ``teacher`` (``probabilities`` (N, Q, Q), ``weights`` (N,)) and ``align_targets`` (N, C).
             mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` with the names, weights and averages of Sa2VA
@@ -290,7 +317,8 @@ class VideoLLaVASAMModel(nn.Module):
         if features is None:
             features = self.encode_grounding(data["g_pixel_values"])
         levels = self.grounding.finish(features)
-        segmentation = self.grounding.decode(seg_embeds, levels, row)
+        image = _on(data["row_image"], row)[row] if "row_image" in data else row
+        segmentation = self.grounding.decode(seg_embeds, levels, image)
         segmentation.seg_embeds = seg_embeds
         return segmentation
 

@@ -73,12 +73,24 @@ def insert_image_tokens(
         [image_features.reshape(-1, width), region_features(image_features, region_tile, prompt_masks)]
     )
     features = features[fill_order(num_tiles, tokens_per_tile, region_tile, cells)]
+    expected = f"{num_tiles} x {tokens_per_tile} + {int(cells.sum())} cells of regions = {features.shape[0]}"
+    return fill_placeholders(inputs_embeds, placeholder, features, expected)
+
+
+def fill_placeholders(
+    inputs_embeds: Tensor, placeholder: Tensor, features: Tensor, expected: str | None = None
+) -> Tensor:
+    """Put features (F, D) at the F true entries of ``placeholder`` (B, L) of embeddings (B, L, D), row by row.
+
+    Raises:
+        PromptError: the numbers differ; ``expected`` says how many there should be.
+    """
     if int(placeholder.sum()) != features.shape[0]:
         raise PromptError(
             explain(
                 "image placeholders and image features differ in number",
                 seen=f"{int(placeholder.sum())} <IMG_CONTEXT> tokens",
-                expected=f"{num_tiles} x {tokens_per_tile} + {int(cells.sum())} cells of regions = {features.shape[0]}",
+                expected=expected or f"{features.shape[0]} cells of regions",
                 fix="build the prompt from the same prompt masks that are given to the model",
             )
         )

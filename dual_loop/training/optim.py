@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from dual_loop.config import TrainConfig
 
 
-def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, is_fused: bool = True
+) -> torch.optim.AdamW:
     """Return AdamW (1711.05101) over ``parameters``, in two groups.
 
     Matrices (2 dimensions and more) decay by ``config.weight_decay``; biases, norms and other vectors do not. Sa2VA
     decays everything; pulling a norm's scale towards zero regularises nothing, so this package leaves vectors alone.
+    ``is_fused`` updates all parameters in one kernel; else one small operation after the other.
     """
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
@@ -22,9 +26,9 @@ def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainC
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=1e-8
-    )
+    options: dict[str, Any] = {"fused": True} if is_fused else {"foreach": False}
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=config.learning_rate, betas=config.betas, eps=1e-8, **options)
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:

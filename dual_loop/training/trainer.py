@@ -131,8 +131,10 @@ class Trainer:
         self.accelerator, self.folder, self.report = accelerator, folder, report
         self.wrapped = wrap_model(accelerator, model)
         self.parameters = trainable_parameters(model)
-        self.optimizer = build_optimizer(self.parameters, config.train)
-        self.ema = ExponentialMovingAverage(self.parameters, config.train.ema_decay)
+        self.optimizer = build_optimizer(self.parameters, config.train, config.speed.fused_optimizer)
+        self.ema = ExponentialMovingAverage(
+            self.parameters, config.train.ema_decay, is_fused=config.speed.fused_optimizer
+        )
         loop.use_average(self.ema)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
         epochs = config.train.num_epochs

@@ -271,8 +271,8 @@ def test_sampled_special_tokens_are_punished_not_obeyed():
     word = prompter.encode(" red")[0]
     markers = [prompter.seg_id, prompter.image_context_id, word]
 
-    def generate(chunk, projected):
-        return [[word, markers[max(request.draw, 0)], word, word] for request in chunk]
+    def generate(batches, images, requests, vision_features):
+        return [(request, [word, markers[max(request.draw, 0)], word, word]) for request in requests]
 
     loop.captioner._generate = generate
     (micro,) = loop.begin_window([small_batch(config, masks_only())])

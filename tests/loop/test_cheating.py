@@ -23,8 +23,8 @@ from small_model import scene_samples, small_batch, small_config, small_model
 def writes(monkeypatch, prompter, texts_of):
     """Let every captioner write ``texts_of(request)``."""
 
-    def generate(self, chunk, projected):
-        return [prompter.encode(texts_of(request) + prompter.template.answer_end) for request in chunk]
+    def generate(self, batches, images, requests, vision_features):
+        return [(one, prompter.encode(texts_of(one) + prompter.template.answer_end)) for one in requests]
 
     monkeypatch.setattr(Captioner, "_generate", generate)
 

@@ -63,8 +63,8 @@ def test_sampling_belongs_to_the_region_not_to_the_batch(parts):
 class Mute(Captioner):
     """A captioner whose model writes nothing."""
 
-    def _generate(self, chunk, projected):
-        return [[] for _ in chunk]
+    def _generate(self, batches, images, requests, vision_features):
+        return [(request, []) for request in requests]
 
 
 def mute(parts, config):

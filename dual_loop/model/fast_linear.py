@@ -1,0 +1,146 @@
+"""Adapters and frozen matrices that cost less, with the values and gradients of the stock ones up to rounding.
+
+* :class:`FusedLora`: ``W x + s B A x`` as the frozen product, one into the low rank, and one that adds into the output.
+  The stock layer makes a float32 copy of the input, and writes the wide output three more times.
+* :func:`sixteen_bit_dropout`: four random numbers from each draw of the generator instead of one.
+* :class:`PackedLinear`: a frozen bfloat16 matrix in oneDNN's blocked layout (CPU). The stock product brings the matrix
+  into that layout at every call, which for a few rows takes longer than the product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from dual_loop.errors import EnvironmentProblem, explain
+
+_SCALE = 2**16
+_PACKED_ROWS = 8
+
+
+class FusedLora(LoraLinear):
+    """peft's LoRA layer with a lean forward; parameters, names and switches are peft's.
+
+    Made by :func:`fuse_adapters` from an existing layer. Merged, mixed and variant adapters take peft's own path.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of the frozen layer's output."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_plain = len(names) == 1 and not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
+        if not is_plain:
+            return torch.as_tensor(super().forward(x, *args, **kwargs))
+        name = names[0]
+        output = self.base_layer(x)
+        down, up = self._weights(name)
+        dropout = self.lora_dropout[name]
+        rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(down.dtype)
+        low = F.linear(sixteen_bit_dropout(x, rate), down) * self.scaling[name]
+        added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
+        return added.view(output.shape).to(output.dtype)
+
+    def _weights(self, name: str) -> tuple[Tensor, Tensor]:
+        layers: tuple[Any, Any] = self.lora_A[name], self.lora_B[name]
+        return layers[0].weight, layers[1].weight
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Let every LoRA layer of ``model`` use the lean forward; return how many there are."""
+    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    for layer in layers:
+        layer.__class__ = FusedLora
+    return len(layers)
+
+
+def sixteen_bit_dropout(x: Tensor, rate: float) -> Tensor:
+    """Dropout whose rate is rounded to a multiple of 1 / 65,536 (0.05 becomes 0.050003); 0 returns ``x`` itself.
+
+    Args:
+        x: (...) float.
+        rate: share of values that become 0, 0..1; the others are divided by the share that stays.
+    """
+    threshold = round(rate * _SCALE)
+    if threshold == 0:
+        return x
+    if threshold >= _SCALE:
+        return x * 0.0
+    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _SCALE // 2
+    return x * (kept.to(x.dtype) * (_SCALE / (_SCALE - threshold)))
+
+
+class PackedLinear(nn.Module):
+    """A frozen ``nn.Linear`` whose bfloat16 matrix is kept in oneDNN's blocked layout alone; CPU.
+
+    The backward pass unpacks the matrix for a moment. The matrix is no parameter any more: nothing that reads weights
+    by name sees it, so a model is packed last, and saved by what trains.
+
+    Args:
+        linear: the layer; its weight is given up.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        del linear.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) bfloat16, unpacked: a copy."""
+        return self.packed.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) bfloat16."""
+        return torch.as_tensor(_PackedProduct.apply(x.to(torch.bfloat16), self.packed, self.bias))
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed
+        return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], ""))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].to(torch.bfloat16) @ ctx.packed.to_dense(), None, None
+
+
+def pack_frozen_linears(model: nn.Module) -> int:
+    """Replace every frozen bfloat16 ``nn.Linear`` inside ``model`` by a :class:`PackedLinear`; return how many.
+
+    Raises:
+        EnvironmentProblem: this torch has no oneDNN, or the weights are not on the CPU.
+    """
+    if not can_pack():
+        raise EnvironmentProblem(
+            explain("frozen weights cannot be packed", "speed.pack_weights", "torch without oneDNN", fix="set it off")
+        )
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear or child.weight.requires_grad or child.weight.dtype != torch.bfloat16:
+                continue
+            if child.weight.device.type != "cpu":
+                where = f"speed.pack_weights, {name}"
+                raise EnvironmentProblem(explain("frozen weights cannot be packed", where, child.weight.device, "cpu"))
+            setattr(parent, name, PackedLinear(child))
+            count += 1
+    return count
+
+
+def can_pack() -> bool:
+    """Tell whether this torch has oneDNN's packed linear layer."""
+    operations = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and hasattr(operations, "_reorder_linear_weight")

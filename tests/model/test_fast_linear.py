@@ -1,0 +1,163 @@
+"""Lean adapters, fast dropout, packed matrices and grouped attention against the stock ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dual_loop.errors import EnvironmentProblem
+from dual_loop.model.attention import grouped_attention
+from dual_loop.model.fast_linear import (
+    FusedLora,
+    PackedLinear,
+    can_pack,
+    fuse_adapters,
+    pack_frozen_linears,
+    sixteen_bit_dropout,
+)
+
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
+
+
+def adapted(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("q_proj", nn.Linear(24, 40, dtype=dtype))
+    model.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], lora_dropout=dropout), model)
+    nn.init.normal_(model.q_proj.lora_B["default"].weight)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def run(model: nn.Module, x: torch.Tensor, autocast: bool = False) -> tuple[torch.Tensor, ...]:
+    x = x.clone().requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+    (y.float() ** 2).sum().backward()
+    layer = model.q_proj
+    return y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+
+
+def test_the_lean_adapter_is_pefts_in_double_precision() -> None:
+    stock, x = adapted().double(), torch.randn(2, 5, 24, dtype=torch.float64)
+    lean = copy.deepcopy(stock)
+    assert fuse_adapters(lean) == 1
+    assert isinstance(lean.q_proj, FusedLora)
+    for seen, expected in zip(run(lean, x), run(stock, x), strict=True):
+        assert torch.allclose(seen, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_lean_adapter_under_autocast_is_as_near_to_the_truth_as_pefts() -> None:
+    stock, x = adapted(torch.bfloat16), torch.randn(64, 24, dtype=torch.bfloat16)
+    lean = copy.deepcopy(stock)
+    fuse_adapters(lean)
+    exact = copy.deepcopy(stock).double()
+    truth = run(exact, x.double())
+    for seen, peft, true in zip(run(lean, x, True), run(stock, x, True), truth, strict=True):
+        assert seen.dtype == peft.dtype
+        errors = [(value.double() - true).abs().mean() for value in (seen, peft)]
+        assert errors[0] <= 1.1 * errors[1] + 1e-9
+
+
+def test_switched_off_and_merged_adapters_take_pefts_own_path() -> None:
+    lean, x = adapted(), torch.randn(3, 24)
+    fuse_adapters(lean)
+    with_adapter = lean(x)
+    lean.q_proj._disable_adapters = True
+    assert torch.equal(lean(x), lean.q_proj.base_layer(x))
+    lean.q_proj._disable_adapters = False
+    lean.q_proj.merge()
+    assert torch.allclose(lean(x), with_adapter, atol=1e-4)
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001)
+    y = sixteen_bit_dropout(x, 0.05)
+    assert float((y == 0).float().mean()) == pytest.approx(0.05, abs=0.001)
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.002)
+    assert len(y.unique()) == 2
+    rows, columns = (y == 0).float().mean(0), (y == 0).float().mean(1)
+    assert rows.std() == pytest.approx((0.05 * 0.95 / 1000) ** 0.5, rel=0.15)
+    assert columns.std() == pytest.approx((0.05 * 0.95 / 1001) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, 1.0), (1e-7, 1.0), (1.0, 0.0)])
+def test_dropout_at_its_ends(rate: float, expected: float) -> None:
+    assert float(sixteen_bit_dropout(torch.ones(7), rate).mean()) == expected
+
+
+def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() -> None:
+    lean, x = adapted(dropout=0.5), torch.randn(4, 24)
+    fuse_adapters(lean)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(lean.train()(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(lean.eval()(x), lean.eval()(x))
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 50])
+def test_a_packed_matrix_gives_the_stock_values_and_gradients(bias: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    packed = PackedLinear(copy.deepcopy(stock))
+    assert torch.equal(packed.weight, stock.weight)
+    x = torch.randn(2, rows, 48, dtype=torch.bfloat16)
+    results = []
+    for layer in (stock, packed):
+        leaf = x.clone().requires_grad_(True)
+        y = layer(leaf)
+        y.float().square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    for seen, expected in zip(results[1], results[0], strict=True):
+        assert torch.allclose(seen.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+@needs_packing
+def test_only_frozen_bfloat16_matrices_are_packed() -> None:
+    model = adapted(torch.bfloat16)
+    model.add_module("trained", nn.Linear(4, 4, dtype=torch.bfloat16))
+    model.add_module("single", nn.Linear(4, 4).requires_grad_(False))
+    assert pack_frozen_linears(model) == 1
+    assert isinstance(model.q_proj.base_layer, PackedLinear)
+    assert type(model.trained) is type(model.single) is nn.Linear
+    assert not any("base_layer" in name for name, _ in model.named_parameters())
+    fuse_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.q_proj(torch.randn(3, 24, dtype=torch.bfloat16)).shape == (3, 40)
+
+
+@needs_packing
+def test_weights_elsewhere_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16, device="meta").requires_grad_(False))
+    with pytest.raises(EnvironmentProblem, match="pack_weights"):
+        pack_frozen_linears(model)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("new", [1, 3])
+def test_grouped_attention_is_sdpas(masked: bool, new: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    query, key, value = torch.randn(3, 8, new, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
+    mask = torch.zeros(3, 1, new, 9)
+    mask[:, :, :, :2] = torch.finfo(torch.float32).min
+    given = mask if masked else None
+    with torch.no_grad():
+        seen, _ = grouped_attention(module, query, key, value, given, scaling=0.25)
+        expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.25)
+    assert torch.allclose(seen, expected, atol=1e-6)
