@@ -19,6 +19,7 @@ from dual_loop.loop.audit import Auditor
 from dual_loop.loop.captioner import Captioner, prompt_texts
 from dual_loop.loop.critic import Critic
 from dual_loop.loop.estimators import build_estimator
+from dual_loop.loop.feature_cache import FeatureCache
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.policy import (
@@ -90,6 +91,10 @@ class DualLoop:
             self._listening,
         )
         self.teacher = MaskTeacher(model, None, model.loss_config)
+        speed = model.speed
+        self.cache: FeatureCache | None = None
+        if speed.feature_cache is not None:
+            self.cache = FeatureCache(model, speed.feature_cache, speed.feature_cache_gib)
         self.starting = StartingWeights(trainable_parameters(model))
         self.auditor = Auditor(model, prompter, config, self.starting, exchange)
 
@@ -120,7 +125,7 @@ class DualLoop:
         is_shared = self.model.speed.share_towers
         needs_more = audit or self.policy.needs_scores or self.estimator.is_relaxed
         features = [
-            self.model.encode_vision(batch.pixel_values) if is_shared or needs_more else None for batch in batches
+            self._vision(batch) if is_shared or needs_more else None for batch in batches
         ]
         plain = [feature.detach() for feature in features if feature is not None]
         draws = self.estimator.draws
@@ -160,6 +165,10 @@ class DualLoop:
 
     # ---- inside a window -------------------------------------------------------------------------------------------
 
+    def _vision(self, batch: Batch) -> Tensor:
+        """Run the vision tower on all tiles of the batch, or read what it computed before."""
+        return self.cache.vision(batch) if self.cache is not None else self.model.encode_vision(batch.pixel_values)
+
     @torch.no_grad()
     def _grounding(self, batch: Batch, audit: bool) -> GroundingFeatures | None:
         """Run SAM 2's frozen encoder once, where more than one pass will read its features."""
@@ -167,6 +176,8 @@ class DualLoop:
         is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
         if not self.model.speed.share_towers:
             return None
+        if self.cache is not None:
+            return self.cache.grounding(batch)
         several = audit or self.policy.needs_scores or self.model.loss_config.distill_weight > 0
         return self.model.encode_grounding(batch.g_pixel_values) if is_frozen and several else None
 

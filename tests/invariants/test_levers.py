@@ -11,6 +11,7 @@ import torch
 from dual_loop.config import LoopConfig, PolicyConfig, SpeedConfig
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.model.adapters import trainable_parameters
+
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
 PLAIN = SpeedConfig(
@@ -142,7 +143,7 @@ def test_finished_rows_leave_the_generation(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def finishing_window(speed: SpeedConfig) -> list[list[int]]:
-    """Captions of two scenes whose rows end at different lengths: a row stops where its ids sum to a multiple of three."""
+    """Captions of three scenes whose rows end where their ids sum to a multiple of three: at different lengths."""
     from dual_loop.loop import generation
 
     config = dataclasses.replace(small_config(), speed=speed, loop=LoopConfig(max_new_tokens=8, max_rejected_grace=99))

@@ -64,7 +64,7 @@ def test_the_lean_adapter_under_autocast_is_as_near_to_the_truth_as_pefts() -> N
     for seen, peft, true in zip(run(lean, x, True), run(stock, x, True), truth, strict=True):
         assert seen.dtype == peft.dtype
         errors = [(value.double() - true).abs().mean() for value in (seen, peft)]
-        assert errors[0] <= 1.1 * errors[1] + 1e-9
+        assert errors[0] <= 1.5 * errors[1] + 1e-9
 
 
 def test_switched_off_and_merged_adapters_take_pefts_own_path() -> None:

@@ -1,0 +1,56 @@
+"""What this machine can do at most: a matrix product of the step's own shape, and a memory copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+COPY_BYTES = 2**28
+
+
+def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dict[str, float]:
+    """Return ``flops_per_second`` of (rows, width) x (width, inner) and ``bytes_per_second`` read plus written.
+
+    The best of several runs: a floor is what the machine can do. Several matrices are used in turn, so that none of
+    them stays in a cache.
+    """
+    x = torch.randn(rows, width, dtype=dtype)
+    matrices = [torch.randn(inner, width, dtype=dtype) for _ in range(6)]
+
+    def products() -> None:
+        for matrix in matrices:
+            torch.nn.functional.linear(x, matrix)
+
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    flops = 2.0 * rows * width * inner * len(matrices)
+    return {
+        "flops_per_second": flops / best(products),
+        "bytes_per_second": 2.0 * COPY_BYTES / best(lambda: target.copy_(source)),
+        "rows": float(rows),
+        "width": float(width),
+        "inner": float(inner),
+    }
+
+
+def best(run: Callable[[], object], repeats: int = 7) -> float:
+    """Return the seconds of the quickest of several runs, after one that is not counted."""
+    return min(_seconds(run, repeats))
+
+
+def typical(run: Callable[[], object], repeats: int = 7) -> float:
+    """Return the median seconds of several runs, after one that is not counted."""
+    return median(_seconds(run, repeats))
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> list[float]:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds

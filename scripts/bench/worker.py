@@ -1,0 +1,134 @@
+"""One variant in a process of its own: takes a step when a line asks for it, and answers in JSON lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from bench.phases import PhaseClock, ProductCounter, watch
+from bench.setup import Setting, build_config, build_trainer
+from dual_loop.training.guard import StopRequest
+
+MIB = 2**20
+
+
+class Variant:
+    """A trainer whose steps are timed by phase."""
+
+    def __init__(self, setting: Setting, name: str) -> None:
+        self.imports_mb = peak_mb()
+        self.setting, self.config = setting, build_config(setting, name)
+        self.trainer = build_trainer(self.config, setting)
+        self.clock = PhaseClock()
+        self.decode_rows: list[int] = []
+        self._watch()
+        self.trainer.model.train()
+        self.batches = self.trainer.data.batches(0)
+        self.stop = StopRequest()
+
+    def step(self, counted: bool = False) -> dict[str, Any]:
+        """Take one optimiser step; return seconds, and operations and bytes where they are counted."""
+        self.clock, self.decode_rows = PhaseClock(), []
+        start = time.perf_counter()
+        if counted:
+            with ProductCounter() as self.clock.counter:
+                self._run()
+        else:
+            self._run()
+        answer: dict[str, Any] = {"seconds": time.perf_counter() - start, "phases": self.clock.seconds}
+        answer["calls"], answer["decode_rows"] = self.clock.calls, self.decode_rows
+        if counted:
+            answer.update(flops=self.clock.flops, bytes=self.clock.bytes)
+        return answer
+
+    def _run(self) -> None:
+        self.clock.start()
+        self.trainer._one_step(self.batches, self.stop)
+        self.clock.stop()
+
+    def end(self) -> dict[str, Any]:
+        parameters = [*self.trainer.model.parameters()]
+        return {
+            "peak_mb": peak_mb(),
+            "imports_mb": self.imports_mb,
+            "parameters": sum(p.numel() for p in parameters),
+            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        }
+
+    def _watch(self) -> None:
+        from dual_loop.loop import decoding, generation
+
+        def clock() -> PhaseClock:
+            return self.clock
+
+        model, trainer = self.trainer.model, self.trainer
+
+        def of_columns(_model: Any, embeds: torch.Tensor, *_: Any) -> str:
+            if embeds.shape[1] > 1:
+                return "prompt prefill"
+            self.decode_rows.append(len(embeds))
+            return "decode"
+
+        watch(trainer, "_fetch", clock, "data")
+        watch(model, "encode_vision", clock, "vision tower")
+        watch(decoding, "_forward", clock, of_columns)
+        watch(generation, "decode_rows", clock, "decode")
+        watch(model, "language_hidden", clock, "language forward")
+        watch(model, "project_vision", clock, "language forward")
+        watch(model.grounding, "encode", clock, "SAM 2 encoder")
+        watch(model.grounding, "finish", clock, "mask decoder")
+        watch(model.grounding, "decode", clock, "mask decoder")
+        watch(model, "_loss_terms", clock, "losses")
+        watch(torch.Tensor, "backward", clock, "backward")
+        watch(trainer, "_update", clock, "optimiser")
+        watch(trainer.ema, "update", clock, "EMA")
+
+
+def spread_ends(new_tokens: int) -> None:
+    """Let the k-th row of every generation end after a share of ``new_tokens``, evenly spread."""
+    from dual_loop.loop import generation
+
+    def ended(self: Any, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        # The first id of a row is different enough from row to row with random weights to spread the ends.
+        ends = input_ids[:, 0] * 2654435761 % new_tokens + 1
+        return input_ids.shape[1] >= ends
+
+    generation.StopOnText.__call__ = ended  # type: ignore[method-assign]
+
+
+def product_shape(variant: Variant) -> list[Any]:
+    """Return rows, width, inner width and dtype of the largest product of this model's step: those of its MLP."""
+    text, cells = variant.config.model.text, variant.trainer.data.shape.grid_size**2
+    rows = variant.setting.batch * (cells + 64)
+    return [rows, text["hidden_size"], text["intermediate_size"], variant.config.model.dtype]
+
+
+def peak_mb() -> float:
+    """Return the most resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MIB
+
+
+def main() -> None:
+    setting_fields, name = json.loads(sys.stdin.readline())
+    setting = Setting(**setting_fields)
+    if setting.is_spread:
+        spread_ends(setting.new_tokens)
+    variant = Variant(setting, name)
+    commands = {
+        "step": variant.step,
+        "counted": lambda: variant.step(counted=True),
+        "shape": lambda: {"shape": product_shape(variant)},
+        "end": variant.end,
+    }
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(commands[line.strip()]()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

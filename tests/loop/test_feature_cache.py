@@ -1,0 +1,101 @@
+"""The on-disk cache of frozen features: exact, keyed by content, bounded, repaired."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dual_loop.errors import ConfigError, EnvironmentProblem
+from dual_loop.loop.feature_cache import FeatureCache
+
+from small_model import scene_samples, small_batch, small_model
+
+
+@pytest.fixture
+def parts():
+    return small_model()
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_what_is_read_is_what_was_computed(parts, tmp_path, monkeypatch):
+    model, _, config = parts
+    batch = small_batch(config, scene_samples(3))
+    expected = model.encode_vision(batch.pixel_values), model.encode_grounding(batch.g_pixel_values).levels
+    first = FeatureCache(model, tmp_path, 1.0)
+    assert torch.equal(first.vision(batch), expected[0])
+    assert all(map(torch.equal, first.grounding(batch).levels, expected[1]))
+    assert (first.num_read, first.num_computed) == (0, 6)
+    second = FeatureCache(model, tmp_path, 1.0)
+    monkeypatch.setattr(model, "encode_vision", None)
+    monkeypatch.setattr(model, "encode_grounding", None)
+    assert torch.equal(second.vision(batch), expected[0])
+    assert all(map(torch.equal, second.grounding(batch).levels, expected[1]))
+    assert (second.num_read, second.num_computed) == (6, 0)
+    assert second.used == sum(path.stat().st_size for path in files(tmp_path))
+
+
+def test_other_images_and_other_weights_are_not_mistaken(parts, tmp_path):
+    model, _, config = parts
+    first, second = (small_batch(config, scene_samples(2)[k : k + 1]) for k in range(2))
+    cache = FeatureCache(model, tmp_path, 1.0)
+    cache.vision(first)
+    cache.vision(second)
+    assert cache.num_computed == 2
+    with torch.no_grad():
+        next(model.mllm.model.vision_tower.parameters()).add_(1.0)
+    changed = FeatureCache(model, tmp_path, 1.0)
+    assert torch.equal(changed.vision(first), model.encode_vision(first.pixel_values))
+    assert changed.num_computed == 1
+
+
+def test_nothing_is_written_over_the_limit_and_everything_is_still_right(parts, tmp_path):
+    model, _, config = parts
+    batch = small_batch(config, scene_samples(2))
+    cache = FeatureCache(model, tmp_path, 0.0)
+    assert torch.equal(cache.vision(batch), model.encode_vision(batch.pixel_values))
+    assert files(tmp_path) == []
+    assert cache.num_not_stored == 2
+
+
+def test_a_damaged_file_is_computed_and_written_again(parts, tmp_path):
+    model, _, config = parts
+    batch = small_batch(config, scene_samples(1))
+    FeatureCache(model, tmp_path, 1.0).vision(batch)
+    [path] = files(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    cache = FeatureCache(model, tmp_path, 1.0)
+    assert torch.equal(cache.vision(batch), model.encode_vision(batch.pixel_values))
+    assert path.read_bytes() == whole
+
+
+def test_an_encoder_that_trains_is_refused(parts, tmp_path):
+    model, _, _ = parts
+    next(model.grounding_encoder.vision_encoder.parameters()).requires_grad_(True)
+    with pytest.raises(ConfigError, match="grounding encoder trains"):
+        FeatureCache(model, tmp_path, 1.0)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(parts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="feature cache"):
+        FeatureCache(parts[0], tmp_path / "file" / "below", 1.0)
+
+
+def test_the_size_is_announced_before_anything_is_written(parts, tmp_path):
+    model, _, config = parts
+    batch = small_batch(config, scene_samples(2))
+    cache = FeatureCache(model, tmp_path, 0.001)
+    line = cache.announcement(batch, 1_000_000)
+    assert files(tmp_path) == []
+    assert "1,000,000 images" in line
+    assert "computed anew" in line
+    cache = FeatureCache(model, tmp_path, 1.0)
+    cache.vision(batch)
+    cache.grounding(batch)
+    assert cache.used == pytest.approx(cache.bytes_of(batch), rel=0.05)
