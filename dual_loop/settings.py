@@ -261,7 +261,12 @@ class SpeedConfig:
             logits are computed again in the backward pass.
         fused_lora: run each adapter as two matrix products that add into the frozen one's output.
         grouped_attention: on a CPU, let the query heads of a group share one matrix product while decoding.
-        pack_weights: on a CPU with bfloat16, keep frozen weights in the blocked layout of oneDNN: ``auto|on|off``.
+        pack_weights: on a CPU, keep frozen matrices in the blocked layout of oneDNN: ``auto|on|off``.
+        merge_adapters: add the adapters to float32 matrices for the length of step 1. (With bfloat16 the sum would be
+            rounded, and captions would come from another model than the one that trains.)
+        lean_sam2: skip what transformers' SAM 2 encoder computes and nobody reads.
+        keep_heap: on a CPU with glibc, keep freed memory for the next tensor instead of giving it back each time.
+        own_decoder: decode with this package's loop; off, with transformers' ``generate``.
         fused_optimizer: AdamW and the weight average as fused or foreach operations.
         bucket_view: let gradients be views of DDP's buckets.
         feature_cache: folder of an on-disk cache of the frozen towers' features; None for none.
@@ -282,7 +287,11 @@ class SpeedConfig:
     cross_entropy_chunk: int = 1024
     fused_lora: bool = True
     grouped_attention: bool = True
-    pack_weights: str = "off"
+    pack_weights: str = "auto"
+    merge_adapters: bool = True
+    lean_sam2: bool = True
+    keep_heap: bool = True
+    own_decoder: bool = True
     fused_optimizer: bool = True
     bucket_view: bool = True
     feature_cache: str | None = None

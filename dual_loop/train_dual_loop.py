@@ -42,7 +42,7 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer, 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes
+from dual_loop.training.devices import build_accelerator, end_processes, pack_model
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
@@ -102,6 +102,7 @@ def train(config: Config) -> FitResult:
     model, prompter = prepare_model(config, folder, report)
     stream = prepare_data(config, accelerator, report)
     loop = build_loop(config, model, prompter, accelerator)
+    pack_model(config, model, accelerator.device)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)

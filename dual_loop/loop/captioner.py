@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from dual_loop.errors import DualLoopError, explain
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.loop.generation import Generator, Prompts, RowSampler
+from dual_loop.model.adapters import merged_adapters
 from dual_loop.model.prompts import CAPTION_QUESTIONS, SEGMENT_QUESTIONS, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
 from dual_loop.types import Batch, CaptionRollout, WrittenCaption
@@ -120,7 +122,8 @@ class Captioner:
             # Rows of like length share a generation, so little is spent on padding.
             requests.sort(key=lambda request: len(request.question))
         written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
-        with evaluating(self.model):
+        merging = merged_adapters(self.model) if self.model.speed.merge_adapters else nullcontext()
+        with evaluating(self.model), merging:
             for request, ids in self._generate(batches, images, requests, vision_features):
                 own = written.setdefault((request.batch, request.region), {})
                 own[request.draw] = self._written(ids)

@@ -124,9 +124,7 @@ class DualLoop:
         """
         is_shared = self.model.speed.share_towers
         needs_more = audit or self.policy.needs_scores or self.estimator.is_relaxed
-        features = [
-            self._vision(batch) if is_shared or needs_more else None for batch in batches
-        ]
+        features = [self._vision(batch) if is_shared or needs_more else None for batch in batches]
         plain = [feature.detach() for feature in features if feature is not None]
         draws = self.estimator.draws
         seen: list[Tensor | None] = [*plain] if is_shared else [None] * len(batches)

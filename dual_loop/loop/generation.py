@@ -124,14 +124,14 @@ class Generator:
         self.model, self.prompter, self.prompts = model, prompter, prompts
         self.image_features, self.max_new_tokens = image_features, max_new_tokens
         self.pad_id = prompter.tokenizer.pad_token_id or 0
-        is_shared = model.speed.share_prefix and not model.speed.static_cache
+        is_shared = model.speed.share_prefix and model.speed.own_decoder and not model.speed.static_cache
         self.prefix = self._encode_prefixes() if is_shared else None
 
     def write(self, rows: Sequence[int], sampler: RowSampler | None = None) -> list[list[int]]:
         """Return the new ids of prompts ``rows``; ``sampler`` draws for them, None takes the arg-max."""
         chosen, speed = self.prompts.choose(rows), self.model.speed
         stop = StopOnText(self.prompter.tokenizer, self.prompter.template.stop_texts)
-        if speed.static_cache:
+        if speed.static_cache or not speed.own_decoder:
             return self._generate(chosen, stop, sampler)
         decoded = self._with_prefix(chosen) if self.prefix is not None else self._whole(chosen)
         return decode_rows(
@@ -181,8 +181,13 @@ class Generator:
         return self.model.embed_prompt(ids.to(device), features, region_tile.to(device), masks.to(device))
 
     def _generate(self, chosen: Prompts, stop: StopOnText, sampler: RowSampler | None) -> list[list[int]]:
-        """Continue with transformers' ``generate`` and its static cache, compiled where that is asked for."""
-        rows, tokenizer = self._whole(chosen), self.prompter.tokenizer
+        """Continue with transformers' ``generate``; with its static cache, compiled, where that is asked for."""
+        rows, tokenizer, speed = self._whole(chosen), self.prompter.tokenizer, self.model.speed
+        cache: dict[str, Any] = {}
+        if speed.static_cache:
+            cache = {"cache_implementation": "static", "disable_compile": not speed.compile_decode}
+        if not speed.last_hidden_only:
+            cache.update(output_hidden_states=True, output_logits=True, return_dict_in_generate=True)
         output = self.model.generate(
             rows.embeds,
             rows.valid.long(),
@@ -192,8 +197,7 @@ class Generator:
             eos_token_id=tokenizer.eos_token_id,
             stopping_criteria=StoppingCriteriaList([stop]),
             logits_processor=LogitsProcessorList([sampler] if sampler is not None else []),
-            cache_implementation="static",
-            disable_compile=not self.model.speed.compile_decode,
+            **cache,
         )
         return [[int(i) for i in row] for row in output.tolist()]
 

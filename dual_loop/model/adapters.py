@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
+from dual_loop.model.fast_linear import PackedLinear, pack_matrix
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -65,6 +68,54 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, state in zip(layers, before, strict=True):
             layer._disable_adapters = state
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Add the adapters to their float32 matrices for the length of a ``with`` block; no graph.
+
+    The frozen matrices themselves are put aside and come back as they were. Layers whose matrices have another dtype,
+    or live elsewhere than in a plain tensor, keep their adapters.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and _can_merge(m)]
+    frozen = [_put_aside(layer.get_base_layer()) for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            _put(
+                layer.get_base_layer(), layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
+            )
+            layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, matrix in zip(layers, frozen, strict=True):
+            _put_back(layer.get_base_layer(), matrix)
+            layer._disable_adapters = False
+
+
+def _put_aside(base: Any) -> Tensor:
+    """Return the matrix of a frozen layer as it is stored."""
+    return base.packed if isinstance(base, PackedLinear) else base.weight.data
+
+
+def _put_back(base: Any, stored: Tensor) -> None:
+    if isinstance(base, PackedLinear):
+        base.packed = stored
+    else:
+        base.weight.data = stored
+
+
+def _put(base: Any, matrix: Tensor) -> None:
+    """Give a frozen layer another matrix (out, in)."""
+    _put_back(base, pack_matrix(matrix) if isinstance(base, PackedLinear) else matrix)
+
+
+def _can_merge(layer: LoraLinear) -> bool:
+    base = layer.get_base_layer()
+    is_plain = isinstance(base, PackedLinear) or type(getattr(base, "weight", None)) is nn.Parameter
+    is_plain = is_plain and base.weight.dtype in (torch.float32, torch.float64)
+    is_single = len(layer.active_adapters) == 1 and not (layer.merged or layer.disable_adapters or layer.lora_variant)
+    return is_plain and is_single
 
 
 def group_of(name: str) -> str | None:

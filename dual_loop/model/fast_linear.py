@@ -3,12 +3,13 @@
 * :class:`FusedLora`: ``W x + s B A x`` as the frozen product, one into the low rank, and one that adds into the output.
   The stock layer makes a float32 copy of the input, and writes the wide output three more times.
 * :func:`sixteen_bit_dropout`: four random numbers from each draw of the generator instead of one.
-* :class:`PackedLinear`: a frozen bfloat16 matrix in oneDNN's blocked layout (CPU). The stock product brings the matrix
-  into that layout at every call, which for a few rows takes longer than the product.
+* :class:`PackedLinear`: a frozen matrix in oneDNN's blocked layout (CPU). The stock product brings the matrix into
+  such a layout at every call, which for a few rows takes longer than the product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def sixteen_bit_dropout(x: Tensor, rate: float) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A frozen ``nn.Linear`` whose bfloat16 matrix is kept in oneDNN's blocked layout alone; CPU.
+    """A frozen ``nn.Linear`` whose matrix is kept in oneDNN's blocked layout alone; CPU, float32 or bfloat16.
 
     The backward pass unpacks the matrix for a moment. The matrix is no parameter any more: nothing that reads weights
     by name sees it, so a model is packed last, and saved by what trains.
@@ -91,19 +92,19 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+        self.dtype = linear.weight.dtype
+        self.packed = pack_matrix(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach()
         del linear.weight
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) bfloat16, unpacked: a copy."""
+        """(out, in), unpacked: a copy."""
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) bfloat16."""
-        return torch.as_tensor(_PackedProduct.apply(x.to(torch.bfloat16), self.packed, self.bias))
+        """(..., in) -> (..., out) in the matrix's dtype."""
+        return torch.as_tensor(_PackedProduct.apply(x.to(self.dtype), self.packed, self.bias))
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -114,11 +115,17 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].to(torch.bfloat16) @ ctx.packed.to_dense(), None, None
+        matrix = ctx.packed.to_dense()
+        return gradients[0].to(matrix.dtype) @ matrix, None, None
 
 
-def pack_frozen_linears(model: nn.Module) -> int:
-    """Replace every frozen bfloat16 ``nn.Linear`` inside ``model`` by a :class:`PackedLinear`; return how many.
+def pack_matrix(weight: Tensor) -> Tensor:
+    """Return a matrix (out, in) in oneDNN's blocked layout for few rows, which serves many rows as well."""
+    return torch.as_tensor(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS))
+
+
+def pack_frozen_linears(model: nn.Module, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> int:
+    """Replace every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` by a :class:`PackedLinear`; return how many.
 
     Raises:
         EnvironmentProblem: this torch has no oneDNN, or the weights are not on the CPU.
@@ -130,7 +137,7 @@ def pack_frozen_linears(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child.weight.requires_grad or child.weight.dtype != torch.bfloat16:
+            if type(child) is not nn.Linear or child.weight.requires_grad or child.weight.dtype not in dtypes:
                 continue
             if child.weight.device.type != "cpu":
                 where = f"speed.pack_weights, {name}"

@@ -180,7 +180,7 @@ class VideoLLaVASAMModel(nn.Module):
         """Continue left-padded prompts with a key-value cache: (R, L, D) -> (R, new tokens) int64, new tokens only."""
         self.sync_new_tokens()
         output = self.mllm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
-        return torch.as_tensor(output)
+        return torch.as_tensor(getattr(output, "sequences", output))
 
     def embed_regions(
         self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -14,8 +15,12 @@ from torch import nn
 
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
+from dual_loop.model.fast_linear import can_pack, pack_frozen_linears
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
+
+_KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -37,11 +42,27 @@ def build_accelerator(config: Config) -> Accelerator:
     use_cpu = wanted == "cpu" or not has_cuda
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
+        if config.speed.keep_heap:
+            keep_heap()
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config), kwargs_handlers=[ddp])
     if use_cpu:
         # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
     return accelerator
+
+
+def keep_heap() -> bool:
+    """Let glibc serve large tensors from memory that was freed before; return whether it can be told so.
+
+    By default it maps every block over 32 MiB anew and unmaps it afterwards, so each such tensor pays for a page fault
+    every 4 KiB. Memory that is kept belongs to this process until it ends.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_threshold, _KEPT_BLOCK) and mallopt(trim_threshold, _NEVER))
 
 
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -51,6 +72,20 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped: nn.Module = accelerator.prepare_model(model)
     return wrapped
+
+
+def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
+    """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
+
+    ``auto`` does so on a CPU that has the layout. Float32 matrices that autocast would round are left alone. Call it after weights were loaded, before training: the
+    packed matrices are no parameters any more. The output head stays plain where trained rows are written into it.
+    """
+    choice = config.speed.pack_weights
+    if choice == "off" or (choice == "auto" and not (device.type == "cpu" and can_pack())):
+        return 0
+    dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
+    language = model.mllm if model.new_token_rows is None else model.mllm.model
+    return sum(pack_frozen_linears(part, dtypes) for part in (language, model.grounding_encoder.vision_encoder))
 
 
 def end_processes(accelerator: Accelerator) -> None:

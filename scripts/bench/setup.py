@@ -39,6 +39,10 @@ PLAIN = SpeedConfig(
     cross_entropy_chunk=0,
     fused_lora=False,
     grouped_attention=False,
+    merge_adapters=False,
+    lean_sam2=False,
+    keep_heap=False,
+    own_decoder=False,
     pack_weights="off",
     fused_optimizer=False,
     bucket_view=False,
@@ -190,7 +194,7 @@ class GeneratedData:
 def build_trainer(config: Config, setting: Setting) -> Any:
     """Return the real trainer around a model with random weights, and generated data."""
     from dual_loop.loop.dual_loop import DualLoop
-    from dual_loop.training.devices import build_accelerator
+    from dual_loop.training.devices import build_accelerator, pack_model
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
@@ -204,6 +208,7 @@ def build_trainer(config: Config, setting: Setting) -> Any:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.02)
+    pack_model(config, model, accelerator.device)
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     data = GeneratedData(setting, geometry(config))
     return Trainer(config, model, loop, data, accelerator, RunFolder(folder, writes=False), report=lambda line: None)

@@ -26,6 +26,10 @@ PLAIN = SpeedConfig(
     cross_entropy_chunk=0,
     fused_lora=False,
     grouped_attention=False,
+    merge_adapters=False,
+    lean_sam2=False,
+    keep_heap=False,
+    own_decoder=False,
     fused_optimizer=False,
     bucket_view=False,
 )

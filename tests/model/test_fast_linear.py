@@ -11,6 +11,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dual_loop.errors import EnvironmentProblem
+from dual_loop.model.adapters import merged_adapters
 from dual_loop.model.attention import grouped_attention
 from dual_loop.model.fast_linear import (
     FusedLora,
@@ -110,12 +111,15 @@ def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() ->
 @needs_packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 50])
-def test_a_packed_matrix_gives_the_stock_values_and_gradients(bias: bool, rows: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+def test_a_packed_matrix_gives_the_stock_values_and_gradients(
+    bias: bool, rows: int, dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
-    stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    stock = nn.Linear(48, 72, bias=bias, dtype=dtype).requires_grad_(False)
     packed = PackedLinear(copy.deepcopy(stock))
     assert torch.equal(packed.weight, stock.weight)
-    x = torch.randn(2, rows, 48, dtype=torch.bfloat16)
+    x = torch.randn(2, rows, 48, dtype=dtype)
     results = []
     for layer in (stock, packed):
         leaf = x.clone().requires_grad_(True)
@@ -123,7 +127,7 @@ def test_a_packed_matrix_gives_the_stock_values_and_gradients(bias: bool, rows: 
         y.float().square().sum().backward()
         results.append((y.detach(), leaf.grad))
     for seen, expected in zip(results[1], results[0], strict=True):
-        assert torch.allclose(seen.float(), expected.float(), rtol=2e-2, atol=2e-2)
+        assert torch.allclose(seen.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
 @needs_packing
@@ -131,7 +135,7 @@ def test_only_frozen_bfloat16_matrices_are_packed() -> None:
     model = adapted(torch.bfloat16)
     model.add_module("trained", nn.Linear(4, 4, dtype=torch.bfloat16))
     model.add_module("single", nn.Linear(4, 4).requires_grad_(False))
-    assert pack_frozen_linears(model) == 1
+    assert pack_frozen_linears(model, [torch.bfloat16]) == 1
     assert isinstance(model.q_proj.base_layer, PackedLinear)
     assert type(model.trained) is type(model.single) is nn.Linear
     assert not any("base_layer" in name for name, _ in model.named_parameters())
@@ -161,3 +165,24 @@ def test_grouped_attention_is_sdpas(masked: bool, new: int) -> None:
         seen, _ = grouped_attention(module, query, key, value, given, scaling=0.25)
         expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.25)
     assert torch.allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=needs_packing)])
+def test_merged_adapters_write_the_same_and_leave_no_trace(is_packed: bool) -> None:
+    model, x = adapted(), torch.randn(3, 24)
+    fuse_adapters(model)
+    expected, before = model(x), model.q_proj.base_layer.weight.clone()
+    if is_packed:
+        pack_frozen_linears(model)
+    with torch.no_grad(), merged_adapters(model):
+        assert model.q_proj.disable_adapters
+        assert torch.allclose(model(x), expected, atol=1e-5)
+    assert not model.q_proj.disable_adapters
+    assert torch.equal(model.q_proj.base_layer.weight, before)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_bfloat16_matrices_keep_their_adapters() -> None:
+    model = adapted(torch.bfloat16)
+    with merged_adapters(model):
+        assert not model.q_proj.disable_adapters

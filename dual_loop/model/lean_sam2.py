@@ -1,0 +1,48 @@
+"""SAM 2's frozen image encoder without what nobody reads; the feature maps are the same bits or rounding.
+
+transformers 5.23 computes two things in the encoder that are thrown away here: in every attention block a product of
+queries and keys over the heads, with its softmax, and for every level of the neck a sine position encoding as large as
+the level (single images need none: the mask decoder has its own). On a CPU they are a third of the encoder's time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, do_pool
+
+
+class LeanAttention(Sam2MultiScaleAttention):  # type: ignore[misc]
+    """Hiera's attention inside windows, (B, H, W, C) -> (B, H', W', C'); queries are pooled where a stage begins."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        rows, height, width, _ = hidden_states.shape
+        heads = self.num_attention_heads
+        query, key, value = self.qkv(hidden_states).reshape(rows, height * width, 3, heads, -1).unbind(2)
+        if self.query_stride:
+            stride: Any = self.query_stride
+            pooled = do_pool(query.reshape(rows, height, width, -1), stride)
+            height, width = pooled.shape[1:3]
+            query = pooled.reshape(rows, height * width, heads, -1)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return torch.as_tensor(self.proj(attended.transpose(1, 2).reshape(rows, height, width, -1)))
+
+
+class NoPositions(nn.Module):
+    """Stands in for the neck's position encodings: a zero of each level's shape that takes no memory."""
+
+    def forward(self, shape: Any, device: Any, dtype: torch.dtype, mask: Any = None) -> Tensor:
+        return torch.zeros(1, device=device, dtype=dtype).expand(shape)
+
+
+def make_lean(sam: Any) -> None:
+    """Let the image encoder of ``sam``, a ``Sam2Model``, skip what this package never reads."""
+    encoder = sam.vision_encoder
+    for module in encoder.modules():
+        if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
+            module.__class__ = LeanAttention
+    encoder.neck.position_encoding = NoPositions()
