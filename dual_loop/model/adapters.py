@@ -81,9 +81,8 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     frozen = [_put_aside(layer.get_base_layer()) for layer in layers]
     with torch.no_grad():
         for layer in layers:
-            _put(
-                layer.get_base_layer(), layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
-            )
+            base: Any = layer.get_base_layer()
+            _put(base, base.weight + layer.get_delta_weight(layer.active_adapters[0]))
             layer._disable_adapters = True
     try:
         yield
