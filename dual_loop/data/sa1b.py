@@ -81,7 +81,8 @@ class Sa1b:
         self.min_area = min_area
         self.max_area = max_area
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
-        arrays = load_or_build(index_dir, {"kind": "sa1b", "root": str(self.root)}, self._build_index)
+        key = {"kind": "sa1b", "root": str(self.root)}
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
         has_image = np.flatnonzero(np.diff(self._images.offsets) > 0)
@@ -93,8 +94,8 @@ class Sa1b:
         else:
             self._kept = has_image[choose_capped(len(has_image), max_samples, "sa1b_max_samples")]
 
-    def _build_index(self) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"))
+    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), index_dir, key)
         pairs: dict[str, list[str]] = {}
         for path in listing.files:
             if path.rsplit("/", 1)[-1].startswith("sa_"):

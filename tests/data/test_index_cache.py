@@ -75,7 +75,7 @@ def test_second_start_reads_and_lists_nothing(tmp_path: Path, monkeypatch: pytes
     second = load_or_build(cache, key, build)
     assert names(second) == names(first)
     assert build.num_calls == 1
-    assert [p.suffix for p in cache.iterdir()] == [".npz"]
+    assert [p.suffix for p in cache.iterdir()] == [".safetensors"]
 
 
 @pytest.mark.parametrize("where", ["new.npz", "deep/new.npz", "deep/er/new.npz", "fresh/new.npz"])
@@ -145,7 +145,8 @@ def test_an_index_that_belongs_to_another_key_is_not_used(tmp_path: Path) -> Non
 def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
     load_or_build(tmp_path, {}, lambda: {"n": np.array([1])})
     (stored,) = tmp_path.iterdir()
-    np.savez(stored, n=np.array([{}], dtype=object))
+    with stored.open("wb") as file:
+        np.savez(file, n=np.array([{}], dtype=object))
     assert load_or_build(tmp_path, {}, lambda: {"n": np.array([2])})["n"] == 2
 
 
