@@ -19,6 +19,7 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
