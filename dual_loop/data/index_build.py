@@ -107,8 +107,7 @@ def build_in_parts(
     places = {part: (folder / f"{_digest(part)}.safetensors", f"{text}\n{json.dumps(part)}") for part in parts}
     built = {part: arrays for part in parts if (arrays := _read_part(*places[part])) is not None}
     missing = [part for part in parts if part not in built]
-    hidden = not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
-    with tqdm(total=len(parts), initial=len(built), desc=describe, unit="part", disable=hidden) as bar:
+    with progress_bar(describe, "part", total=len(parts), initial=len(built)) as bar:
         num_entries = sum(count(arrays) for arrays in built.values()) if count else 0
         for part, arrays in _build_missing(missing, build_part, places, workers, threads):
             built[part] = arrays
@@ -137,6 +136,12 @@ def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
     for name in parts[0].keys() - joined.keys():
         joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
     return joined
+
+
+def progress_bar(describe: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm[Any]:
+    """Return a bar on stderr, hidden where that is no terminal and in all processes of a run but the first."""
+    hidden = not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
+    return tqdm(total=total, initial=initial, desc=describe, unit=unit, unit_scale=total is None, disable=hidden)
 
 
 def default_workers() -> int:

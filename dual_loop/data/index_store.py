@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from dual_loop.errors import EnvironmentProblem, explain
 
@@ -167,20 +166,27 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None
         OSError: it cannot be written.
         TypeError: an array's dtype is none of bool, int, uint (8 to 64 bits) and float (16 to 64 bits).
     """
-    known = {np.dtype(name) for name in _DTYPES.values()}
-    odd = [f"{name}: {values.dtype}" for name, values in arrays.items() if values.dtype not in known]
+    codes = {np.dtype(name): code for code, name in _DTYPES.items()}
+    odd = [f"{name}: {values.dtype}" for name, values in arrays.items() if values.dtype not in codes]
     if odd:
         raise TypeError(f"an index cannot hold {', '.join(odd)}")
+    header: dict[str, Any] = {"__metadata__": {"key": key}}
+    end = 0
+    # Wide items first, as the format advises: every array then begins at a multiple of its item size.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, values in ordered:
+        begin, end = end, end + values.nbytes
+        header[name] = {"dtype": codes[values.dtype], "shape": values.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary, {"key": key})
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, values in ordered:
+                file.write(np.ascontiguousarray(values).data)  # the library would hold a copy of all arrays
         os.replace(temporary, path)
-    except Exception as error:
-        # The library reports a full or read-only disk by an exception of its own.
-        if type(error).__module__.startswith("safetensors"):
-            raise OSError(str(error)) from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 

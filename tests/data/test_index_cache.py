@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from dual_loop.data import index_cache
 from dual_loop.data.index_build import partial_folder
@@ -357,3 +358,13 @@ def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.Monk
         files = TreeListing(tmp_path, (".npz",)).files
     assert len(files) == 200
     assert asked == [str(tmp_path)]
+
+
+def test_stored_files_are_plain_safetensors(tmp_path: Path) -> None:
+    arrays = {"flags": np.array([True, False, True]), "n": np.arange(6).reshape(2, 3), "half": np.ones(1, np.float16)}
+    load_or_build(tmp_path, {"kind": "x"}, lambda: {**arrays, "turned": np.arange(6).reshape(2, 3).T})
+    (stored,) = tmp_path.iterdir()
+    loaded = load_file(stored)
+    for name, values in {**arrays, "turned": np.arange(6).reshape(2, 3).T}.items():
+        assert loaded[name].dtype == values.dtype
+        assert np.array_equal(loaded[name], values)
