@@ -25,7 +25,7 @@ NUM_RANKS, NUM_WORKERS = 64, 8
 @st.composite
 def shares(draw: st.DrawFn) -> list[SourceShare]:
     """Up to four sources of uneven sizes, with repeats, two of them perhaps with weights."""
-    lengths = draw(st.lists(st.one_of(st.integers(1, 40), st.integers(200, 900)), min_size=1, max_size=4))
+    lengths = draw(st.lists(st.one_of(st.integers(1, 40), st.integers(100, 300)), min_size=1, max_size=4))
     weighted = len(lengths) > 1 and draw(st.booleans())
     made = []
     for number, length in enumerate(lengths):
