@@ -136,6 +136,10 @@ class MasksDir:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._images], self._kept
+
     def entry_id(self, index: int) -> str:
         """Return the image's name without its suffix and without a leading ``images/``."""
         return self._images[int(self._kept[index])].rsplit(".", 1)[0].removeprefix("images/")

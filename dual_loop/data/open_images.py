@@ -189,6 +189,10 @@ class OpenImages:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._image_ids], self._kept
+
     def entry_id(self, index: int) -> str:
         """Return the ImageID."""
         return self._image_ids[int(self._kept[index])]

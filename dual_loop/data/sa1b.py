@@ -109,6 +109,10 @@ class Sa1b:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._images, self._records], self._kept
+
     def entry_id(self, index: int) -> str:
         """Return ``sa_<id>``, after the sub-folder where there is one."""
         row = int(self._kept[index])

@@ -83,6 +83,10 @@ class SavPairs:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._paths], self._kept
+
     def entry_id(self, index: int) -> str:
         """Return the path below the root, without ``.npz``."""
         return self._paths[int(self._kept[index])][: -len(".npz")]
