@@ -2,8 +2,8 @@
 
     python scripts/bench_index.py [--entries 1000000] [--real_files] [--csv_rows 2700000] [--folder DIR] [--json FILE]
 
-Three kinds of input. ``listed``: a tree of empty files in ``--folders`` folders, 20,000 unless ``--real_files`` asks for
-all (1,000,000 files take as many inodes), and the same files in one folder. ``generated``: ``--entries`` names without
+Three kinds of input. ``listed``: a tree of empty files in ``--folders`` folders, 20,000 unless ``--real_files`` asks
+for all (1,000,000 files take as many inodes), and the same files in one folder. ``generated``: ``--entries`` names without
 files. ``csv``: an Open Images CSV. Every number comes from a process of its own, with the file cache warm. The work
 folder is removed at the end.
 
