@@ -1,33 +1,48 @@
-"""The on-disk index: what a reader learnt by listing its folders, kept as an npz so that the next start is quick.
+"""The on-disk index: what a reader learnt by listing its folders, stored so that the next start is quick.
 
-An index is a dict of numpy arrays. Some of them (``watched_*``) hold the folders and files that it was made from with
-their modification times; a stored index is used only while all of them are unchanged (adding, removing or renaming a
-file changes the time of its folder). So a second start asks for a few folder times and lists nothing, and a changed
-root is noticed. An image overwritten in place does not change a listing, hence no index.
+An index is a dict of numpy arrays in one file (:mod:`~dual_loop.data.index_store`): a second start asks for a few
+folder times, lists nothing and reads nothing but what it uses. Long builds go in parts
+(:mod:`~dual_loop.data.index_build`).
 
 Also here, as every reader needs them: listing a tree, capping the number of samples, and the error for a bad root.
 """
 
 from __future__ import annotations
 
-import array
-import hashlib
+import functools
 import json
 import os
-import uuid
+import shutil
 import warnings
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dual_loop.data.index_build import Arrays, build_in_parts, default_index_dir, index_path, partial_folder
+from dual_loop.data.index_store import (
+    ANY_SIZE,
+    StringTable,
+    is_current,
+    read_arrays,
+    watch_files,
+    watched_arrays,
+    write_arrays,
+)
 from dual_loop.errors import ConfigError, explain
 
-INDEX_VERSION = 1
-"""Part of every key: raise it when the arrays of any reader change their meaning."""
+__all__ = [
+    "StringTable",
+    "TreeListing",
+    "check_root",
+    "choose_capped",
+    "default_index_dir",
+    "layout_error",
+    "load_or_build",
+    "watch_files",
+]
 
 MAX_WATCHED = 4096
 """Most folders that an index checks at the next start, the upper ones first; deeper changes need a new index."""
@@ -35,53 +50,13 @@ MAX_WATCHED = 4096
 CAP_SEED = 20_240_816
 """Seed of the shuffle before a cap. Fixed, so that a capped data set is the same in every run."""
 
-WATCHED_STATES = "watched_states"
+NUM_GROUPS = 64
+"""Parts that the folders of a tree are listed in."""
 
-_ANY_SIZE = -1
-"""In place of a size: of a folder only the time counts."""
+_MANY_FOLDERS = 16
+"""As soon as a level of a tree has so many folders, they are listed in parts."""
 
 _warned_folders: set[str] = set()
-
-
-class StringTable:
-    """Many strings in two arrays: small in memory, shared by forked workers, and readable without pickle.
-
-    Args:
-        data: (total bytes,) uint8, the strings one after another in UTF-8.
-        offsets: (number of strings + 1,) int64, where each begins.
-    """
-
-    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
-        self.data = data
-        self.offsets = offsets
-
-    @classmethod
-    def from_strings(cls, strings: Iterable[str]) -> StringTable:
-        """Store ``strings``; file names that are not valid UTF-8 survive (surrogate escapes)."""
-        data = bytearray()
-        offsets = array.array("q", [0])
-        for string in strings:
-            data.extend(string.encode("utf-8", "surrogateescape"))
-            offsets.append(len(data))
-        return cls(np.frombuffer(bytes(data), np.uint8), np.frombuffer(offsets.tobytes(), np.int64))
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> StringTable:
-        """Return the table that :meth:`to_arrays` wrote under ``name``."""
-        return cls(arrays[f"{name}_bytes"], arrays[f"{name}_offsets"])
-
-    def to_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Return ``{name_bytes, name_offsets}`` for an index."""
-        return {f"{name}_bytes": self.data, f"{name}_offsets": self.offsets}
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"string {index} of {len(self)}")
-        piece = self.data[self.offsets[index] : self.offsets[index + 1]]
-        return piece.tobytes().decode("utf-8", "surrogateescape")
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -90,41 +65,86 @@ class StringTable:
 class TreeListing:
     """The files below a root, and the folders that were listed, for :meth:`watched_arrays`.
 
+    A wide tree is listed in parts (:func:`~dual_loop.data.index_build.build_in_parts`), in threads, as listing waits
+    for the file system. No file is asked for its state, so a folder of a million files is one listing.
+
     Args:
         root: folder to list; links to folders are followed, each folder once.
         suffixes: lower-case endings of the wanted files, with the dot. Names that begin with a dot are left out
             (macOS writes a ``._x.jpg`` beside ``x.jpg``).
+        index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on; without a
+            key it is one walk.
+        workers: see :func:`~dual_loop.data.index_build.build_in_parts`.
+
+    Attributes:
+        files: paths below the root with ``/``, sorted.
+        folders: (path, modification time in ns, :data:`~dual_loop.data.index_store.ANY_SIZE`), upper ones first.
 
     Raises:
         ConfigError: a folder below the root cannot be listed.
     """
 
-    def __init__(self, root: Path, suffixes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        suffixes: tuple[str, ...],
+        index_dir: str | Path | None = None,
+        key: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+    ) -> None:
         self.root = root
-        self.files: list[str] = []
-        self.folders: list[tuple[str, int, int]] = []
-        self._seen: set[tuple[int, int]] = set()
+        walk = _Walk(root, suffixes)
         pending = [""]
-        while pending:  # level by level, so that the upper folders come first in ``folders``
-            pending = [child for folder in pending for child in self._list_or_explain(folder, suffixes)]
-        self.files.sort()
+        while pending and (key is None or len(pending) < _MANY_FOLDERS):
+            pending = walk.list_level(pending)
+        found = [walk.as_arrays()]
+        if pending and key is not None:
+            groups: dict[int, list[str]] = {}
+            for folder in pending:
+                groups.setdefault(zlib.crc32(os.fsencode(folder)) % NUM_GROUPS, []).append(folder)
+            parts = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
+            make = functools.partial(_list_group, str(root), frozenset(walk.seen))
+            text = f"listing {root.name}"
+            found += build_in_parts(
+                parts, make, index_dir, key, workers=workers, threads=True, describe=text, count=_num_files
+            )
+        self.files, self.folders = _join_listings(root, found)
 
-    def _list_or_explain(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    def watched_arrays(self) -> dict[str, np.ndarray]:
+        """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
+        return watched_arrays(self.folders[:MAX_WATCHED])
+
+
+class _Walk:
+    """Lists folders of one tree, each once, level by level."""
+
+    def __init__(self, root: Path, suffixes: tuple[str, ...], seen: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.root, self.suffixes, self.seen = root, suffixes, set(seen)
+        self.folders: list[str] = []
+        self.identities: list[tuple[int, int]] = []
+        self.modified: list[int] = []
+        self.num_files: list[int] = []
+        self.files: list[str] = []
+
+    def list_level(self, folders: Sequence[str]) -> list[str]:
+        """List ``folders`` (below the root) and return those in them."""
+        return [child for folder in folders for child in self._list_or_explain(folder)]
+
+    def _list_or_explain(self, folder: str) -> list[str]:
         try:
-            return self._list(folder, suffixes)
+            return self._list(folder)
         except OSError as error:
             where, fix = str(self.root / folder), "make it readable, or move it out of the data set's folder"
             raise ConfigError(explain("a data folder cannot be listed", where, str(error), fix=fix)) from error
 
-    def _list(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    def _list(self, folder: str) -> list[str]:
         path = self.root / folder
         # The time is taken before the listing: a change in between then makes the index stale, not wrong.
         status = path.stat()
-        if (status.st_dev, status.st_ino) in self._seen:
+        if (status.st_dev, status.st_ino) in self.seen:
             return []
-        self._seen.add((status.st_dev, status.st_ino))
-        self.folders.append((str(path), status.st_mtime_ns, _ANY_SIZE))
-        children = []
+        self.seen.add((status.st_dev, status.st_ino))
+        children, num_before = [], len(self.files)
         with os.scandir(path) as entries:
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
@@ -132,34 +152,64 @@ class TreeListing:
                     continue
                 if entry.is_dir():
                     children.append(name)
-                elif entry.name.lower().endswith(suffixes):
+                elif entry.name.lower().endswith(self.suffixes):
                     self.files.append(name)
+        self.folders.append(folder)
+        self.identities.append((status.st_dev, status.st_ino))
+        self.modified.append(status.st_mtime_ns)
+        self.num_files.append(len(self.files) - num_before)
         return sorted(children)
 
-    def watched_arrays(self) -> dict[str, np.ndarray]:
-        """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
-        return _watched_arrays(self.folders[:MAX_WATCHED])
+    def as_arrays(self) -> Arrays:
+        """Return tables ``folder`` and ``file``, and by folder ``identities``, ``modified`` (ns) and ``num_files``."""
+        return {
+            **StringTable.from_strings(self.folders).to_arrays("folder"),
+            **StringTable.from_strings(self.files).to_arrays("file"),
+            "identities": np.array(self.identities, np.uint64).reshape(-1, 2),
+            "modified": np.array(self.modified, np.int64),
+            "num_files": np.array(self.num_files, np.int64),
+        }
 
 
-def watch_files(paths: Iterable[Path]) -> dict[str, np.ndarray]:
-    """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them."""
-    states = [(str(path), path.stat()) for path in paths]
-    return _watched_arrays([(path, state.st_mtime_ns, state.st_size) for path, state in states])
+def _list_group(root: str, seen: frozenset[tuple[int, int]], part: str) -> Arrays:
+    """List a part of a tree: the folders in ``part`` (JSON: folders, suffixes) and all below them."""
+    pending, suffixes = json.loads(part)
+    walk = _Walk(Path(root), tuple(suffixes), seen)
+    while pending:
+        pending = walk.list_level(pending)
+    folders = zip(walk.folders, walk.modified, strict=True)
+    return {**walk.as_arrays(), **watched_arrays([(f"{root}/{name}", time, ANY_SIZE) for name, time in folders])}
 
 
-def _watched_arrays(watched: list[tuple[str, int, int]]) -> dict[str, np.ndarray]:
-    table = StringTable.from_strings(path for path, _, _ in watched)
-    states = np.array([state for _, *state in watched], np.int64).reshape(-1, 2)
-    return {**table.to_arrays("watched"), WATCHED_STATES: states}
+def _num_files(arrays: Mapping[str, np.ndarray]) -> int:
+    return int(arrays["num_files"].sum())
+
+
+def _join_listings(root: Path, found: Sequence[Arrays]) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """Return all files, sorted, and all folders; one that two parts reached by links counts where it is highest."""
+    listed = []
+    for number, arrays in enumerate(found):
+        names = StringTable.from_arrays(arrays, "folder")
+        starts = np.cumsum(arrays["num_files"]) - arrays["num_files"]
+        columns = (arrays["identities"], arrays["modified"], starts, arrays["num_files"])
+        for index, (identity, modified, start, length) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            levels = names[index].split("/") if names[index] else []
+            listed.append(((len(levels), levels), tuple(identity), modified, number, start, length))
+    listed.sort(key=lambda row: row[0])
+    tables = [StringTable.from_arrays(arrays, "file") for arrays in found]
+    seen: set[tuple[int, int]] = set()
+    files: list[str] = []
+    folders = []
+    for (_, levels), identity, modified, number, start, length in listed:
+        if identity not in seen:
+            seen.add(identity)
+            folders.append((str(root / "/".join(levels)), modified, ANY_SIZE))
+            files.extend(tables[number].slice(start, start + length))
+    files.sort()
+    return files, folders
 
 
 # --- storing ---------------------------------------------------------------------------------------------------------
-
-
-def default_index_dir() -> Path:
-    """Return ``$DUAL_LOOP_CACHE`` where it is set, else ``~/.cache/dual_loop/index``."""
-    chosen = os.environ.get("DUAL_LOOP_CACHE")
-    return Path(chosen) if chosen else Path("~/.cache/dual_loop/index").expanduser()
 
 
 def load_or_build(
@@ -168,7 +218,8 @@ def load_or_build(
     """Return the stored index for ``key``, or build and store it.
 
     Several processes may do this at once without a lock: each writes a file of its own and moves it into place, which
-    is atomic, and all of them write the same.
+    is atomic, and all of them write the same. The arrays are memory-mapped and read-only, so that any number of
+    processes share one copy; a process that gets them by pickle opens the file itself.
 
     Args:
         index_dir: folder of the indexes; None takes :func:`default_index_dir`. Where it cannot be written, the index
@@ -177,64 +228,34 @@ def load_or_build(
         build: makes the arrays; include :meth:`TreeListing.watched_arrays` or :func:`watch_files` in them. An index
             without watched paths never becomes stale.
     """
-    folder = default_index_dir() if index_dir is None else Path(index_dir)
-    text = json.dumps({**key, "index_version": INDEX_VERSION}, sort_keys=True)
-    name = f"{key.get('kind', 'index')}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
-    stored = _read(folder / name, text)
-    if stored is not None and _is_current(stored):
+    path, text = index_path(index_dir, key)
+    stored = read_arrays(path, text)
+    if stored is not None and is_current(stored):
         return stored
     arrays = build()
-    _write(folder, name, {**arrays, "key": np.frombuffer(text.encode(), np.uint8)})
-    return arrays
-
-
-def _read(path: Path, key_text: str) -> dict[str, np.ndarray] | None:
-    """Return the arrays of an index, None where there is none, or it is damaged, or belongs to another key."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, TypeError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error):
-        return None  # whatever is wrong with it, the index can be built again
-    if "key" not in arrays or arrays.pop("key").tobytes() != key_text.encode():
-        return None
-    return arrays
-
-
-def _is_current(arrays: Mapping[str, np.ndarray]) -> bool:
-    if WATCHED_STATES not in arrays:
-        return True
-    table = StringTable.from_arrays(arrays, "watched")
-    for index, (modified, size) in enumerate(arrays[WATCHED_STATES]):
-        try:
-            now = os.stat(table[index])
-        except OSError:
-            return False
-        if now.st_mtime_ns != modified or size not in (_ANY_SIZE, now.st_size):
-            return False
-    return True
-
-
-def _write(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    temporary = folder / f".{name}.{os.getpid()}.{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_arrays(path, arrays, text)
     except OSError as error:
-        if str(folder) not in _warned_folders:
-            _warned_folders.add(str(folder))
-            message = explain(
-                "the data index cannot be stored, so every start lists the data folders again",
-                str(folder),
-                f"{type(error).__name__}: {error}",
-                "a folder that can be written",
-                "set data.index_dir or $DUAL_LOOP_CACHE",
-            )
-            warnings.warn(message, stacklevel=3)
+        _warn_not_stored(path.parent, error)
+        return arrays
+    # Only now: until the index is stored, its parts are what a build that is killed goes on from.
+    shutil.rmtree(partial_folder(index_dir, key), ignore_errors=True)
+    stored = read_arrays(path, text)
+    return arrays if stored is None else stored
+
+
+def _warn_not_stored(folder: Path, error: OSError) -> None:
+    if str(folder) in _warned_folders:
+        return
+    _warned_folders.add(str(folder))
+    message = explain(
+        "the data index cannot be stored, so every start lists the data folders again",
+        str(folder),
+        f"{type(error).__name__}: {error}",
+        "a folder that can be written",
+        "set data.index_dir or $DUAL_LOOP_CACHE",
+    )
+    warnings.warn(message, stacklevel=4)
 
 
 # --- shared by the readers -------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class MasksDir:
         self.min_area, self.max_area = min_area, max_area
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
         key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "layout": self.kind}
-        arrays = load_or_build(index_dir, key, self._build_index)
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
         self._lines, self._starts = arrays["lines"], arrays["starts"]
@@ -109,11 +109,11 @@ class MasksDir:
 
     # ---- the index -----------------------------------------------------------------------------------------------
 
-    def _build_index(self) -> dict[str, np.ndarray]:
+    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return images, and the regions of each: a JSON record, or where its line is (``lines``: offset, length)."""
         watched: dict[str, np.ndarray]
         if self.kind == "png":
-            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"))
+            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), index_dir, key)
             found = dict(_pair_png_files(listing.files, _read_captions(self.root / CAPTIONS_NAME), self.root))
             watched = listing.watched_arrays()
         else:
@@ -135,6 +135,10 @@ class MasksDir:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._images], self._kept
 
     def entry_id(self, index: int) -> str:
         """Return the image's name without its suffix and without a leading ``images/``."""

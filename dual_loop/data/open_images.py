@@ -21,13 +21,13 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
-import array
 import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from dual_loop.data.index_build import progress_bar
 from dual_loop.data.index_cache import (
     StringTable,
     check_root,
@@ -38,6 +38,7 @@ from dual_loop.data.index_cache import (
 )
 from dual_loop.data.masks import read_image, read_mask_png, resize_mask, safe_join
 from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.iteration import in_chunks
 from dual_loop.types import RegionSample
 
 LAYOUT = """
@@ -56,6 +57,10 @@ CLASS_FILES = (
 )
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image."""
+
+_CHUNK_ROWS = 50_000
+_MAX_ID_BYTES = 251
+"""A file system holds names of 255 bytes, and ``.jpg`` comes after the id."""
 
 
 class OpenImages:
@@ -132,27 +137,37 @@ class OpenImages:
         return self._labels.get(slashed, label)
 
     def _build_index(self) -> dict[str, np.ndarray]:
-        """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image."""
+        """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image.
+
+        The ids of all rows are one array of fixed width, so that sorting it groups the rows; no row becomes an object
+        that stays.
+        """
         watched = watch_files([self.csv_path])
-        numbers: dict[str, int] = {}
-        row_images = array.array("q")
-        paths = StringTable.from_strings(self._stream_mask_paths(numbers, row_images))
-        images = np.frombuffer(row_images.tobytes(), np.int64)
-        sorted_ids = sorted(numbers)
-        rank = np.empty(len(sorted_ids), np.int64)
-        for position, image_id in enumerate(sorted_ids):
-            rank[numbers[image_id]] = position
-        ranks = rank[images]
+        chunks: list[np.ndarray] = [np.empty(0, "S1")]
+        paths = StringTable.from_strings(self._stream_mask_paths(chunks))
+        ids = np.concatenate(chunks)
+        chunks.clear()
+        rows = np.argsort(ids, kind="stable")
+        ids = ids[rows]
+        starts = np.flatnonzero(np.concatenate((np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1])))
+        image_ids = StringTable.from_strings(ids[start].decode() for start in starts)
         return {
-            **StringTable.from_strings(sorted_ids).to_arrays("image_id"),
+            **image_ids.to_arrays("image_id"),
             **paths.to_arrays("mask_path"),
-            "rows": np.argsort(ranks, kind="stable"),
-            "row_starts": np.concatenate(([0], np.cumsum(np.bincount(ranks, minlength=len(sorted_ids))))),
+            "rows": rows,
+            "row_starts": np.append(starts, len(ids)),
             **watched,
         }
 
-    def _stream_mask_paths(self, numbers: dict[str, int], row_images: array.array[int]) -> Iterator[str]:
-        """Yield the mask path of each row; note in ``row_images`` which image it belongs to."""
+    def _stream_mask_paths(self, chunks: list[np.ndarray]) -> Iterator[str]:
+        """Yield the mask path of each row; append the rows' ImageIDs in UTF-8 to ``chunks``, (n,) bytes."""
+        with progress_bar(f"reading {self.csv_path.name}", "row") as bar:
+            for rows in in_chunks(self._read_valid_rows(), _CHUNK_ROWS):
+                yield from (mask_path for mask_path, _ in rows)
+                chunks.append(np.array([image_id for _, image_id in rows]))
+                bar.update(len(rows))
+
+    def _read_valid_rows(self) -> Iterator[tuple[str, bytes]]:
         rows = _read_rows(self.csv_path)
         _, header = next(rows, (1, []))
         if "MaskPath" not in header or "ImageID" not in header:
@@ -166,11 +181,17 @@ class OpenImages:
         for number, row in rows:
             if len(row) != len(header) or not row[path_column] or not row[id_column]:
                 raise _bad_row(self.csv_path, number, row, f"{len(header)} columns, MaskPath and ImageID filled")
-            row_images.append(numbers.setdefault(row[id_column], len(numbers)))
-            yield row[path_column]
+            image_id = row[id_column].encode()
+            if len(image_id) > _MAX_ID_BYTES or b"\0" in image_id:
+                raise _bad_row(self.csv_path, number, row, f"an ImageID of at most {_MAX_ID_BYTES} bytes, without NUL")
+            yield row[path_column], image_id
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._image_ids], self._kept
 
     def entry_id(self, index: int) -> str:
         """Return the ImageID."""

@@ -19,6 +19,7 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class Sa1b:
         self.min_area = min_area
         self.max_area = max_area
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
-        arrays = load_or_build(index_dir, {"kind": "sa1b", "root": str(self.root)}, self._build_index)
+        key = {"kind": "sa1b", "root": str(self.root)}
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
         has_image = np.flatnonzero(np.diff(self._images.offsets) > 0)
@@ -93,8 +95,8 @@ class Sa1b:
         else:
             self._kept = has_image[choose_capped(len(has_image), max_samples, "sa1b_max_samples")]
 
-    def _build_index(self) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"))
+    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), index_dir, key)
         pairs: dict[str, list[str]] = {}
         for path in listing.files:
             if path.rsplit("/", 1)[-1].startswith("sa_"):
@@ -106,6 +108,10 @@ class Sa1b:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._images, self._records], self._kept
 
     def entry_id(self, index: int) -> str:
         """Return ``sa_<id>``, after the sub-folder where there is one."""

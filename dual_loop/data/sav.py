@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,19 +68,24 @@ class SavPairs:
 
     def __init__(self, root: str | Path, max_samples: int | None = None, index_dir: str | Path | None = None) -> None:
         self.root = check_root(root, "SA-V", LAYOUT)
-        arrays = load_or_build(index_dir, {"kind": "sav", "root": str(self.root)}, self._build_index)
+        key = {"kind": "sav", "root": str(self.root)}
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._paths = StringTable.from_arrays(arrays, "path")
         if not len(self._paths):
             raise layout_error("the SA-V folder holds no frame pair", self.root, f"no {PREFIX}*.npz", LAYOUT)
         self._kept = choose_capped(len(self._paths), max_samples, "sav_max_samples")
 
-    def _build_index(self) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (".npz",))
+    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        listing = TreeListing(self.root, (".npz",), index_dir, key)
         paths = StringTable.from_strings(p for p in listing.files if p.rsplit("/", 1)[-1].startswith(PREFIX))
         return {**paths.to_arrays("path"), **listing.watched_arrays()}
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
+        return [self._paths], self._kept
 
     def entry_id(self, index: int) -> str:
         """Return the path below the root, without ``.npz``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from dual_loop.data import index_cache
+from dual_loop.data.index_build import partial_folder
 from dual_loop.data.index_cache import StringTable, TreeListing, check_root, choose_capped, load_or_build, watch_files
-from dual_loop.errors import ConfigError
+from dual_loop.errors import ConfigError, EnvironmentProblem
 
 
 class Builder:
@@ -75,7 +78,7 @@ def test_second_start_reads_and_lists_nothing(tmp_path: Path, monkeypatch: pytes
     second = load_or_build(cache, key, build)
     assert names(second) == names(first)
     assert build.num_calls == 1
-    assert [p.suffix for p in cache.iterdir()] == [".npz"]
+    assert [p.suffix for p in cache.iterdir()] == [".safetensors"]
 
 
 @pytest.mark.parametrize("where", ["new.npz", "deep/new.npz", "deep/er/new.npz", "fresh/new.npz"])
@@ -145,7 +148,8 @@ def test_an_index_that_belongs_to_another_key_is_not_used(tmp_path: Path) -> Non
 def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
     load_or_build(tmp_path, {}, lambda: {"n": np.array([1])})
     (stored,) = tmp_path.iterdir()
-    np.savez(stored, n=np.array([{}], dtype=object))
+    with stored.open("wb") as file:
+        np.savez(file, n=np.array([{}], dtype=object))
     assert load_or_build(tmp_path, {}, lambda: {"n": np.array([2])})["n"] == 2
 
 
@@ -235,3 +239,132 @@ def test_bad_roots_are_explained(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert "root/\n  x.npz" in str(caught.value)
     assert check_root(tmp_path, "SA-V", "").is_absolute()
+
+
+# --- large indexes ---------------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_mapped_read_only_and_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    names_given = [f"folder{number % 7}/file{number}.npz" for number in range(5000)]
+    built = {**StringTable.from_strings(names_given).to_arrays("path"), "none": np.empty((0, 3), np.int64)}
+    for _ in range(2):  # the process that builds uses the file, too
+        arrays = load_or_build(tmp_path, {}, lambda: built)
+        for name in ("path_bytes", "path_offsets"):
+            assert isinstance(arrays[name], np.memmap)
+            assert not arrays[name].flags.writeable
+            assert not arrays[name].flags.owndata
+        table = StringTable.from_arrays(arrays, "path")
+        assert np.shares_memory(table.data, arrays["path_bytes"])
+        assert table[4999] == names_given[4999]
+        assert table.slice(10, 20) == names_given[10:20]
+        assert table.slice(5, 5) == []
+        assert arrays["none"].shape == (0, 3)
+
+
+def test_pickled_arrays_are_opened_again_not_copied(tmp_path: Path) -> None:
+    arrays = load_or_build(tmp_path, {}, lambda: {"n": np.arange(100_000), "m": np.arange(3)})
+    pickled = pickle.dumps(arrays)
+    assert len(pickled) < 2000
+    again = pickle.loads(pickled)
+    assert isinstance(again["n"], np.memmap)
+    assert np.array_equal(again["n"], arrays["n"])
+    part = pickle.loads(pickle.dumps(arrays["n"][5:8]))
+    assert (type(part), part.tolist()) == (np.ndarray, [5, 6, 7])
+    (stored,) = tmp_path.iterdir()
+    stored.unlink()
+    load_or_build(tmp_path, {}, lambda: {"n": np.arange(100_000) + 1, "m": np.arange(3)})
+    with pytest.raises(EnvironmentProblem, match="replaced while processes were starting"):
+        pickle.loads(pickled)
+    assert arrays["n"][7] == 7, "whoever has the old file open keeps it"
+
+
+@pytest.mark.parametrize("position", [0, 3, 8, 40, 90, -1])
+def test_every_kind_of_cut_or_changed_header_is_noticed(tmp_path: Path, position: int) -> None:
+    load_or_build(tmp_path, {"kind": "x"}, lambda: {"n": np.arange(9), "flags": np.ones(3, bool)})
+    (stored,) = tmp_path.iterdir()
+    whole = stored.read_bytes()
+    for damaged in (whole[:position], whole + b"x", whole[:position] + b"\xfe\xff" + whole[position:][2:]):
+        if position == -1 and len(damaged) > len(whole) - 1:
+            continue  # a change of the values alone is not looked for
+        stored.write_bytes(damaged)
+        assert load_or_build(tmp_path, {"kind": "x"}, lambda: {"n": np.arange(4)})["n"].size == 4
+        stored.write_bytes(whole)
+
+
+def test_a_dtype_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="name: <U3"):
+        load_or_build(tmp_path, {}, lambda: {"name": np.array(["abc"])})
+    assert list(tmp_path.iterdir()) == []
+
+
+def grow_tree(root: Path) -> None:
+    for number in range(40):
+        for name in ("a.npz", "deep/b.npz", "deep/.hidden.npz", "deep/c.txt"):
+            touch(root / f"part{number:02}" / name)
+    touch(root / "top.npz")
+
+
+def test_a_wide_tree_is_listed_in_parts_with_the_same_result(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    grow_tree(root)
+    (root / "part05/back").symlink_to(root)
+    (root / "part06/side").symlink_to(root / "part30/deep")  # as deep as its target, and before it in the order
+    (root / "part07/deep/down").symlink_to(root / "part31")
+    one_walk = TreeListing(root, (".npz",))
+    for workers in (1, 3):
+        in_parts = TreeListing(root, (".npz",), tmp_path / str(workers), {"kind": "test"}, workers)
+        assert in_parts.files == one_walk.files
+        assert in_parts.folders == one_walk.folders
+    assert "part06/side/b.npz" in one_walk.files
+    assert "part30/deep/b.npz" not in one_walk.files
+    assert len(one_walk.files) == 81
+    parts = list(partial_folder(tmp_path / "1", {"kind": "test"}).iterdir())
+    assert 10 < len(parts) <= index_cache.NUM_GROUPS
+
+
+def test_a_listing_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, key, cache = tmp_path / "data", {"kind": "test"}, tmp_path / "cache"
+    grow_tree(root)
+    scandir, listed = os.scandir, []
+
+    def die_after_50(path: Path) -> object:
+        listed.append(path)
+        if len(listed) == 50:
+            raise KeyboardInterrupt
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", die_after_50)
+    with pytest.raises(KeyboardInterrupt):
+        TreeListing(root, (".npz",), cache, key, 1)
+    num_before = len(listed)
+    assert len(TreeListing(root, (".npz",), cache, key, 1).files) == 81
+    assert len(listed) - num_before < 81 - 30, "finished parts are not listed again"
+    touch(root / "part11/deep/new.npz")
+    assert "part11/deep/new.npz" in TreeListing(root, (".npz",), cache, key, 1).files
+
+
+def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(200):
+        touch(tmp_path / f"{number}.npz")
+    asked: list[str] = []
+    stat = os.stat
+
+    def note(path: str | Path, **options: bool) -> os.stat_result:
+        asked.append(os.fspath(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", note)
+        files = TreeListing(tmp_path, (".npz",)).files
+    assert len(files) == 200
+    assert asked == [str(tmp_path)]
+
+
+def test_stored_files_are_plain_safetensors(tmp_path: Path) -> None:
+    arrays = {"flags": np.array([True, False, True]), "n": np.arange(6).reshape(2, 3), "half": np.ones(1, np.float16)}
+    load_or_build(tmp_path, {"kind": "x"}, lambda: {**arrays, "turned": np.arange(6).reshape(2, 3).T})
+    (stored,) = tmp_path.iterdir()
+    loaded = load_file(stored)
+    for name, values in {**arrays, "turned": np.arange(6).reshape(2, 3).T}.items():
+        assert loaded[name].dtype == values.dtype
+        assert np.array_equal(loaded[name], values)

@@ -9,12 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import build_sources, build_training_sources
 from dual_loop.data.demo import write_demo_data
-from dual_loop.data.leakage import coco_id_of_name, fingerprint, held_out_of, leaked_by_id, leaked_by_sight
+from dual_loop.data.index_store import StringTable
+from dual_loop.data.leakage import (
+    HeldOutImage,
+    coco_id_of_name,
+    fingerprint,
+    held_out_of,
+    leaked_by_id,
+    leaked_by_sight,
+)
 from dual_loop.data.masks import encode_rle
 from dual_loop.errors import ConfigError
 
@@ -79,6 +89,61 @@ def test_a_renamed_resized_copy_is_found_by_sight_and_by_id_when_the_name_tells(
     source = next(s for s in build_sources(named) if s.name == "sa1b")
     [leak] = leaked_by_id(source, held_out)
     assert f"COCO image {victim.coco_id} of refcoco val (found by id)" in str(leak)
+
+
+NAME_PARTS = ["", "0" * 12, "000000581857", "000000581858", "1", "99999999999", "a", "_", ".", "/", "COCO_"]
+
+
+class Named:
+    """A source that has names alone."""
+
+    name = "named"
+
+    def __init__(self, names: list[str], kept: list[int]) -> None:
+        self.table, self.kept = StringTable.from_strings(names), np.array(kept, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def entry_id(self, index: int) -> str:
+        return self.table[int(self.kept[index])]
+
+
+class Searchable(Named):
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        return [self.table], self.kept
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(NAME_PARTS), max_size=4).map("".join), max_size=12),
+    st.sets(st.integers(0, 11)),
+)
+def test_a_search_over_all_names_finds_what_one_by_one_finds(names: list[str], kept: set[int]) -> None:
+    rows = sorted(row for row in kept if row < len(names))
+    held_out = {number: HeldOutImage(number, "refcoco val", None) for number in (581857, 0)}
+    assert leaked_by_id(Searchable(names, rows), held_out) == leaked_by_id(Named(names, rows), held_out)
+    assert leaked_by_id(Searchable(names, rows), {}) == []
+
+
+def test_only_suspects_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"part/{number:012d}" for number in range(1000)] + [f"sa_{number}" for number in range(1000)]
+    source = Searchable(names, list(range(0, 2000, 2)))
+    looked_at: list[int] = []
+    monkeypatch.setattr(source, "entry_id", lambda index: looked_at.append(index) or names[2 * index])
+    leaks = leaked_by_id(source, {44: HeldOutImage(44, "refcoco val", None), 45: HeldOutImage(45, "x", None)})
+    assert [(leak.entry, leak.entry_id) for leak in leaks] == [(22, "part/000000000044")]
+    assert looked_at == [22]
+
+
+def test_all_readers_of_names_can_be_searched(demo: Path) -> None:
+    searched = [source for source in build_sources(data_of(demo)) if hasattr(source, "named_rows")]
+    assert sorted(source.name for source in searched) == ["openimages", "sa1b", "sav"]
+    for source in searched:
+        tables, rows = source.named_rows()
+        assert len(rows) == len(source)
+        for index, row in enumerate(rows.tolist()):
+            stem = source.entry_id(index).rsplit("/", 1)[-1]
+            assert any(stem in table[row] for table in tables)
 
 
 def test_policies(demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

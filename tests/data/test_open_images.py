@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from dual_loop.data import open_images
+from dual_loop.data.index_store import StringTable
 from dual_loop.data.open_images import OpenImages
 from dual_loop.errors import ConfigError, SampleError
 
@@ -226,6 +231,8 @@ def test_the_order_of_columns_does_not_matter(tree: Tree) -> None:
         (HEADER + "\n", "no row"),
         (HEADER + "\nx.png,aa,/m/1,b,0,1,0,1,,\ny.png,aa,/m/1", "line 3"),
         (HEADER + "\n,aa,/m/1,b,0,1,0,1,,\n", "line 2"),
+        (HEADER + "\nx.png,aa,/m/1,b,0,1,0,1,,\ny.png," + "a" * 252 + ",/m/1,b,0,1,0,1,,\n", "line 3.*251 bytes"),
+        (HEADER + "\nx.png,aa\0,/m/1,b,0,1,0,1,,\n", "line 2.*without NUL"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -234,6 +241,25 @@ def test_a_broken_csv_stops_the_start(tree: Tree, text: str | bytes, match: str)
     with pytest.raises(ConfigError, match=match) as caught:
         tree.source()
     assert CSV_NAME in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ids=st.lists(st.sampled_from(["a", "b", "ab", "é", "image-0000", "10", "9"]), min_size=1, max_size=30))
+def test_grouping_equals_a_dict_for_ids_of_any_length(ids: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_images, "_CHUNK_ROWS", 4)  # ids of a later chunk may be longer
+        tree = Tree(Path(folder) / "data")
+        expected: dict[str, list[str]] = {}
+        for number, image_id in enumerate(ids):
+            expected.setdefault(image_id, []).append(tree.add_mask(image_id, str(number), None))
+        tree.write_csv()
+        arrays = tree.source()._build_index()
+    paths, starts = StringTable.from_arrays(arrays, "mask_path"), arrays["row_starts"]
+    names = StringTable.from_arrays(arrays, "image_id")
+    assert names.slice(0, len(names)) == sorted(expected)
+    for entry, image_id in enumerate(sorted(expected)):
+        rows = arrays["rows"][starts[entry] : starts[entry + 1]]
+        assert [paths[row] for row in rows.tolist()] == expected[image_id]
 
 
 def test_parts_elsewhere_and_missing_parts(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,244 @@
+"""Stored arrays of an index: one safetensors file, opened memory-mapped, and the paths whose change makes it stale.
+
+A file holds a dict of numpy arrays and a key in its metadata. It is written under a name of its own and moved into
+place, which is atomic: several processes may write the same file without a lock, and whoever has the old one open
+keeps it. Opening reads the header alone (https://github.com/huggingface/safetensors, "Format"); a page of an array
+is read when it is used, and all processes of a machine share it. A header that does not fit the file, so also a file
+that was cut off, counts as no file. Damage inside the arrays is not looked for: that would read them whole.
+
+Some arrays (``watched_*``) hold the folders and files that an index was made from with their modification times; a
+stored index is used only while all of them are unchanged (adding, removing or renaming a file changes the time of its
+folder). An image overwritten in place does not change a listing, hence no index.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dual_loop.errors import EnvironmentProblem, explain
+
+WATCHED_STATES = "watched_states"
+
+ANY_SIZE = -1
+"""In place of a size: of a folder only the time counts."""
+
+_MAX_HEADER_BYTES = 1 << 20
+_DTYPES = {
+    **{f"I{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": f"<f{size}" for size in (2, 4, 8)},
+    "BOOL": "|b1",
+}
+
+
+class StoredArray(np.memmap[Any, Any]):
+    """A read-only array in a stored file. A process that gets it by pickle opens the file instead of copying it."""
+
+    stored_as: tuple[str, str, tuple[int, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        # Only the whole array knows where it is stored; a slice or a result is pickled by value.
+        return np.asarray(self).__reduce__() if self.stored_as is None else (_open_again, self.stored_as)
+
+
+def _open_again(path: str, name: str, identity: tuple[int, ...]) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            if _identity(file) == identity:
+                return _map_arrays(Path(path), file, {name})[0][name]
+            seen = "another file than the one that was opened first"
+    except (OSError, ValueError) as error:
+        seen = f"{type(error).__name__}: {error}"
+    what, fix = "a data index was replaced while processes were starting", "start again"
+    raise EnvironmentProblem(explain(what, path, seen, "the same index in all processes", fix))
+
+
+# --- strings ---------------------------------------------------------------------------------------------------------
+
+
+class StringTable:
+    """Many strings in two arrays: small in memory, readable without pickle, and at home in a mapped file.
+
+    Args:
+        data: (total bytes,) uint8, the strings one after another in UTF-8.
+        offsets: (number of strings + 1,) int64, where each begins.
+    """
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
+        self.data = data
+        self.offsets = offsets
+
+    @classmethod
+    def from_strings(cls, strings: Iterable[str]) -> StringTable:
+        """Store ``strings``; file names that are not valid UTF-8 survive (surrogate escapes)."""
+        data = bytearray()
+        offsets = array.array("q", [0])
+        for string in strings:
+            data.extend(string.encode("utf-8", "surrogateescape"))
+            offsets.append(len(data))
+        return cls(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64))
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> StringTable:
+        """Return the table that :meth:`to_arrays` wrote under ``name``."""
+        return cls(arrays[f"{name}_bytes"], arrays[f"{name}_offsets"])
+
+    @classmethod
+    def join(cls, tables: Sequence[StringTable]) -> StringTable:
+        """Return one table of the strings of all ``tables``, in order."""
+        ends = np.cumsum([0, *(int(table.offsets[-1]) for table in tables)])
+        offsets = [np.zeros(1, np.int64)]
+        offsets += [table.offsets[1:] + start for table, start in zip(tables, ends, strict=False)]
+        data = [np.empty(0, np.uint8), *(table.data for table in tables)]
+        return cls(np.concatenate(data), np.concatenate(offsets))
+
+    def to_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Return ``{name_bytes, name_offsets}`` for an index."""
+        return {f"{name}_bytes": self.data, f"{name}_offsets": self.offsets}
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"string {index} of {len(self)}")
+        piece = self.data[self.offsets[index] : self.offsets[index + 1]]
+        return piece.tobytes().decode("utf-8", "surrogateescape")
+
+    def slice(self, start: int, stop: int) -> list[str]:
+        """Return strings ``start`` to ``stop`` - 1, faster than one by one."""
+        ends = self.offsets[start : stop + 1].tolist()
+        if stop <= start:
+            return []
+        data = self.data[ends[0] : ends[-1]].tobytes()
+        first = ends[0]
+        return [data[a - first : b - first].decode("utf-8", "surrogateescape") for a, b in pairwise(ends)]
+
+
+# --- what an index depends on ----------------------------------------------------------------------------------------
+
+
+def watch_files(paths: Iterable[Path]) -> dict[str, np.ndarray]:
+    """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them."""
+    states = [(str(path), path.stat()) for path in paths]
+    return watched_arrays([(path, state.st_mtime_ns, state.st_size) for path, state in states])
+
+
+def watched_arrays(watched: Sequence[tuple[str, int, int]]) -> dict[str, np.ndarray]:
+    """Return (path, modification time in ns, size or :data:`ANY_SIZE`) of each path as arrays of an index."""
+    table = StringTable.from_strings(path for path, _, _ in watched)
+    states = np.array([state for _, *state in watched], np.int64).reshape(-1, 2)
+    return {**table.to_arrays("watched"), WATCHED_STATES: states}
+
+
+def is_current(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Say whether all watched paths of an index are as they were; an index without any is always current."""
+    if WATCHED_STATES not in arrays:
+        return True
+    table = StringTable.from_arrays(arrays, "watched")
+    for index, (modified, size) in enumerate(arrays[WATCHED_STATES].tolist()):
+        try:
+            now = os.stat(table[index])
+        except OSError:
+            return False
+        if now.st_mtime_ns != modified or size not in (ANY_SIZE, now.st_size):
+            return False
+    return True
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None:
+    """Write ``arrays`` and ``key`` to ``path`` in one step; its folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written.
+        TypeError: an array's dtype is none of bool, int, uint (8 to 64 bits) and float (16 to 64 bits).
+    """
+    codes = {np.dtype(name): code for code, name in _DTYPES.items()}
+    odd = [f"{name}: {values.dtype}" for name, values in arrays.items() if values.dtype not in codes]
+    if odd:
+        raise TypeError(f"an index cannot hold {', '.join(odd)}")
+    header: dict[str, Any] = {"__metadata__": {"key": key}}
+    end = 0
+    # Wide items first, as the format advises: every array then begins at a multiple of its item size.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, values in ordered:
+        begin, end = end, end + values.nbytes
+        header[name] = {"dtype": codes[values.dtype], "shape": values.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, values in ordered:
+                file.write(np.ascontiguousarray(values).data)  # the library would hold a copy of all arrays
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """Return the arrays at ``path``, memory-mapped and read-only.
+
+    None where there is no file, or it is damaged, or it was written with another key.
+    """
+    try:
+        with open(path, "rb") as file:
+            arrays, stored_key = _map_arrays(path, file)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # whatever is wrong with it, the index can be built again
+    return arrays if stored_key == key else None
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _map_arrays(path: Path, file: BinaryIO, names: set[str] | None = None) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays (those in ``names``, None for all) and the key of an open safetensors file.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: the header is damaged or does not fit the size of the file.
+    """
+    identity = _identity(file)
+    header_size = int.from_bytes(file.read(8), "little")
+    if not 0 < header_size <= _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {header_size} bytes")
+    header = json.loads(file.read(header_size))
+    key = str(header.pop("__metadata__")["key"])
+    data_start, data_size = 8 + header_size, identity[2] - 8 - header_size
+    last = 0
+    arrays: dict[str, np.ndarray] = {}
+    for name, entry in header.items():
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(length) for length in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        if min((begin, *shape)) < 0 or end - begin != dtype.itemsize * math.prod(shape) or end > data_size:
+            raise ValueError(f"{name} does not fit the file")
+        last = max(last, end)
+        if names is not None and name not in names:
+            continue
+        if begin == end:
+            arrays[name] = np.empty(shape, dtype)  # nothing can be mapped
+            arrays[name].flags.writeable = False
+            continue
+        mapped = StoredArray(file, dtype, "r", data_start + begin, shape)
+        mapped.stored_as = (os.path.abspath(path), name, identity)
+        arrays[name] = mapped
+    if last != data_size:
+        raise ValueError(f"{data_size} bytes of arrays, expected {last}")
+    return arrays, key
