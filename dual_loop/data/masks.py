@@ -7,6 +7,7 @@ Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``broken_rle`
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -223,21 +224,23 @@ def _check_polygons(segmentation: Any, height: int, width: int, where: str) -> l
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, apply_exif: bool) -> np.ndarray:
+def read_image(source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None) -> np.ndarray:
     """Read an image file as (H, W, 3) uint8 RGB.
 
     Grey, palette and CMYK images are converted, transparency is dropped, 16-bit grey keeps its upper 8 bits; of
     several frames the first is taken.
 
     Args:
-        path: the file.
+        source: the file, or its contents.
         apply_exif: turn the image as its EXIF orientation says. The masks of a data set decide: COCO's are drawn on
             the stored pixels.
+        where: names it in messages; None takes the path.
 
     Raises:
         SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
     """
-    image = _open_image(Path(path))
+    path = where or str(source)
+    image = _open_image(source if isinstance(source, io.BytesIO) else Path(source), path)
     try:
         image.load()
         if apply_exif:
@@ -282,7 +285,7 @@ def open_image_file(path: str | Path) -> Image.Image:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
     """
-    image = _open_image(Path(path))
+    image = _open_image(Path(path), path)
     try:
         image.load()
     except _DECODE_ERRORS as error:
@@ -290,19 +293,26 @@ def open_image_file(path: str | Path) -> Image.Image:
     return image
 
 
-def _open_image(path: Path) -> Image.Image:
+def _open_image(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
+    """Open an image; ``path`` names it in messages."""
     fix = "check the data set's folder, or leave this sample out of the index"
     try:
-        return Image.open(path)
+        return Image.open(source)
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
     except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
-        if path.is_file() and path.stat().st_size == 0:
+        if _is_empty(source):
             raise _damaged(path, error) from error
         message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
         raise SampleError("not_an_image", message) from error
     except _DECODE_ERRORS as error:
         raise _damaged(path, error) from error
+
+
+def _is_empty(source: Path | io.BytesIO) -> bool:
+    if isinstance(source, io.BytesIO):
+        return not source.getvalue()
+    return source.is_file() and source.stat().st_size == 0
 
 
 def _damaged(path: str | Path, error: Exception) -> SampleError:

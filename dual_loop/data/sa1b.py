@@ -1,9 +1,11 @@
 """Reader of SA-1B: photographs with many class-agnostic masks and no text.
 
-Layout (Kirillov et al. 2023, arXiv 2304.02643), any of the three, also mixed and nested in sub-folders::
+Layout (Kirillov et al. 2023, arXiv 2304.02643), any of the four, also mixed and nested in sub-folders::
 
-    root/sa_<id>.jpg     root/img/sa_<id>.jpg      root/<shard>/sa_<id>.jpg
-    root/sa_<id>.json    root/js/sa_<id>.json      root/<shard>/sa_<id>.json
+    root/sa_<id>.jpg     root/img/sa_<id>.jpg      root/<shard>/sa_<id>.jpg      root/sa_<shard>.tar
+    root/sa_<id>.json    root/js/sa_<id>.json      root/<shard>/sa_<id>.json     (as released, gzipped or not)
+
+Archives are read in place (:mod:`~dual_loop.data.tar_index`).
 
 Image and JSON belong together when their stems agree and their folders agree once parts named ``img`` and ``js`` are
 taken out. The index holds the union: an image without JSON, or JSON without image, is a bad sample when it is loaded.
@@ -18,13 +20,17 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
+import functools
+import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dual_loop.data.index_build import build_in_parts, default_index_dir, join_parts
 from dual_loop.data.index_cache import (
     StringTable,
     TreeListing,
@@ -34,6 +40,7 @@ from dual_loop.data.index_cache import (
     load_or_build,
 )
 from dual_loop.data.masks import check_mask, decode_rle, fit_mask, read_image
+from dual_loop.data.tar_index import TAR_SUFFIXES, TarShelf, list_tar
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import RegionSample
 
@@ -41,8 +48,15 @@ LAYOUT = """
   root/                        or root/
     sa_<id>.jpg                     img/sa_<id>.jpg
     sa_<id>.json                    js/sa_<id>.json
-  (or sub-folders that look like one of these)
+  (or sub-folders that look like one of these, or sa_<shard>.tar as released)
 """
+
+PREFIX = "sa_"
+
+Place = tuple[int, int, int]
+"""Number of the archive, offset in it (uncompressed), size; :data:`OUTSIDE` for a file of its own."""
+
+OUTSIDE: Place = (-1, 0, 0)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -86,6 +100,11 @@ class Sa1b:
         arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
+        self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
+        self._shelf = TarShelf(self.root, StringTable.from_arrays(arrays, "tar"), _cache_dir(index_dir))
+        self.damaged_archives = _damages(arrays)
+        if self.damaged_archives:
+            warnings.warn(_damage_warning(self.root, self.damaged_archives), stacklevel=2)
         has_image = np.flatnonzero(np.diff(self._images.offsets) > 0)
         if not len(has_image):
             seen = f"no sa_*.jpg, {len(self._records)} sa_*.json"
@@ -96,15 +115,18 @@ class Sa1b:
             self._kept = has_image[choose_capped(len(has_image), max_samples, "sa1b_max_samples")]
 
     def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), index_dir, key)
-        pairs: dict[str, list[str]] = {}
-        for path in listing.files:
-            if path.rsplit("/", 1)[-1].startswith("sa_"):
-                pairs.setdefault(_entry_name(path), ["", ""])[path.lower().endswith(".json")] = path
-        ordered = [pairs[name] for name in sorted(pairs)]
-        images = StringTable.from_strings(image for image, _ in ordered)
-        records = StringTable.from_strings(record for _, record in ordered)
-        return {**images.to_arrays("image"), **records.to_arrays("record"), **listing.watched_arrays()}
+        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), index_dir, key)
+        tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
+        files = [path for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
+        paths = [str(self.root / tar) for tar in tars]
+        build = functools.partial(list_tar, str(_cache_dir(index_dir)), PREFIX)
+        parts = build_in_parts(paths, build, index_dir, key, describe="SA-1B archives", count=_num_members)
+        return {
+            **_pair_up([(path, OUTSIDE) for path in files] + list(_members(tars, parts))),
+            **StringTable.from_strings(tars).to_arrays("tar"),
+            **StringTable.join([StringTable.from_arrays(part, "damage") for part in parts]).to_arrays("damage"),
+            **join_parts([listing.watched_arrays(), *(_watched(part) for part in parts)]),
+        }
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -119,9 +141,15 @@ class Sa1b:
         return _entry_name(self._images[row] or self._records[row])
 
     def image_path(self, index: int) -> Path | None:
-        """Return the image file, None where the entry is a JSON file without one."""
-        name = self._images[int(self._kept[index])]
-        return self.root / name if name else None
+        """Return the image file, None where the entry is a JSON file without one, or inside an archive."""
+        row = int(self._kept[index])
+        name = self._images[row]
+        return self.root / name if name and self._image_place[row, 0] < 0 else None
+
+    def _read(self, name: str, place: np.ndarray) -> Path | io.BytesIO:
+        """Return a file, or what an archive holds of it."""
+        number, offset, size = (int(value) for value in place)
+        return self.root / name if number < 0 else io.BytesIO(self._shelf.read(number, offset, size))
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass.
@@ -139,8 +167,8 @@ class Sa1b:
             where = str(self.root / (image_path or record_path))
             message = explain(f"an SA-1B {lacking} is missing", where, "no partner", f"a {lacking} of the same stem")
             raise SampleError("missing_file", message)
-        annotations = _read_annotations(self.root / record_path)
-        image = read_image(self.root / image_path, apply_exif=False)
+        annotations = _read_annotations(self._read(record_path, self._record_place[row]), self.root / record_path)
+        image = read_image(self._read(image_path, self._image_place[row]), False, str(self.root / image_path))
         passing = [i for i, annotation in enumerate(annotations) if self._passes(annotation)]
         chosen, masks = [], []
         for position in rng.permutation(len(passing)):
@@ -197,16 +225,66 @@ def _entry_name(path: str) -> str:
     return "/".join([*parts, file.rsplit(".", 1)[0]])
 
 
-def _read_annotations(path: Path) -> list[dict[str, Any]]:
-    """Return the annotations of an SA-1B JSON file.
+def _cache_dir(index_dir: str | Path | None) -> Path:
+    return default_index_dir() if index_dir is None else Path(index_dir)
+
+
+def _members(tars: Sequence[str], parts: Sequence[Mapping[str, np.ndarray]]) -> Iterator[tuple[str, Place]]:
+    """Yield each archived file as ``<archive>/<name>`` with its place."""
+    for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
+        names = StringTable.from_arrays(part, "member")
+        for row, (offset, size) in enumerate(part["member_place"].tolist()):
+            yield f"{tar}/{names[row]}", (number, offset, size)
+
+
+def _pair_up(files: Sequence[tuple[str, Place]]) -> dict[str, np.ndarray]:
+    """Return the tables of images and JSON files, row by row those of one entry, with their places (n, 3) int64."""
+    pairs: dict[str, list[tuple[str, Place]]] = {}
+    for path, place in files:
+        if path.rsplit("/", 1)[-1].startswith(PREFIX) and path.lower().endswith((*IMAGE_SUFFIXES, ".json")):
+            entry = pairs.setdefault(_entry_name(path), [("", OUTSIDE), ("", OUTSIDE)])
+            entry[path.lower().endswith(".json")] = (path, place)
+    ordered = [pairs[name] for name in sorted(pairs)]
+    arrays: dict[str, np.ndarray] = {}
+    for column, name in enumerate(("image", "record")):
+        arrays |= StringTable.from_strings(pair[column][0] for pair in ordered).to_arrays(name)
+        arrays[f"{name}_place"] = np.array([pair[column][1] for pair in ordered], np.int64).reshape(-1, 3)
+    return arrays
+
+
+def _num_members(part: Mapping[str, np.ndarray]) -> int:
+    return int(part["num_members"][0])
+
+
+def _watched(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in part.items() if name.startswith("watched_")}
+
+
+def _damages(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    tars, texts = StringTable.from_arrays(arrays, "tar"), StringTable.from_arrays(arrays, "damage")
+    return {tars[number]: texts[number] for number in range(len(tars)) if texts[number]}
+
+
+def _damage_warning(root: Path, damaged: Mapping[str, str]) -> str:
+    name, text = next(iter(damaged.items()))
+    return explain(
+        "archives of SA-1B are damaged; what comes before the damage is used",
+        str(root / name),
+        f"{text}; {len(damaged)} damaged in all",
+        "whole archives",
+        "download them again",
+    )
+
+
+def _read_annotations(file: Path | io.BytesIO, path: Path) -> list[dict[str, Any]]:
+    """Return the annotations of an SA-1B JSON file (``path`` names it in messages).
 
     Raises:
         SampleError: ``missing_file``; ``broken_json`` where the file is damaged or of another structure.
     """
     fix = "download this file again"
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+        record = json.loads(file.read_bytes() if isinstance(file, Path) else file.getvalue())
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an annotation file is missing", str(path), fix=fix)) from error
     except (OSError, ValueError, RecursionError) as error:

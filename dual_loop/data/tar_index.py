@@ -1,0 +1,214 @@
+"""Files inside tar archives, read in any order without unpacking: an offset index, and ``pread``.
+
+A plain tar is read at the stored offsets. A gzip-compressed one (also when it is named ``.tar``, as some downloads of
+SA-1B are) has no offsets in its bytes: while it is listed, ``indexed_gzip`` keeps a point to go on from every 4 MiB, in
+a file beside the index; a read then decompresses at most so much. Each archive is read through once, when it is listed.
+
+Member names are compared and shown, never used as paths; links, sparse files and folders inside an archive are left
+out. Where an archive is damaged, what comes before the damage is used, and the damage is reported with its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import uuid
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_loop.data.index_build import Arrays
+from dual_loop.data.index_store import StringTable, watch_files
+from dual_loop.errors import EnvironmentProblem, SampleError, explain
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+MAX_OPEN = 64
+"""Most archives that one process keeps open; 1,000 of SA-1B times many workers would pass the system's limit."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_POINT_EVERY = 2**22
+_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+
+
+def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
+    """Return the files of one archive whose names begin with ``prefix``: a part of an index.
+
+    Args:
+        index_dir: where the points of a compressed archive are kept.
+        prefix: of the wanted names, without their folders.
+        path: the archive.
+
+    Returns:
+        ``member_bytes, member_offsets`` (names without folders), ``member_place`` (n, 2) int64 (offset in the
+        uncompressed archive, size), ``num_members`` (1,) int64, ``damage_bytes, damage_offsets`` (one text, empty
+        where the archive is whole), and the watched archive.
+
+    Raises:
+        EnvironmentProblem: it is compressed and ``indexed_gzip`` is not installed, or its points cannot be stored.
+    """
+    watched = watch_files([Path(path)])
+    found: list[tuple[str, int, int]] = []
+    damage = ""
+    if is_compressed(Path(path)):
+        with open_compressed(Path(path), Path(index_dir)) as file:
+            damage = _list_members(file, prefix, None, found)
+            _store_points(file, Path(path), Path(index_dir))
+    else:
+        with open(path, "rb") as plain:
+            damage = _list_members(plain, prefix, os.path.getsize(path), found)
+    return {
+        **StringTable.from_strings(name for name, _, _ in found).to_arrays("member"),
+        "member_place": np.array([place for _, *place in found], np.int64).reshape(-1, 2),
+        "num_members": np.array([len(found)], np.int64),
+        **StringTable.from_strings([damage]).to_arrays("damage"),
+        **watched,
+    }
+
+
+def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[str, int, int]]) -> str:
+    """Add (name, offset, size) of the wanted members to ``found``; return what is damaged, if anything is.
+
+    Args:
+        size: of the archive, where it is known before the whole of it was read.
+    """
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                end = member.offset_data + member.size
+                if size is not None and end > size:
+                    raise EOFError(f"{member.name} should end at byte {end:,}, the archive ends at {size:,}")
+                name = member.name.rsplit("/", 1)[-1]
+                if member.isreg() and not member.issparse() and name.startswith(prefix):
+                    found.append((name, member.offset_data, member.size))
+    except _DAMAGE as error:
+        return f"behind byte {end:,}: {type(error).__name__}: {error}"
+    return ""
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell by its first bytes whether an archive is gzip-compressed; names do not tell."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == _GZIP_MAGIC
+    except OSError:
+        return False
+
+
+def open_compressed(path: Path, index_dir: Path) -> Any:
+    """Open a compressed archive for reading at any offset, with its stored points where there are any.
+
+    Raises:
+        EnvironmentProblem: ``indexed_gzip`` is not installed.
+    """
+    try:
+        from indexed_gzip import IndexedGzipFile
+    except ImportError as error:
+        fix = "pip install 'dual-loop[archives]', or decompress the archive"
+        what = "a compressed archive cannot be read without indexed_gzip"
+        raise EnvironmentProblem(explain(what, str(path), fix=fix)) from error
+    points = _points_path(path, index_dir)
+    options = {"spacing": _POINT_EVERY, "drop_handles": False}
+    if points.is_file():
+        try:
+            return IndexedGzipFile(str(path), index_file=str(points), **options)
+        except (OSError, ValueError):
+            points.unlink(missing_ok=True)  # damaged: reads go from the start, until the archive is listed again
+    return IndexedGzipFile(str(path), **options)
+
+
+def _points_path(path: Path, index_dir: Path) -> Path:
+    state = path.stat()
+    text = f"{path}\n{state.st_mtime_ns}\n{state.st_size}\n{_POINT_EVERY}"
+    return index_dir / "gzip_points" / f"{hashlib.sha256(os.fsencode(text)).hexdigest()[:24]}.gzidx"
+
+
+def _store_points(file: Any, path: Path, index_dir: Path) -> None:
+    points = _points_path(path, index_dir)
+    temporary = points.with_name(f".{points.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    try:
+        points.parent.mkdir(parents=True, exist_ok=True)
+        file.export_index(filename=str(temporary))
+        os.replace(temporary, points)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what, fix = "the points of a compressed archive cannot be stored", "set data.index_dir or $DUAL_LOOP_CACHE"
+        raise EnvironmentProblem(explain(what, str(points), str(error), "a folder to write in", fix)) from error
+
+
+class TarShelf:
+    """Reads pieces of archives; a process opens its own files, at most :data:`MAX_OPEN` at a time.
+
+    Args:
+        root: folder of the archives.
+        archives: their paths below ``root``, from the reader's own listing.
+        index_dir: where the points of compressed archives are.
+    """
+
+    def __init__(self, root: Path, archives: StringTable, index_dir: Path) -> None:
+        self.root, self.archives, self.index_dir = root, archives, index_dir
+        self._open: OrderedDict[int, tuple[Any, bool]] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of archive ``number`` from ``offset`` on (in the uncompressed archive).
+
+        Raises:
+            SampleError: ``missing_file``; ``truncated_file`` where there are fewer bytes, or a compressed one is
+                damaged there.
+        """
+        path = self.root / self.archives[number]
+        try:
+            file, is_plain = self._file(number, path)
+            data = os.pread(file, size, offset) if is_plain else self._read_compressed(file, size, offset)
+        except FileNotFoundError as error:
+            raise SampleError("missing_file", explain("an archive is missing", str(path))) from error
+        except _DAMAGE as error:
+            raise _damaged(path, offset, f"{type(error).__name__}: {error}") from error
+        if len(data) != size:
+            raise _damaged(path, offset, f"{len(data):,} of {size:,} bytes")
+        return data
+
+    @staticmethod
+    def _read_compressed(file: Any, size: int, offset: int) -> bytes:
+        file.seek(offset)
+        return bytes(file.read(size))
+
+    def _file(self, number: int, path: Path) -> tuple[Any, bool]:
+        """Return the open archive, and whether it is plain (a descriptor); files are never shared over a fork."""
+        if self._pid != os.getpid():
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if number not in self._open:
+            if is_compressed(path):
+                self._open[number] = (open_compressed(path, self.index_dir), False)
+            else:
+                self._open[number] = (os.open(path, os.O_RDONLY), True)
+            if len(self._open) > MAX_OPEN:
+                _close(*self._open.popitem(last=False)[1])
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close all archives of this process."""
+        while self._open:
+            _close(*self._open.popitem()[1])
+
+
+def _close(file: Any, is_plain: bool) -> None:
+    if is_plain:
+        os.close(file)
+    else:
+        file.close()
+
+
+def _damaged(path: Path, offset: int, seen: str) -> SampleError:
+    fix = "download this archive again"
+    return SampleError("truncated_file", explain("an archive is damaged", f"{path} at byte {offset:,}", seen, fix=fix))

@@ -1,0 +1,225 @@
+"""SA-1B read from its archives gives what the unpacked files give; damage, links and odd names do no harm."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from dual_loop.data import tar_index
+from dual_loop.data.sa1b import Sa1b
+from dual_loop.errors import SampleError
+
+pytest.importorskip("indexed_gzip", reason="compressed archives need indexed_gzip")
+SIZE = (60, 80)
+
+
+def write_entry(folder: Path, number: int) -> None:
+    random = np.random.default_rng(number)
+    pixels = random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"sa_{number}.jpg", quality=90)
+    annotations = []
+    for region in range(3):
+        mask = np.zeros(SIZE, np.uint8, order="F")
+        top, left = random.integers(0, 30, 2)
+        mask[top : top + 20, left : left + 25] = 1
+        code = coco.encode(mask)
+        segmentation = {"size": list(SIZE), "counts": code["counts"].decode()}
+        annotations.append({"id": 10 * number + region, "segmentation": segmentation, "predicted_iou": 0.9})
+    (folder / f"sa_{number}.json").write_text(json.dumps({"image": {}, "annotations": annotations}))
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Path:
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    for number in range(6):
+        write_entry(folder, number)
+    return folder
+
+
+def pack(folder: Path, archive: Path, numbers: range, prefix: str = "./", is_compressed: bool = False) -> None:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in numbers:
+            for suffix in ("jpg", "json"):
+                tar.add(folder / f"sa_{number}.{suffix}", f"{prefix}sa_{number}.{suffix}")
+    data = buffer.getvalue()
+    archive.write_bytes(gzip.compress(data) if is_compressed else data)
+
+
+def archives(unpacked: Path, root: Path, is_compressed: bool) -> Path:
+    pack(unpacked, root / "sa_000000.tar", range(3), "./", is_compressed)
+    pack(
+        unpacked,
+        root / "more" / ("sa_000001.tgz" if is_compressed else "sa_000001.tar"),
+        range(3, 6),
+        "a/b/",
+        is_compressed,
+    )
+    return root
+
+
+def opened(root: Path, index_dir: Path, **options) -> Sa1b:
+    return Sa1b(root, regions_per_image=2, index_dir=index_dir, **options)
+
+
+def by_stem(source: Sa1b) -> dict[str, tuple]:
+    found = {}
+    for index in range(len(source)):
+        sample = source.load(index, np.random.default_rng(7))
+        found[source.entry_id(index).rsplit("/", 1)[-1]] = (sample.image, sample.masks, sample.region_ids)
+    return found
+
+
+def assert_same(seen: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    assert seen.keys() == expected.keys()
+    for name, (image, masks, names) in expected.items():
+        assert np.array_equal(seen[name][0], image)
+        assert np.array_equal(seen[name][1], masks)
+        assert seen[name][2] == names
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_archives_give_what_their_files_give(unpacked, tmp_path, is_compressed):
+    root = archives(unpacked, tmp_path / "tars", is_compressed)
+    source = opened(root, tmp_path / "index")
+    assert_same(by_stem(source), by_stem(opened(unpacked, tmp_path / "index")))
+    assert source.damaged_archives == {}
+    assert source.entry_id(0).split("/")[0] in ("more", "sa_000000.tar")
+    assert source.image_path(0) is None
+
+
+def test_files_and_archives_together(unpacked, tmp_path):
+    root = tmp_path / "mixed"
+    pack(unpacked, root / "sa_000000.tar", range(4))
+    for number in (4, 5):
+        for suffix in ("jpg", "json"):
+            shutil.copy(unpacked / f"sa_{number}.{suffix}", root)
+    source = opened(root, tmp_path / "index")
+    assert_same(by_stem(source), by_stem(opened(unpacked, tmp_path / "index")))
+    paths = [source.image_path(index) for index in range(len(source))]
+    assert sum(path is not None for path in paths) == 2
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_an_archive_is_listed_once_and_again_when_it_changed(unpacked, tmp_path, monkeypatch, is_compressed):
+    root = archives(unpacked, tmp_path / "tars", is_compressed)
+    first = by_stem(opened(root, tmp_path / "index"))
+    monkeypatch.setattr(tar_index, "_list_members", None)
+    assert_same(by_stem(opened(root, tmp_path / "index")), first)
+    monkeypatch.undo()
+    pack(unpacked, root / "sa_000000.tar", range(2), "./", is_compressed)
+    assert len(opened(root, tmp_path / "index")) == 5
+
+
+def test_a_truncated_archive_gives_what_is_whole_and_says_so(unpacked, tmp_path):
+    pack(unpacked, tmp_path / "tars" / "sa_000000.tar", range(3))
+    path = tmp_path / "tars" / "sa_000000.tar"
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[-1].offset_data + 5
+    os.truncate(path, cut)
+    with pytest.warns(UserWarning, match=r"sa_000000.tar.*byte") as caught:
+        source = opened(tmp_path / "tars", tmp_path / "index")
+    assert "1 damaged in all" in str(caught[0].message)
+    assert list(source.damaged_archives) == ["sa_000000.tar"]
+    with pytest.warns(UserWarning, match="damaged"):
+        opened(tmp_path / "tars", tmp_path / "index")
+    whole = [source.load(index, np.random.default_rng(0)) for index in range(2)]
+    assert [sample.sample_id for sample in whole] == ["sa_000000.tar/sa_0", "sa_000000.tar/sa_1"]
+    with pytest.raises(SampleError) as error:
+        source.load(2, np.random.default_rng(0))
+    assert error.value.reason == "missing_file"
+
+
+def test_a_compressed_archive_that_breaks_off(unpacked, tmp_path):
+    path = tmp_path / "tars" / "sa_000000.tar"
+    pack(unpacked, path, range(6), is_compressed=True)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    with pytest.warns(UserWarning, match="damaged"):
+        source = opened(tmp_path / "tars", tmp_path / "index")
+    good = source.load(0, np.random.default_rng(0))
+    expected = opened(unpacked, tmp_path / "index").load(0, np.random.default_rng(0))
+    assert np.array_equal(good.image, expected.image)
+    assert 1 <= len(source) < 6
+
+
+def test_an_archive_that_shrank_after_it_was_listed_is_a_bad_sample(unpacked, tmp_path):
+    root = archives(unpacked, tmp_path / "tars", False)
+    source = opened(root, tmp_path / "index")
+    os.truncate(root / "sa_000000.tar", 1000)
+    index = next(k for k in range(len(source)) if source.entry_id(k) == "sa_000000.tar/sa_2")
+    with pytest.raises(SampleError) as error:
+        source.load(index, np.random.default_rng(0))
+    assert error.value.reason == "truncated_file"
+    assert "sa_000000.tar" in str(error.value)
+    (root / "sa_000000.tar").unlink()
+    source._shelf.close()
+    with pytest.raises(SampleError) as error:
+        source.load(index, np.random.default_rng(0))
+    assert error.value.reason == "missing_file"
+
+
+def test_links_and_names_that_leave_the_root_are_harmless(unpacked, tmp_path):
+    root = tmp_path / "tars"
+    root.mkdir()
+    with tarfile.open(root / "sa_000000.tar", "w") as tar:
+        tar.add(unpacked / "sa_0.jpg", "../../../sa_0.jpg")
+        tar.add(unpacked / "sa_0.json", "/etc/sa_0.json")
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("sa_9.jpg")
+            link.type, link.linkname = kind, "/etc/passwd"
+            tar.addfile(link)
+    source = opened(root, tmp_path / "index")
+    assert [source.entry_id(k) for k in range(len(source))] == ["sa_000000.tar/sa_0"]
+    assert source.load(0, np.random.default_rng(0)).image.shape == (*SIZE, 3)
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, source: Sa1b) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.source.load(index, np.random.default_rng(0)).image.astype(np.int64).sum())
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_workers_open_their_own_files(unpacked, tmp_path, is_compressed):
+    source = opened(archives(unpacked, tmp_path / "tars", is_compressed), tmp_path / "index")
+    expected = [Images(source)[index] for index in range(len(source))]
+    loader = torch.utils.data.DataLoader(Images(source), batch_size=None, num_workers=2)
+    assert [int(value) for value in loader] == expected
+    assert [Images(pickle.loads(pickle.dumps(source)))[index] for index in range(len(source))] == expected
+
+
+def test_few_files_are_open_at_a_time(unpacked, tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_index, "MAX_OPEN", 2)
+    for number in range(5):
+        pack(unpacked, tmp_path / "tars" / f"sa_{number:06}.tar", range(number, number + 1))
+    source = opened(tmp_path / "tars", tmp_path / "index")
+    for index in range(5):
+        source.load(index, np.random.default_rng(0))
+        assert len(source._shelf._open) <= 2
+
+
+def test_damaged_points_are_no_reason_to_stop(unpacked, tmp_path):
+    root = archives(unpacked, tmp_path / "tars", True)
+    expected = by_stem(opened(root, tmp_path / "index"))
+    for path in (tmp_path / "index" / "gzip_points").iterdir():
+        path.write_bytes(b"nothing")
+    assert_same(by_stem(opened(root, tmp_path / "index")), expected)
