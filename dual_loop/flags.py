@@ -48,8 +48,9 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("lora_alpha", "model.lora_alpha", "NUMBER", "LoRA is scaled by alpha / rank"),
     ),
     "data (a folder left out leaves the source out)": (
-        Flag("sav_dir", "data.sav_dir", "DIR", "SA-V frame pairs (.npz files)"),
+        Flag("sav_dir", "data.sav_dir", "DIR", "SA-V: frame pairs (.npz) or videos (.mp4 with .json)"),
         Flag("sav_max_samples", "data.sav_max_samples", "PAIRS", "use only so many frame pairs"),
+        Flag("sav_format", "data.sav_format", "auto|pairs|videos", "npz frame pairs, or mp4 with masklets as released"),
         Flag("sav_repeats", "data.sav_repeats", "TIMES", "times an epoch, fractions allowed"),
         Flag("sa1b_dir", "data.sa1b_dir", "DIR", "SA-1B images with their JSON files"),
         Flag("sa1b_max_samples", "data.sa1b_max_samples", "IMAGES", "use only so many image files"),

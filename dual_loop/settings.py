@@ -62,6 +62,9 @@ class ModelConfig:
 class DataConfig:
     """Where the data is and how samples are chosen. A directory of None leaves the source out.
 
+    ``sav_format`` says what ``sav_dir`` holds: ``pairs`` (npz files), ``videos`` (as released), or ``auto``: pairs
+    where there are any, else videos. The other ``sav_`` settings are those of ``data.sav_video.SavVideos``.
+
     ``leakage_guard`` decides what happens to training images whose COCO id is in a held-out split of the RefCOCO sets
     at hand (``refcoco_dir``, ``eval_dir``): ``drop`` leaves them out, ``error`` stops, ``warn`` counts them, ``off``
     does not look. See ``data.leakage``.
@@ -71,6 +74,11 @@ class DataConfig:
     sav_max_samples: int | None = None
     sav_repeats: float = 1.0
     sav_weight: float | None = None
+    sav_format: str = "auto"
+    sav_masklets: str = "both"
+    sav_min_seconds: float = 0.5
+    sav_max_seconds: float = 2.0
+    sav_min_area: float = 0.001
     sa1b_dir: str | None = None
     sa1b_max_samples: int | None = None
     sa1b_repeats: float = 1.0

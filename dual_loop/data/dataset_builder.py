@@ -115,9 +115,39 @@ def build_training_sources(data: DataConfig) -> list[RegionSource]:
 
 
 def _open_sav(data: DataConfig) -> RegionSource:
+    """``auto`` takes frame pairs where there are any; without pairs and videos the error is that of pairs."""
     from dual_loop.data.sav import SavPairs
 
-    return SavPairs(_given(data.sav_dir), data.sav_max_samples, index_dir=data.index_dir)
+    root = _given(data.sav_dir)
+    no_pairs: ConfigError | None = None
+    if data.sav_format != "videos":
+        try:
+            return SavPairs(root, data.sav_max_samples, index_dir=data.index_dir)
+        except ConfigError as error:
+            if data.sav_format == "pairs" or not Path(root).is_dir():
+                raise
+            no_pairs = error
+    try:
+        return _open_videos(root, data)
+    except ConfigError:
+        if no_pairs is not None:
+            raise no_pairs from None
+        raise
+
+
+def _open_videos(root: str | Path, data: DataConfig) -> RegionSource:
+    from dual_loop.data.sav_video import SavVideos
+
+    return SavVideos(
+        root,
+        data.sav_max_samples,
+        data.regions_per_image,
+        data.sav_masklets,
+        data.sav_min_seconds,
+        data.sav_max_seconds,
+        data.sav_min_area,
+        data.index_dir,
+    )
 
 
 def _open_sa1b(data: DataConfig) -> RegionSource:
