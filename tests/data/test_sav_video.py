@@ -7,14 +7,186 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from video_maker import SIZE, code_of, number_of, true_mask, write_masklets, write_video
 
 from dual_loop.config import DataConfig
 from dual_loop.data import sav_video
-from dual_loop.data.dataset_builder import SOURCE_OPENERS
+from dual_loop.data.dataset_builder import open_source
 from dual_loop.data.sav_video import SavVideos
 from dual_loop.data.video_frames import VideoFrames
 from dual_loop.errors import ConfigError, SampleError
-from video_maker import SIZE, code_of, number_of, true_mask, write_masklets, write_video
 
 pytest.importorskip("av", reason="videos need PyAV")
 FRAMES = 49
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sav") / "sav_000" / "sav_train" / "sav_000"
+    folder.mkdir(parents=True)
+    write_video(folder / "sav_000001.mp4", FRAMES)
+    write_masklets(folder / "sav_000001_manual.json", 14, hidden=(3, 4))  # the 14th is behind the last frame
+    write_masklets(folder / "sav_000001_auto.json", 13)
+    write_video(folder / "sav_000002.mp4", 25)
+    write_masklets(folder / "sav_000002_manual.json", 7)
+    return folder.parents[2]
+
+
+def opened(root: Path, tmp_path: Path, **options) -> SavVideos:
+    return SavVideos(root, index_dir=tmp_path / "index", **options)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_every_frame_is_the_one_that_was_asked_for(tmp_path, codec):
+    path = tmp_path / "video.mp4"
+    write_video(path, FRAMES, codec)
+    frames = VideoFrames()
+    assert frames.length(path) == FRAMES
+    assert frames.rate(path) == pytest.approx(24, rel=0.01)
+    order = np.random.default_rng(0).permutation(FRAMES)
+    assert [number_of(frames.read(path, int(n))) for n in order] == order.tolist()
+
+
+def test_a_read_frame_is_that_of_decoding_from_the_start(tmp_path):
+    import av
+
+    path = tmp_path / "video.mp4"
+    write_video(path, 30)
+    with av.open(str(path)) as container:
+        whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = VideoFrames()
+    assert all(np.array_equal(frames.read(path, number), whole[number]) for number in range(30))
+
+
+def test_uneven_time_stamps_change_nothing(tmp_path):
+    path = tmp_path / "video.mp4"
+    stamps = np.cumsum(np.random.default_rng(0).integers(1, 5, 30)).tolist()
+    write_video(path, 30, stamps=[int(stamp) for stamp in stamps])
+    frames = VideoFrames()
+    assert [number_of(frames.read(path, n)) for n in (29, 0, 17, 5)] == [29, 0, 17, 5]
+
+
+def test_entries_are_masklets_that_are_seen(root, tmp_path):
+    both, manual = opened(root, tmp_path), opened(root, tmp_path, masklets="manual")
+    names = [both.entry_id(index) for index in range(len(both))]
+    assert len(both) == 6  # object 2 is never seen
+    assert len(opened(root, tmp_path, masklets="auto")) == 2
+    assert [name for name in names if "manual" in name] == [manual.entry_id(k) for k in range(len(manual))]
+    assert names[0] == "sav_000/sav_train/sav_000/sav_000001_auto#0"
+    assert len(opened(root, tmp_path, max_samples=3)) == 3
+
+
+def test_pairs_show_the_object_on_both_frames_at_the_wanted_distance(root, tmp_path):
+    source = opened(root, tmp_path, masklets="manual", min_seconds=0.5, max_seconds=1.0)
+    assert source.entry_id(0).endswith("sav_000001_manual#0")
+    pairs = set()
+    for seed in range(40):
+        sample = source.load(0, np.random.default_rng(seed))
+        first, second = (int(n) for n in sample.sample_id.split("@")[1].split("-"))
+        pairs.add((first, second))
+        assert (number_of(sample.image), number_of(sample.target_image)) == (first, second)
+        assert np.array_equal(sample.masks[0], true_mask(first))
+        assert np.array_equal(sample.target_masks[0], true_mask(second))
+        assert 12 <= abs(first - second) <= 24
+        assert not {first, second} & {12, 16}  # hidden there
+        assert max(first, second) <= FRAMES - 1
+    assert len(pairs) > 10
+    assert {first < second for first, second in pairs} == {True, False}
+
+
+def test_the_same_generator_gives_the_same_pair(root, tmp_path):
+    source = opened(root, tmp_path)
+    first, again = (source.load(1, np.random.default_rng(5)) for _ in range(2))
+    assert first.sample_id == again.sample_id
+    assert np.array_equal(first.image, again.image)
+
+
+def test_several_objects_of_a_pair(root, tmp_path):
+    source = opened(root, tmp_path, masklets="manual", regions_per_image=3)
+    sample = source.load(0, np.random.default_rng(0))
+    assert sample.region_ids == ("0", "1")  # object 2 is absent
+    assert sample.masks.shape == sample.target_masks.shape == (2, *SIZE)
+    assert sample.masks[1][:20, :20].all()
+
+
+def test_an_index_is_used_again(root, tmp_path, monkeypatch):
+    first = opened(root, tmp_path)
+    monkeypatch.setattr(sav_video, "count_visible", None)
+    again = opened(root, tmp_path)
+    assert [again.entry_id(k) for k in range(len(again))] == [first.entry_id(k) for k in range(len(first))]
+
+
+def broken(tmp_path: Path, name: str) -> SavVideos:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    video, record = folder / "sav_000009.mp4", folder / "sav_000009_manual.json"
+    write_video(video, 25)
+    write_masklets(record, 7)
+    content = json.loads(record.read_text())
+    if name == "truncated_file":
+        video.write_bytes(video.read_bytes()[:200])
+    elif name == "broken_json":
+        record.write_text(record.read_text()[:-40])
+    elif name == "broken_rle":
+        for frame in content["masklet"]:
+            frame[0]["counts"] = "0"
+    elif name == "size_mismatch":
+        for frame in content["masklet"]:
+            frame[0] = code_of(np.ones((20, 30), bool))
+    elif name == "no_frame_pair":
+        for frame in content["masklet"][1:-1]:
+            frame[0] = code_of(np.zeros(SIZE, bool))
+    elif name == "missing_file":
+        source = opened(folder, tmp_path)
+        video.unlink()
+        return source
+    if name in ("broken_rle", "size_mismatch", "no_frame_pair"):
+        record.write_text(json.dumps(content))
+    return opened(folder, tmp_path, max_seconds=0.6)
+
+
+@pytest.mark.parametrize(
+    "reason", ["truncated_file", "broken_json", "broken_rle", "size_mismatch", "no_frame_pair", "missing_file"]
+)
+def test_what_is_wrong_has_its_reason(tmp_path, reason):
+    source = broken(tmp_path, reason)
+    with pytest.raises(SampleError) as error:
+        source.load(0, np.random.default_rng(0))
+    assert error.value.reason == reason
+    assert "sav_000009" in str(error.value)
+
+
+def test_a_frame_behind_the_end_is_an_error(tmp_path):
+    write_video(tmp_path / "video.mp4", 5)
+    with pytest.raises(SampleError) as error:
+        VideoFrames().read(tmp_path / "video.mp4", 5)
+    assert error.value.reason == "no_frame"
+
+
+def test_the_format_is_told_from_the_folder(root, tmp_path):
+    def settings(folder: Path, form: str) -> DataConfig:
+        return DataConfig(sav_dir=str(folder), sav_format=form, index_dir=str(tmp_path / "index"))
+
+    assert isinstance(open_source("sav", settings(root, "auto")), SavVideos)
+    assert isinstance(open_source("sav", settings(root, "videos")), SavVideos)
+    with pytest.raises(ConfigError, match="no frame pair"):
+        open_source("sav", settings(root, "pairs"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="no frame pair"):
+        open_source("sav", settings(empty, "auto"))
+    with pytest.raises(ConfigError, match="no video with masklets"):
+        open_source("sav", settings(empty, "videos"))
+
+
+def test_the_release_files_are_understood(tmp_path):
+    folder = Path(__file__).parents[2] / ".." / "shared" / "data" / "real_samples" / "sav" / "release_json"
+    if not folder.is_dir():
+        pytest.skip("the real samples are not on this machine")
+    for path in folder.glob("*.json"):
+        record = sav_video.read_record(path)
+        found = sav_video.count_visible(str(folder), json.dumps([path.name]))
+        visible = found["visible"]
+        assert len(visible) == len(record["masklet"][0])
+        areas = [sav_video.area_share(frame[0], "x") > 0 for frame in record["masklet"]]
+        assert visible[0] == sum(areas)

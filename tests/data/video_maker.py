@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,12 @@ def write_video(path: Path, count: int, codec: str = "libx264", stamps: list[int
         stream.pix_fmt = "yuv420p"
         stream.gop_size, stream.bit_rate = 12, 2_000_000
         stream.codec_context.max_b_frames = 2
+        base = Fraction(1, 24 if stamps is None else 96)
+        stream.codec_context.time_base = base
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
             frame.pts = number if stamps is None else stamps[number]
-            frame.time_base = stream.codec_context.time_base if stamps is None else frame.time_base
+            frame.time_base = base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
