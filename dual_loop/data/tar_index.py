@@ -165,28 +165,31 @@ class TarShelf:
             SampleError: ``missing_file``; ``truncated_file`` where there are fewer bytes, or a compressed one is
                 damaged there.
         """
-        path = self.root / self.archives[number]
         try:
-            file, is_plain = self._file(number, path)
+            file, is_plain = self._file(number)
             data = os.pread(file, size, offset) if is_plain else self._read_compressed(file, size, offset)
         except FileNotFoundError as error:
-            raise SampleError("missing_file", explain("an archive is missing", str(path))) from error
+            raise SampleError("missing_file", explain("an archive is missing", str(self._path(number)))) from error
         except _DAMAGE as error:
-            raise _damaged(path, offset, f"{type(error).__name__}: {error}") from error
+            raise _damaged(self._path(number), offset, f"{type(error).__name__}: {error}") from error
         if len(data) != size:
-            raise _damaged(path, offset, f"{len(data):,} of {size:,} bytes")
+            raise _damaged(self._path(number), offset, f"{len(data):,} of {size:,} bytes")
         return data
+
+    def _path(self, number: int) -> Path:
+        return self.root / self.archives[number]
 
     @staticmethod
     def _read_compressed(file: Any, size: int, offset: int) -> bytes:
         file.seek(offset)
         return bytes(file.read(size))
 
-    def _file(self, number: int, path: Path) -> tuple[Any, bool]:
+    def _file(self, number: int) -> tuple[Any, bool]:
         """Return the open archive, and whether it is plain (a descriptor); files are never shared over a fork."""
         if self._pid != os.getpid():
             self._open, self._pid = OrderedDict(), os.getpid()
         if number not in self._open:
+            path = self._path(number)
             if is_compressed(path):
                 self._open[number] = (open_compressed(path, self.index_dir), False)
             else:
