@@ -45,7 +45,7 @@ class FusedLora(LoraLinear):
         low = F.linear(sixteen_bit_dropout(x, rate), down) * self.scaling[name]
         if not torch.is_grad_enabled() and output.dtype == low.dtype:
             # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
-            return output.add_(F.linear(low, up))
+            return torch.as_tensor(output.add_(F.linear(low, up)))
         added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
         return added.view(output.shape).to(output.dtype)
 
