@@ -90,6 +90,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "loss.align_through": ("all", "projection"),
     "speed.pack_weights": ("auto", "on", "off"),
     "train.mixed_precision": ("auto", "no", "bf16"),
+    "train.parallel": ("ddp", "fsdp"),
     "train.device": ("auto", "cpu", "cuda"),
     "train.eval_weights": ("ema", "live"),
 }

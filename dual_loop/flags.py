@@ -114,6 +114,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("ema_decay", "train.ema_decay", "FRACTION", "decay of the weight average, a step"),
         Flag("seed", "train.seed", "NUMBER", "decides everything random"),
         Flag("device", "train.device", "auto|cpu|cuda", "where to compute"),
+        Flag("parallel", "train.parallel", "ddp|fsdp", "fsdp shards the language model over the ranks"),
         Flag("mixed_precision", "train.mixed_precision", "auto|no|bf16", "auto: bf16 for a bfloat16 model"),
     ),
     "run folder": (

@@ -313,6 +313,7 @@ class SpeedConfig:
 class TrainConfig:
     """The optimiser step, its schedule, and what a run writes.
 
+    ``parallel`` is ``ddp``, or ``fsdp``, which shards the language model over the ranks (``training.sharding``).
     ``allow_emulated_bf16`` lets a run in bf16 start on a device that has no bf16 of its own and is slow with it.
     """
 
@@ -333,6 +334,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "auto"
+    parallel: str = "ddp"
     allow_emulated_bf16: bool = False
     device: str = "auto"
     num_threads: int | None = None

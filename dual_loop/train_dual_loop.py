@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -42,11 +43,12 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer, 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, pack_model
+from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.run_folder import RunFolder, check_free
+from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
 
@@ -101,13 +103,19 @@ def train(config: Config) -> FitResult:
     torch.manual_seed(config.train.seed)
     model, prompter = prepare_model(config, folder, report)
     stream = prepare_data(config, accelerator, report)
-    loop = build_loop(config, model, prompter, accelerator)
+    pace: Pace | None = None
+    if is_sharding(config, accelerator):
+        report(
+            f"Sharding {shard_language_model(accelerator, model)} decoder layers over {accelerator.num_processes} ranks"
+        )
+        pace = Pace(accelerator, model)
+    loop = build_loop(config, model, prompter, accelerator, pace)
     pack_model(config, model, accelerator.device)
-    trainer = Trainer(config, model, loop, stream, accelerator, folder, report)
+    trainer = Trainer(config, model, loop, stream, accelerator, folder, report, pace)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
-    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped)
+    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped, pace)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
@@ -208,7 +216,13 @@ def prepare_model(config: Config, folder: RunFolder, report: Reporter) -> tuple[
     return cast(VideoLLaVASAMModel, model), build_prompter(config, tokenizer)
 
 
-def build_loop(config: Config, model: VideoLLaVASAMModel, prompter: Prompter, accelerator: Accelerator) -> DualLoop:
+def build_loop(
+    config: Config,
+    model: VideoLLaVASAMModel,
+    prompter: Prompter,
+    accelerator: Accelerator,
+    pace: Pace | None = None,
+) -> DualLoop:
     """Put the loop together; a judge that is named is asked one question first, so that a wrong address shows now.
 
     Raises:
@@ -219,7 +233,7 @@ def build_loop(config: Config, model: VideoLLaVASAMModel, prompter: Prompter, ac
         judge = Judge(config.reward)
         if accelerator.is_main_process:
             judge.check()
-    exchange = RankExchange(accelerator)
+    exchange = RankExchange(accelerator, pace.settle) if pace is not None else RankExchange(accelerator)
     return DualLoop(model, prompter, config.loop, config.policy, config.reward, exchange, judge)
 
 
@@ -244,10 +258,12 @@ class Evaluator:
         folder: RunFolder,
         report: Reporter,
         frozen_listener: Listener | None = None,
+        pace: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.config, self.model, self.prompter = config, model, prompter
         self.accelerator, self.folder, self.report = accelerator, folder, report
         self.frozen_listener = frozen_listener
+        self.pace = pace or nullcontext()
 
     def before(self, step: int) -> list[RegionResult] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""
@@ -277,7 +293,7 @@ class Evaluator:
         # Random states are put back, so that a run with evaluation trains exactly as one without.
         rng = capture_rng()
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.pace:
             own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size, listener)
             if self.accelerator.is_main_process:
                 save_named_panels(self._examples(), self.folder.path / "panels", name)

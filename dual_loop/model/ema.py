@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.shards import is_sharded, place_like
 
 _MAX_NAMES_SHOWN = 5
 
@@ -43,7 +44,7 @@ class ExponentialMovingAverage:
             raise ValueError(explain("the decay of the weight average is out of range", seen=decay, expected="0..1"))
         self.decay = decay
         self.warmup = warmup
-        self.is_fused = is_fused
+        self.is_fused = is_fused and not any(is_sharded(p) for p in named_parameters.values())
         self.num_updates = 0
         self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
         if not self._parameters:
@@ -79,7 +80,8 @@ class ExponentialMovingAverage:
         averages = [self._averages[name] for name in self._parameters]
         live = [parameter.detach().to(torch.float32) for parameter in self._parameters.values()]
         if decay == 0:
-            torch._foreach_copy_(averages, live)  # lerp would keep a NaN of the old average
+            for average, value in zip(averages, live, strict=True):
+                average.copy_(value)  # lerp would keep a NaN of the old average
         elif self.is_fused:
             torch._foreach_lerp_(averages, live, 1 - decay)
         else:
@@ -141,7 +143,7 @@ class ExponentialMovingAverage:
                 )
             )
         for name, own in self._averages.items():
-            own.copy_(averages[name])
+            own.copy_(place_like(averages[name], own))
         self.num_updates = int(state["num_updates"])
 
 

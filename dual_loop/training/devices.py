@@ -65,6 +65,11 @@ def keep_heap() -> bool:
     return bool(mallopt(mmap_threshold, _KEPT_BLOCK) and mallopt(trim_threshold, _NEVER))
 
 
+def is_sharding(config: Config, accelerator: Accelerator) -> bool:
+    """Tell whether the language model is sharded: where that is asked for, and there are ranks to share it."""
+    return config.train.parallel == "fsdp" and accelerator.num_processes > 1
+
+
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
     with warnings.catch_warnings():
@@ -82,6 +87,8 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
     plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
+    if config.train.parallel == "fsdp":
+        return 0  # a packed matrix cannot be sharded
     if choice == "off" or (choice == "auto" and not (device.type == "cpu" and can_pack())):
         return 0
     dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -151,17 +151,24 @@ def gather_objects(accelerator: Accelerator, own: Any) -> list[Any]:
 
 
 class RankExchange:
-    """The loop's view of the other ranks (``dual_loop.types.Exchange``)."""
+    """The loop's view of the other ranks (``dual_loop.types.Exchange``).
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    Args:
+        accelerator: whose ranks.
+        settle: called before every exchange; ranks that share layers wait for each other there (``sharding.Pace``).
+    """
+
+    def __init__(self, accelerator: Accelerator, settle: Callable[[], None] = lambda: None) -> None:
+        self.accelerator, self.settle = accelerator, settle
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Add ``sums`` over all ranks in one all-reduce."""
+        self.settle()
         return reduce_sums(self.accelerator, sums)
 
     def gather(self, own: Sequence[str]) -> list[str]:
         """Return the texts of all ranks, rank by rank."""
+        self.settle()
         return [text for texts in gather_objects(self.accelerator, list(own)) for text in texts]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dual_loop.config import TrainConfig
+from dual_loop.model.shards import is_sharded
 
 
 def build_optimizer(
@@ -26,6 +27,8 @@ def build_optimizer(
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # No kernel takes sharded and whole parameters in one list.
+    is_fused = is_fused and not any(is_sharded(parameter) for parameter in parameters.values())
     options: dict[str, Any] = {"fused": True} if is_fused else {"foreach": False}
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=config.learning_rate, betas=config.betas, eps=1e-8, **options)

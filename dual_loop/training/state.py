@@ -11,6 +11,7 @@ import torch
 
 from dual_loop.checkpoint.store import RunCheckpoint, find_latest, load_run_checkpoint
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.shards import place_like
 from dual_loop.training.meters import CounterLedger
 
 
@@ -94,4 +95,4 @@ def fill_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mappi
             )
         )
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(place_like(tensors[name], parameter))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
+from dual_loop.model.shards import map_tensors, place_like, whole
 from dual_loop.training.devices import peak_memory_mb, wrap_model
 from dual_loop.training.guard import (
     StopRequest,
@@ -42,6 +44,7 @@ from dual_loop.training.meters import (
 from dual_loop.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 from dual_loop.training.panels import choose_regions, make_panel, save_panels
 from dual_loop.training.run_folder import RunFolder
+from dual_loop.training.sharding import clip_gradients
 from dual_loop.training.state import Progress, fill_parameters, find_checkpoint, load_checkpoint
 from dual_loop.types import Batch, RegionSample, SkippedSample, StepOutput
 
@@ -115,6 +118,7 @@ class Trainer:
         accelerator: processes, device and precision.
         folder: where records and panels go; writes on rank 0 only.
         report: prints one line (rank 0).
+        pace: entered around step 1, where ranks do unequal work (``sharding.Pace``); None where nothing is sharded.
     """
 
     def __init__(
@@ -126,9 +130,11 @@ class Trainer:
         accelerator: Accelerator,
         folder: RunFolder,
         report: Callable[[str], None] = print,
+        pace: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.config, self.model, self.loop, self.data = config, model, loop, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
+        self.pace = pace or contextlib.nullcontext()
         self.wrapped = wrap_model(accelerator, model)
         self.parameters = trainable_parameters(model)
         self.optimizer = build_optimizer(self.parameters, config.train, config.speed.fused_optimizer)
@@ -207,7 +213,7 @@ class Trainer:
         timer = PhaseTimer(self.accelerator.device, exact=is_logged)
         with timer.phase("data"):
             window = self._fetch(batches)
-        with timer.phase("rollout"), self.accelerator.autocast():
+        with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
             micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
         counts = self._global_counts(micros, window)
         outputs = self._accumulate(micros, counts, timer)
@@ -285,7 +291,7 @@ class Trainer:
     def _update(self, outputs: Sequence[StepOutput], window: Sequence[Batch], rate: float, number: int) -> float:
         """Check, clip and apply the gradient; return its norm before clipping. Nothing changes when a check fails."""
         max_norm = self.config.train.max_grad_norm or float("inf")
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
+        grad_norm = clip_gradients(self.parameters.values(), max_norm)
         values = [{name: float(term.total) for name, term in output.terms.items()} for output in outputs]
         names = [batch.region_names for batch in window]
         problems = find_non_finite(values, names)
@@ -360,9 +366,9 @@ class Trainer:
         path = save_run_checkpoint(
             self.folder.path,
             self.progress.step,
-            model_tensors={name: parameter.detach() for name, parameter in self.parameters.items()},
-            ema_tensors=ema["averages"],
-            optimizer_state=self.optimizer.state_dict(),
+            model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
+            ema_tensors={name: whole(average) for name, average in ema["averages"].items()},
+            optimizer_state=map_tensors(self.optimizer.state_dict(), whole),
             scheduler_state={},
             state=state,
             rng_states=own,
@@ -388,7 +394,7 @@ class Trainer:
             raise CheckpointError(explain("the checkpoint has no weight average", str(path)))
         fill_parameters(self.parameters, saved.model_tensors)
         self.ema.load_state_dict({"num_updates": saved.state["ema_updates"], "averages": saved.ema_tensors})
-        self.optimizer.load_state_dict(saved.optimizer_state)
+        self._load_optimizer(saved.optimizer_state)
         self.data.load_state_dict(saved.state["data"])
         self.progress = Progress.from_state(saved.state["progress"])
         if saved.rng_states is not None:
@@ -402,6 +408,15 @@ class Trainer:
                 f"{self.total_steps}: the learning-rate schedule differs from a straight run"
             )
         return True
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Give each parameter's moments, saved whole, the shards of the parameter."""
+        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = {
+            number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
+            for number, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": own})
 
 
 def detach_output(output: StepOutput) -> StepOutput:
