@@ -416,7 +416,10 @@ class Trainer:
             number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
             for number, values in state["state"].items()
         }
-        self.optimizer.load_state_dict({**state, "state": own})
+        # How the update is computed belongs to this start, not to the one that saved.
+        how = [{key: group[key] for key in ("fused", "foreach")} for group in self.optimizer.param_groups]
+        groups = [{**group, **kept} for group, kept in zip(state["param_groups"], how, strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups, "state": own})
 
 
 def detach_output(output: StepOutput) -> StepOutput:
