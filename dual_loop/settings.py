@@ -281,7 +281,6 @@ class SpeedConfig:
         feature_cache_gib: most GiB that the cache may hold.
         static_cache: decode with transformers' static cache (needed by ``compile_decode``).
         compile_decode: compile the decoding step (GPUs).
-        liger: use the Liger kernels for norms, rotary embedding and gated units (GPUs, ``pip install liger-kernel``).
     """
 
     share_towers: bool = True
@@ -306,7 +305,6 @@ class SpeedConfig:
     feature_cache_gib: float = 20.0
     static_cache: bool = False
     compile_decode: bool = False
-    liger: bool = False
 
 
 @dataclass(frozen=True)

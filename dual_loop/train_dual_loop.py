@@ -110,6 +110,7 @@ def train(config: Config) -> FitResult:
         )
         pace = Pace(accelerator, model)
     loop = build_loop(config, model, prompter, accelerator, pace)
+    loop.num_images = stream.num_samples
     pack_model(config, model, accelerator.device)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report, pace)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.

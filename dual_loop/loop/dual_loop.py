@@ -5,6 +5,7 @@ The trainer calls :meth:`DualLoop.begin_window` once an optimiser step and :meth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.soft_captions import temperature_at
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
 from dual_loop.types import Batch, CaptionRollout, Exchange, SingleProcess, StepOutput
+
+logger = logging.getLogger("dual_loop")
 
 
 @dataclass
@@ -92,6 +95,7 @@ class DualLoop:
         )
         self.teacher = MaskTeacher(model, None, model.loss_config)
         speed = model.speed
+        self.num_images = 0  # of an epoch, where the caller knows it: what the feature cache announces
         self.cache: FeatureCache | None = None
         if speed.feature_cache is not None:
             self.cache = FeatureCache(model, speed.feature_cache, speed.feature_cache_gib)
@@ -122,6 +126,8 @@ class DualLoop:
             progress: share of the run that is done, 0..1, for schedules.
             audit: also measure the anti-cheat panel.
         """
+        if self.cache is not None and not self.cache.is_announced:
+            logger.info("%s", self.cache.announcement(batches[0], self.num_images))
         is_shared = self.model.speed.share_towers
         needs_more = audit or self.policy.needs_scores or self.estimator.is_relaxed
         features = [self._vision(batch) if is_shared or needs_more else None for batch in batches]

@@ -58,6 +58,7 @@ class FeatureCache:
             raise EnvironmentProblem(explain("the feature cache cannot be made", str(folder), str(error))) from error
         self._marks = {name: weights_mark(encoder) for name, encoder in encoders.items()}
         self.used = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+        self.is_announced = False
         self.num_read = self.num_computed = self.num_not_stored = 0
 
     @torch.no_grad()
@@ -82,7 +83,8 @@ class FeatureCache:
         return tile.numel() * tile.element_size() * len(batch.pixel_values) + image * batch.num_images
 
     def announcement(self, batch: Batch, num_images: int) -> str:
-        """Return the line that is printed before anything is written: what a whole epoch will take."""
+        """Return the line that is printed before anything is written: what ``num_images`` images take."""
+        self.is_announced = True
         each = self.bytes_of(batch) / batch.num_images
         whole = each * num_images
         text = (
