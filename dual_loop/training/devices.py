@@ -15,7 +15,7 @@ from torch import nn
 
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
-from dual_loop.model.fast_linear import can_pack, pack_frozen_linears
+from dual_loop.model.fast_linear import can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
@@ -82,18 +82,25 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
     """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
 
-    ``auto`` does so on a CPU that has the layout. Float32 matrices that autocast would round are left alone. Call it
-    after weights were loaded, before training: the packed matrices are no parameters any more. The output head stays
-    plain where trained rows are written into it.
+    ``auto`` does so on a CPU, for the dtypes that it has a layout for; a CPU without bfloat16 multiplies such matrices in
+    float32 (``fast_linear.WidenedLinear``). Float32 matrices that autocast would round are left alone. Call it after
+    weights were loaded, before training: the packed matrices are no parameters any more. The output head stays plain
+    where trained rows are written into it.
     """
     choice = config.speed.pack_weights
-    if config.train.parallel == "fsdp":
-        return 0  # a packed matrix cannot be sharded
-    if choice == "off" or (choice == "auto" and not (device.type == "cpu" and can_pack())):
+    if choice == "off" or (choice == "auto" and device.type != "cpu"):
         return 0
-    dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
     language = model.mllm if model.new_token_rows is None else model.mllm.model
-    return sum(pack_frozen_linears(part, dtypes) for part in (language, model.grounding_encoder.vision_encoder))
+    parts = (language, model.grounding_encoder.vision_encoder)
+    if config.train.parallel == "fsdp":
+        return 0  # neither can be sharded
+    dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
+    widened = 0
+    if choice == "auto":
+        dtypes = [dtype for dtype in dtypes if can_pack(dtype)]
+        if torch.bfloat16 not in dtypes:
+            widened = sum(widen_frozen_linears(part) for part in parts)
+    return widened + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -16,13 +16,16 @@ from dual_loop.model.attention import grouped_attention
 from dual_loop.model.fast_linear import (
     FusedLora,
     PackedLinear,
+    WidenedLinear,
     can_pack,
     fuse_adapters,
     pack_frozen_linears,
     sixteen_bit_dropout,
+    widen_frozen_linears,
 )
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no bfloat16 kernels")
 
 
 def adapted(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
@@ -111,7 +114,9 @@ def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() ->
 @needs_packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 50])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param(torch.bfloat16, 2e-2, marks=needs_bfloat16), (torch.float32, 1e-5)]
+)
 def test_a_packed_matrix_gives_the_stock_values_and_gradients(
     bias: bool, rows: int, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -130,7 +135,7 @@ def test_a_packed_matrix_gives_the_stock_values_and_gradients(
         assert torch.allclose(seen.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-@needs_packing
+@needs_bfloat16
 def test_only_frozen_bfloat16_matrices_are_packed() -> None:
     model = adapted(torch.bfloat16)
     model.add_module("trained", nn.Linear(4, 4, dtype=torch.bfloat16))
@@ -186,3 +191,43 @@ def test_bfloat16_matrices_keep_their_adapters() -> None:
     model = adapted(torch.bfloat16)
     with merged_adapters(model):
         assert not model.q_proj.disable_adapters
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_widened_matrix_rounds_once(bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dual_loop.model.fast_linear._SLICE_VALUES", 48 * 10)
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    assert widen_frozen_linears(nn.Sequential(layer)) == 1
+    x = torch.randn(2, rows, 48, dtype=torch.bfloat16, requires_grad=True)
+    truth = x.detach().double().requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    gradient = torch.randn(y.shape).bfloat16()
+    y.backward(gradient)
+    expected = exact(truth)
+    expected.backward(gradient.double())
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), expected, rtol=2**-8, atol=1e-6)
+    assert torch.allclose(x.grad.double(), truth.grad, rtol=2**-8, atol=1e-6)
+
+
+def test_only_frozen_bfloat16_matrices_are_widened() -> None:
+    model = adapted(torch.bfloat16)
+    model.add_module("trained", nn.Linear(4, 4, dtype=torch.bfloat16))
+    model.add_module("single", nn.Linear(4, 4).requires_grad_(False))
+    names = [name for name, _ in model.named_parameters()]
+    assert widen_frozen_linears(model) == 1
+    assert isinstance(model.q_proj.base_layer, WidenedLinear)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_an_adapter_of_a_widened_matrix_computes_in_float32() -> None:
+    model, x = adapted(torch.bfloat16), torch.randn(64, 24, dtype=torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    fuse_adapters(model)
+    widen_frozen_linears(model)
+    for seen, true in zip(run(model, x, True), run(exact, x.double()), strict=True):
+        assert (seen.double() - true).abs().max() <= 2e-2 * true.abs().max()
