@@ -264,6 +264,8 @@ class SpeedConfig:
         sort_by_length: put prompts of like length into one generation.
         drop_finished: let finished rows leave the generation.
         last_hidden_only: keep the language model's last hidden state alone.
+        trim_last_layer: in the last decoder layer, compute queries, attention and MLP from the first position on that is
+            read (Qwen2 language models); takes effect with ``last_hidden_only``.
         loss_positions_only: compute vocabulary logits only where a label is.
         cross_entropy_chunk: most positions whose vocabulary logits exist at once; 0 takes all together. With chunks,
             logits are computed again in the backward pass.
@@ -290,6 +292,7 @@ class SpeedConfig:
     sort_by_length: bool = True
     drop_finished: bool = True
     last_hidden_only: bool = True
+    trim_last_layer: bool = True
     loss_positions_only: bool = True
     cross_entropy_chunk: int = 1024
     fused_lora: bool = True

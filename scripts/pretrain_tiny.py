@@ -49,7 +49,6 @@ def initialise(model: nn.Module) -> None:
             gain = 0.2 if "neck.convs" in name else 0.7
             nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
 
-
     for name, module in model.named_modules():
         if "_image" in name and hasattr(module, "q_proj"):
             match_positions(module)

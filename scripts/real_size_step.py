@@ -254,9 +254,7 @@ def unreached_tensors(group: Group, lora_b: str) -> list[str]:
     stood still as a whole, while at least one other moved as a whole.
     """
     unreached = [
-        name
-        for name in group.names
-        if name.endswith(".k_proj.bias") or (lora_b == "zero" and ".lora_A." in name)
+        name for name in group.names if name.endswith(".k_proj.bias") or (lora_b == "zero" and ".lora_A." in name)
     ]
     candidates: dict[str, list[str]] = {}
     for name in group.names:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from dual_loop.model.last_layer import trimming
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
@@ -197,8 +198,15 @@ def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tens
         # A padded column sees itself: a softmax over nothing has no meaning.
         allowed = (valid[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
-    output = model.mllm.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    language = model.mllm.model.language_model
+    trimmed = trimming(language, count - 1)
+    output = language(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **trimmed,
     )
     return torch.as_tensor(output.last_hidden_state[:, -1])
 

@@ -101,7 +101,7 @@ class Rows:
         masks = [mask for row in self.rows for mask in row.prompt_masks]
         empty = self.batch.prompt_masks[:0]
         return {
-            **{key: value.to(device) for key, value in packed.items()},
+            **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in packed.items()},
             **(
                 {"pixel_values": self.batch.pixel_values[tiles]}
                 if vision_features is None

@@ -32,6 +32,7 @@ from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
 from dual_loop.model.attention import GROUPED
 from dual_loop.model.fast_linear import fuse_adapters
+from dual_loop.model.last_layer import make_trimmable
 from dual_loop.model.lean_sam2 import make_lean
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
@@ -144,6 +145,8 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
         enable_gradient_checkpointing(model)
     if config.speed.fused_lora:
         fuse_adapters(mllm.model.language_model)
+    if config.speed.trim_last_layer and config.speed.last_hidden_only:
+        make_trimmable(mllm.model.language_model)
     if config.speed.lean_sam2:
         make_lean(sam)
     if config.speed.grouped_attention and settings.attn_implementation == "sdpa":

@@ -9,6 +9,7 @@ is described as Prefix Grouper (arXiv 2506.05433).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,7 @@ from torch import Tensor
 from dual_loop.model.prompts import Branch
 
 
-def pack_rows(
-    prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Branch]], pad_id: int
-) -> dict[str, Tensor]:
+def pack_rows(prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Branch]], pad_id: int) -> dict[str, Any]:
     """Pack one prefix and its branches into each row; pad on the right.
 
     Args:
@@ -28,7 +27,8 @@ def pack_rows(
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (B, L) int64 and ``attention_mask`` (B, 1, L, L) bool,
-        true where the second position may be seen from the first.
+        true where the second position may be seen from the first; ``read_from`` int, the first column of which a hidden
+        state is read: the last one of the shortest prefix.
     """
     rows = [_pack_row(prefix, row) for prefix, row in zip(prefixes, branches, strict=True)]
     length = max(len(row[0]) for row in rows)
@@ -39,6 +39,7 @@ def pack_rows(
         "labels": labels,
         "position_ids": position_ids,
         "attention_mask": branch_attention_mask(branch_index),
+        "read_from": max(0, min(len(prefix) for prefix in prefixes) - 1),
     }
 
 

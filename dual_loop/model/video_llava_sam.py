@@ -25,6 +25,7 @@ from dual_loop.losses import (
 )
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.last_layer import restore_columns, trimming
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
@@ -141,22 +142,28 @@ class VideoLLaVASAMModel(nn.Module):
         placeholder = input_ids == self.image_context_id
         return insert_image_tokens(embedded, placeholder, image_features, region_tile, prompt_masks)
 
-    def language_hidden(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+    def language_hidden(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None, read_from: int = 0
+    ) -> Tensor:
         """Return the last hidden states (B, L, D), after the final norm.
 
-        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows.
+        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows. Of packed rows, the
+        columns before ``read_from`` may come back as zeros (``model.last_layer``).
         """
+        trimmed: dict[str, int] = {}
         if attention_mask.dim() == 4:
             attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
+            trimmed = trimming(self.mllm.model.language_model, read_from)
         output = self.mllm.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
             output_hidden_states=not self.speed.last_hidden_only,
+            **trimmed,
         )
         self._all_hidden_states = output.hidden_states  # None, unless the lever is off: then kept as Sa2VA keeps them
-        return torch.as_tensor(output.last_hidden_state)
+        return restore_columns(torch.as_tensor(output.last_hidden_state), trimmed.get("read_from", 0))
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (P, V) of chosen hidden states (P, D)."""
@@ -214,7 +221,8 @@ class VideoLLaVASAMModel(nn.Module):
                 ``masks``: a list of B (n, H, W) masks or one (N, Q, Q) tensor, in the order of the [SEG] tokens.
                 Region prompts, either as in Sa2VA: ``prompt_masks`` a list of (n, G, G) for the tiles where
                 ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
-                Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
+                Optional: ``read_from``, the first column of packed rows whose hidden state is read (0);
+                ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
                 ``"terms"``, ``point_coords`` (N, points, 2), ``object_order`` for ``"loss"``; ``grounding_features``
                 of :meth:`encode_grounding`, where they are at hand; ``row_image`` (B,) int64, where rows do not segment
                 the images in their order; ``captioning``, inputs of :meth:`soft_captions` with the places
@@ -241,8 +249,9 @@ class VideoLLaVASAMModel(nn.Module):
         return {"terms": self._loss_terms(data, hidden, segmentation), "segmentation": segmentation}
 
     def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
-        """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
-        return self.language_hidden(self.input_embeddings(data), data["attention_mask"], data.get("position_ids"))
+        """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D), from ``read_from`` on."""
+        rows = (data["attention_mask"], data.get("position_ids"), data.get("read_from", 0))
+        return self.language_hidden(self.input_embeddings(data), *rows)
 
     def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
         """Return what enters the language model in :meth:`forward`: (B, L, D), image and region tokens in place."""

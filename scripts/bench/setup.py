@@ -35,6 +35,7 @@ PLAIN = SpeedConfig(
     sort_by_length=False,
     drop_finished=False,
     last_hidden_only=False,
+    trim_last_layer=False,
     loss_positions_only=False,
     cross_entropy_chunk=0,
     fused_lora=False,

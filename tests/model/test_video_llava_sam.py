@@ -109,9 +109,7 @@ def test_forward_with_the_missions_names():
         LoopConfig(caption_supervision=False),
     )
     first = packed["segmentation"].mask_logits[0]
-    torch.testing.assert_close(
-        model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4)
     with pytest.raises(PromptError, match="every \\[SEG\\] needs one mask"):
         model({**data, "masks": [torch.zeros(2, 8, 8)]}, mode="loss")
 
@@ -127,9 +125,7 @@ def test_batched_left_padded_generation_equals_one_by_one():
     batch = small_batch(config, scene_samples(4, captions=False))
     loop = LoopConfig(max_new_tokens=5, max_rejected_fraction=1.0)
     together = generate_caption_from_mask(model, prompter, batch, loop)
-    alone = generate_caption_from_mask(
-        model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1})
-    )
+    alone = generate_caption_from_mask(model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1}))
     assert len({len(ids) for ids in together.token_ids}) >= 1
     shortened = [ids[: len(other)] for ids, other in zip(together.token_ids, alone.token_ids, strict=True)]
     assert shortened == alone.token_ids
