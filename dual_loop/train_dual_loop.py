@@ -43,7 +43,7 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer, 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model
+from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
@@ -95,6 +95,7 @@ def train(config: Config) -> FitResult:
     check_paths(config)
     warned = require_ready(config)
     accelerator = build_accelerator(config)
+    config = share_out_batch(config, accelerator.num_processes)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
     for warning in warned:
