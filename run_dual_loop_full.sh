@@ -70,6 +70,9 @@ if [[ $NNODES == *:* ]]; then
   rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "${RUN_ID:-dual_loop}"
     --rdzv_endpoint "${MASTER_ADDR:?set MASTER_ADDR to the machine that stays}:${MASTER_PORT:-29500}"
     --max_restarts "${MAX_RESTARTS:-100}")
+  # Shared stores (torch's default) are announced in the first round only: a machine that joins later waits for ever, seen
+  # with torch 2.13, and one whose rank changes fails before that (pytorch/pytorch issue 182221).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 elif [ "$NNODES" -gt 1 ]; then
   rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK on each machine, from 0}"
     --master_addr "${MASTER_ADDR:?set MASTER_ADDR to the first machine}" --master_port "${MASTER_PORT:-29500}")

@@ -21,6 +21,7 @@ PATHS = ("PRETRAINED_PTH", "MODEL_PATH", "SAV_DIR", "SA1B_DIR", "OPENIMAGE_DIR",
 SETUP = 'echo set-up >> "$CALLS"\nPYTHON=$PWD/python\nexport PYTHON\n'
 PYTHON = (
     '#!/usr/bin/env bash\necho "WORLD_SIZE=${WORLD_SIZE:-} $*" >> "$CALLS"\n'
+    'echo "own store: ${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-0}"\n'
     'if [ "$3" = demo-data ]; then mkdir -p "$4"; touch "$4/demo.json"; fi\n'
 )
 
@@ -148,6 +149,7 @@ def test_machines_that_come_and_go_meet_at_the_one_that_stays(tree: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "--nnodes 1:2 --rdzv_backend c10d --rdzv_id dual_loop --rdzv_endpoint first:29500" in calls[1]
     assert "--max_restarts 100" in calls[1]
+    assert "own store: 1" in done.stdout
     assert "--node_rank" not in calls[1]
     assert calls[1].endswith("--resume auto --batch_size 2 --effective_batch 64 --seed 7")
     done, calls = _run(tree, "run_dual_loop_full.sh", **paths, NNODES="1:2")
