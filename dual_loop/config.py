@@ -135,6 +135,7 @@ MINIMA: Mapping[str, float] = {
     "train.max_steps": 1,
     "train.batch_size": 1,
     "train.gradient_accumulation_steps": 1,
+    "train.effective_batch": 1,
     "train.learning_rate": 0,
     "train.weight_decay": 0,
     "train.max_grad_norm": 0,

@@ -108,6 +108,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("max_steps", "train.max_steps", "STEPS", "optimiser steps; wins over --num_epochs"),
         Flag("batch_size", "train.batch_size", "IMAGES", "images of a micro-batch, a rank"),
         Flag("gradient_accumulation_steps", "train.gradient_accumulation_steps", "BATCHES", "micro-batches a step"),
+        Flag("effective_batch", "train.effective_batch", "IMAGES", "of a step, all ranks; sets the accumulation"),
         Flag("learning_rate", "train.learning_rate", "RATE", "peak learning rate of AdamW"),
         Flag("weight_decay", "train.weight_decay", "NUMBER", "of AdamW, on matrices only"),
         Flag("max_grad_norm", "train.max_grad_norm", "NORM", "clip the gradient's norm; 0 is off"),

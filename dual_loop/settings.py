@@ -314,6 +314,8 @@ class SpeedConfig:
 class TrainConfig:
     """The optimiser step, its schedule, and what a run writes.
 
+    ``effective_batch`` is the number of images of an optimiser step over all ranks; where it is given,
+    ``gradient_accumulation_steps`` follows from it and from the number of ranks (``training.devices.share_out_batch``).
     ``parallel`` is ``ddp``, or ``fsdp``, which shards the language model over the ranks (``training.sharding``).
     ``allow_emulated_bf16`` lets a run in bf16 start on a device that has no bf16 of its own and is slow with it.
     """
@@ -327,6 +329,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 2
     gradient_accumulation_steps: int = 4
+    effective_batch: int | None = None
     learning_rate: float = 1e-5
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)

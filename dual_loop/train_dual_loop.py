@@ -1,7 +1,8 @@
 """The training entry: flags and config -> checks -> model, data, trainer -> fit -> summary.
 
 Run by ``python -m dual_loop.train_dual_loop``, ``torchrun -m dual_loop.train_dual_loop`` or ``dual-loop train``.
-Exit status: 0 done (also after SIGINT or SIGTERM, once the state is saved), 2 a problem the user can mend, 1 a bug.
+Exit status: 0 done (also after a signal, once the state is saved), 2 a problem the user can mend, 1 a bug, 75 under an
+elastic launcher where another machine left and the run is to go on without it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -43,7 +45,7 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer, 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model
+from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
@@ -51,6 +53,9 @@ from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
+
+TO_BE_CONTINUED = 75
+"""Exit status, EX_TEMPFAIL of sysexits.h."""
 
 FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
 EXAMPLES = 6
@@ -76,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(dry_run(config))
         else:
-            train(config)
+            return exit_status(train(config))
     except DualLoopError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -84,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def exit_status(result: FitResult) -> int:
+    """Return 0, or ``TO_BE_CONTINUED`` where an elastic launcher (``--max_restarts``) should start this rank again.
+
+    That is so where the run stopped for a signal that only other ranks got: their machine leaves, this one stays.
+    """
+    is_elastic = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return TO_BE_CONTINUED if is_elastic and result.stopped_by is not None and not result.is_own_signal else 0
 
 
 def train(config: Config) -> FitResult:
@@ -95,6 +109,7 @@ def train(config: Config) -> FitResult:
     check_paths(config)
     warned = require_ready(config)
     accelerator = build_accelerator(config)
+    config = share_out_batch(config, accelerator.num_processes)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
     for warning in warned:

@@ -13,8 +13,8 @@ from dual_loop.flags import add_training_flags, all_flags, check_table, default_
 PROMISED = (
     "config cfg-options pretrained_pth model_path output_dir sav_dir sa1b_dir openimage_dir refcoco_dir "
     "sa1b_max_samples sav_max_samples openimage_max_samples sav_repeats refcoco_repeats regions_per_image num_epochs "
-    "max_steps batch_size gradient_accumulation_steps learning_rate weight_decay max_grad_norm ema_decay lora_r "
-    "lora_alpha num_workers log_interval save_interval seed resume"
+    "max_steps batch_size gradient_accumulation_steps effective_batch learning_rate weight_decay max_grad_norm "
+    "ema_decay lora_r lora_alpha num_workers log_interval save_interval seed resume"
 )
 
 

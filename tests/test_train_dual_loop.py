@@ -20,7 +20,8 @@ from dual_loop import train_dual_loop
 from dual_loop.data.demo import demo_directories, write_demo_data
 from dual_loop.errors import ConfigError
 from dual_loop.evaluation.evaluate import RegionResult
-from dual_loop.train_dual_loop import evaluation_summary, gain, main
+from dual_loop.train_dual_loop import TO_BE_CONTINUED, evaluation_summary, exit_status, gain, main
+from dual_loop.training.trainer import FitResult
 
 SOURCES = ("sav", "sa1b", "openimages", "refcoco")
 
@@ -246,6 +247,39 @@ def test_a_bug_has_status_one_and_a_traceback(
     monkeypatch.setattr(train_dual_loop, "train", fail)
     assert main([]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("max_restarts", "stopped_by", "is_own", "expected"),
+    [
+        ("100", "a signal on another rank", False, TO_BE_CONTINUED),
+        ("100", "SIGTERM", True, 0),  # this machine is the one that leaves
+        ("100", None, False, 0),
+        ("100", None, True, 0),  # the signal came in the last step
+        ("0", "a signal on another rank", False, 0),  # nobody would start it again
+        (None, "a signal on another rank", False, 0),
+    ],
+)
+def test_only_a_rank_that_stays_asks_its_launcher_to_start_it_again(
+    monkeypatch: pytest.MonkeyPatch, max_restarts: str | None, stopped_by: str | None, is_own: bool, expected: int
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    if max_restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
+    result = FitResult(3, stopped_by, "checkpoints/step_00000003", is_own)
+    assert exit_status(result) == expected
+    monkeypatch.setattr(train_dual_loop, "train", lambda config: result)
+    assert main([]) == expected
+
+
+def test_dry_run_shares_out_the_effective_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["--dry_run", "--config", "tiny_cpu", "--batch_size", "2", "--effective_batch", "24"]) == 0
+    assert "effective batch: 24 = 4 processes x 2 images x 3" in capsys.readouterr().out
+    assert main(["--dry_run", "--config", "tiny_cpu", "--batch_size", "2", "--effective_batch", "20"]) == 2
+    assert "a multiple of 8 = 4 processes x 2 images" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import resource
 import sys
@@ -14,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from dual_loop.config import Config
-from dual_loop.errors import EnvironmentProblem, explain
+from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model.fast_linear import can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
@@ -49,6 +50,33 @@ def build_accelerator(config: Config) -> Accelerator:
         # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
     return accelerator
+
+
+def share_out_batch(config: Config, world_size: int) -> Config:
+    """Return ``config`` with the micro-batches that give ``train.effective_batch`` images a step on so many ranks.
+
+    A step then takes the same images, and has the same gradient up to rounding, on any number of ranks: a run can lose
+    and gain machines and stays the same run.
+
+    Raises:
+        ConfigError: the images cannot be shared out evenly.
+    """
+    train = config.train
+    if train.effective_batch is None:
+        return config
+    at_once = world_size * train.batch_size
+    if train.effective_batch % at_once:
+        raise ConfigError(
+            explain(
+                "the images of a step cannot be shared out evenly",
+                "--effective_batch",
+                train.effective_batch,
+                f"a multiple of {at_once} = {world_size} processes x {train.batch_size} images (--batch_size)",
+                "choose another --effective_batch, --batch_size or number of processes",
+            )
+        )
+    steps = train.effective_batch // at_once
+    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=steps))
 
 
 def keep_heap() -> bool:

@@ -13,6 +13,7 @@ from dual_loop.errors import CheckpointError
 from dual_loop.model.adapters import GROUPS, trainable_table
 from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, NEW_TOKENS
+from dual_loop.training.devices import share_out_batch
 
 # Text around one image and one region, in tokens: the questions, the answer and the caption, roughly.
 TEXT_TOKENS_PER_REGION = 96
@@ -47,10 +48,11 @@ class PlaceholderTokenizer:
 
 def dry_run(config: Config) -> str:
     """Build the model of ``config`` on the meta device and return the report."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = share_out_batch(config, world_size)
     model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
     counts = count_parameters(model)
     memory = estimate_memory(model, config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train
     effective = world_size * train.batch_size * train.gradient_accumulation_steps
     lines = [

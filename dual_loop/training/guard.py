@@ -18,7 +18,9 @@ from dual_loop.errors import DualLoopError, EnvironmentProblem, explain
 from dual_loop.training.meters import reduce_sums
 
 MAX_NAMES = 8
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is for clusters: torchrun's launcher ends its workers 30 seconds after SIGTERM, done or not. Where it is told
+# to ignore SIGUSR1, workers alone hear it and take the time that a step and a checkpoint need.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # torchrun passes a Ctrl-C on to workers that the terminal has told already; that is one wish, not two.
 SAME_WISH_SECONDS = 3.0
 
@@ -92,7 +94,7 @@ def memory_errors_explained(step: int) -> Iterator[None]:
 
 
 class StopRequest:
-    """Remembers that SIGINT or SIGTERM came, so that the trainer can finish its step, save and leave.
+    """Remembers that SIGINT, SIGTERM or SIGUSR1 came, so that the trainer can finish its step, save and leave.
 
     A second signal, more than a moment later, ends the process at once.
     """

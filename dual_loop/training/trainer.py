@@ -99,12 +99,14 @@ class FitResult:
     Attributes:
         step: optimiser steps done.
         stopped_by: name of the signal that ended it early, None where it ran to its end.
+        is_own_signal: True where this rank got that signal itself.
         checkpoint: the last checkpoint written.
     """
 
     step: int
     stopped_by: str | None
     checkpoint: str
+    is_own_signal: bool = False
 
 
 class Trainer:
@@ -171,7 +173,7 @@ class Trainer:
             saved = self._saved[1] if self._saved and self._saved[0] == self.progress.step else self.save()
         self.folder.close()
         stopped_by = stop.signal_name or "a signal on another rank" if self._stopped_early() else None
-        return FitResult(self.progress.step, stopped_by, saved)
+        return FitResult(self.progress.step, stopped_by, saved, stop.requested)
 
     def summary(self) -> dict[str, Any]:
         """Return the totals of ``summary.json``; every rank must call this."""
@@ -333,6 +335,7 @@ class Trainer:
             "other_losses": {name: value for name, value in means.items() if name not in ("loss", *MAIN_TERMS)},
             "grad_norm": grad_norm,
             "lr": rate,
+            "ranks": self.accelerator.num_processes,
             "seconds": timer.total(),
             **ratios_and_values(plain),
             "counters": self._counters(),

@@ -60,7 +60,7 @@ def test_other_errors_pass_unchanged() -> None:
         raise RuntimeError("shape")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_remembered_and_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:

@@ -45,12 +45,13 @@ def test_a_run_moves_what_trains_and_leaves_a_whole_folder(tmp_path: Path) -> No
     before = _weights(trainer)
     result = trainer.fit()
     after = _weights(trainer)
-    assert (result.step, result.stopped_by) == (5, None)
+    assert (result.step, result.stopped_by, result.is_own_signal) == (5, None, False)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == name.startswith("frozen"), name
     records = _records(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["epoch"] for record in records] == [1, 1, 1, 1, 2]
+    assert [record["ranks"] for record in records] == [1] * 5
     assert lines[0] == "Epoch 1/2"
     assert "Epoch 2/2" in lines
     assert lines[1].startswith("loss=")
@@ -215,7 +216,7 @@ def test_another_number_of_steps_is_said(tmp_path: Path) -> None:
     assert any("learning-rate schedule differs" in line for line in lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
     trainer = make_trainer(tmp_path, max_steps=50)
     original = trainer.folder.log
@@ -227,7 +228,7 @@ def test_a_signal_saves_and_ends_after_the_step(tmp_path: Path, number: signal.S
 
     trainer.folder.log = interrupt  # type: ignore[method-assign]
     result = trainer.fit()
-    assert (result.step, result.stopped_by) == (3, number.name)
+    assert (result.step, result.stopped_by, result.is_own_signal) == (3, number.name, True)
     assert Path(result.checkpoint).name == "step_00000003"
     assert (Path(result.checkpoint) / "manifest.json").is_file()
 
@@ -271,6 +272,7 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path) -> None:
     assert summary["sources"] == own["sources"]
     assert summary["counters"]["data/bad_samples"] == own["counters"]["data/bad_samples"] > 0
     for left, right in zip(_records(tmp_path / "two"), _records(tmp_path / "one"), strict=True):
+        assert (left["ranks"], right["ranks"]) == (2, 1)
         for name in ("loss", "mask_loss", "dice_loss", "llm_loss", "grad_norm"):
             assert left[name] == pytest.approx(right[name], rel=1e-4), name
 

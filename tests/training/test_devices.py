@@ -1,0 +1,95 @@
+"""How the images of an optimiser step are shared out among the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dual_loop.config import Config, load_config
+from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.errors import ConfigError
+from dual_loop.training.devices import share_out_batch
+
+
+def _config(effective_batch: int | None, batch_size: int = 2) -> Config:
+    values = {"effective_batch": effective_batch, "batch_size": batch_size, "gradient_accumulation_steps": 5}
+    return load_config(None, {f"train.{name}": value for name, value in values.items() if value is not None})
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 32), (2, 16), (8, 4), (16, 2), (32, 1)])
+def test_the_accumulation_follows_from_the_number_of_ranks(world_size: int, accumulation: int) -> None:
+    config = _config(64)
+    shared = share_out_batch(config, world_size)
+    assert shared.train.gradient_accumulation_steps == accumulation
+    assert shared.train.batch_size == 2
+    # The configuration that was given is left as it was.
+    assert config.train.gradient_accumulation_steps == 5
+
+
+def test_without_an_effective_batch_nothing_changes() -> None:
+    config = _config(None)
+    assert share_out_batch(config, 3) is config
+
+
+@pytest.mark.parametrize(("effective_batch", "world_size", "at_once"), [(64, 3, 6), (64, 64, 128), (3, 1, 2)])
+def test_images_that_cannot_be_shared_out_are_refused(effective_batch: int, world_size: int, at_once: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        share_out_batch(_config(effective_batch), world_size)
+    text = str(caught.value)
+    assert "--effective_batch" in text
+    assert f"seen: {effective_batch}; expected: a multiple of {at_once} = {world_size} processes x 2 images" in text
+    assert "choose another --effective_batch, --batch_size or number of processes" in text
+
+
+def test_no_image_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.effective_batch"):
+        _config(0)
+
+
+def _step(stream: DrawStream, config: Config, world_size: int, step: int) -> list[DrawKey]:
+    """Return what all ranks draw in one optimiser step, in the order of slots."""
+    train = share_out_batch(config, world_size).train
+    keys: list[DrawKey] = []
+    for rank in range(world_size):
+        sampler = WindowedBatchSampler(stream, train.batch_size, world_size, rank, train.gradient_accumulation_steps)
+        for micro_step in range(train.gradient_accumulation_steps):
+            keys += sampler.keys(step, micro_step)
+    return sorted(keys, key=lambda key: key.slot)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    times=st.integers(1, 3),
+    batch_size=st.integers(1, 3),
+    worlds=st.lists(st.sampled_from([1, 2, 4]), min_size=2, max_size=8),
+)
+def test_a_run_that_changes_its_ranks_draws_what_a_straight_run_draws(
+    lengths: list[int], times: int, batch_size: int, worlds: list[int]
+) -> None:
+    """``worlds`` are the numbers of ranks of one step after the other."""
+    train = dataclasses.replace(Config().train, effective_batch=4 * batch_size * times, batch_size=batch_size)
+    config = dataclasses.replace(Config(), train=train)
+    stream = DrawStream([SourceShare(f"s{index}", length) for index, length in enumerate(lengths)], seed=3)
+    drawn = [key for step, world_size in enumerate(worlds) for key in _step(stream, config, world_size, step)]
+    assert drawn == [key for step in range(len(worlds)) for key in _step(stream, config, 1, step)]
+    assert [key.slot for key in drawn] == list(range(len(drawn)))
+    for epoch in range(len(drawn) // stream.epoch_length):
+        entries = [(key.source_index, key.entry) for key in drawn[epoch * stream.epoch_length :][: stream.epoch_length]]
+        assert sorted(entries) == [(index, entry) for index, length in enumerate(lengths) for entry in range(length)]
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 4])
+def test_a_position_means_the_same_on_any_number_of_ranks(saved_by: int) -> None:
+    stream, config = DrawStream([SourceShare("s", 11)], seed=3), _config(8)
+    train = share_out_batch(config, saved_by).train
+    state = WindowedBatchSampler(stream, 2, saved_by, 0, train.gradient_accumulation_steps).state_dict(5)
+    for world_size in (1, 2, 4):
+        accumulation = share_out_batch(config, world_size).train.gradient_accumulation_steps
+        sampler = WindowedBatchSampler(stream, 2, world_size, world_size - 1, accumulation)
+        sampler.load_state_dict(state)
+        assert sampler.start_step == 5
+        assert next(iter(sampler)) == sampler.keys(5, 0)
