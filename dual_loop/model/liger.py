@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dual_loop.errors import EnvironmentProblem, explain
+
+KERNELS = ("norms", "swiglu", "rope")
 
 FusedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Matrix (V, D), hidden states (P, D), labels (P,) -> the cross-entropy summed over labels that are not -100."""
@@ -38,12 +40,13 @@ def why_no_liger(device_type: str) -> str | None:
     return None
 
 
-def apply_liger(model: Any, device_type: str) -> str:
+def apply_liger(model: Any, device_type: str, kernels: Sequence[str] = KERNELS) -> str:
     """Let ``model`` use Liger's kernels, in place; return a line that says which.
 
     Args:
         model: a ``VideoLLaVASAMModel``.
         device_type: where it will run.
+        kernels: which of :data:`KERNELS` are replaced (Triton's interpreter runs ``rope`` alone).
 
     Raises:
         EnvironmentProblem: a package or a GPU is missing.
@@ -56,11 +59,13 @@ def apply_liger(model: Any, device_type: str) -> str:
     from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_internvl
 
     # Its fused forward would replace the model's; this package computes the loss itself.
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    norms = dict.fromkeys(("rms_norm", "layer_norm"), "norms" in kernels)
     apply_liger_kernel_to_internvl(
-        model=model.mllm, cross_entropy=False, fused_linear_cross_entropy=False, rope=True, swiglu=True
+        model=model.mllm, **losses, **norms, rope="rope" in kernels, swiglu="swiglu" in kernels
     )
     use_fused_loss(model, LigerFusedLinearCrossEntropyLoss(ignore_index=-100, reduction="sum"))
-    text = "Liger: RMSNorm, LayerNorm, SwiGLU and rotary embedding of the language model and the vision tower"
+    text = f"Liger: {', '.join(kernels)}"
     reason = why_no_fused_loss(model)
     return f"{text}; cross-entropy " + ("fused with the head" if reason is None else f"not fused: {reason}")
 
