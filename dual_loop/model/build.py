@@ -141,7 +141,8 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
     elif mode == "all":
         groups.append("embeddings")
     apply_freeze_policy(model, groups, settings.single_mask)
-    num_layers = int(mllm.config.text_config.num_hidden_layers)
+    language: Any = mllm.model.language_model
+    num_layers = len(language.layers)
     wanted = requested_layers(config, num_layers)
     # Where memory decides, all layers are recomputed until it is known.
     checkpoint_first(model, num_layers if wanted is None else wanted)
