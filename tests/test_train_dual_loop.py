@@ -114,7 +114,7 @@ def test_memory_decides_how_many_layers_are_recomputed(
     for memory, recomputed in ((64, 0), (0.1, 3)):
         folder = tmp_path / str(memory)
         options = ("model.gradient_checkpointing=True", f"speed.memory_gib={memory}", "speed.prefetch_to_device=True")
-        assert main(_arguments(demo, folder, "--max_steps", "2", "--cfg-options", *options)) == 0
+        assert main([*_arguments(demo, folder, "--max_steps", "2"), *options]) == 0  # --cfg-options stands last
         assert f"Checkpointing: {recomputed} of 3 decoder layers recomputed (memory: " in capsys.readouterr().out
         found = json.loads((folder / "summary.json").read_text())["checkpointing"]
         assert (found["recomputed"], found["layers"], found["chosen_by"]) == (recomputed, 3, "memory")
