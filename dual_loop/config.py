@@ -89,6 +89,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "reward.judge_failure": ("skip", "error"),
     "loss.align_through": ("all", "projection"),
     "speed.pack_weights": ("auto", "on", "off"),
+    "speed.sdpa_kernel": ("auto", "flash", "efficient", "cudnn", "math"),
     "train.mixed_precision": ("auto", "no", "bf16"),
     "train.parallel": ("ddp", "fsdp"),
     "train.device": ("auto", "cpu", "cuda"),
@@ -131,6 +132,7 @@ MINIMA: Mapping[str, float] = {
     "loss.num_objects": 1,
     "speed.cross_entropy_chunk": 0,
     "speed.feature_cache_gib": 0,
+    "speed.memory_gib": 0.1,
     "train.num_epochs": 1,
     "train.max_steps": 1,
     "train.batch_size": 1,
@@ -265,7 +267,7 @@ def _coerce(raw: Any, hint: Any) -> Any:
         if isinstance(raw, bool):
             raise TypeError(raw)
         return float(raw)
-    if hint is str and isinstance(raw, (str, Path)):
+    if hint is str and isinstance(raw, (str, Path, int)) and not isinstance(raw, bool):
         return str(raw)
     raise TypeError(raw)
 
@@ -302,6 +304,9 @@ def _check_values(config: Any, problems: list[str]) -> None:
     for dotted in FRACTIONS:
         if not 0 <= (_get_dotted(config, dotted) or 0.0) <= 1:
             problems.append(f"{dotted}: seen {_get_dotted(config, dotted)}, expected a fraction between 0 and 1")
+    layers = config.speed.checkpoint_layers
+    if layers not in ("auto", "all", "none") and not layers.isdigit():
+        problems.append(f"speed.checkpoint_layers: seen {layers!r}, expected auto, all, none or a number of layers")
     unknown = [name for name in config.reward.gates if name not in GATES]
     if unknown:
         problems.append(f"reward.gates: seen {', '.join(unknown)}, expected some of {', '.join(GATES)}")

@@ -33,7 +33,8 @@ class ModelConfig:
         trainable: parameter groups that train, from ``model.adapters.GROUPS``.
         train_embeddings: ``auto | none | new_tokens | all``; auto is none with imported weights, else new_tokens.
         lora_r, lora_alpha, lora_dropout: LoRA on every linear layer of the language model but the head.
-        gradient_checkpointing: recompute activations in the language model and a trainable vision tower.
+        gradient_checkpointing: recompute activations in the language model (in as many layers as
+            ``speed.checkpoint_layers`` says) and a trainable vision tower; False in none.
         initial_weights: weights to start from when ``--pretrained_pth`` is not given; ``"tiny"`` is the checkpoint in
             the package, None is random.
     """
@@ -283,6 +284,14 @@ class SpeedConfig:
         feature_cache_gib: most GiB that the cache may hold.
         static_cache: decode with transformers' static cache (needed by ``compile_decode``).
         compile_decode: compile the decoding step (GPUs).
+        checkpoint_layers: decoder layers whose activations are computed again in the backward pass, the first ones:
+            ``all``, ``none``, a number, or ``auto``, as few as the memory allows (``training.layer_memory``). Counts
+            where ``model.gradient_checkpointing`` is on.
+        memory_gib: GiB that one process may use in all, for ``checkpoint_layers = auto``; None takes what is free.
+        liger: Liger's Triton kernels for the language model and its cross-entropy (GPUs; extra ``liger``).
+        sdpa_kernel: the attention kernel of the training step, ``auto`` or one and no other:
+            ``flash|efficient|cudnn|math``.
+        prefetch_to_device: copy the next accumulation window to the GPU while the current one is computed.
     """
 
     share_towers: bool = True
@@ -308,6 +317,11 @@ class SpeedConfig:
     feature_cache_gib: float = 20.0
     static_cache: bool = False
     compile_decode: bool = False
+    checkpoint_layers: str = "auto"
+    memory_gib: float | None = None
+    liger: bool = False
+    sdpa_kernel: str = "auto"
+    prefetch_to_device: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def test_a_run_prints_the_promised_lines_in_order_and_leaves_everything(
     assert "✓ Pretrained weights loaded" not in text
     summary = json.loads((folder / "summary.json").read_text())
     assert {"steps", "seconds", "world_size", "effective_batch", "sources", "counters"} < set(summary)
+    assert summary["checkpointing"]["recomputed"] == 0
     assert set(summary["sources"]) == set(SOURCES)
     assert sum(summary["sources"].values()) == 6
     for name in ("before", "after"):
@@ -105,6 +106,22 @@ def test_a_run_prints_the_promised_lines_in_order_and_leaves_everything(
     assert list((folder / "panels").glob("step_000003_*.png"))
     config = json.loads((folder / "config.json").read_text())
     assert config["train"]["max_steps"] == 3
+
+
+def test_memory_decides_how_many_layers_are_recomputed(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for memory, recomputed in ((64, 0), (0.1, 3)):
+        folder = tmp_path / str(memory)
+        options = ("model.gradient_checkpointing=True", f"speed.memory_gib={memory}", "speed.prefetch_to_device=True")
+        assert main([*_arguments(demo, folder, "--max_steps", "2"), *options]) == 0  # --cfg-options stands last
+        assert f"Checkpointing: {recomputed} of 3 decoder layers recomputed (memory: " in capsys.readouterr().out
+        found = json.loads((folder / "summary.json").read_text())["checkpointing"]
+        assert (found["recomputed"], found["layers"], found["chosen_by"]) == (recomputed, 3, "memory")
+        assert found["fits"] == (recomputed == 0)
+        losses[memory] = [record["loss"] for record in _records(folder)]
+    assert losses[64] == losses[0.1]
 
 
 def test_evaluation_does_not_change_training(demo: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     """Return everything that is worth saying about a run with ``config``."""
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
+    findings += machine.check_kernels(config)
     sources, problems = data_checks.open_sources(config.data)
     findings += problems
     findings += _data(config, sources)

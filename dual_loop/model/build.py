@@ -31,6 +31,7 @@ from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
 from dual_loop.model.attention import GROUPED
+from dual_loop.model.checkpointing import checkpoint_first, requested_layers
 from dual_loop.model.fast_linear import fuse_adapters
 from dual_loop.model.last_layer import make_trimmable
 from dual_loop.model.lean_sam2 import make_lean
@@ -141,8 +142,11 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
     elif mode == "all":
         groups.append("embeddings")
     apply_freeze_policy(model, groups, settings.single_mask)
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    language: Any = mllm.model.language_model
+    num_layers = len(language.layers)
+    wanted = requested_layers(config, num_layers)
+    # Where memory decides, all layers are recomputed until it is known.
+    checkpoint_first(model, num_layers if wanted is None else wanted)
     if config.speed.fused_lora:
         fuse_adapters(mllm.model.language_model)
     if config.speed.trim_last_layer and config.speed.last_hidden_only:
@@ -169,14 +173,6 @@ def add_new_token_rows(model: VideoLLaVASAMModel, tokenizer: Any) -> None:
             explain("new tokens are not consecutive", "tokenizer", ids, "five ids that follow each other")
         )
     model.new_token_rows = NewTokenRows(ids[0], len(ids), model.mllm.get_input_embeddings(), model.mllm.lm_head)
-
-
-def enable_gradient_checkpointing(model: VideoLLaVASAMModel) -> None:
-    """Recompute the language model's activations in backward (and the vision tower's, where it trains)."""
-    options = {"use_reentrant": False}
-    model.mllm.model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if any(parameter.requires_grad for parameter in model.mllm.model.vision_tower.parameters()):
-        model.mllm.model.vision_tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:

@@ -15,6 +15,7 @@ from dual_loop.errors import PromptError, explain
 from dual_loop.losses import (
     chunked_token_cross_entropy,
     distillation_loss,
+    fused_token_cross_entropy,
     kl_divergence,
     latent_alignment,
     mask_losses,
@@ -26,6 +27,7 @@ from dual_loop.losses import (
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
 from dual_loop.model.last_layer import restore_columns, trimming
+from dual_loop.model.liger import FusedLoss
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
@@ -71,6 +73,7 @@ class VideoLLaVASAMModel(nn.Module):
         super().__init__()
         self.mllm, self.grounding_encoder, self.text_hidden_fcs = mllm, grounding_encoder, text_hidden_fcs
         self.new_token_rows: NewTokenRows | None = None
+        self.fused_loss: FusedLoss | None = None  # see model.liger
         self.seg_id, self.image_context_id = seg_id, image_context_id
         self.loss_config, self.speed = loss or LossConfig(), speed or SpeedConfig()
         self.grounding = GroundingDecoder(grounding_encoder, single_mask)
@@ -180,6 +183,8 @@ class VideoLLaVASAMModel(nn.Module):
             return token_cross_entropy_from_positions(logits, labels[:, 1:].flatten(), weight)
         carries = labels[:, 1:] != -100
         chosen, targets = hidden[:, :-1][carries], labels[:, 1:][carries]
+        if self.fused_loss is not None:
+            return fused_token_cross_entropy(self.fused_loss, self.mllm.lm_head.weight, chosen, targets, weight)
         return chunked_token_cross_entropy(self.answer_logits, chosen, targets, chunk, weight)
 
     @torch.no_grad()

@@ -17,9 +17,10 @@ from torch import nn
 
 from dual_loop.config import CONFIG_DIR, Config, load_config
 from dual_loop.errors import EnvironmentProblem
+from dual_loop.model.liger import why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.training.devices import available_cores, precision
+from dual_loop.training.devices import available_cores, precision, why_no_kernel
 from dual_loop.training.dry_run import estimate_memory
 from dual_loop.training.run_folder import versions
 
@@ -104,14 +105,29 @@ def check_device(config: Config) -> Iterator[Finding]:
     yield Finding(NOTE, "device", f"attention: {attention}, kernels {', '.join(backends)}")
 
 
+def check_kernels(config: Config) -> Iterator[Finding]:
+    """Look for what ``speed.liger`` and ``speed.sdpa_kernel`` need."""
+    device_type = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
+    missing = why_no_liger(device_type) if config.speed.liger else None
+    if missing is not None:
+        yield Finding(
+            PROBLEM, "device", f"speed.liger: {missing}", 'pip install "dual-loop[liger]", or speed.liger=False'
+        )
+    elif config.speed.liger:
+        yield Finding(OK, "device", "Liger's kernels can be used")
+    reason = why_no_kernel(config, device_type)
+    if reason is not None:
+        yield Finding(PROBLEM, "device", f"speed.sdpa_kernel: {reason}", "speed.sdpa_kernel=auto")
+
+
 def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
     """Compare the estimate of one process with the memory there is; name the preset that would fit."""
-    needed = sum(estimate_memory(meta_model, config).values())
     if torch.cuda.is_available() and config.train.device != "cpu":
         free, where = torch.cuda.mem_get_info(0)[0] / GIB, "on GPU 0"
     else:
         # Processes of one machine share its memory.
         free, where = _ram()[1] / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "of memory"
+    needed = sum(estimate_memory(meta_model, config, USABLE_SHARE * free).values())
     text = f"estimate {needed:.2f} GiB a process, {free:.1f} GiB free {where}"
     if needed <= USABLE_SHARE * free:
         yield Finding(OK, "memory", text)
@@ -167,7 +183,7 @@ def require_ready(config: Config) -> list[Finding]:
     Raises:
         EnvironmentProblem: something would stop the run; every such finding is listed.
     """
-    findings = [*check_precision(config), *check_output(config), *check_captions(config)]
+    findings = [*check_precision(config), *check_kernels(config), *check_output(config), *check_captions(config)]
     problems = [finding for finding in findings if finding.level == PROBLEM]
     if problems:
         listing = "\n".join(f"  - {finding.what}; to do: {finding.fix}" for finding in problems)

@@ -9,10 +9,13 @@ import resource
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
@@ -20,6 +23,13 @@ from dual_loop.model.fast_linear import can_pack, pack_frozen_linears, widen_fro
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 _KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
 
@@ -129,6 +139,32 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
         if torch.bfloat16 not in dtypes:
             widened = sum(widen_frozen_linears(part) for part in parts)
     return widened + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
+
+
+def why_no_kernel(config: Config, device_type: str) -> str | None:
+    """Return why ``speed.sdpa_kernel`` cannot run the training step on this kind of device, None where it can."""
+    kernel = config.speed.sdpa_kernel
+    if device_type == "cpu" and kernel in ("efficient", "cudnn"):
+        return f"a CPU has no {kernel} attention kernel (flash and math it has)"
+    if device_type == "cuda" and kernel == "flash":
+        return "the flash kernel of GPUs takes no mask, and packed rows have one (efficient and cudnn take it)"
+    return None
+
+
+def attention_kernel(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which ``scaled_dot_product_attention`` runs ``speed.sdpa_kernel`` and no other.
+
+    Raises:
+        EnvironmentProblem: the device has no such kernel for this step.
+    """
+    kernel = config.speed.sdpa_kernel
+    if kernel == "auto":
+        return nullcontext()
+    reason = why_no_kernel(config, device.type)
+    if reason is not None:
+        raise EnvironmentProblem(explain("the attention kernel cannot run", "speed.sdpa_kernel", kernel, reason))
+    chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS[kernel])
+    return chosen
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,17 +10,16 @@ from torch import nn
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError
 from dual_loop.model.adapters import GROUPS, trainable_table
-from dual_loop.model.build import build_model, build_tokenizer, geometry
+from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, NEW_TOKENS
 from dual_loop.training.devices import share_out_batch
-
-# Text around one image and one region, in tokens: the questions, the answer and the caption, roughly.
-TEXT_TOKENS_PER_REGION = 96
+from dual_loop.training.layer_memory import LayerPlan, LayerPlanner
 
 FORMULA = (
     "frozen x bytes of model.dtype (SAM 2: 4) + trained x (4 value + 4 gradient + 8 Adam + 4 average "
-    "+ 4 DDP buckets on several ranks); activations: tokens x width x layers x 2 bytes with gradient checkpointing, "
-    "16 times that without, plus one layer's inside; caption cache and SAM 2's own activations come on top"
+    "+ 4 DDP buckets on several ranks); activations (language): recomputed layers x their input + the other layers x "
+    "what one saves, measured without contents on a long row; activations (other): one layer's gradients, the mask "
+    "decoder as measured, logits of a chunk, mask losses, frozen features of a window; the caption cache comes on top"
 )
 
 
@@ -52,7 +50,7 @@ def dry_run(config: Config) -> str:
     config = share_out_batch(config, world_size)
     model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
     counts = count_parameters(model)
-    memory = estimate_memory(model, config)
+    memory, plan = plan_memory(model, config)
     train = config.train
     effective = world_size * train.batch_size * train.gradient_accumulation_steps
     lines = [
@@ -65,6 +63,8 @@ def dry_run(config: Config) -> str:
         f"memory estimate, a process (GiB): {sum(memory.values()):.1f}",
         *(f"  {name:<28}{value:8.2f}" for name, value in memory.items()),
         f"  formula: {FORMULA}",
+        f"  {plan.line()}",
+        *(("  state speed.memory_gib to see what auto would choose",) if plan.chosen_by == "default" else ()),
         "",
         f"effective batch: {effective} = {world_size} processes x {train.batch_size} images x "
         f"{train.gradient_accumulation_steps} micro-batches",
@@ -85,31 +85,37 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def estimate_memory(model: nn.Module, config: Config) -> dict[str, float]:
+def estimate_memory(model: nn.Module, config: Config, memory_gib: float | None = None) -> dict[str, float]:
     """Return GiB of one process by kind, after :data:`FORMULA`; rough, for choosing a batch size."""
+    return plan_memory(model, config, memory_gib)[0]
+
+
+def plan_memory(
+    model: nn.Module, config: Config, memory_gib: float | None = None
+) -> tuple[dict[str, float], LayerPlan]:
+    """Return :func:`estimate_memory` and the layers that recompute their activations in it.
+
+    Args:
+        model: on the meta device.
+        memory_gib: what a process may use, where ``speed.checkpoint_layers`` is ``auto``; None takes
+            ``speed.memory_gib``, and without that all layers are recomputed.
+    """
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buckets = 4 * trained if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-    sizes = {
+    sizes: dict[str, float] = {
         "frozen parameters": frozen,
         "trained parameters (fp32)": 4 * trained,
         "gradients (fp32)": 4 * trained,
         "Adam moments (fp32)": 8 * trained,
         "weight average (fp32)": 4 * trained,
         "DDP buckets (fp32)": buckets,
-        "activations (language)": _activation_bytes(config),
     }
-    return {name: value / 2**30 for name, value in sizes.items() if value}
-
-
-def _activation_bytes(config: Config) -> float:
-    text: Mapping[str, Any] = config.model.text
-    cells, tiles = geometry(config).grid_size ** 2, config.data.max_tiles + (config.data.max_tiles > 1)
-    tokens_per_image = cells * tiles + config.data.regions_per_image * (TEXT_TOKENS_PER_REGION + cells // 4)
-    tokens = config.train.batch_size * tokens_per_image
-    kept = tokens * text["hidden_size"] * text["num_hidden_layers"] * 2
-    inside = tokens * 2 * (8 * text["hidden_size"] + 4 * text["intermediate_size"])
-    return float((kept if config.model.gradient_checkpointing else 16 * kept) + inside)
+    planner, memory = LayerPlanner(config, model), memory_gib or config.speed.memory_gib
+    plan = planner.decide(None if memory is None else max(memory * 2**30 - sum(sizes.values()), 0.0))
+    sizes["activations (language)"] = planner.language(plan.recomputed)
+    sizes["activations (other)"] = planner.other
+    return {name: value / 2**30 for name, value in sizes.items() if value}, plan
 
 
 def meta_tokenizer(config: Config) -> Any:

@@ -24,7 +24,8 @@ from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import map_tensors, place_like, whole
-from dual_loop.training.devices import peak_memory_mb, wrap_model
+from dual_loop.training.devices import attention_kernel, peak_memory_mb, wrap_model
+from dual_loop.training.feed import WindowFeed
 from dual_loop.training.guard import (
     StopRequest,
     check_finite,
@@ -157,14 +158,14 @@ class Trainer:
         """Train to the end, or until a signal; write a checkpoint at the end in both cases."""
         self.model.train()
         self.folder.open_logs(self.progress.step)
-        batches = self.data.batches(self.progress.step)
+        feed = self._feed()
         with StopRequest() as stop, self._progress_bar() as bar:
             if self._rng is not None:
                 restore_rng(self._rng)
             while self.progress.step < self.total_steps:
                 self._announce_epoch()
                 with memory_errors_explained(self.progress.step + 1):
-                    stopping = self._one_step(batches, stop)
+                    stopping = self._one_step(feed, stop)
                 bar.update(1)
                 if stopping:
                     break
@@ -207,18 +208,26 @@ class Trainer:
 
     # ---- one optimiser step ----------------------------------------------------------------------------------------
 
-    def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+    def _feed(self) -> WindowFeed:
+        batches, count = self.data.batches(self.progress.step), self.config.train.gradient_accumulation_steps
+        return WindowFeed(batches, count, self.accelerator.device, self.config.speed.prefetch_to_device)
+
+    def _one_step(self, feed: WindowFeed, stop: StopRequest) -> bool:
         """Take one optimiser step and report it; return whether all ranks agree to stop."""
         number = self.progress.step + 1
         is_audited = self._is_audited(number)
         is_logged = is_audited or number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
         timer = PhaseTimer(self.accelerator.device, exact=is_logged)
         with timer.phase("data"):
-            window = self._fetch(batches)
-        with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
-            micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
-        counts = self._global_counts(micros, window)
-        outputs = self._accumulate(micros, counts, timer)
+            window = feed.take()
+        with attention_kernel(self.config, self.accelerator.device):
+            with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
+                micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
+            if number < self.total_steps:
+                with timer.phase("data"):
+                    feed.start_next()
+            counts = self._global_counts(micros, window)
+            outputs = self._accumulate(micros, counts, timer)
         with timer.phase("optimiser"):
             rate = learning_rate_at(self.progress.step, self.total_steps, self.config.train)
             grad_norm = self._update(outputs, window, rate, number)
@@ -234,10 +243,6 @@ class Trainer:
         """Tell whether step ``number`` ends with an audit: every so many steps, and the last of a run that has any."""
         interval = self.config.train.audit_interval
         return number % interval == 0 or (number == self.total_steps and self.total_steps > interval)
-
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
-        device, count = self.accelerator.device, self.config.train.gradient_accumulation_steps
-        return [next(batches).to(device, non_blocking=True) for _ in range(count)]
 
     def _global_counts(self, micros: Sequence[Any], window: Sequence[Batch]) -> dict[str, float]:
         """Return the items of every loss term over all micro-batches and ranks, before any backward pass.

@@ -27,9 +27,9 @@ class Variant:
         self.trainer = build_trainer(self.config, setting)
         self.clock = PhaseClock()
         self.decode_rows: list[int] = []
+        self.feed = self.trainer._feed()
         self._watch()
         self.trainer.model.train()
-        self.batches = self.trainer.data.batches(0)
         self.stop = StopRequest()
 
     def step(self, counted: bool = False) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Variant:
 
     def _run(self) -> None:
         self.clock.start()
-        self.trainer._one_step(self.batches, self.stop)
+        self.trainer._one_step(self.feed, self.stop)
         self.clock.stop()
 
     def end(self) -> dict[str, Any]:
@@ -75,7 +75,8 @@ class Variant:
             self.decode_rows.append(len(embeds))
             return "decode"
 
-        watch(trainer, "_fetch", clock, "data")
+        watch(self.feed, "take", clock, "data")
+        watch(self.feed, "start_next", clock, "data")
         watch(model, "encode_vision", clock, "vision tower")
         watch(decoding, "_forward", clock, of_columns)
         watch(generation, "decode_rows", clock, "decode")

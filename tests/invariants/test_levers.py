@@ -52,12 +52,12 @@ def enliven(model: Any) -> None:
                     parameter.mul_(6.0)
 
 
-def one_window(speed: SpeedConfig, policy: PolicyConfig | None = None) -> dict[str, Any]:
+def one_window(speed: SpeedConfig, policy: PolicyConfig | None = None, recomputes: bool = False) -> dict[str, Any]:
     """Captions, loss sums and gradients of one window of three micro-batches: scenes, a frame pair, both, in float64.
 
     In double precision the roundings of another order of sums are far below the smallest tolerated difference.
     """
-    config = dataclasses.replace(small_config(), speed=speed, loop=LOOP)
+    config = dataclasses.replace(small_config(gradient_checkpointing=recomputes), speed=speed, loop=LOOP)
     model, prompter, config = small_model(config)
     enliven(model)
     model.double()
@@ -120,6 +120,20 @@ def test_small_chunks_of_the_cross_entropy_change_nothing(default_window: dict[s
 
 def test_the_static_cache_writes_the_same(default_window: dict[str, Any]) -> None:
     assert_same(one_window(dataclasses.replace(DEFAULT, static_cache=True)), default_window)
+
+
+def test_the_attention_kernels_of_a_cpu_are_the_same(default_window: dict[str, Any]) -> None:
+    from dual_loop.training.devices import attention_kernel
+
+    for kernel in ("math", "flash"):
+        config = dataclasses.replace(small_config(), speed=dataclasses.replace(DEFAULT, sdpa_kernel=kernel))
+        with attention_kernel(config, torch.device("cpu")):
+            assert_same(one_window(DEFAULT), default_window)
+
+
+@pytest.mark.parametrize("choice", ["1", "all"])
+def test_recomputed_layers_change_nothing(choice: str, default_window: dict[str, Any]) -> None:
+    assert_same(one_window(dataclasses.replace(DEFAULT, checkpoint_layers=choice), recomputes=True), default_window)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gumbel"])

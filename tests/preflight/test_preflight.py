@@ -120,11 +120,11 @@ def test_memory_names_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(CONFIG_DIR / "sa2va_4b_full.py", {"train.device": "cpu"})
     monkeypatch.setattr(machine, "_ram", lambda: (24 * machine.GIB, 23 * machine.GIB))
     large = torch.nn.Linear(2000, 2000, device="meta")
-    monkeypatch.setattr(machine, "estimate_memory", lambda model, config: {"all": 60.0})
+    monkeypatch.setattr(machine, "estimate_memory", lambda model, config, memory_gib: {"all": 60.0})
     [finding] = machine.check_memory(config, large)
     assert finding.level == WARNING
     assert finding.fix == "--config sa2va_4b_24gb"
-    monkeypatch.setattr(machine, "estimate_memory", lambda model, config: {"all": 10.0})
+    monkeypatch.setattr(machine, "estimate_memory", lambda model, config, memory_gib: {"all": 10.0})
     [finding] = machine.check_memory(config, large)
     assert finding.level == OK
 
