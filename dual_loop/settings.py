@@ -265,8 +265,8 @@ class SpeedConfig:
         sort_by_length: put prompts of like length into one generation.
         drop_finished: let finished rows leave the generation.
         last_hidden_only: keep the language model's last hidden state alone.
-        trim_last_layer: in the last decoder layer, compute queries, attention and MLP from the first position on that is
-            read (Qwen2 language models); takes effect with ``last_hidden_only``.
+        trim_last_layer: leave positions that nobody reads out of the last decoder layer, but for their keys and values
+            (Qwen2 language models); takes effect with ``last_hidden_only``.
         loss_positions_only: compute vocabulary logits only where a label is.
         cross_entropy_chunk: most positions whose vocabulary logits exist at once; 0 takes all together. With chunks,
             logits are computed again in the backward pass.

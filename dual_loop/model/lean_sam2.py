@@ -39,7 +39,7 @@ class LeanAttention(Sam2MultiScaleAttention):  # type: ignore[misc]
 
 
 class BandedBlock(Sam2MultiScaleBlock):  # type: ignore[misc]
-    """A block of Hiera, (B, H, W, C) -> (B, H', W', C'), band by band where that is the same: on a CPU, without graph."""
+    """A block of Hiera, (B, H, W, C) -> (B, H', W', C'), run band by band on a CPU where no graph is kept."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         rows = band_height(hidden_states.shape, self.window_size)

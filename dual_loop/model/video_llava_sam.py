@@ -150,8 +150,8 @@ class VideoLLaVASAMModel(nn.Module):
     ) -> Tensor:
         """Return the last hidden states (B, L, D), after the final norm.
 
-        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows. Of packed rows, the
-        columns before ``read_from`` may come back as zeros (``model.last_layer``).
+        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows. Columns of packed
+        rows before ``read_from`` may come back as zeros (``model.last_layer``).
         """
         trimmed: dict[str, int] = {}
         if attention_mask.dim() == 4:

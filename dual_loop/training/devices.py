@@ -120,10 +120,10 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
     """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
 
-    ``auto`` does so on a CPU, for the dtypes that it has a layout for; a CPU without bfloat16 multiplies such matrices in
-    float32 (``fast_linear.WidenedLinear``). Float32 matrices that autocast would round are left alone. Call it after
-    weights were loaded, before training: the packed matrices are no parameters any more. The output head stays plain
-    where trained rows are written into it.
+    ``auto`` does so on a CPU, for the dtypes that it has a layout for; a CPU without bfloat16 multiplies matrices of
+    that kind in float32 (``fast_linear.WidenedLinear``). Float32 matrices that autocast would round are left alone.
+    Call it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
+    stays plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
     if choice == "off" or (choice == "auto" and device.type != "cpu"):
