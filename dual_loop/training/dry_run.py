@@ -85,19 +85,23 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def estimate_memory(model: nn.Module, config: Config) -> dict[str, float]:
     """Return GiB of one process by kind, after :data:`FORMULA`; rough, for choosing a batch size."""
+    sizes = state_bytes(model, int(os.environ.get("WORLD_SIZE", "1")))
+    sizes["activations (language)"] = _activation_bytes(config)
+    return {name: value / 2**30 for name, value in sizes.items() if value}
+
+
+def state_bytes(model: nn.Module, world_size: int) -> dict[str, float]:
+    """Return the bytes of one rank that are there whatever the batch is: weights and what belongs to what trains."""
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buckets = 4 * trained if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-    sizes = {
+    return {
         "frozen parameters": frozen,
         "trained parameters (fp32)": 4 * trained,
         "gradients (fp32)": 4 * trained,
         "Adam moments (fp32)": 8 * trained,
         "weight average (fp32)": 4 * trained,
-        "DDP buckets (fp32)": buckets,
-        "activations (language)": _activation_bytes(config),
+        "DDP buckets (fp32)": 4 * trained if world_size > 1 else 0,
     }
-    return {name: value / 2**30 for name, value in sizes.items() if value}
 
 
 def _activation_bytes(config: Config) -> float:

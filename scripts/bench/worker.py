@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.phases import PhaseClock, ProductCounter, watch
+from bench.phases import PhaseClock, ProductCounter, watch, watch_model
 from bench.setup import Setting, build_config, build_trainer
 from dual_loop.training.guard import StopRequest
 
@@ -62,29 +62,12 @@ class Variant:
         }
 
     def _watch(self) -> None:
-        from dual_loop.loop import decoding, generation
-
         def clock() -> PhaseClock:
             return self.clock
 
-        model, trainer = self.trainer.model, self.trainer
-
-        def of_columns(_model: Any, embeds: torch.Tensor, *_: Any) -> str:
-            if embeds.shape[1] > 1:
-                return "prompt prefill"
-            self.decode_rows.append(len(embeds))
-            return "decode"
-
+        trainer = self.trainer
+        watch_model(trainer.model, clock, lambda rows: self.decode_rows.append(rows))
         watch(trainer, "_fetch", clock, "data")
-        watch(model, "encode_vision", clock, "vision tower")
-        watch(decoding, "_forward", clock, of_columns)
-        watch(generation, "decode_rows", clock, "decode")
-        watch(model, "language_hidden", clock, "language forward")
-        watch(model, "project_vision", clock, "language forward")
-        watch(model.grounding, "encode", clock, "SAM 2 encoder")
-        watch(model.grounding, "finish", clock, "mask decoder")
-        watch(model.grounding, "decode", clock, "mask decoder")
-        watch(model, "_loss_terms", clock, "losses")
         watch(torch.Tensor, "backward", clock, "backward")
         watch(trainer, "_update", clock, "optimiser")
         watch(trainer.ema, "update", clock, "EMA")
