@@ -131,6 +131,7 @@ def summary(
         "floors": floors,
         "flops": counted["flops"],
         "bytes": counted["bytes"],
+        "captions": counted["captions"],
         "decode_step": {
             "rows": rows,
             "seconds": phases["decode"] / num_decoded,

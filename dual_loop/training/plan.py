@@ -90,15 +90,16 @@ class CountedStep:
 
 
 class PlannedCaptions:
-    """Stands in for what a model would write: as many tokens as allowed, drawn from ``ids``.
+    """Stands in for what a model would write: as many tokens as allowed, drawn from ``ids``; or what one did write.
 
     Args:
         ids: tokens to draw from.
         end_id: what ends a caption; None lets every caption run into the limit, as random weights do.
+        written: captions of a run, in the order of its generations; these come first.
     """
 
-    def __init__(self, ids: Sequence[int], end_id: int | None) -> None:
-        self.ids, self.end_id = list(ids), end_id
+    def __init__(self, ids: Sequence[int], end_id: int | None, written: Sequence[Sequence[int]] = ()) -> None:
+        self.ids, self.end_id, self.written = list(ids), end_id, [list(one) for one in written]
         self.random = np.random.default_rng(0)
         self.num_written = 0
 
@@ -115,6 +116,8 @@ class PlannedCaptions:
     def write(self, length: int) -> list[int]:
         """Return the ids of one caption of ``length`` tokens, its end included."""
         self.num_written += 1
+        if self.num_written <= len(self.written):
+            return self.written[self.num_written - 1]
         if self.end_id is None:
             return [int(i) for i in self.random.choice(self.ids, length)]
         return [*(int(i) for i in self.random.choice(self.ids, length - 1)), self.end_id]

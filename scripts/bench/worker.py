@@ -13,6 +13,7 @@ import torch
 
 from bench.phases import PhaseClock, ProductCounter, watch, watch_model
 from bench.setup import Setting, build_config, build_trainer
+from dual_loop.loop import generation
 from dual_loop.training.guard import StopRequest
 
 MIB = 2**20
@@ -27,6 +28,7 @@ class Variant:
         self.trainer = build_trainer(self.config, setting)
         self.clock = PhaseClock()
         self.decode_rows: list[int] = []
+        self.captions: list[list[int]] = []
         self._watch()
         self.trainer.model.train()
         self.batches = self.trainer.data.batches(0)
@@ -34,7 +36,7 @@ class Variant:
 
     def step(self, counted: bool = False) -> dict[str, Any]:
         """Take one optimiser step; return seconds, and operations and bytes where they are counted."""
-        self.clock, self.decode_rows = PhaseClock(), []
+        self.clock, self.decode_rows, self.captions = PhaseClock(), [], []
         start = time.perf_counter()
         if counted:
             with ProductCounter() as self.clock.counter:
@@ -44,7 +46,7 @@ class Variant:
         answer: dict[str, Any] = {"seconds": time.perf_counter() - start, "phases": self.clock.seconds}
         answer["calls"], answer["decode_rows"] = self.clock.calls, self.decode_rows
         if counted:
-            answer.update(flops=self.clock.flops, bytes=self.clock.bytes)
+            answer.update(flops=self.clock.flops, bytes=self.clock.bytes, captions=self.captions)
         return answer
 
     def _run(self) -> None:
@@ -65,7 +67,13 @@ class Variant:
         def clock() -> PhaseClock:
             return self.clock
 
-        trainer = self.trainer
+        def remembered(*args: Any, **options: Any) -> list[list[int]]:
+            written: list[list[int]] = decode(*args, **options)
+            self.captions += written
+            return written
+
+        trainer, decode = self.trainer, generation.decode_rows
+        generation.decode_rows = remembered
         watch_model(trainer.model, clock, lambda rows: self.decode_rows.append(rows))
         watch(trainer, "_fetch", clock, "data")
         watch(torch.Tensor, "backward", clock, "backward")
