@@ -101,12 +101,12 @@ def _bytes_of(value: Any) -> float:
 
 
 def _packed_flops(x: Any, weight: Any, *_: Any, out_val: Any = None, **__: Any) -> float:
-    return 2.0 * x.numel() * out_val.shape[-1]
+    return float(2 * x.numel() * out_val.shape[-1])
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> float:
     rows = query.numel() / query.shape[-1]
-    return 2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return float(2.0 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> float:

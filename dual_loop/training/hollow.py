@@ -62,7 +62,7 @@ class HollowMode(TorchDispatchMode):
                         table[name] = made[id(value)]
 
     def reserve(self, value: Tensor) -> Tensor:
-        """Return a hollow tensor like ``value`` whose bytes are not counted."""
+        """Return a hollow tensor like ``value`` whose bytes are not counted; call it outside the mode."""
         return self._uncounted(torch.empty(value.shape, dtype=value.dtype, device="meta"))
 
     def reset_peak(self) -> None:

@@ -189,6 +189,9 @@ def count_step(
     clock = PhaseClock()
     mode = HollowMode(lambda: clock.current)
     mode.fill(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = mode.reserve(parameter)  # counted as state
     model.train()
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     loop.use_average(ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay))
@@ -225,9 +228,6 @@ class _Pass:
 
 def _run_micro_batches(run: _Pass, micros: Sequence[MicroBatch], step: CountedStep, is_alike: bool) -> None:
     """Run forward and backward of every micro-batch, or of one, which then counts for all."""
-    for parameter in run.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = run.mode.reserve(parameter)  # counted as state
     run.mode.reset_peak()
     before = {phase: (run.clock.flops[phase], run.clock.bytes[phase]) for phase in PHASES}
     for micro in micros[:1] if is_alike else micros:
@@ -279,7 +279,8 @@ def _planned_decoding(clock: PhaseClock, writer: PlannedCaptions) -> Iterator[No
 
     It lies over the watch of ``decode_rows``, so that what is added belongs to the phase "decode".
     """
-    decode = generation.decode_rows
+    module: Any = generation  # its imported name is what the captioner calls
+    decode = module.decode_rows
 
     def planned(model: Any, rows: Any, max_new_tokens: int, **options: Any) -> list[list[int]]:
         marks: list[tuple[float, float]] = []
@@ -299,11 +300,11 @@ def _planned_decoding(clock: PhaseClock, writer: PlannedCaptions) -> Iterator[No
                 _add_steps(clock.counter, marks, max_new_tokens - 1)
         return [writer.write(max_new_tokens) for _ in range(len(rows.embeds))]
 
-    generation.decode_rows = planned
+    module.decode_rows = planned
     try:
         yield
     finally:
-        generation.decode_rows = decode
+        module.decode_rows = decode
 
 
 def _add_steps(counter: ProductCounter | None, marks: Sequence[tuple[float, float]], total: int) -> None:

@@ -138,7 +138,7 @@ def report(values: Mapping[str, Any], config: Config) -> str:
         f"Plan of {config.model.name}: {machines['gpus']} GPUs x {step['images']} images a step "
         f"= effective batch {step['effective_batch']}; {step['regions']} regions and {step['captions']} captions of "
         f"{step['new_tokens']} tokens a GPU.",
-        f"Stated, not measured: {machines['flops_per_second'] / 1e12:.4g} TFLOP/s and "
+        f"Stated as reached, not measured: {machines['flops_per_second'] / 1e12:.4g} TFLOP/s and "
         f"{machines['bytes_per_second'] / 1e9:.4g} GB/s a GPU. Operations are counted; seconds are the least that "
         "these rates allow.",
         "",
