@@ -131,6 +131,7 @@ def summary(
         "floors": floors,
         "flops": counted["flops"],
         "bytes": counted["bytes"],
+        "captions": counted["captions"],
         "decode_step": {
             "rows": rows,
             "seconds": phases["decode"] / num_decoded,
@@ -238,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     off = [*LEVERS, NEW_TOKEN_ROWS] if "all" in args.off else args.off
     names = ["default", *(["plain"] if args.plain else []), *(f"off:{n}" for n in off), *(f"on:{n}" for n in args.on)]
     results = run_variants(setting, names, args.repeats, args.threads, not args.sequential)
+    results["setting"] = asdict(setting)
     add_ratios(results)
     print_report(results, setting)
     if args.json:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
 from dual_loop.model.fast_linear import PackedLinear, pack_matrix
+from dual_loop.model.shards import is_sharded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -111,7 +112,8 @@ def _put(base: Any, matrix: Tensor) -> None:
 
 def _can_merge(layer: LoraLinear) -> bool:
     base = layer.get_base_layer()
-    is_plain = isinstance(base, PackedLinear) or type(getattr(base, "weight", None)) is nn.Parameter
+    weight = getattr(base, "weight", None)
+    is_plain = isinstance(base, PackedLinear) or (isinstance(weight, nn.Parameter) and not is_sharded(weight))
     is_plain = is_plain and base.weight.dtype in (torch.float32, torch.float64)
     is_single = len(layer.active_adapters) == 1 and not (layer.merged or layer.disable_adapters or layer.lora_variant)
     return is_plain and is_single

@@ -100,22 +100,26 @@ def plan_memory(
         memory_gib: what a process may use, where ``speed.checkpoint_layers`` is ``auto``; None takes
             ``speed.memory_gib``, and without that all layers are recomputed.
     """
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buckets = 4 * trained if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-    sizes: dict[str, float] = {
-        "frozen parameters": frozen,
-        "trained parameters (fp32)": 4 * trained,
-        "gradients (fp32)": 4 * trained,
-        "Adam moments (fp32)": 8 * trained,
-        "weight average (fp32)": 4 * trained,
-        "DDP buckets (fp32)": buckets,
-    }
+    sizes = state_bytes(model, int(os.environ.get("WORLD_SIZE", "1")))
     planner, memory = LayerPlanner(config, model), memory_gib or config.speed.memory_gib
     plan = planner.decide(None if memory is None else max(memory * 2**30 - sum(sizes.values()), 0.0))
     sizes["activations (language)"] = planner.language(plan.recomputed)
     sizes["activations (other)"] = planner.other
     return {name: value / 2**30 for name, value in sizes.items() if value}, plan
+
+
+def state_bytes(model: nn.Module, world_size: int) -> dict[str, float]:
+    """Return the bytes of one rank that are there whatever the batch is: weights and what belongs to what trains."""
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "frozen parameters": frozen,
+        "trained parameters (fp32)": 4 * trained,
+        "gradients (fp32)": 4 * trained,
+        "Adam moments (fp32)": 8 * trained,
+        "weight average (fp32)": 4 * trained,
+        "DDP buckets (fp32)": 4 * trained if world_size > 1 else 0,
+    }
 
 
 def meta_tokenizer(config: Config) -> Any:

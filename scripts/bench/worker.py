@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from bench.phases import PhaseClock, ProductCounter, watch
+from bench.phases import PhaseClock, ProductCounter, watch, watch_model
 from bench.setup import Setting, build_config, build_trainer
+from dual_loop.loop import generation
 from dual_loop.training.guard import StopRequest
 
 MIB = 2**20
@@ -27,6 +28,7 @@ class Variant:
         self.trainer = build_trainer(self.config, setting)
         self.clock = PhaseClock()
         self.decode_rows: list[int] = []
+        self.captions: list[list[int]] = []
         self.feed = self.trainer._feed()
         self._watch()
         self.trainer.model.train()
@@ -34,7 +36,7 @@ class Variant:
 
     def step(self, counted: bool = False) -> dict[str, Any]:
         """Take one optimiser step; return seconds, and operations and bytes where they are counted."""
-        self.clock, self.decode_rows = PhaseClock(), []
+        self.clock, self.decode_rows, self.captions = PhaseClock(), [], []
         start = time.perf_counter()
         if counted:
             with ProductCounter() as self.clock.counter:
@@ -44,7 +46,7 @@ class Variant:
         answer: dict[str, Any] = {"seconds": time.perf_counter() - start, "phases": self.clock.seconds}
         answer["calls"], answer["decode_rows"] = self.clock.calls, self.decode_rows
         if counted:
-            answer.update(flops=self.clock.flops, bytes=self.clock.bytes)
+            answer.update(flops=self.clock.flops, bytes=self.clock.bytes, captions=self.captions)
         return answer
 
     def _run(self) -> None:
@@ -62,30 +64,19 @@ class Variant:
         }
 
     def _watch(self) -> None:
-        from dual_loop.loop import decoding, generation
-
         def clock() -> PhaseClock:
             return self.clock
 
-        model, trainer = self.trainer.model, self.trainer
+        def remembered(*args: Any, **options: Any) -> list[list[int]]:
+            written: list[list[int]] = decode(*args, **options)
+            self.captions += written
+            return written
 
-        def of_columns(_model: Any, embeds: torch.Tensor, *_: Any) -> str:
-            if embeds.shape[1] > 1:
-                return "prompt prefill"
-            self.decode_rows.append(len(embeds))
-            return "decode"
-
+        trainer, decode = self.trainer, generation.decode_rows
+        generation.decode_rows = remembered
+        watch_model(trainer.model, clock, lambda rows: self.decode_rows.append(rows))
         watch(self.feed, "take", clock, "data")
         watch(self.feed, "start_next", clock, "data")
-        watch(model, "encode_vision", clock, "vision tower")
-        watch(decoding, "_forward", clock, of_columns)
-        watch(generation, "decode_rows", clock, "decode")
-        watch(model, "language_hidden", clock, "language forward")
-        watch(model, "project_vision", clock, "language forward")
-        watch(model.grounding, "encode", clock, "SAM 2 encoder")
-        watch(model.grounding, "finish", clock, "mask decoder")
-        watch(model.grounding, "decode", clock, "mask decoder")
-        watch(model, "_loss_terms", clock, "losses")
         watch(torch.Tensor, "backward", clock, "backward")
         watch(trainer, "_update", clock, "optimiser")
         watch(trainer.ema, "update", clock, "EMA")
