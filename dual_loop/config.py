@@ -78,6 +78,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.attn_implementation": ("sdpa", "eager"),
     "model.train_embeddings": ("auto", "none", "new_tokens", "all"),
     "data.grid_pooling": ("area", "nearest"),
+    "data.decode_scale": ("full", "needed"),
     "data.sav_format": ("auto", "pairs", "videos"),
     "data.sav_masklets": ("both", "manual", "auto"),
     "data.leakage_guard": ("warn", "drop", "error", "off"),

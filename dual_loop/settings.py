@@ -69,6 +69,10 @@ class DataConfig:
     ``leakage_guard`` decides what happens to training images whose COCO id is in a held-out split of the RefCOCO sets
     at hand (``refcoco_dir``, ``eval_dir``): ``drop`` leaves them out, ``error`` stops, ``warn`` counts them, ``off``
     does not look. See ``data.leakage``.
+
+    ``decode_scale`` is for training: ``needed`` decodes a JPEG at a half, a quarter or an eighth of its sides where
+    that is still no smaller than what the model takes; masks are the same, pixels differ as under another resampling
+    filter. Evaluation, panels and predictions always decode in ``full``.
     """
 
     sav_dir: str | None = None
@@ -114,6 +118,7 @@ class DataConfig:
     regions_per_image: int = 1
     max_tiles: int = 1
     grid_pooling: str = "area"
+    decode_scale: str = "full"
     max_bad_fraction: float = 0.1
     max_bad_grace: int = 50
     index_dir: str | None = None

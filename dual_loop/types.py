@@ -16,14 +16,17 @@ Only these types cross from one package to another:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+NeededSize = Callable[[int, int], tuple[int, int]]
+"""From the stored (H, W) of an image to the least (H, W) that a model needs of it."""
 
 SOURCES = ("sav", "sa1b", "openimages", "refcoco")
 
@@ -41,6 +44,8 @@ class RegionSample:
         captions: N tuples of reference expressions; an empty tuple where a region has no text.
         target_image: (H2, W2, 3) uint8 RGB, the other frame of a pair; None where the same image is used twice.
         target_masks: (N, H2, W2) bool, the same N objects on ``target_image``; None exactly when it is None.
+        image_reduction: above 1 only where :class:`ReducingSource` was asked: masks keep the stored size (H, W), and
+            ``image`` is (ceil(H / image_reduction), ceil(W / image_reduction), 3).
     """
 
     source: str
@@ -51,6 +56,7 @@ class RegionSample:
     captions: tuple[tuple[str, ...], ...]
     target_image: np.ndarray | None = None
     target_masks: np.ndarray | None = None
+    image_reduction: int = 1
 
     @property
     def num_regions(self) -> int:
@@ -104,6 +110,19 @@ class RegionSource(Protocol):
 
         Raises:
             SampleError: the file is missing, or its name leaves the root.
+        """
+        ...
+
+
+@runtime_checkable
+class ReducingSource(Protocol):
+    """A source that can decode its images at the scale that is needed. Masks and random choices stay the same."""
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
+        """Read what ``load`` reads, with an image that may be smaller but not below ``needed`` of its size.
+
+        Raises:
+            SampleError: the entry cannot be used.
         """
         ...
 

@@ -1,22 +1,32 @@
 """SA-1B from archives against unpacked files, and the reader with its preparation against a plain PIL pipeline.
 
     python scripts/bench_loader.py --gib 5 --folder outputs/bench_loader --json loader.json
+    python scripts/bench_loader.py --gib 0.3 --parts gzip scale
 
 A generated set in SA-1B's form (JPEG of 1500 x 2250 pixels, about a hundred run-length masks an image) is written as
-files, as tars and as one gzipped tar. All variants take turns; printed are medians and ratios. The files were written a
-moment before, so as many of them as fit are in the page cache: what is compared is the work of reading, not the disk.
+files and as tars. Variants take turns over the same random entries, and what is printed is the median of the ratios
+of a turn. Parts:
 
-The plain pipeline opens an image, decodes it in full, decodes all its masks with pycocotools, chooses four, and resizes
-image and masks with PIL to the sizes that the model takes.
+``reads``: bytes of image and JSON, warm (all in the page cache) and cold (taken out of it before every turn by
+``posix_fadvise``; how cold the disk under it then is, nobody can say), and whole ``load`` calls, warm.
+``loads``: images a second of the reader with its preparation against the plain pipeline: it opens an image, decodes it
+in full, decodes all its masks with pycocotools, chooses four, and resizes image and masks with PIL.
+``scale``: ``data.decode_scale needed`` against ``full``, with the mean difference of the prepared pixels.
+``gzip``: distances between the points of a gzip-compressed archive: time of a read, bytes of the points (which are
+held in memory while it is open).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
+import io
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -34,55 +44,70 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 SIZE = (1500, 2250)
 MASKS = 100
 REGIONS = 4
-PER_TAR = 64
+PER_TAR = 512
+SCENES, VARIANTS = 12, 16
+PARTS = ("reads", "loads", "scale", "gzip")
+SPACINGS = (2**23, 2**22, 2**21, 2**20, 2**19)
 
 
-def write_set(folder: Path, gib: float) -> int:
-    """Write files, tars and a gzipped tar below ``folder``; return the number of images."""
+def write_set(folder: Path, gib: float, size: tuple[int, int] = SIZE) -> int:
+    """Write files and tars below ``folder``; return the number of images. Few pictures, many names: bytes count."""
+    pictures, record = make_pictures(size), make_record(size)
+    count = max(16, int(gib * 2**30 / (np.mean([len(picture) for picture in pictures]) + len(record))))
+    for name in ("files", "tars"):
+        (folder / name).mkdir(parents=True)
+    for start in range(0, count, PER_TAR):
+        with tarfile.open(folder / "tars" / f"sa_{start // PER_TAR:06}.tar", "w") as tar:
+            for number in range(start, min(count, start + PER_TAR)):
+                for suffix, data in (("jpg", pictures[number % len(pictures)]), ("json", record)):
+                    (folder / "files" / f"sa_{number:06}.{suffix}").write_bytes(data)
+                    member = tarfile.TarInfo(f"./sa_{number:06}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    os.sync()
+    return count
+
+
+def make_pictures(size: tuple[int, int]) -> list[bytes]:
+    """Return JPEG files: smooth scenes with grain, shifted and compressed in several ways (200 to 900 KB each)."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(SCENES):
+        coarse = rng.integers(0, 256, (size[0] // 15, size[1] // 15, 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+        grain = rng.integers(-9, 10, (*size, 3), dtype=np.int16)
+        scene = np.clip(np.asarray(smooth).astype(np.int16) + grain, 0, 255).astype(np.uint8)
+        for variant in range(VARIANTS):
+            file = io.BytesIO()
+            shifted = np.roll(scene, 97 * variant, axis=1)
+            Image.fromarray(shifted).save(file, "jpeg", quality=72 + variant)
+            pictures.append(file.getvalue())
+    return pictures
+
+
+def make_record(size: tuple[int, int]) -> bytes:
+    """Return an SA-1B JSON file of :data:`MASKS` ellipses."""
     from pycocotools import mask as coco
 
-    rng = np.random.default_rng(0)
-    files = folder / "files"
-    files.mkdir(parents=True)
-    height, width = SIZE
-    pictures, codes = [], []
-    for _ in range(8):  # few pictures, many names: what is read is what counts
-        coarse = rng.integers(0, 256, (100, 150, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-        path = folder / "picture.jpg"
-        Image.fromarray(noisy).save(path, quality=90)
-        pictures.append(path.read_bytes())
-        path.unlink()
-    rows, columns = np.mgrid[:height, :width]
+    rng = np.random.default_rng(1)
+    height, width = size
+    rows, columns = np.ogrid[:height, :width]
+    codes = []
     for number in range(MASKS):
         y, x, tall, wide = rng.uniform((0, 0, 40, 40), (height, width, 300, 300))
         mask = ((rows - y) / tall) ** 2 + ((columns - x) / wide) ** 2 <= 1
         code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": [height, width], "counts": code["counts"].decode()}
         codes.append({"id": number, "segmentation": segmentation, "area": int(mask.sum()), "predicted_iou": 0.95})
-    record = json.dumps({"image": {"height": height, "width": width}, "annotations": codes}).encode()
-    count = max(16, int(gib * 2**30 / (np.mean([len(picture) for picture in pictures]) + len(record))))
-    for number in range(count):
-        (files / f"sa_{number:06}.jpg").write_bytes(pictures[number % len(pictures)])
-        (files / f"sa_{number:06}.json").write_bytes(record)
-    pack(folder, count)
-    return count
+    return json.dumps({"image": {"height": height, "width": width}, "annotations": codes}).encode()
 
 
-def pack(folder: Path, count: int) -> None:
-    (folder / "tars").mkdir()
-    (folder / "gzipped").mkdir()
-    for number, start in enumerate(range(0, count, PER_TAR)):
-        with tarfile.open(folder / "tars" / f"sa_{number:06}.tar", "w") as tar:
-            for index in range(start, min(count, start + PER_TAR)):
-                for suffix in ("jpg", "json"):
-                    tar.add(folder / "files" / f"sa_{index:06}.{suffix}", f"./sa_{index:06}.{suffix}")
-    with (
-        open(folder / "tars" / "sa_000000.tar", "rb") as plain,
-        gzip.open(folder / "gzipped" / "sa_000000.tar", "wb", compresslevel=1) as compressed,
-    ):
-        shutil.copyfileobj(plain, compressed)
+def forget(folder: Path) -> None:
+    """Take the files below ``folder`` out of the page cache (they are on the disk since :func:`write_set`)."""
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
 
 
 def raw_reads(source: Any, order: Sequence[int]) -> float:
@@ -96,13 +121,28 @@ def raw_reads(source: Any, order: Sequence[int]) -> float:
     return len(order) / (time.perf_counter() - start)
 
 
-def our_images(source: Any, geometry: Any, order: Sequence[int]) -> float:
-    """Load and prepare one image at a time; return images a second."""
-    from dual_loop.data.prepare import batch_from_samples
-
+def whole_loads(source: Any, order: Sequence[int]) -> float:
+    """Load entries; return entries a second."""
     start = time.perf_counter()
     for index in order:
-        batch_from_samples([source.load(index, np.random.default_rng(index))], geometry, seed=0)
+        source.load(index, np.random.default_rng(index))
+    return len(order) / (time.perf_counter() - start)
+
+
+def prepare_image(source: Any, geometry: Any, index: int, is_reduced: bool) -> Any:
+    from dual_loop.data.image_files import load_sample
+    from dual_loop.data.prepare import prepare_sample
+
+    needed = geometry.needed_size if is_reduced else None
+    sample = load_sample(source, index, np.random.default_rng(index), needed)
+    return prepare_sample(sample, geometry, np.random.default_rng(0), range(sample.num_regions))
+
+
+def our_images(source: Any, geometry: Any, order: Sequence[int], is_reduced: bool = False) -> float:
+    """Load and prepare one image at a time; return images a second."""
+    start = time.perf_counter()
+    for index in order:
+        prepare_image(source, geometry, index, is_reduced)
     return len(order) / (time.perf_counter() - start)
 
 
@@ -114,7 +154,9 @@ def plain_images(folder: Path, geometry: Any, order: Sequence[int]) -> float:
     return len(order) / (time.perf_counter() - start)
 
 
-def plain_image(folder: Path, geometry: Any, index: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def plain_image(
+    folder: Path, geometry: Any, index: int, grounding_filter: Image.Resampling = Image.Resampling.BILINEAR
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Return what the model takes: the vision image and the grounding image (uint8), and four masks."""
     from pycocotools import mask as coco
 
@@ -124,102 +166,213 @@ def plain_image(folder: Path, geometry: Any, index: int) -> tuple[np.ndarray, np
     chosen = random.Random(index).sample(masks, REGIONS)
     side, large, small = geometry.vision_image_size, geometry.grounding_size, geometry.mask_size
     seen = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-    ground = np.asarray(image.resize((large, large), Image.Resampling.BILINEAR))
+    ground = np.asarray(image.resize((large, large), grounding_filter))
     resized = [np.asarray(Image.fromarray(mask).resize((small, small), Image.Resampling.NEAREST)) for mask in chosen]
     return seen, ground, resized
 
 
-def pixel_difference(source: Any, geometry: Any, folder: Path, index: int) -> tuple[float, float]:
-    """Return mean and largest difference (0..255) of the grounding image between the two pipelines."""
-    from dual_loop.data.prepare import batch_from_samples
-
-    batch = batch_from_samples([source.load(index, np.random.default_rng(0))], geometry, seed=0)
-    ours = batch.g_pixel_values[0].permute(1, 2, 0).numpy().astype(np.int16)
-    difference = np.abs(ours - plain_image(folder, geometry, index)[1].astype(np.int16))
-    return float(difference.mean()), float(difference.max())
+def pixel_difference(source: Any, geometry: Any, folder: Path, grounding_filter: Image.Resampling) -> float:
+    """Return the mean difference (0..255) of the grounding image to the plain pipeline's with a filter."""
+    ours = prepare_image(source, geometry, 0, False).g_pixel_values.permute(1, 2, 0).numpy().astype(np.int16)
+    return float(np.abs(ours - plain_image(folder, geometry, 0, grounding_filter)[1].astype(np.int16)).mean())
 
 
-def compare(runs: dict[str, Callable[[Sequence[int]], float]], count: int, each: int, repeats: int) -> dict[str, float]:
-    """Return the median rate of every variant; they take turns, each over the same random entries."""
+Runs = dict[str, Callable[[Sequence[int]], float]]
+
+
+def compare(runs: Runs, count: int, each: int, repeats: int, base: str, unit: str) -> dict[str, float]:
+    """Return the median rate of every variant and the median of its ratios to ``base``; variants take turns."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 1):
         order = np.random.default_rng(number).choice(count, min(each, count), replace=False).tolist()
-        for name, run in runs.items():
-            rate = run(order)
+        names = list(runs) if number % 2 else list(runs)[::-1]
+        for name in names:
+            rate = runs[name](order)
             if number:  # the first round opens files and fills caches
                 rates[name].append(rate)
-    return {name: median(values) for name, values in rates.items()}
+    found = {f"{unit} a second, {name}": median(values) for name, values in rates.items()}
+    for name in runs:
+        if name != base:
+            pairs = zip(rates[name], rates[base], strict=True)
+            found[f"{unit}: {name} / {base}"] = median(rate / other for rate, other in pairs)
+    return found
+
+
+def measure_reads(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
+    def cold(name: str, order: Sequence[int]) -> float:
+        forget(args.folder / name)
+        return raw_reads(sources[name], order)
+
+    warm: Runs = {name: functools.partial(raw_reads, sources[name]) for name in ("files", "tars")}
+    whole: Runs = {name: functools.partial(whole_loads, sources[name]) for name in ("files", "tars")}
+    for run in warm.values():
+        run(range(count))
+    return {
+        **compare(warm, count, args.reads, args.repeats, "files", "warm reads"),
+        **compare(whole, count, args.images, args.repeats, "files", "warm loads"),
+        **compare(
+            {name: functools.partial(cold, name) for name in warm},
+            count,
+            args.reads,
+            min(3, args.repeats),
+            "files",
+            "cold reads",
+        ),
+    }
+
+
+def measure_loads(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
+    geometry, files = geometry_of_config("sa2va_4b_full"), args.folder / "files"
+    runs: Runs = {
+        "plain PIL": functools.partial(plain_images, files, geometry),
+        "ours, files": functools.partial(our_images, sources["files"], geometry),
+        "ours, tars": functools.partial(our_images, sources["tars"], geometry),
+    }
+    found = compare(runs, count, args.images, args.repeats, "plain PIL", "prepared images")
+    for kind in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+        name = f"grounding pixels, mean difference to PIL's {kind.name.lower()} (0..255)"
+        found[name] = pixel_difference(sources["tars"], geometry, files, kind)
+    return found
+
+
+def measure_scale(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
+    """Compare ``needed`` with ``full``: the set at hand for the small models, photographs twice as large for 4B."""
+    from dual_loop.data.sa1b import Sa1b
+
+    large = args.folder / "large"
+    write_set(large, 0.0, (2 * SIZE[0], 2 * SIZE[1]))
+    camera = Sa1b(large / "files", regions_per_image=REGIONS, index_dir=args.folder / "index")
+    found: dict[str, float] = {}
+    for name, source, geometry in (
+        ("tiny", sources["files"], geometry_of_config("tiny_demo")),
+        ("mid", sources["files"], geometry_of_config("bench_mid")),
+        ("4B, 3000 x 4500", camera, geometry_of_config("sa2va_4b_full")),
+    ):
+        runs: Runs = {
+            "full": functools.partial(our_images, source, geometry),
+            "needed": functools.partial(our_images, source, geometry, is_reduced=True),
+        }
+        found |= compare(runs, min(count, len(source)), args.images, args.repeats, "full", f"{name}: images")
+        found |= {f"{name}: {key}": value for key, value in differences(source, geometry).items()}
+    return found
+
+
+def differences(source: Any, geometry: Any) -> dict[str, float]:
+    """Return mean differences (0..255) of what is prepared with and without a smaller scale; masks must be equal."""
+    import torch
+
+    one, other = (prepare_image(source, geometry, 0, is_reduced) for is_reduced in (False, True))
+    assert torch.equal(one.target_masks, other.target_masks)
+    assert torch.equal(one.prompt_masks, other.prompt_masks)
+    deviation = 255 * torch.tensor(geometry.image_std).view(1, 3, 1, 1)
+    return {
+        "grounding pixels differ by": float((one.g_pixel_values.float() - other.g_pixel_values.float()).abs().mean()),
+        "vision pixels differ by": float(((one.pixel_values - other.pixel_values) * deviation).abs().mean()),
+    }
+
+
+def geometry_of_config(name: str) -> Any:
+    from dual_loop.config import load_config, resolve_config_path
+    from dual_loop.model.build import geometry
+
+    return geometry(load_config(resolve_config_path(name)))
+
+
+def measure_gzip(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
+    """Read entries of one compressed archive with points at several distances, each in a process of its own."""
+    found: dict[str, float] = {}
+    folder = args.folder / "gzipped"
+    folder.mkdir()
+    with (
+        open(args.folder / "tars" / "sa_000000.tar", "rb") as plain,
+        gzip.open(folder / "sa_000000.tar", "wb", compresslevel=1) as compressed,
+    ):
+        shutil.copyfileobj(plain, compressed)
+    gigabytes = (args.folder / "tars" / "sa_000000.tar").stat().st_size / 1e9
+    for spacing in SPACINGS:
+        command = [sys.executable, __file__, "--spacing", str(spacing), "--folder", str(args.folder)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        values = json.loads(done.stdout)
+        name = f"points every {spacing / 2**20:g} MiB"
+        found[f"{name}: seconds to list a GB"] = values["list"] / gigabytes
+        found[f"{name}: ms to read an entry"] = 1000 * values["read"]
+        found[f"{name}: MB of points a GB"] = values["points"] / 1e6 / gigabytes
+        found[f"{name}: ms to open with points of a GB"] = 1000 * values["open"] / gigabytes
+    return found
+
+
+def measure_spacing(folder: Path, spacing: int) -> dict[str, float]:
+    """Return seconds to list, to open again and to read an entry (median), and the bytes of the points."""
+    from dual_loop.data import tar_index
+    from dual_loop.data.sa1b import Sa1b
+
+    tar_index.point_spacing = lambda num_bytes: spacing
+    index_dir = folder / f"index_{spacing}"
+    start = time.perf_counter()
+    Sa1b(folder / "gzipped", regions_per_image=REGIONS, index_dir=index_dir)
+    listed = time.perf_counter() - start
+    source = Sa1b(folder / "gzipped", regions_per_image=REGIONS, index_dir=index_dir)
+    start = time.perf_counter()
+    source._shelf._file(0)
+    opened = time.perf_counter() - start
+    order = np.random.default_rng(0).choice(len(source), min(60, len(source)), replace=False).tolist()
+    seconds = [1 / raw_reads(source, [index]) for index in order]
+    points = sum(path.stat().st_size for path in (index_dir / "gzip_points").iterdir())
+    return {"list": listed, "open": opened, "read": median(seconds), "points": points}
+
+
+MEASUREMENTS = {"reads": measure_reads, "loads": measure_loads, "scale": measure_scale, "gzip": measure_gzip}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=0.2, help="size of the set (%(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "outputs" / "bench_loader", help="made, and removed again"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
-    parser.add_argument("--images", type=int, default=12, help="images of a round that are prepared (%(default)s)")
-    parser.add_argument("--reads", type=int, default=400, help="entries of a round that are read (%(default)s)")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
+    args, parser = parse_arguments(argv)
     import real_size_step
     import torch
 
-    from dual_loop.config import load_config, resolve_config_path
     from dual_loop.data.sa1b import Sa1b
-    from dual_loop.model.build import geometry as geometry_of
 
+    if args.spacing:
+        print(json.dumps(measure_spacing(args.folder, args.spacing)))
+        return 0
     torch.set_num_threads(1)
     if args.folder.exists():
         parser.error(f"{args.folder} exists already; it would be removed")
-    geometry = geometry_of(load_config(resolve_config_path("sa2va_4b_full")))
+    results: dict[str, float] = {}
     try:
         start = time.perf_counter()
         count = write_set(args.folder, args.gib)
         size = sum(path.stat().st_size for path in (args.folder / "files").iterdir()) / 2**30
         print(f"wrote {count} images, {size:.2f} GiB, in {time.perf_counter() - start:.0f} s", flush=True)
-        results = measure(args, count, geometry, Sa1b)
+        print(f"commit {real_size_step.commit()}\nmachine {real_size_step.machine()}; one thread")
+        sources = {
+            name: Sa1b(args.folder / name, regions_per_image=REGIONS, index_dir=args.folder / "index")
+            for name in ("files", "tars")
+        }
+        for part in args.parts:
+            found = MEASUREMENTS[part](args, sources, count)
+            results |= found
+            for name, value in found.items():
+                print(f"{name:<76}{value:>12.3f}", flush=True)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
-    print(f"commit {real_size_step.commit()}\nmachine {real_size_step.machine()}; one thread")
-    for name, value in results.items():
-        print(f"{name:<44}{value:>12.3f}")
     if args.json:
         args.json.write_text(json.dumps({"images": count, "gib": size, **results}, indent=1) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace, count: int, geometry: Any, reader: Any) -> dict[str, float]:
-    folder = args.folder
-    sources = {
-        name: reader(folder / name, regions_per_image=REGIONS, index_dir=folder / "index")
-        for name in ("files", "tars", "gzipped")
-    }
-    same = {name: source for name, source in sources.items() if name != "gzipped"}
-    reads = compare({n: lambda o, s=s: raw_reads(s, o) for n, s in same.items()}, count, args.reads, args.repeats)
-    packed = {n: lambda o, s=s: raw_reads(s, o) for n, s in sources.items()}
-    few = compare(packed, min(count, PER_TAR), 16, args.repeats)
-    loads = compare(
-        {
-            "ours, files": lambda o: our_images(sources["files"], geometry, o),
-            "ours, tars": lambda o: our_images(sources["tars"], geometry, o),
-            "plain PIL": lambda o: plain_images(folder / "files", geometry, o),
-        },
-        count,
-        args.images,
-        args.repeats,
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=0.2, help="size of the set (%(default)s), twice that is written")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "outputs" / "bench_loader", help="made, and removed again"
     )
-    mean, largest = pixel_difference(sources["tars"], geometry, folder / "files", 0)
-    return {
-        **{f"entries read a second, {name}": rate for name, rate in reads.items()},
-        "tars / files": reads["tars"] / reads["files"],
-        "entries read a second, gzipped tar": few["gzipped"],
-        "gzipped / files": few["gzipped"] / few["files"],
-        **{f"images a second and core, {name}": rate for name, rate in loads.items()},
-        "ours from tars / plain PIL": loads["ours, tars"] / loads["plain PIL"],
-        "pixel difference, mean (0..255)": mean,
-        "pixel difference, largest (0..255)": largest,
-    }
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (all)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
+    parser.add_argument("--images", type=int, default=12, help="images of a round that are prepared (%(default)s)")
+    parser.add_argument("--reads", type=int, default=400, help="entries of a round that are read (%(default)s)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--spacing", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv), parser
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dual_loop.data.masks import read_image
+from dual_loop.data.image_files import read_image
 from dual_loop.data.masks_dir import IMAGE_SUFFIXES, read_mask_file
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
 from dual_loop.iteration import in_chunks

@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dual_loop.config import Config, DataConfig
+from dual_loop.data.image_files import load_sample
 from dual_loop.data.leakage import guard
 from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample, region_seed, sample_rng
 from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
@@ -138,16 +139,8 @@ def _open_sav(data: DataConfig) -> RegionSource:
 def _open_videos(root: str | Path, data: DataConfig) -> RegionSource:
     from dual_loop.data.sav_video import SavVideos
 
-    return SavVideos(
-        root,
-        data.sav_max_samples,
-        data.regions_per_image,
-        data.sav_masklets,
-        data.sav_min_seconds,
-        data.sav_max_seconds,
-        data.sav_min_area,
-        data.index_dir,
-    )
+    limits = (data.sav_min_seconds, data.sav_max_seconds, data.sav_min_area)
+    return SavVideos(root, data.sav_max_samples, data.regions_per_image, data.sav_masklets, *limits, data.index_dir)
 
 
 def _open_sa1b(data: DataConfig) -> RegionSource:
@@ -267,6 +260,8 @@ class DualLoopDataset(Dataset[Prepared]):
         geometry: sizes of the model.
         seed: of the random choices inside samples.
         keep_samples: put the :class:`RegionSample` into every batch. Full images then travel between processes.
+        decode_scale: ``full``, or ``needed``: JPEGs are decoded at a smaller scale where the model needs no more. A
+            sample that is kept or asked for by :meth:`sample` is always in full.
     """
 
     def __init__(
@@ -276,12 +271,14 @@ class DualLoopDataset(Dataset[Prepared]):
         geometry: Geometry,
         seed: int,
         keep_samples: bool = False,
+        decode_scale: str = "full",
     ) -> None:
         self.sources = tuple(sources)
         self.stream = stream
         self.geometry = geometry
         self.seed = seed
         self.keep_samples = keep_samples
+        self.decode_scale = decode_scale
 
     def __len__(self) -> int:
         """Return the number of entries of all sources (keys are endless)."""
@@ -332,7 +329,8 @@ class DualLoopDataset(Dataset[Prepared]):
 
     def _prepare(self, source: RegionSource, key: DrawKey, keep_sample: bool) -> Prepared:
         rng = sample_rng(self.seed, key.slot)
-        sample = source.load(key.entry, rng)
+        is_reduced = self.decode_scale == "needed" and not keep_sample
+        sample = load_sample(source, key.entry, rng, self.geometry.needed_size if is_reduced else None)
         seeds = [region_seed(self.seed, key.slot, position) for position in range(sample.num_regions)]
         return prepare_sample(sample, self.geometry, rng, seeds, keep_sample=keep_sample)
 
@@ -357,7 +355,7 @@ def build_dataset(
     """
     readers = build_training_sources(config.data) if sources is None else list(sources)
     stream = build_draw_stream(readers, config.data, config.train.seed)
-    return DualLoopDataset(readers, stream, geometry, config.train.seed, keep_samples)
+    return DualLoopDataset(readers, stream, geometry, config.train.seed, keep_samples, config.data.decode_scale)
 
 
 def build_loader(

@@ -24,11 +24,12 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.config import DataConfig
+from dual_loop.data.image_files import load_sample
 from dual_loop.data.index_store import StringTable
 from dual_loop.data.refcoco import held_out_images
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks
-from dual_loop.types import RegionSample, RegionSource
+from dual_loop.types import NeededSize, RegionSample, RegionSource
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,10 @@ class Subset:
         return self.source.entry_id(int(self.kept[index]))
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        return self.source.load(int(self.kept[index]), rng)
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
+        return load_sample(self.source, int(self.kept[index]), rng, needed)
 
     def image_path(self, index: int) -> Path | None:
         return self.source.image_path(int(self.kept[index]))

@@ -1,23 +1,18 @@
-"""Masks and images: run-length codes, polygons, PNG files, resizing, pooling to the prompt grid, safe paths.
+"""Masks: run-length codes, polygons, resizing, pooling to the prompt grid; safe paths.
 
 Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``broken_rle``, ``bad_polygon``, ``empty_mask``,
-``mask_too_small``, ``mask_too_large``, ``size_mismatch``, ``missing_file``, ``truncated_file``, ``not_an_image``,
-``unsafe_path``.
+``mask_too_small``, ``mask_too_large``, ``size_mismatch``, ``unsafe_path``.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dual_loop.errors import ConfigError, SampleError, explain
 
@@ -32,9 +27,6 @@ MAX_CHARACTERS_PER_RUN = 7
 
 SIZE_TOLERANCE = 2
 """Pixels per side by which a mask may differ from its image before the pair counts as mismatched."""
-
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises on damaged files, depending on the format and on where the damage is."""
 
 
 # --- run-length codes and polygons -----------------------------------------------------------------------------------
@@ -222,103 +214,6 @@ def _check_polygons(segmentation: Any, height: int, width: int, where: str) -> l
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_image(source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB.
-
-    Grey, palette and CMYK images are converted, transparency is dropped, 16-bit grey keeps its upper 8 bits; of
-    several frames the first is taken.
-
-    Args:
-        source: the file, or its contents.
-        apply_exif: turn the image as its EXIF orientation says. The masks of a data set decide: COCO's are drawn on
-            the stored pixels.
-        where: names it in messages; None takes the path.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
-    """
-    path = where or str(source)
-    image = _open_image(source if isinstance(source, io.BytesIO) else Path(source), path)
-    try:
-        image.load()
-        if apply_exif:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            # Pillow's own conversion clips 16 bits at 255, which leaves a white image.
-            grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "F":
-            message = explain("a float image has no known scale", str(path), "mode F", "8 or 16 bits", "convert it")
-            raise SampleError("not_an_image", message)
-        return np.array(image.convert("RGB"), dtype=np.uint8)
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
-
-
-def read_mask_png(path: str | Path) -> np.ndarray:
-    """Read a mask file as (H, W) bool: foreground where the stored value is > 0, in any mode.
-
-    Of palette images the index counts (not its colour), of colour images any colour channel; transparency is ignored.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
-    """
-    return foreground_of(open_image_file(path))
-
-
-def foreground_of(image: Image.Image) -> np.ndarray:
-    """Return where a decoded mask image is above 0, as :func:`read_mask_png` counts it: (H, W) bool."""
-    values = np.asarray(image)
-    if values.ndim == 2:
-        return np.ascontiguousarray(values > 0)
-    num_colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") else values.shape[2]
-    return np.ascontiguousarray((values[:, :, :num_colours] > 0).any(axis=2))
-
-
-def open_image_file(path: str | Path) -> Image.Image:
-    """Open and decode an image file, in the mode it is stored in.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
-    """
-    image = _open_image(Path(path), path)
-    try:
-        image.load()
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
-    return image
-
-
-def _open_image(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
-    """Open an image; ``path`` names it in messages."""
-    fix = "check the data set's folder, or leave this sample out of the index"
-    try:
-        return Image.open(source)
-    except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
-    except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
-        if _is_empty(source):
-            raise _damaged(path, error) from error
-        message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
-        raise SampleError("not_an_image", message) from error
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
-
-
-def _is_empty(source: Path | io.BytesIO) -> bool:
-    if isinstance(source, io.BytesIO):
-        return not source.getvalue()
-    return source.is_file() and source.stat().st_size == 0
-
-
-def _damaged(path: str | Path, error: Exception) -> SampleError:
-    seen = f"{type(error).__name__}: {error}"
-    fix = "download or copy the file again"
-    return SampleError("truncated_file", explain("an image file is damaged", str(path), seen, "a complete file", fix))
 
 
 def safe_join(root: str | Path, relative: str) -> Path:

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from dual_loop.data.image_files import foreground_of, open_image_file, read_picture
 from dual_loop.data.index_cache import (
     StringTable,
     TreeListing,
@@ -48,13 +49,10 @@ from dual_loop.data.masks import (
     decode_rle,
     decode_segmentation,
     fit_mask,
-    foreground_of,
-    open_image_file,
-    read_image,
     safe_join,
 )
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.types import RegionSample
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/images/<name>.jpg                   root/images/...            root/images/...
@@ -163,6 +161,14 @@ class MasksDir:
     # ---- samples -------------------------------------------------------------------------------------------------
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Return :meth:`load_reduced` with the image in full.
+
+        Raises:
+            SampleError: see the module.
+        """
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
         Objects that are empty or outside the limits are passed over; any other fault makes the sample bad.
@@ -173,18 +179,18 @@ class MasksDir:
         row = int(self._kept[index])
         start, stop = int(self._starts[row]), int(self._starts[row + 1])
         path = self.image_path(index)
-        image = read_image(path, apply_exif=False)
+        picture = read_picture(path, apply_exif=False, needed=needed)
         ids: list[str] = []
         masks: list[np.ndarray] = []
         captions: list[tuple[str, ...]] = []
         for number in rng.permutation(stop - start).tolist():
             region = self._region(start + number)
             where = f"{self.file or self.root}: {region.get('id', number)} of {path.name}"
-            mask = self._mask(region, image.shape[:2], where)
-            if not _fits(mask, image.shape[:2]):
-                turned = read_image(path, apply_exif=True)
-                image = turned if not masks and _fits(mask, turned.shape[:2]) else image
-            mask = fit_mask(mask, (image.shape[0], image.shape[1]), where)
+            mask = self._mask(region, picture.size, where)
+            if not _fits(mask, picture.size):
+                turned = read_picture(path, apply_exif=True)
+                picture = turned if not masks and _fits(mask, turned.size) else picture
+            mask = fit_mask(mask, picture.size, where)
             if not self._passes(mask, where):
                 continue
             ids.append(str(region.get("id", f"at{number}")))
@@ -196,7 +202,15 @@ class MasksDir:
             seen, expected = f"{stop - start} masks", f"one that covers {self.min_area:g} to {self.max_area:g} of it"
             raise SampleError("no_region_left", explain("no region of an image is left", str(path), seen, expected))
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
-        return RegionSample(self.name, self.entry_id(index), image, np.stack(masks), tuple(ids), tuple(captions))
+        return RegionSample(
+            source=self.name,
+            sample_id=self.entry_id(index),
+            image=picture.pixels,
+            masks=np.stack(masks),
+            region_ids=tuple(ids),
+            captions=tuple(captions),
+            image_reduction=picture.reduction,
+        )
 
     def _region(self, number: int) -> dict[str, Any]:
         if self.kind != "lines":

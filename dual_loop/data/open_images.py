@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dual_loop.data.image_files import Picture, read_mask_png, read_picture
 from dual_loop.data.index_build import progress_bar
 from dual_loop.data.index_cache import (
     StringTable,
@@ -36,10 +37,10 @@ from dual_loop.data.index_cache import (
     load_or_build,
     watch_files,
 )
-from dual_loop.data.masks import read_image, read_mask_png, resize_mask, safe_join
+from dual_loop.data.masks import resize_mask, safe_join
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
-from dual_loop.types import RegionSample
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/
@@ -206,6 +207,14 @@ class OpenImages:
         return safe_join(self.images, f"{self.entry_id(index)}.jpg")
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Return :meth:`load_reduced` with the image in full.
+
+        Raises:
+            SampleError: see the module.
+        """
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
         An empty mask is replaced by the next drawn; any other fault makes the whole sample bad. A region's id is its
@@ -217,46 +226,49 @@ class OpenImages:
         entry, image_id = int(self._kept[index]), self.entry_id(index)
         rows = self._rows[self._row_starts[entry] : self._row_starts[entry + 1]]
         names = list(dict.fromkeys(self._mask_paths[int(row)] for row in rows))  # a row may be there twice
-        image: np.ndarray | None = None
+        picture: Picture | None = None
         chosen: list[str] = []
         masks: list[np.ndarray] = []
         for position in rng.permutation(len(names)):
             name = names[int(position)]
             path = safe_join(self.masks, name)
             stored = read_mask_png(path)
-            if image is None:
-                image = self._read_fitting_image(image_id, stored, path)
-            elif not _same_aspect(stored.shape, image.shape):
-                raise _aspect_mismatch(stored, image, path)
-            mask = resize_mask(stored, (image.shape[0], image.shape[1]))
+            if picture is None:
+                picture = self._read_fitting_image(image_id, stored, path, needed)
+            elif not _same_aspect(stored.shape, picture.size):
+                raise _aspect_mismatch(stored, picture.size, path)
+            mask = resize_mask(stored, picture.size)
             if mask.any():
                 chosen.append(name)
                 masks.append(mask)
             if len(chosen) == self.regions_per_image:
                 break
-        if image is None or not chosen:
+        if picture is None or not chosen:
             seen, expected = f"{len(names)} masks, all empty at the image's size", "one with a pixel or more"
             message = explain("no region of an image is left", f"{self.csv_path}: {image_id}", seen, expected)
             raise SampleError("no_region_left", message)
         return RegionSample(
             source=self.name,
             sample_id=image_id,
-            image=image,
+            image=picture.pixels,
             masks=np.stack(masks),
             region_ids=tuple(_region_id(name, image_id) for name in chosen),
             captions=((),) * len(chosen),
+            image_reduction=picture.reduction,
         )
 
-    def _read_fitting_image(self, image_id: str, mask: np.ndarray, mask_path: Path) -> np.ndarray:
+    def _read_fitting_image(
+        self, image_id: str, mask: np.ndarray, mask_path: Path, needed: NeededSize | None
+    ) -> Picture:
         """Read the image as stored, or turned as its EXIF says where only that fits ``mask`` (see the module)."""
         path = safe_join(self.images, f"{image_id}.jpg")
-        image = read_image(path, apply_exif=False)
-        if _same_aspect(mask.shape, image.shape):
-            return image
-        turned = read_image(path, apply_exif=True)
-        if _same_aspect(mask.shape, turned.shape):
+        picture = read_picture(path, apply_exif=False, needed=needed)
+        if _same_aspect(mask.shape, picture.size):
+            return picture
+        turned = read_picture(path, apply_exif=True)
+        if _same_aspect(mask.shape, turned.size):
             return turned
-        raise _aspect_mismatch(mask, image, mask_path)
+        raise _aspect_mismatch(mask, picture.size, mask_path)
 
 
 def _same_aspect(mask_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> bool:
@@ -264,11 +276,11 @@ def _same_aspect(mask_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> b
     return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE
 
 
-def _aspect_mismatch(mask: np.ndarray, image: np.ndarray, mask_path: Path) -> SampleError:
+def _aspect_mismatch(mask: np.ndarray, size: tuple[int, int], mask_path: Path) -> SampleError:
     message = explain(
         "a mask and its image have different aspect ratios",
         str(mask_path),
-        f"mask {mask.shape[1]} x {mask.shape[0]}, image {image.shape[1]} x {image.shape[0]} (W x H)",
+        f"mask {mask.shape[1]} x {mask.shape[0]}, image {size[1]} x {size[0]} (W x H)",
         f"aspect ratios within {ASPECT_TOLERANCE:.0%}",
         "the image is another rendition or was turned: download the original",
     )

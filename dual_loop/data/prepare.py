@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 
+from dual_loop.data.image_files import Picture
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.permutation import stable_hash
 from dual_loop.errors import SampleError, explain
@@ -47,6 +47,12 @@ class Geometry:
     image_std: tuple[float, float, float] = IMAGENET_STD
     max_tiles: int = 1
     grid_pooling: str = "area"
+
+    def needed_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the least (H, W) that an image of ``height`` x ``width`` may be decoded at: nothing is enlarged."""
+        columns, rows = choose_tile_grid(height, width, self.max_tiles, self.vision_image_size)
+        least = self.grounding_size
+        return max(least, rows * self.vision_image_size), max(least, columns * self.vision_image_size)
 
 
 @dataclass
@@ -116,11 +122,11 @@ def choose_tile_grid(height: int, width: int, max_tiles: int, tile_size: int) ->
     return best
 
 
-def image_to_tiles(image: np.ndarray, geometry: Geometry) -> torch.Tensor:
+def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Tensor:
     """Cut and normalise one image for the vision tower.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB, or a picture, which may be smaller than the image that it shows.
         geometry: I, ``max_tiles``, mean and deviation are used.
 
     Returns:
@@ -128,12 +134,12 @@ def image_to_tiles(image: np.ndarray, geometry: Geometry) -> torch.Tensor:
         row and a thumbnail of the whole is appended, so the last tile always shows the whole image.
     """
     size = geometry.vision_image_size
-    picture = Image.fromarray(image)
-    columns, rows = choose_tile_grid(image.shape[0], image.shape[1], geometry.max_tiles, size)
-    canvas = np.asarray(picture.resize((columns * size, rows * size), Image.Resampling.BICUBIC))
+    picture = image if isinstance(image, Picture) else Picture(image, (image.shape[0], image.shape[1]))
+    columns, rows = choose_tile_grid(*picture.size, geometry.max_tiles, size)
+    canvas = picture.resized(rows * size, columns * size)
     tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(rows * columns, size, size, 3)
     if len(tiles) > 1:
-        thumbnail = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        thumbnail = picture.resized(size, size)
         tiles = np.concatenate([tiles, thumbnail[None]])
     pixels = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).float().div_(255)
     mean = torch.tensor(geometry.image_mean).view(1, 3, 1, 1)
@@ -141,9 +147,10 @@ def image_to_tiles(image: np.ndarray, geometry: Geometry) -> torch.Tensor:
     return pixels.sub_(mean).div_(std)
 
 
-def grounding_image(image: np.ndarray, size: int) -> torch.Tensor:
+def grounding_image(image: np.ndarray | Picture, size: int) -> torch.Tensor:
     """Resize (H, W, 3) uint8 straight to (3, S, S) uint8 with Pillow's bicubic filter; values stay 0..255."""
-    resized = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    picture = image if isinstance(image, Picture) else Picture(image, (image.shape[0], image.shape[1]))
+    resized = picture.resized(size, size)
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
 
@@ -185,7 +192,8 @@ def prepare_sample(
     target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
     if not allow_empty_targets:
         _check_targets(sample, target_masks, names)
-    views = [image_to_tiles(sample.image, geometry)]
+    captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
+    views = [image_to_tiles(captioned, geometry)]
     if sample.target_image is not None:
         views.append(image_to_tiles(sample.target_image, geometry))
     prompt_masks, grid_rescued = pool_mask_to_grid(sample.masks, geometry.grid_size, mode=geometry.grid_pooling)
@@ -193,7 +201,9 @@ def prepare_sample(
         pixel_values=torch.cat(views),
         tiles_per_view=[len(view) for view in views],
         target_view=len(views) - 1,
-        g_pixel_values=grounding_image(sample.segmentation_image, geometry.grounding_size),
+        g_pixel_values=grounding_image(
+            captioned if sample.target_image is None else sample.target_image, geometry.grounding_size
+        ),
         prompt_masks=prompt_masks,
         grid_rescued=grid_rescued,
         target_masks=target_masks,
@@ -255,7 +265,7 @@ def batch_from_samples(
 def _check_sample(sample: RegionSample, where: str) -> None:
     """Refuse what readers of the package never return, but a user's own source might."""
     count = len(sample.region_ids)
-    _check_arrays(sample.image, sample.masks, count, f"{where}, image")
+    _check_arrays(sample.image, sample.masks, count, f"{where}, image", sample.image_reduction)
     if len(sample.captions) != count:
         raise _invalid("captions do not fit the regions", where, f"{len(sample.captions)} entries", f"{count}")
     if (sample.target_image is None) != (sample.target_masks is None):
@@ -264,11 +274,14 @@ def _check_sample(sample: RegionSample, where: str) -> None:
         _check_arrays(sample.target_image, sample.target_masks, count, f"{where}, target image")
 
 
-def _check_arrays(image: np.ndarray, masks: np.ndarray, count: int, where: str) -> None:
+def _check_arrays(image: np.ndarray, masks: np.ndarray, count: int, where: str, reduction: int = 1) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise _invalid("not an RGB image", where, f"{image.shape} {image.dtype}", "(H, W, 3) uint8")
     expected = (count, *image.shape[:2])
-    if count == 0 or masks.shape != expected or masks.dtype != np.bool_:
+    at_image = (
+        masks.shape if reduction == 1 else (*masks.shape[:1], *(-(-side // reduction) for side in masks.shape[1:]))
+    )
+    if count == 0 or at_image != expected or masks.dtype != np.bool_:
         raise _invalid("masks do not fit", where, f"{masks.shape} {masks.dtype}", f"{expected} bool, N >= 1")
     empty = np.flatnonzero(~masks.reshape(count, -1).any(axis=1))
     if len(empty):
@@ -285,7 +298,7 @@ def _check_targets(sample: RegionSample, target_masks: torch.Tensor, names: list
         message = explain(
             "a region has no pixel left in its target",
             names[lost[0]],
-            f"{num_pixels} pixels of an image of {sample.segmentation_image.shape[:2]} (H, W)",
+            f"{num_pixels} pixels of an image of {sample.segmentation_masks.shape[1:]} (H, W)",
             f"1 pixel or more at {size} x {size}",
             "raise the minimum area of the data set",
         )

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dual_loop.data.image_files import read_image
 from dual_loop.data.masks import (
     check_mask,
     decode_segmentation,
     decode_summed_polygons,
     fit_mask,
-    read_image,
 )
 from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain

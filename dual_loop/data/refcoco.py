@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dual_loop.data.image_files import read_picture
 from dual_loop.data.index_cache import (
     StringTable,
     check_root,
@@ -47,11 +48,10 @@ from dual_loop.data.masks import (
     decode_segmentation,
     decode_summed_polygons,
     fit_mask,
-    read_image,
     safe_join,
 )
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.types import RegionSample
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/
@@ -143,6 +143,14 @@ class RefCoco:
         return part, image, part.rows_of_split(self.split)[start:stop]
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Return :meth:`load_reduced` with the image in full.
+
+        Raises:
+            SampleError: see the module.
+        """
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read entry ``index`` with up to ``regions_per_image`` references drawn by ``rng``, with all their sentences.
 
         An empty mask is replaced by the next drawn; any other fault makes the whole sample bad.
@@ -151,7 +159,7 @@ class RefCoco:
             SampleError: see the module.
         """
         _, _, rows = self._entry(index)
-        sample = self._read(index, rows[rng.permutation(len(rows))], self.regions_per_image, pass_over_empty=True)
+        sample = self._read(index, rows[rng.permutation(len(rows))], self.regions_per_image, True, needed)
         if sample is None:
             seen, expected = f"{len(rows)} references, all with empty masks", "one with a pixel or more"
             message = explain("no region of an image is left", f"{self.root}: {self.entry_id(index)}", seen, expected)
@@ -186,13 +194,15 @@ class RefCoco:
                 for sentence in part.sentences(int(row)):
                     yield index, int(part.ref_ids[row]), sentence
 
-    def _read(self, index: int, rows: np.ndarray, limit: int, pass_over_empty: bool) -> RegionSample | None:
+    def _read(
+        self, index: int, rows: np.ndarray, limit: int, pass_over_empty: bool, needed: NeededSize | None = None
+    ) -> RegionSample | None:
         part, image_number, _ = self._entry(index)
-        image = part.read_image(image_number)
+        picture = read_picture(part.find_image(image_number), apply_exif=False, needed=needed)
         chosen, masks = [], []
         for row in rows.tolist():
             where = f"{part.folder}: ref {part.ref_ids[row]}"
-            mask = part.decode_mask(row, image_number, image.shape[:2], where, self._decode)
+            mask = part.decode_mask(row, image_number, picture.size, where, self._decode)
             if pass_over_empty and not mask.any():
                 continue
             check_mask(mask, where)
@@ -205,10 +215,11 @@ class RefCoco:
         return RegionSample(
             source=self.name,
             sample_id=self.entry_id(index),
-            image=image,
+            image=picture.pixels,
             masks=np.stack(masks),
             region_ids=tuple(f"ref{part.ref_ids[row]}" for row in chosen),
             captions=tuple(part.sentences(row) for row in chosen),
+            image_reduction=picture.reduction,
         )
 
 
@@ -253,10 +264,6 @@ class _DatasetPart:
     def sentences(self, row: int) -> tuple[str, ...]:
         """Return the sentences of the reference in ``row``."""
         return tuple(json.loads(self._sentences[row]))
-
-    def read_image(self, number: int) -> np.ndarray:
-        """Return image ``number`` as (H, W, 3) uint8."""
-        return read_image(self.find_image(number), apply_exif=False)
 
     def find_image(self, number: int) -> Path:
         """Return the file of image ``number``, under its own name or either name of COCO."""

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from dual_loop.data.image_files import read_picture
 from dual_loop.data.index_build import build_in_parts, default_index_dir, join_parts
 from dual_loop.data.index_cache import (
     StringTable,
@@ -39,10 +40,10 @@ from dual_loop.data.index_cache import (
     layout_error,
     load_or_build,
 )
-from dual_loop.data.masks import check_mask, decode_rle, fit_mask, read_image
+from dual_loop.data.masks import check_mask, decode_rle, fit_mask
 from dual_loop.data.tar_index import TAR_SUFFIXES, TarShelf, list_tar
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import RegionSample
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/                        or root/
@@ -152,6 +153,14 @@ class Sa1b:
         return self.root / name if number < 0 else io.BytesIO(self._shelf.read(number, offset, size))
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Return :meth:`load_reduced` with the image in full.
+
+        Raises:
+            SampleError: see the module.
+        """
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass.
 
         Only drawn regions are decoded. One that fails the area limits is replaced by the next drawn; one whose code
@@ -168,12 +177,13 @@ class Sa1b:
             message = explain(f"an SA-1B {lacking} is missing", where, "no partner", f"a {lacking} of the same stem")
             raise SampleError("missing_file", message)
         annotations = _read_annotations(self._read(record_path, self._record_place[row]), self.root / record_path)
-        image = read_image(self._read(image_path, self._image_place[row]), False, str(self.root / image_path))
+        stored = self._read(image_path, self._image_place[row])
+        picture = read_picture(stored, False, str(self.root / image_path), needed)
         passing = [i for i, annotation in enumerate(annotations) if self._passes(annotation)]
         chosen, masks = [], []
         for position in rng.permutation(len(passing)):
             number = passing[int(position)]
-            mask = self._decode(annotations[number], image.shape[:2], f"{self.root / record_path}[{number}]")
+            mask = self._decode(annotations[number], picture.size, f"{self.root / record_path}[{number}]")
             if mask is not None:
                 chosen.append(number)
                 masks.append(mask)
@@ -184,10 +194,11 @@ class Sa1b:
         return RegionSample(
             source=self.name,
             sample_id=self.entry_id(index),
-            image=image,
+            image=picture.pixels,
             masks=np.stack(masks),
             region_ids=_region_ids(annotations, chosen),
             captions=((),) * len(chosen),
+            image_reduction=picture.reduction,
         )
 
     def _passes(self, annotation: dict[str, Any]) -> bool:

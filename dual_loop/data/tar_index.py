@@ -1,8 +1,9 @@
 """Files inside tar archives, read in any order without unpacking: an offset index, and ``pread``.
 
 A plain tar is read at the stored offsets. A gzip-compressed one (also when it is named ``.tar``, as some downloads of
-SA-1B are) has no offsets in its bytes: while it is listed, ``indexed_gzip`` keeps a point to go on from every 4 MiB, in
-a file beside the index; a read then decompresses at most so much. Each archive is read through once, when it is listed.
+SA-1B are) has no offsets in its bytes: while it is listed, ``indexed_gzip`` keeps points to go on from, in a file
+beside the index; a read then decompresses at most from one to the next. Each archive is read through once, when it is
+listed.
 
 Member names are compared and shown, never used as paths; links, sparse files and folders inside an archive are left
 out. Where an archive is damaged, what comes before the damage is used, and the damage is reported with its place.
@@ -11,6 +12,7 @@ out. Where an archive is damaged, what comes before the damage is used, and the 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tarfile
 import uuid
@@ -30,8 +32,12 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_OPEN = 64
 """Most archives that one process keeps open; 1,000 of SA-1B times many workers would pass the system's limit."""
 
+MAX_POINT_BYTES = 2**27
+"""Most bytes of points that one process holds; beyond it, compressed archives are closed, the oldest first."""
+
 _GZIP_MAGIC = b"\x1f\x8b"
-_POINT_EVERY = 2**22
+_LEAST_SPACING = 2**20
+_MAX_POINTS = 2500
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
 
@@ -100,6 +106,15 @@ def is_compressed(path: Path) -> bool:
         return False
 
 
+def point_spacing(num_bytes: int) -> int:
+    """Return the distance in bytes between the points of a compressed archive of ``num_bytes``.
+
+    Half of it is decompressed for a read on average, but a point is 32 KiB, all of which are read when an archive is
+    opened: 1 MiB up to archives of 2.6 GB, then so many MiB that there are about :data:`_MAX_POINTS` (80 MB).
+    """
+    return _LEAST_SPACING * max(1, math.ceil(num_bytes / (_MAX_POINTS * _LEAST_SPACING)))
+
+
 def open_compressed(path: Path, index_dir: Path) -> Any:
     """Open a compressed archive for reading at any offset, with its stored points where there are any.
 
@@ -113,7 +128,7 @@ def open_compressed(path: Path, index_dir: Path) -> Any:
         what = "a compressed archive cannot be read without indexed_gzip"
         raise EnvironmentProblem(explain(what, str(path), fix=fix)) from error
     points = _points_path(path, index_dir)
-    options = {"spacing": _POINT_EVERY, "drop_handles": False}
+    options = {"spacing": point_spacing(path.stat().st_size), "drop_handles": False}
     if points.is_file():
         try:
             return IndexedGzipFile(str(path), index_file=str(points), **options)
@@ -124,7 +139,7 @@ def open_compressed(path: Path, index_dir: Path) -> Any:
 
 def _points_path(path: Path, index_dir: Path) -> Path:
     state = path.stat()
-    text = f"{path}\n{state.st_mtime_ns}\n{state.st_size}\n{_POINT_EVERY}"
+    text = f"{path}\n{state.st_mtime_ns}\n{state.st_size}\n{point_spacing(state.st_size)}"
     return index_dir / "gzip_points" / f"{hashlib.sha256(os.fsencode(text)).hexdigest()[:24]}.gzidx"
 
 
@@ -144,6 +159,8 @@ def _store_points(file: Any, path: Path, index_dir: Path) -> None:
 class TarShelf:
     """Reads pieces of archives; a process opens its own files, at most :data:`MAX_OPEN` at a time.
 
+    Points of compressed archives are held in memory, at most :data:`MAX_POINT_BYTES` unless one archive has more.
+
     Args:
         root: folder of the archives.
         archives: their paths below ``root``, from the reader's own listing.
@@ -153,10 +170,11 @@ class TarShelf:
     def __init__(self, root: Path, archives: StringTable, index_dir: Path) -> None:
         self.root, self.archives, self.index_dir = root, archives, index_dir
         self._open: OrderedDict[int, tuple[Any, bool]] = OrderedDict()
+        self._point_bytes: dict[int, int] = {}
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_point_bytes": {}}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of archive ``number`` from ``offset`` on (in the uncompressed archive).
@@ -187,22 +205,39 @@ class TarShelf:
     def _file(self, number: int) -> tuple[Any, bool]:
         """Return the open archive, and whether it is plain (a descriptor); files are never shared over a fork."""
         if self._pid != os.getpid():
-            self._open, self._pid = OrderedDict(), os.getpid()
+            self._open, self._point_bytes, self._pid = OrderedDict(), {}, os.getpid()
         if number not in self._open:
             path = self._path(number)
             if is_compressed(path):
                 self._open[number] = (open_compressed(path, self.index_dir), False)
+                points = _points_path(path, self.index_dir)
+                self._point_bytes[number] = points.stat().st_size if points.is_file() else 0
             else:
-                self._open[number] = (os.open(path, os.O_RDONLY), True)
-            if len(self._open) > MAX_OPEN:
-                _close(*self._open.popitem(last=False)[1])
+                self._open[number] = (_open_plain(path), True)
+            self._close_oldest()
         self._open.move_to_end(number)
         return self._open[number]
+
+    def _close_oldest(self) -> None:
+        """Close archives until the limits hold; the newest stays open."""
+        while len(self._open) > 1 and (len(self._open) > MAX_OPEN or sum(self._point_bytes.values()) > MAX_POINT_BYTES):
+            number, opened = self._open.popitem(last=False)
+            self._point_bytes.pop(number, None)
+            _close(*opened)
 
     def close(self) -> None:
         """Close all archives of this process."""
         while self._open:
             _close(*self._open.popitem()[1])
+        self._point_bytes.clear()
+
+
+def _open_plain(path: Path) -> int:
+    """Open for reads at random places: the system then fetches all that a read asks for at once, and nothing behind."""
+    file = os.open(path, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    return file
 
 
 def _close(file: Any, is_plain: bool) -> None:

@@ -84,6 +84,19 @@ def test_rows_are_grouped_by_image_wherever_they_stand(tree: Tree) -> None:
         assert (sample.source, sample.captions) == ("openimages", ((), (), ()))
 
 
+def test_a_reduced_image_keeps_regions_and_masks(tree: Tree) -> None:
+    tree.add_image("aa", (301, 403))
+    for box in range(3):
+        tree.add_mask("aa", f"box{box}", make_mask(150, 201))
+    tree.write_csv()
+    source = tree.source(regions_per_image=2)
+    full = source.load(0, np.random.default_rng(3))
+    reduced = source.load_reduced(0, np.random.default_rng(3), lambda height, width: (64, 64))
+    assert (reduced.image.shape, reduced.image_reduction) == ((76, 101, 3), 4)
+    assert np.array_equal(reduced.masks, full.masks)
+    assert reduced.region_ids == full.region_ids
+
+
 def test_masks_of_another_resolution_are_resized(tree: Tree) -> None:
     tree.add_image("aa", (427, 640))
     tree.add_mask("aa", "x", make_mask(533, 800))

@@ -187,6 +187,16 @@ def test_bad_roots_and_parts_are_explained(root: Path) -> None:
         source_of(root)
 
 
+def test_a_reduced_image_keeps_regions_masks_and_captions(root: Path) -> None:
+    source = source_of(root, regions_per_image=2)
+    full = source.load(0, np.random.default_rng(3))
+    reduced = source.load_reduced(0, np.random.default_rng(3), lambda height, width: (8, 8))
+    assert reduced.image_reduction > 1
+    assert reduced.image.shape[:2] == tuple(-(-side // reduced.image_reduction) for side in (HEIGHT, WIDTH))
+    assert np.array_equal(reduced.masks, full.masks)
+    assert (reduced.region_ids, reduced.captions) == (full.region_ids, full.captions)
+
+
 def test_images_elsewhere_and_bare_names(root: Path, tmp_path: Path) -> None:
     folder = root / "refcoco/coco2014/train2014"
     folder.rename(tmp_path / "photos")

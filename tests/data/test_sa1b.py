@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dual_loop.data import sa1b
 from dual_loop.data.masks import encode_rle
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.errors import ConfigError, SampleError
@@ -128,6 +129,16 @@ def test_scores_limit_and_a_missing_score_does_not_pass(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match=r"predicted_iou >= 0\.99") as caught:
         ids(min_predicted_iou=0.99)
     assert caught.value.reason == "no_region_left"
+
+
+def test_two_of_a_hundred_regions_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, decoded = tmp_path / "data", []
+    code = encode_rle(make_masks()[1])
+    write(root / "sa_1.jpg", root / "sa_1.json", [{"id": number, "segmentation": code} for number in range(100)])
+    decode = sa1b.decode_rle
+    monkeypatch.setattr(sa1b, "decode_rle", lambda rle, where: decoded.append(where) or decode(rle, where))
+    assert source_of(root, regions_per_image=2).load(0, np.random.default_rng(0)).num_regions == 2
+    assert len(set(decoded)) == len(decoded) == 2
 
 
 def test_only_drawn_regions_are_decoded(tmp_path: Path) -> None:

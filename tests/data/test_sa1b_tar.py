@@ -223,3 +223,29 @@ def test_damaged_points_are_no_reason_to_stop(unpacked, tmp_path):
     for path in (tmp_path / "index" / "gzip_points").iterdir():
         path.write_bytes(b"nothing")
     assert_same(by_stem(opened(root, tmp_path / "index")), expected)
+
+
+def test_points_of_compressed_archives_take_little_memory(unpacked, tmp_path, monkeypatch):
+    for number in range(4):
+        archive = tmp_path / "tars" / f"sa_{number:06}.tar"
+        pack(unpacked, archive, range(number, number + 1), is_compressed=True)
+    source = opened(tmp_path / "tars", tmp_path / "index")
+    sizes = [path.stat().st_size for path in (tmp_path / "index" / "gzip_points").iterdir()]
+    monkeypatch.setattr(tar_index, "MAX_POINT_BYTES", 2 * max(sizes))
+    expected = by_stem(opened(unpacked, tmp_path / "index"))
+    for index in (0, 1, 2, 3, 0):
+        sample = source.load(index, np.random.default_rng(7))
+        assert np.array_equal(sample.image, expected[f"sa_{index}"][0])
+        assert len(source._shelf._open) <= 2
+    assert list(source._shelf._open) == [3, 0]
+    monkeypatch.setattr(tar_index, "MAX_POINT_BYTES", 0)
+    source.load(1, np.random.default_rng(0))
+    assert list(source._shelf._open) == [1]
+
+
+def test_large_compressed_archives_have_no_more_points_than_small_ones():
+    assert tar_index.point_spacing(1) == tar_index.point_spacing(10**9) == 2**20
+    for num_bytes in (3 * 10**9, 11 * 10**9, 10**12):
+        spacing = tar_index.point_spacing(num_bytes)
+        assert spacing % 2**20 == 0
+        assert 0.4 * 2500 < num_bytes / spacing <= 2500

@@ -1,0 +1,185 @@
+"""Image files: photographs as RGB, in full or at the scale that is needed, and masks that are stored as images.
+
+Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``missing_file``, ``truncated_file``,
+``not_an_image``.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from dual_loop.errors import SampleError, explain
+from dual_loop.types import NeededSize, ReducingSource, RegionSample, RegionSource
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+"""What Pillow raises on damaged files, depending on the format and on where the damage is."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image that may be smaller than the stored one.
+
+    Attributes:
+        pixels: (ceil(H / reduction), ceil(W / reduction), 3) uint8 RGB.
+        size: (H, W) of the stored image.
+        reduction: 1, or 2, 4, 8 where a JPEG was decoded at a half, a quarter, an eighth of its sides.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    reduction: int = 1
+
+    def resized(self, height: int, width: int) -> np.ndarray:
+        """Return (height, width, 3) uint8: the stored image's whole area by Pillow's bicubic filter."""
+        box = None
+        if self.reduction > 1:  # the last pixel of an odd side is only partly covered
+            box = (0, 0, self.size[1] / self.reduction, self.size[0] / self.reduction)
+        return np.asarray(Image.fromarray(self.pixels).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def load_sample(
+    source: RegionSource, index: int, rng: np.random.Generator, needed: NeededSize | None = None
+) -> RegionSample:
+    """Load entry ``index``; with ``needed``, a source that can decode at a smaller scale does so.
+
+    Raises:
+        SampleError: the entry cannot be used.
+    """
+    if needed is not None and isinstance(source, ReducingSource):
+        return source.load_reduced(index, rng, needed)
+    return source.load(index, rng)
+
+
+def read_image(source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None) -> np.ndarray:
+    """Read an image file in full as (H, W, 3) uint8 RGB; see :func:`read_picture`."""
+    return read_picture(source, apply_exif, where).pixels
+
+
+def read_picture(
+    source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None, needed: NeededSize | None = None
+) -> Picture:
+    """Read an image file as RGB.
+
+    Grey, palette and CMYK images are converted, transparency is dropped, 16-bit grey keeps its upper 8 bits; of
+    several frames the first is taken.
+
+    Args:
+        source: the file, or its contents.
+        apply_exif: turn the image as its EXIF orientation says. The masks of a data set decide: COCO's are drawn on
+            the stored pixels.
+        where: names it in messages; None takes the path.
+        needed: from (H, W) to the size that is needed of such an image. A JPEG is then decoded at the smallest of
+            1/1, 1/2, 1/4 and 1/8 that still has that size, unless ``apply_exif``: a turned image is decoded in full.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
+    """
+    path = where or str(source)
+    image = _open_image(source if isinstance(source, io.BytesIO) else Path(source), path)
+    try:
+        size = (image.height, image.width)
+        reduction = 1 if needed is None or apply_exif else _reduce(image, needed)
+        image.load()
+        if apply_exif:
+            image = ImageOps.exif_transpose(image)
+            size = (image.height, image.width)
+        return Picture(_to_rgb(image, path), size, reduction)
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _reduce(image: Image.Image, needed: NeededSize) -> int:
+    """Tell a JPEG that is not decoded yet to be so at a smaller scale; return by how much its sides shrink.
+
+    The decoder leaves out the high frequencies of each 8 x 8 block (libjpeg, "scale_num / scale_denom").
+    """
+    height, width = needed(image.height, image.width)
+    if not isinstance(image, JpegImageFile) or min(image.height // height, image.width // width) < 2:
+        return 1
+    full_width = image.width
+    drafted = image.draft(None, (width, height))
+    return 1 if drafted is None else round(full_width / drafted[1][2])
+
+
+def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
+    """Return a decoded image as (H, W, 3) uint8; ``path`` names it in messages."""
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits at 255, which leaves a white image.
+        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "F":
+        message = explain("a float image has no known scale", str(path), "mode F", "8 or 16 bits", "convert it")
+        raise SampleError("not_an_image", message)
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def read_mask_png(path: str | Path) -> np.ndarray:
+    """Read a mask file as (H, W) bool: foreground where the stored value is > 0, in any mode.
+
+    Of palette images the index counts (not its colour), of colour images any colour channel; transparency is ignored.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
+    """
+    return foreground_of(open_image_file(path))
+
+
+def foreground_of(image: Image.Image) -> np.ndarray:
+    """Return where a decoded mask image is above 0, as :func:`read_mask_png` counts it: (H, W) bool."""
+    values = np.asarray(image)
+    if values.ndim == 2:
+        return np.ascontiguousarray(values > 0)
+    num_colours = values.shape[2] - 1 if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") else values.shape[2]
+    return np.ascontiguousarray((values[:, :, :num_colours] > 0).any(axis=2))
+
+
+def open_image_file(path: str | Path) -> Image.Image:
+    """Open and decode an image file, in the mode it is stored in.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
+    """
+    image = _open_image(Path(path), path)
+    try:
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+    return image
+
+
+def _open_image(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
+    """Open an image; ``path`` names it in messages."""
+    fix = "check the data set's folder, or leave this sample out of the index"
+    try:
+        return Image.open(source)
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
+    except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
+        if _is_empty(source):
+            raise _damaged(path, error) from error
+        message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
+        raise SampleError("not_an_image", message) from error
+    except _DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _is_empty(source: Path | io.BytesIO) -> bool:
+    if isinstance(source, io.BytesIO):
+        return not source.getvalue()
+    return source.is_file() and source.stat().st_size == 0
+
+
+def _damaged(path: str | Path, error: Exception) -> SampleError:
+    seen = f"{type(error).__name__}: {error}"
+    fix = "download or copy the file again"
+    return SampleError("truncated_file", explain("an image file is damaged", str(path), seen, "a complete file", fix))
