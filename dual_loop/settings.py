@@ -272,6 +272,8 @@ class SpeedConfig:
         last_hidden_only: keep the language model's last hidden state alone.
         trim_last_layer: leave positions that nobody reads out of the last decoder layer, but for their keys and values
             (Qwen2 language models); takes effect with ``last_hidden_only``.
+        split_uneven_rows: let rows of unlike length go through the language model in groups of like length, without
+            padding to the longest of the micro-batch (not where the model is sharded).
         loss_positions_only: compute vocabulary logits only where a label is.
         cross_entropy_chunk: most positions whose vocabulary logits exist at once; 0 takes all together. With chunks,
             logits are computed again in the backward pass.
@@ -307,6 +309,7 @@ class SpeedConfig:
     drop_finished: bool = True
     last_hidden_only: bool = True
     trim_last_layer: bool = True
+    split_uneven_rows: bool = True
     loss_positions_only: bool = True
     cross_entropy_chunk: int = 1024
     fused_lora: bool = True

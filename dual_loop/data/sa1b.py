@@ -97,7 +97,8 @@ class Sa1b:
         self.min_area = min_area
         self.max_area = max_area
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
-        key = {"kind": "sa1b", "root": str(self.root)}
+        # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
+        key = {"kind": "sa1b", "root": str(self.root), "version": 2}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")

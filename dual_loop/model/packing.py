@@ -28,7 +28,7 @@ def pack_rows(prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Bra
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (B, L) int64 and ``attention_mask`` (B, 1, L, L) bool,
         true where the second position may be seen from the first; ``read_from`` int, the first column of which a hidden
-        state is read: the last one of the shortest prefix.
+        state is read: the last one of the shortest prefix; ``row_lengths``, the columns of each row without padding.
     """
     rows = [_pack_row(prefix, row) for prefix, row in zip(prefixes, branches, strict=True)]
     length = max(len(row[0]) for row in rows)
@@ -39,6 +39,7 @@ def pack_rows(prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Bra
         "labels": labels,
         "position_ids": position_ids,
         "attention_mask": branch_attention_mask(branch_index),
+        "row_lengths": [len(row[0]) for row in rows],
         "read_from": max(0, min(len(prefix) for prefix in prefixes) - 1),
     }
 

@@ -30,6 +30,7 @@ from dual_loop.model.last_layer import restore_columns, trimming
 from dual_loop.model.liger import FusedLoss
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
+from dual_loop.model.row_groups import row_groups, run_in_groups
 from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
 from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
 from dual_loop.types import LossTerm, Segmentation
@@ -146,13 +147,35 @@ class VideoLLaVASAMModel(nn.Module):
         return insert_image_tokens(embedded, placeholder, image_features, region_tile, prompt_masks)
 
     def language_hidden(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None, read_from: int = 0
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        read_from: int = 0,
+        row_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the last hidden states (B, L, D), after the final norm.
 
-        ``attention_mask`` is (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows. Columns of packed
-        rows before ``read_from`` may come back as zeros (``model.last_layer``).
+        Args:
+            inputs_embeds: (B, L, D).
+            attention_mask: (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows.
+            position_ids: (B, L), or None for 0, 1, 2, ...
+            read_from: columns of packed rows before it may come back as zeros (``model.last_layer``).
+            row_lengths: real columns of packed rows; what is behind them may come back as zeros.
         """
+        is_split = self.speed.split_uneven_rows and self.speed.last_hidden_only and attention_mask.dim() == 4
+        groups = row_groups(row_lengths) if row_lengths is not None and is_split else []
+
+        def run(embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
+            return self._language_pass(embeds, mask, positions, read_from)
+
+        if len(groups) < 2 or row_lengths is None:
+            return run(inputs_embeds, attention_mask, position_ids)
+        return run_in_groups(run, groups, row_lengths, inputs_embeds, attention_mask, position_ids)
+
+    def _language_pass(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None, read_from: int
+    ) -> Tensor:
         trimmed: dict[str, int] = {}
         if attention_mask.dim() == 4:
             attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
@@ -226,7 +249,8 @@ class VideoLLaVASAMModel(nn.Module):
                 ``masks``: a list of B (n, H, W) masks or one (N, Q, Q) tensor, in the order of the [SEG] tokens.
                 Region prompts, either as in Sa2VA: ``prompt_masks`` a list of (n, G, G) for the tiles where
                 ``vp_overall_mask`` (T,) is 1; or ``prompt_masks`` (P, G, G) with ``region_tile`` (P,).
-                Optional: ``read_from``, the first column of packed rows whose hidden state is read (0);
+                Optional: ``read_from``, the first column of packed rows whose hidden state is read (0), and
+                ``row_lengths``, their columns without padding;
                 ``region_seeds`` (N,) int64 (points of the mask loss), ``region_weights`` (N,) float for
                 ``"terms"``, ``point_coords`` (N, points, 2), ``object_order`` for ``"loss"``; ``grounding_features``
                 of :meth:`encode_grounding`, where they are at hand; ``row_image`` (B,) int64, where rows do not segment
@@ -255,7 +279,7 @@ class VideoLLaVASAMModel(nn.Module):
 
     def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
         """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D), from ``read_from`` on."""
-        rows = (data["attention_mask"], data.get("position_ids"), data.get("read_from", 0))
+        rows = (data["attention_mask"], data.get("position_ids"), data.get("read_from", 0), data.get("row_lengths"))
         return self.language_hidden(self.input_embeddings(data), *rows)
 
     def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:

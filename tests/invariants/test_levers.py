@@ -23,6 +23,7 @@ PLAIN = SpeedConfig(
     drop_finished=False,
     last_hidden_only=False,
     trim_last_layer=False,
+    split_uneven_rows=False,
     loss_positions_only=False,
     cross_entropy_chunk=0,
     fused_lora=False,
