@@ -7,12 +7,14 @@ are never replaced where the object score is not positive.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dual_loop.model.fast_linear import can_pack
 from dual_loop.types import Segmentation
 
 
@@ -43,10 +45,14 @@ class GroundingDecoder:
         self.single_mask = single_mask
 
     def encode(self, pixels: Tensor) -> GroundingFeatures:
-        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions."""
-        encoder = self.sam.vision_encoder
+        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions.
+
+        On a CPU without bfloat16, autocast to it is left out: emulated, the encoder would take many times longer.
+        """
+        encoder, kind = self.sam.vision_encoder, pixels.device.type
         trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        as_is = torch.autocast(kind, enabled=False) if kind == "cpu" and not can_pack(torch.bfloat16) else nullcontext()
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), as_is:
             maps = encoder(pixels, return_dict=True).fpn_hidden_states
         return GroundingFeatures(list(maps))
 

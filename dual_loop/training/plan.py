@@ -24,7 +24,8 @@ from dual_loop.errors import ConfigError, explain
 from dual_loop.loop import generation
 from dual_loop.loop.dual_loop import DualLoop, MicroBatch
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.build import build_model, build_prompter, enable_gradient_checkpointing, geometry
+from dual_loop.model.build import build_model, build_prompter, geometry
+from dual_loop.model.checkpointing import checkpoint_first
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.training.counting import PHASES, PhaseClock, ProductCounter, watch_model
 from dual_loop.training.devices import precision
@@ -255,10 +256,8 @@ def _setting(config: Config) -> str:
 def _other_checkpointing(run: _Pass, micro: MicroBatch) -> tuple[str, float]:
     """Return the other setting of gradient checkpointing, and the bytes that the language model keeps under it."""
     is_on = run.config.model.gradient_checkpointing
-    if is_on:
-        run.model.mllm.model.language_model.gradient_checkpointing_disable()
-    else:
-        enable_gradient_checkpointing(run.model)
+    layers = run.model.mllm.model.language_model.layers
+    checkpoint_first(run.model, 0 if is_on else len(layers))
     loss = run.forward(micro)
     kept = float(run.mode.owned.get(LANGUAGE, 0))
     del loss
