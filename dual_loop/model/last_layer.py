@@ -35,7 +35,7 @@ class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
         **options: Any,
     ) -> Tensor:
         if read_from == 0 or attention_mask is None or position_embeddings is None:
-            rest = (position_ids, past_key_values, use_cache, position_embeddings)
+            rest: Any = (position_ids, past_key_values, use_cache, position_embeddings)
             return torch.as_tensor(super().forward(hidden_states, attention_mask, *rest, **options))
         normed = self.input_layernorm(hidden_states)
         mask = attention_mask[:, :, read_from:]
@@ -58,7 +58,7 @@ class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
 
 
 def _heads(values: Tensor, width: int) -> Tensor:
-    return values.unflatten(-1, (-1, width)).transpose(1, 2)
+    return torch.as_tensor(values.unflatten(-1, (-1, width)).transpose(1, 2))
 
 
 def _rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

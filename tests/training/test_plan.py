@@ -76,7 +76,7 @@ def _count_real_step(setting: Setting) -> tuple[PhaseClock, list[list[int]]]:
         with ProductCounter() as clock.counter:
             clock.start()
             trainer.model.train()
-            trainer._one_step(trainer.data.batches(0), StopRequest())
+            trainer._one_step(trainer._feed(), StopRequest())
             clock.stop()
     finally:
         for end in reversed(undo):
