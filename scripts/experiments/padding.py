@@ -18,6 +18,7 @@ from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.iteration import in_chunks
 from dual_loop.model.build import build_tokenizer
 from dual_loop.model.prompts import Prompter
+from dual_loop.model.row_groups import row_groups
 
 IMAGES, MOST_REGIONS, ROLLOUT = 640, 8, 32
 Region = tuple[str, int]
@@ -28,6 +29,15 @@ def padded_share(rows: Sequence[int], size: int) -> float:
     """Return the share of padded tokens where every ``size`` rows in turn are padded to the longest of them."""
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     total = sum(len(group) * max(group) for group in groups)
+    return 1 - sum(rows) / total if total else 0.0
+
+
+def split_share(rows: Sequence[int], size: int) -> float:
+    """Return the share where every ``size`` rows in turn run in groups of like length (``speed.split_uneven_rows``)."""
+    total = 0
+    for start in range(0, len(rows), size):
+        own = rows[start : start + size]
+        total += sum(len(group) * own[group[0]] for group in row_groups(own))
     return 1 - sum(rows) / total if total else 0.0
 
 
@@ -44,7 +54,7 @@ def region_pool(side: int) -> list[Region]:
 
 
 def measure(side: int, captioned: float, batch: int, accumulation: int) -> dict[str, float]:
-    """Return shares of padded tokens: step 2 as it is, sorted by length inside a window, and step 1's questions.
+    """Return shares of padded tokens: step 2 in one batch, in groups, sorted inside a window; step 1's questions.
 
     Args:
         side: of the token grid.
@@ -69,7 +79,8 @@ def measure(side: int, captioned: float, batch: int, accumulation: int) -> dict[
     asked = [sorted(length for k in window for length in questions[k]) for window in windows]
     spent = sum(len(part) * max(part) for rows in asked for part in in_chunks(rows, ROLLOUT))
     return {
-        "step 2": padded_share(lengths, batch),
+        "step 2, one padded batch": padded_share(lengths, batch),
+        "step 2 in groups": split_share(lengths, batch),
         "step 2, window sorted by length": padded_share(ordered, batch),
         "step 1": 1 - sum(map(sum, asked)) / spent if spent else 0.0,
     }
