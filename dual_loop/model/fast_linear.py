@@ -84,7 +84,8 @@ def sixteen_bit_dropout(x: Tensor, rate: float) -> Tensor:
         return x * 0.0
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _SCALE // 2
-    return x * (kept.to(x.dtype) * (_SCALE / (_SCALE - threshold)))
+    # Of this, the graph keeps one byte a value; of a product with the mask it would keep the mask in x's dtype.
+    return torch.where(kept, x, x.new_zeros(())) * (_SCALE / (_SCALE - threshold))
 
 
 class PackedLinear(nn.Module):

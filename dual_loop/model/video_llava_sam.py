@@ -269,6 +269,9 @@ class VideoLLaVASAMModel(nn.Module):
         """
         if mode not in ("loss", "terms", "predict"):
             raise PromptError(explain("unknown forward mode", seen=mode, expected="loss, terms or predict"))
+        if data.get("grounding_features") is None:
+            # Before the language model, whose graph would be alive beside all that the encoder needs for a moment.
+            data = {**data, "grounding_features": self.encode_grounding(data["g_pixel_values"])}
         hidden = self.hidden_states(data)
         if mode == "loss":
             return {**self._original_losses(data, hidden), "llm_loss": self.language_loss(hidden, data["labels"]).mean}
@@ -351,10 +354,7 @@ class VideoLLaVASAMModel(nn.Module):
         seg_embeds = self.text_hidden_fcs(hidden[row, column].to(self._fcs_dtype))
         if order is not None:
             row, seg_embeds = row[order], seg_embeds[order]
-        features = data.get("grounding_features")
-        if features is None:
-            features = self.encode_grounding(data["g_pixel_values"])
-        levels = self.grounding.finish(features)
+        levels = self.grounding.finish(data["grounding_features"])
         image = _on(data["row_image"], row)[row] if "row_image" in data else row
         segmentation = self.grounding.decode(seg_embeds, levels, image)
         segmentation.seg_embeds = seg_embeds

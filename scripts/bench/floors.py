@@ -8,15 +8,32 @@ from statistics import median
 
 import torch
 
+from dual_loop.model.fast_linear import can_pack
+
 COPY_BYTES = 2**28
 
 
 def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dict[str, float]:
     """Return ``flops_per_second`` of (rows, width) x (width, inner) and ``bytes_per_second`` read plus written.
 
-    The best of several runs: a floor is what the machine can do. Several matrices are used in turn, so that none of
-    them stays in a cache.
+    The best of several runs: a floor is what the machine can do. A processor without bfloat16 is measured in float32,
+    in which it is many times faster. Several matrices are used in turn, so that none of them stays in a cache.
     """
+    is_emulated = dtype == torch.bfloat16 and not can_pack(dtype)
+    rate = _product_rate(rows, width, inner, torch.float32 if is_emulated else dtype)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    return {
+        "flops_per_second": rate,
+        "bytes_per_second": 2.0 * COPY_BYTES / best(lambda: target.copy_(source)),
+        "rows": float(rows),
+        "width": float(width),
+        "inner": float(inner),
+    }
+
+
+def _product_rate(rows: int, width: int, inner: int, dtype: torch.dtype) -> float:
+    """Return floating-point operations a second of one product."""
     x = torch.randn(rows, width, dtype=dtype)
     matrices = [torch.randn(inner, width, dtype=dtype) for _ in range(6)]
 
@@ -24,16 +41,7 @@ def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dic
         for matrix in matrices:
             torch.nn.functional.linear(x, matrix)
 
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.ones_like(source)
-    flops = 2.0 * rows * width * inner * len(matrices)
-    return {
-        "flops_per_second": flops / best(products),
-        "bytes_per_second": 2.0 * COPY_BYTES / best(lambda: target.copy_(source)),
-        "rows": float(rows),
-        "width": float(width),
-        "inner": float(inner),
-    }
+    return 2.0 * rows * width * inner * len(matrices) / best(products)
 
 
 def best(run: Callable[[], object], repeats: int = 7) -> float:
