@@ -199,14 +199,13 @@ def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tens
         allowed = (valid[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
     language = model.mllm.model.language_model
-    trimmed = trimming(language, count - 1)
     output = language(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        **trimmed,
+        **trimming(language, count - 1),
     )
     return torch.as_tensor(output.last_hidden_state[:, -1])
 

@@ -126,12 +126,12 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
     stays plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
+    if config.train.parallel == "fsdp":
+        return 0  # a packed matrix cannot be sharded
     if choice == "off" or (choice == "auto" and device.type != "cpu"):
         return 0
     language = model.mllm if model.new_token_rows is None else model.mllm.model
     parts = (language, model.grounding_encoder.vision_encoder)
-    if config.train.parallel == "fsdp":
-        return 0  # neither can be sharded
     dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
     widened = 0
     if choice == "auto":
