@@ -285,6 +285,8 @@ class SpeedConfig:
         lean_sam2: skip what transformers' SAM 2 encoder computes and nobody reads.
         keep_heap: on a CPU with glibc, keep freed memory for the next tensor instead of giving it back each time.
         own_decoder: decode with this package's loop; off, with transformers' ``generate``.
+        lean_decoding: in that loop, pass new tokens through the layers of a Qwen2 language model without what
+            transformers does around each of them.
         fused_optimizer: AdamW and the weight average as fused or foreach operations.
         bucket_view: let gradients be views of DDP's buckets.
         feature_cache: folder of an on-disk cache of the frozen towers' features; None for none.
@@ -319,6 +321,7 @@ class SpeedConfig:
     lean_sam2: bool = True
     keep_heap: bool = True
     own_decoder: bool = True
+    lean_decoding: bool = True
     fused_optimizer: bool = True
     bucket_view: bool = True
     feature_cache: str | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from dual_loop.model import decoding_step
 from dual_loop.model.last_layer import trimming
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
@@ -199,6 +200,8 @@ def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tens
         allowed = (valid[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
     language = model.mllm.model.language_model
+    if count == 1 and model.speed.lean_decoding and decoding_step.can_step(language):
+        return decoding_step.step(language, embeds[:, 0], positions, mask, cache)
     output = language(
         inputs_embeds=embeds,
         attention_mask=mask,

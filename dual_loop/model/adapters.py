@@ -18,6 +18,9 @@ from dual_loop.model.shards import is_sharded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_WIDE = (torch.float32, torch.float64)
+"""Dtypes in which a matrix and its adapter can be added without a rounding that counts."""
+
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "lora": (".lora_A.", ".lora_B."),
     "mlp1": ("mllm.model.multi_modal_projector.",),
@@ -111,12 +114,13 @@ def _put(base: Any, matrix: Tensor) -> None:
 
 
 def _can_merge(layer: LoraLinear) -> bool:
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    is_plain = isinstance(base, PackedLinear) or (isinstance(weight, nn.Parameter) and not is_sharded(weight))
-    is_plain = is_plain and base.weight.dtype in (torch.float32, torch.float64)
+    base: Any = layer.get_base_layer()
     is_single = len(layer.active_adapters) == 1 and not (layer.merged or layer.disable_adapters or layer.lora_variant)
-    return is_plain and is_single
+    if isinstance(base, PackedLinear):
+        return is_single and base.dtype in _WIDE  # its weight would be unpacked to be asked
+    weight = getattr(base, "weight", None)
+    is_plain = isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE
+    return is_single and is_plain
 
 
 def group_of(name: str) -> str | None:

@@ -5,13 +5,15 @@
 * :func:`sixteen_bit_dropout`: four random numbers from each draw of the generator instead of one.
 * :class:`PackedLinear`: a frozen matrix in oneDNN's blocked layout (CPU). The stock product brings the matrix into
   such a layout at every call, which for a few rows takes longer than the product.
-* :class:`WidenedLinear`: a frozen bfloat16 matrix on a CPU that computes in float32 alone, multiplied in float32 a
-  slice at a time. torch's own bfloat16 products there are five to a hundred times slower.
+* :class:`WidenedLinear`: a frozen bfloat16 matrix on a CPU that is faster in float32 (``model.cpu_bfloat16``),
+  multiplied in float32 a slice at a time. Where bfloat16 is emulated, torch's own products are five to a hundred times
+  slower.
+* :class:`SlicedLinear`: both, where bfloat16 is faster for few rows and float32 for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +22,16 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from dual_loop.errors import EnvironmentProblem, explain
+from dual_loop.model import cpu_bfloat16
 
 _SCALE = 2**16
 _PACKED_ROWS = 8
 _SLICE_VALUES = 2**20
 """Most values of a matrix that exist in float32 at a time: 4 MiB, which a processor's cache holds."""
+_MANY_ROWS = 96
+"""From here on a sliced matrix is multiplied in float32; below, reading and unpacking it costs more than it saves."""
+_SLICE_STEP = 256
+"""Rows of a packed slice are a multiple of this: narrower ones leave the few-row kernels idle."""
 
 
 class FusedLora(LoraLinear):
@@ -35,6 +42,8 @@ class FusedLora(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), in the dtype of the frozen layer's output."""
+        if self._disable_adapters and not self.merged:
+            return torch.as_tensor(self.base_layer(x))
         names = [name for name in self.active_adapters if name in self.lora_A]
         is_plain = len(names) == 1 and not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
         if not is_plain:
@@ -44,7 +53,7 @@ class FusedLora(LoraLinear):
         down, up = self._weights(name)
         dropout = self.lora_dropout[name]
         rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
-        if isinstance(self.base_layer, WidenedLinear):
+        if isinstance(self.base_layer, (WidenedLinear, SlicedLinear)) and self.base_layer.widens(x):
             with torch.autocast(x.device.type, enabled=False):
                 low = F.linear(sixteen_bit_dropout(x.to(down.dtype), rate), down) * self.scaling[name]
                 return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
@@ -116,14 +125,21 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""
-        return torch.as_tensor(_PackedProduct.apply(x.to(self.dtype), self.packed, self.bias))
+        x = x.to(self.dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return _packed_product(x, self.packed, self.bias)
+        return torch.as_tensor(_PackedProduct.apply(x, self.packed, self.bias))
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], ""))
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], ""))
+        return _packed_product(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -132,45 +148,100 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class WidenedLinear(nn.Linear):
-    """A frozen bfloat16 ``nn.Linear`` whose products are taken in float32 and rounded once; for CPUs without bfloat16.
+    """A frozen bfloat16 ``nn.Linear`` whose products are taken in float32 and rounded once.
 
     Made by :func:`widen_frozen_linears`; the weight stays the parameter that it was.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""
-        return torch.as_tensor(_WidenedProduct.apply(x.to(self.weight.dtype), self.weight, self.bias))
+        sizes = (self.out_features, self.in_features)
+        return torch.as_tensor(_WidenedProduct.apply(x.to(self.weight.dtype), self._slices, sizes, self.bias))
+
+    def widens(self, x: Tensor) -> bool:
+        """Tell whether ``x`` will be multiplied in float32."""
+        return True
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the matrix and their values in float32, in a buffer that is used again."""
+        count = max(1, _SLICE_VALUES // self.in_features)
+        buffer = torch.empty(min(count, self.out_features), self.in_features)
+        for start in range(0, self.out_features, count):
+            rows = slice(start, min(start + count, self.out_features))
+            yield rows, buffer[: rows.stop - start].copy_(self.weight[rows])
+
+
+class SlicedLinear(nn.Module):
+    """A frozen bfloat16 matrix in packed slices: few rows are multiplied in bfloat16, many in float32; CPU.
+
+    Many rows unpack and widen a slice at a time. As with :class:`PackedLinear`, the matrix is no parameter any more.
+
+    Args:
+        linear: the layer; its weight is given up.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        count = max(1, _SLICE_VALUES // (_SLICE_STEP * self.in_features)) * _SLICE_STEP
+        self.parts = [pack_matrix(part) for part in linear.weight.detach().split(count)]
+        del linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the matrix's dtype."""
+        x, sizes = x.to(self.dtype), (self.out_features, self.in_features)
+        if self.widens(x) or (torch.is_grad_enabled() and x.requires_grad):
+            return torch.as_tensor(_WidenedProduct.apply(x, self._slices, sizes, self.bias))
+        product = torch.cat([_packed_product(x, part, None) for part in self.parts], dim=-1)
+        return product if self.bias is None else product + self.bias
+
+    def widens(self, x: Tensor) -> bool:
+        """Tell whether ``x`` (..., in) has so many rows that it will be multiplied in float32."""
+        return x.numel() >= _MANY_ROWS * self.in_features
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        start = 0
+        for part in self.parts:
+            rows = slice(start, start + part.shape[0])
+            yield rows, part.to_dense().float()
+            start = rows.stop
 
 
 class _WidenedProduct(torch.autograd.Function):
+    """A product in float32, rounded once, with the gradient of ``x`` alone.
+
+    ``slices`` yields rows of the matrix and their values; ``sizes`` is (out, in).
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slices: Callable[[], Iterator[tuple[slice, Tensor]]],
+        sizes: tuple[int, int],
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.slices, ctx.in_features = slices, sizes[1]
         wide = x.flatten(0, -2).float()
-        output = x.new_empty(len(wide), len(weight))
+        output = x.new_empty(len(wide), sizes[0])
         with torch.autocast(x.device.type, enabled=False):
-            for rows, part in _wide_slices(weight):
+            for rows, part in slices():
                 product = wide @ part.t() if bias is None else torch.addmm(bias[rows].float(), wide, part.t())
                 output[:, rows] = product
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         wide = gradients[0].flatten(0, -2).float()
-        total = wide.new_zeros(len(wide), ctx.weight.shape[1])
+        total = wide.new_zeros(len(wide), ctx.in_features)
         with torch.autocast(wide.device.type, enabled=False):
-            for rows, part in _wide_slices(ctx.weight):
+            for rows, part in ctx.slices():
                 total.addmm_(wide[:, rows], part)
-        return total.to(gradients[0].dtype).view(*gradients[0].shape[:-1], -1), None, None
-
-
-def _wide_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of a matrix (out, in) and their values in float32, in a buffer that is used again."""
-    count = max(1, _SLICE_VALUES // weight.shape[1])
-    buffer = torch.empty(min(count, len(weight)), weight.shape[1])
-    for start in range(0, len(weight), count):
-        part = buffer[: min(count, len(weight) - start)]
-        yield slice(start, start + len(part)), part.copy_(weight[start : start + len(part)])
+        return total.to(gradients[0].dtype).view(*gradients[0].shape[:-1], -1), None, None, None
 
 
 def widen_frozen_linears(model: nn.Module) -> int:
@@ -187,8 +258,12 @@ def pack_matrix(weight: Tensor) -> Tensor:
     return torch.as_tensor(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS))
 
 
-def pack_frozen_linears(model: nn.Module, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> int:
-    """Replace every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` by a :class:`PackedLinear`; return how many.
+def pack_frozen_linears(
+    model: nn.Module,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    kind: type[PackedLinear] | type[SlicedLinear] = PackedLinear,
+) -> int:
+    """Replace every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` by a ``kind``; return how many.
 
     Raises:
         EnvironmentProblem: this torch or processor has no such layout, or the weights are not on the CPU.
@@ -204,7 +279,7 @@ def pack_frozen_linears(model: nn.Module, dtypes: Sequence[torch.dtype] = (torch
                 where = f"speed.pack_weights, {name}"
                 fix = "set it to auto or off"
                 raise EnvironmentProblem(explain("frozen weights cannot be packed", where, seen, expected, fix))
-            setattr(parent, name, PackedLinear(child))
+            setattr(parent, name, kind(child))
             count += 1
     return count
 
@@ -214,7 +289,5 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
 
     Those for bfloat16 need AVX-512 or its successor.
     """
-    operations = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(operations, "_reorder_linear_weight")):
-        return False
-    return dtype != torch.bfloat16 or bool(operations._is_mkldnn_bf16_supported())
+    is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return is_there and (dtype != torch.bfloat16 or cpu_bfloat16.has_kernels())

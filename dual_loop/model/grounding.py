@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_loop.model.fast_linear import can_pack
+from dual_loop.model import cpu_bfloat16
 from dual_loop.types import Segmentation
 
 
@@ -47,11 +47,12 @@ class GroundingDecoder:
     def encode(self, pixels: Tensor) -> GroundingFeatures:
         """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions.
 
-        On a CPU without bfloat16, autocast to it is left out: emulated, the encoder would take many times longer.
+        On a CPU that is faster in float32, autocast to bfloat16 is left out.
         """
         encoder, kind = self.sam.vision_encoder, pixels.device.type
         trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        as_is = torch.autocast(kind, enabled=False) if kind == "cpu" and not can_pack(torch.bfloat16) else nullcontext()
+        is_wide = kind == "cpu" and torch.is_autocast_enabled(kind) and cpu_bfloat16.is_slower_than_float32()
+        as_is = torch.autocast(kind, enabled=False) if is_wide else nullcontext()
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()), as_is:
             maps = encoder(pixels, return_dict=True).fpn_hidden_states
         return GroundingFeatures(list(maps))

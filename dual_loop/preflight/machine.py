@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from torch import nn
 
 from dual_loop.config import CONFIG_DIR, Config, load_config
 from dual_loop.errors import EnvironmentProblem
+from dual_loop.model import cpu_bfloat16
 from dual_loop.model.liger import why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
@@ -61,10 +61,7 @@ def has_bf16(device_type: str) -> bool:
     """Tell whether the device computes in bfloat16 itself; elsewhere it is emulated, many times slower."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
-        return True  # torch cannot tell on others; ARM cores of the last years have it
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return cpu_bfloat16.is_native()
 
 
 def check_precision(config: Config) -> Iterator[Finding]:

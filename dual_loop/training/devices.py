@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
-from dual_loop.model.fast_linear import can_pack, pack_frozen_linears, widen_frozen_linears
+from dual_loop.model import cpu_bfloat16
+from dual_loop.model.fast_linear import SlicedLinear, can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
@@ -120,9 +121,10 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
     """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
 
-    ``auto`` does so on a CPU, for the dtypes that it has a layout for; a CPU without bfloat16 multiplies matrices of
-    that kind in float32 (``fast_linear.WidenedLinear``). Float32 matrices that autocast would round are left alone.
-    Call it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
+    ``auto`` does so on a CPU, for the dtypes that it has a layout for. A CPU that is faster in float32 multiplies
+    bfloat16 matrices in that: all of them, or where it has bfloat16 those that meet many rows
+    (``fast_linear.WidenedLinear``, ``SlicedLinear``). Float32 matrices that autocast would round are left alone. Call
+    it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
     stays plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
@@ -133,12 +135,23 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
     language = model.mllm if model.new_token_rows is None else model.mllm.model
     parts = (language, model.grounding_encoder.vision_encoder)
     dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
-    widened = 0
+    done = 0
     if choice == "auto":
+        if cpu_bfloat16.is_slower_than_float32():
+            done = _pack_for_float32(model, language)
         dtypes = [dtype for dtype in dtypes if can_pack(dtype)]
-        if torch.bfloat16 not in dtypes:
-            widened = sum(widen_frozen_linears(part) for part in parts)
-    return widened + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
+    return done + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
+
+
+def _pack_for_float32(model: VideoLLaVASAMModel, language: nn.Module) -> int:
+    """Let bfloat16 matrices be multiplied in float32; return how many. Images are always many rows, tokens may be few.
+
+    The towers of images come first: what was converted once is left alone by what follows.
+    """
+    done = sum(widen_frozen_linears(tower) for tower in (model.mllm.model.vision_tower, model.grounding_encoder))
+    if can_pack(torch.bfloat16):
+        return done + pack_frozen_linears(language, [torch.bfloat16], SlicedLinear)
+    return done + widen_frozen_linears(language)
 
 
 def why_no_kernel(config: Config, device_type: str) -> str | None:

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from dual_loop.model.fast_linear import can_pack
+from dual_loop.model import cpu_bfloat16
 
 COPY_BYTES = 2**28
 
@@ -16,11 +16,11 @@ COPY_BYTES = 2**28
 def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dict[str, float]:
     """Return ``flops_per_second`` of (rows, width) x (width, inner) and ``bytes_per_second`` read plus written.
 
-    The best of several runs: a floor is what the machine can do. A processor without bfloat16 is measured in float32,
-    in which it is many times faster. Several matrices are used in turn, so that none of them stays in a cache.
+    The best of several runs: a floor is what the machine can do. A processor that multiplies float32 faster than
+    bfloat16 is measured in float32. Several matrices are used in turn, so that none of them stays in a cache.
     """
-    is_emulated = dtype == torch.bfloat16 and not can_pack(dtype)
-    rate = _product_rate(rows, width, inner, torch.float32 if is_emulated else dtype)
+    is_wide = dtype == torch.bfloat16 and cpu_bfloat16.is_slower_than_float32()
+    rate = _product_rate(rows, width, inner, torch.float32 if is_wide else dtype)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
     target = torch.ones_like(source)
     return {

@@ -45,6 +45,7 @@ PLAIN = SpeedConfig(
     lean_sam2=False,
     keep_heap=False,
     own_decoder=False,
+    lean_decoding=False,
     pack_weights="off",
     fused_optimizer=False,
     bucket_view=False,

@@ -32,6 +32,7 @@ PLAIN = SpeedConfig(
     lean_sam2=False,
     keep_heap=False,
     own_decoder=False,
+    lean_decoding=False,
     fused_optimizer=False,
     bucket_view=False,
 )

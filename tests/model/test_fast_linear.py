@@ -11,11 +11,13 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dual_loop.errors import EnvironmentProblem
+from dual_loop.model import cpu_bfloat16
 from dual_loop.model.adapters import merged_adapters
 from dual_loop.model.attention import grouped_attention
 from dual_loop.model.fast_linear import (
     FusedLora,
     PackedLinear,
+    SlicedLinear,
     WidenedLinear,
     can_pack,
     fuse_adapters,
@@ -23,6 +25,9 @@ from dual_loop.model.fast_linear import (
     sixteen_bit_dropout,
     widen_frozen_linears,
 )
+from dual_loop.training.devices import pack_model
+
+from small_model import small_config, small_model
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no bfloat16 kernels")
@@ -222,6 +227,61 @@ def test_only_frozen_bfloat16_matrices_are_widened() -> None:
     assert widen_frozen_linears(model) == 1
     assert isinstance(model.q_proj.base_layer, WidenedLinear)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [2, 50])
+def test_a_sliced_matrix_rounds_few_rows_as_packed_ones_and_many_once(
+    bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_SLICE_VALUES", 48 * 64), ("_SLICE_STEP", 32), ("_MANY_ROWS", 96)):
+        monkeypatch.setattr(f"dual_loop.model.fast_linear.{name}", value)
+    torch.manual_seed(0)
+    stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    exact, packed = copy.deepcopy(stock).double(), PackedLinear(copy.deepcopy(stock))
+    layer = SlicedLinear(stock)
+    assert [part.shape[0] for part in layer.parts] == [64, 8]
+    x = torch.randn(2, rows, 48, dtype=torch.bfloat16)
+    assert layer.widens(x) == (rows == 50)
+    with torch.no_grad():
+        seen = layer(x)
+        if rows == 2:
+            assert torch.allclose(seen.float(), packed(x).float(), rtol=2**-7, atol=2**-7)
+    leaf, truth = x.clone().requires_grad_(True), x.double().requires_grad_(True)
+    gradient = torch.randn(seen.shape).bfloat16()
+    y, expected = layer(leaf), exact(truth)
+    y.backward(gradient)
+    expected.backward(gradient.double())
+    assert torch.allclose(y.double(), expected, rtol=2**-8, atol=1e-6)
+    assert torch.allclose(leaf.grad.double(), truth.grad, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("slower", "kernels"), [(True, False), (True, True), (False, True)])
+def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
+    slower: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels and not can_pack(torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 kernels")
+    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.is_slower_than_float32", lambda: slower)
+    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.has_kernels", lambda: kernels)
+    model, _, config = small_model(small_config(dtype="bfloat16"))
+    pack_model(config, model, torch.device("cpu"))
+    language = model.mllm.model.language_model.layers[0].mlp.up_proj.base_layer
+    tower = next(m for m in model.mllm.model.vision_tower.modules() if isinstance(m, (nn.Linear, PackedLinear)))
+    expected = {(True, False): WidenedLinear, (True, True): SlicedLinear, (False, True): PackedLinear}[slower, kernels]
+    assert type(language) is expected
+    assert type(tower) is (WidenedLinear if slower else PackedLinear)
+
+
+@pytest.mark.parametrize(("kernels", "seconds", "slower"), [(False, 0.0, True), (True, 1.3, True), (True, 1.1, False)])
+def test_bfloat16_counts_as_slower_by_a_margin(
+    kernels: bool, seconds: float, slower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {torch.bfloat16: seconds, torch.float32: 1.0}
+    monkeypatch.setattr(cpu_bfloat16, "has_kernels", lambda: kernels)
+    monkeypatch.setattr(cpu_bfloat16, "_seconds", taken.__getitem__)
+    assert cpu_bfloat16.is_slower_than_float32.__wrapped__() is slower
 
 
 def test_an_adapter_of_a_widened_matrix_computes_in_float32() -> None:
