@@ -57,6 +57,8 @@ class FeatureCache:
         except OSError as error:
             raise EnvironmentProblem(explain("the feature cache cannot be made", str(folder), str(error))) from error
         self._marks = {name: weights_mark(encoder) for name, encoder in encoders.items()}
+        # Levels that come out before the neck's convolutions are not those that come out behind them.
+        self._marks["grounding"] += f" open {getattr(encoders['grounding'].neck, 'open_levels', ())}"
         self.used = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
         self.is_announced = False
         self.num_read = self.num_computed = self.num_not_stored = 0

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dual_loop.config import Config
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.lean_sam2 import level_width
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) 
         state = {name: _hollow(value) for name, value in [*decoding.named_parameters(), *decoding.named_buffers()]}
         kind = next(model.grounding_encoder.parameters()).dtype
         width = model.grounding_encoder.config.prompt_encoder_config.hidden_size
-        sides = [model.mask_size // share for share in (1, 2, 4)]
-        levels = [torch.empty(images, width, side, side, dtype=kind) for side in sides]
+        sizes = [(level_width(model.grounding_encoder, k), model.mask_size // 2**k) for k in range(3)]
+        levels = [torch.empty(images, channels, side, side, dtype=kind) for channels, side in sizes]
         embeds = torch.empty(objects, width, dtype=kind).requires_grad_() * 1
         index = torch.zeros(objects, dtype=torch.long)
         with _counting(list(state.values())) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -8,12 +8,12 @@
 * :class:`WidenedLinear`: a frozen bfloat16 matrix on a CPU that is faster in float32 (``model.cpu_bfloat16``),
   multiplied in float32 a slice at a time. Where bfloat16 is emulated, torch's own products are five to a hundred times
   slower.
-* :class:`SlicedLinear`: both, where bfloat16 is faster for few rows and float32 for many.
+* :class:`HybridLinear`: both, where bfloat16 is faster for few rows and float32 for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ _PACKED_ROWS = 8
 _SLICE_VALUES = 2**20
 """Most values of a matrix that exist in float32 at a time: 4 MiB, which a processor's cache holds."""
 _MANY_ROWS = 96
-"""From here on a sliced matrix is multiplied in float32; below, reading and unpacking it costs more than it saves."""
-_SLICE_STEP = 256
-"""Rows of a packed slice are a multiple of this: narrower ones leave the few-row kernels idle."""
+"""From here on a hybrid multiplies in float32; below, unpacking the matrix costs more than it saves."""
+_PART_VALUES = 2**25
+"""Most values of a hybrid's packed parts: what is unpacked at a time, 64 MiB. Only heads are larger."""
 
 
 class FusedLora(LoraLinear):
@@ -53,7 +53,7 @@ class FusedLora(LoraLinear):
         down, up = self._weights(name)
         dropout = self.lora_dropout[name]
         rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
-        if isinstance(self.base_layer, (WidenedLinear, SlicedLinear)) and self.base_layer.widens(x):
+        if isinstance(self.base_layer, (WidenedLinear, HybridLinear)) and self.base_layer.widens(x):
             with torch.autocast(x.device.type, enabled=False):
                 low = F.linear(sixteen_bit_dropout(x.to(down.dtype), rate), down) * self.scaling[name]
                 return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
@@ -163,18 +163,14 @@ class WidenedLinear(nn.Linear):
         return True
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield rows of the matrix and their values in float32, in a buffer that is used again."""
-        count = max(1, _SLICE_VALUES // self.in_features)
-        buffer = torch.empty(min(count, self.out_features), self.in_features)
-        for start in range(0, self.out_features, count):
-            rows = slice(start, min(start + count, self.out_features))
-            yield rows, buffer[: rows.stop - start].copy_(self.weight[rows])
+        return _widened([self.weight])
 
 
-class SlicedLinear(nn.Module):
-    """A frozen bfloat16 matrix in packed slices: few rows are multiplied in bfloat16, many in float32; CPU.
+class HybridLinear(nn.Module):
+    """A frozen bfloat16 matrix, packed: few rows are multiplied in bfloat16, many in float32; CPU.
 
-    Many rows unpack and widen a slice at a time. As with :class:`PackedLinear`, the matrix is no parameter any more.
+    For many rows the matrix is unpacked, and widened a slice at a time. As with :class:`PackedLinear`, it is no
+    parameter any more.
 
     Args:
         linear: the layer; its weight is given up.
@@ -187,7 +183,7 @@ class SlicedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else linear.bias.detach()
-        count = max(1, _SLICE_VALUES // (_SLICE_STEP * self.in_features)) * _SLICE_STEP
+        count = max(1, _PART_VALUES // self.in_features)
         self.parts = [pack_matrix(part) for part in linear.weight.detach().split(count)]
         del linear.weight
 
@@ -196,6 +192,8 @@ class SlicedLinear(nn.Module):
         x, sizes = x.to(self.dtype), (self.out_features, self.in_features)
         if self.widens(x) or (torch.is_grad_enabled() and x.requires_grad):
             return torch.as_tensor(_WidenedProduct.apply(x, self._slices, sizes, self.bias))
+        if len(self.parts) == 1:
+            return _packed_product(x, self.parts[0], self.bias)
         product = torch.cat([_packed_product(x, part, None) for part in self.parts], dim=-1)
         return product if self.bias is None else product + self.bias
 
@@ -204,11 +202,18 @@ class SlicedLinear(nn.Module):
         return x.numel() >= _MANY_ROWS * self.in_features
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        start = 0
-        for part in self.parts:
-            rows = slice(start, start + part.shape[0])
-            yield rows, part.to_dense().float()
-            start = rows.stop
+        return _widened(part.to_dense() for part in self.parts)
+
+
+def _widened(parts: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a matrix that is given in parts (rows, in), and their values in float32, in a buffer used again."""
+    buffer, start = torch.empty(0), 0
+    for part in parts:
+        for values in part.split(max(1, _SLICE_VALUES // part.shape[1])):
+            if buffer.numel() < values.numel():
+                buffer = torch.empty(values.shape)
+            yield slice(start, start + len(values)), buffer[: len(values)].copy_(values)
+            start += len(values)
 
 
 class _WidenedProduct(torch.autograd.Function):
@@ -261,7 +266,7 @@ def pack_matrix(weight: Tensor) -> Tensor:
 def pack_frozen_linears(
     model: nn.Module,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    kind: type[PackedLinear] | type[SlicedLinear] = PackedLinear,
+    kind: type[PackedLinear] | type[HybridLinear] = PackedLinear,
 ) -> int:
     """Replace every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` by a ``kind``; return how many.
 

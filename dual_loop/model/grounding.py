@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dual_loop.model import cpu_bfloat16
+from dual_loop.model.lean_sam2 import read_level
 from dual_loop.types import Segmentation
 
 
@@ -23,8 +24,9 @@ class GroundingFeatures:
     """Frozen features of B images, before the layers that train.
 
     Attributes:
-        levels: three maps (B, C, 4Q', 4Q'), (B, C, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before
-            ``conv_s0`` and ``conv_s1``.
+        levels: three maps (B, C0, 4Q', 4Q'), (B, C1, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before
+            ``conv_s0`` and ``conv_s1``. C0 and C1 are C, or the trunk's widths where the neck is lean
+            (``lean_sam2.LeanNeck``).
     """
 
     levels: list[Tensor]
@@ -62,7 +64,8 @@ class GroundingDecoder:
         decoder = self.sam.mask_decoder
         fine, middle, coarse = features.levels
         coarse = coarse + self.sam.no_memory_embedding.reshape(1, -1, 1, 1)
-        return [decoder.conv_s0(fine), decoder.conv_s1(middle), coarse]
+        neck = self.sam.vision_encoder.neck
+        return [read_level(neck, 0, decoder.conv_s0, fine), read_level(neck, 1, decoder.conv_s1, middle), coarse]
 
     def sparse_prompts(self, seg_embeds: Tensor) -> Tensor:
         """(N, C) projected [SEG] embeddings -> (N, 1, 3, C) sparse prompts."""

@@ -6,19 +6,31 @@ the level (single images need none: the mask decoder has its own). On a CPU they
 
 Blocks whose attention stays inside windows are run on one band of window rows after the other: what lies between two
 matrix products then stays in the processor's cache, and only one band's worth of it exists at a time.
+
+The neck brings the two finest levels to its width with a 1 x 1 convolution, and nothing but another 1 x 1 convolution
+of the mask decoder reads them: two linear maps in a row, of which the second trains. :class:`LeanNeck` hands out what
+is before the first, and :func:`read_level` multiplies the two matrices instead of the maps: an eighth of the
+operations for SAM 2 large, and features of 144 and 288 instead of 256 and 256 channels to keep.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2MultiScaleBlock, do_pool
+from transformers.models.sam2.modeling_sam2 import (
+    Sam2MultiScaleAttention,
+    Sam2MultiScaleBlock,
+    Sam2VisionNeck,
+    do_pool,
+)
 
 BAND_TOKENS = 8192
 """Most tokens of all images in a band, unless one row of windows has more."""
+HIGH_RESOLUTION = 2
+"""Levels that the mask decoder reads through a convolution of its own: the finest two."""
 
 
 class LeanAttention(Sam2MultiScaleAttention):  # type: ignore[misc]
@@ -65,11 +77,72 @@ def band_height(shape: Any, window: int) -> int:
     return int(window * max(1, BAND_TOKENS // (images * width * window)))
 
 
-class NoPositions(nn.Module):
-    """Stands in for the neck's position encodings: a zero of each level's shape that takes no memory."""
+class LeanNeck(Sam2VisionNeck):  # type: ignore[misc]
+    """The neck without the convolutions that :func:`read_level` makes up for."""
 
-    def forward(self, shape: Any, device: Any, dtype: torch.dtype, mask: Any = None) -> Tensor:
-        return torch.zeros(1, device=device, dtype=dtype).expand(shape)
+    @property
+    def open_levels(self) -> tuple[int, ...]:
+        """The levels, 0 the finest, that come out as the trunk left them: frozen, 1 x 1, nothing added from above."""
+        first = min([HIGH_RESOLUTION, *(self.fpn_top_down_levels or [])])
+        return tuple(level for level in range(first) if _is_linear(self.lateral(level)))
+
+    def lateral(self, level: int) -> nn.Conv2d:
+        """Return the convolution of a level; the first one is that of the coarsest."""
+        layer: Any = self.convs[len(self.convs) - 1 - level]
+        return cast(nn.Conv2d, layer)
+
+    def forward(self, hidden_states: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the levels (B, C, H, W), coarse to fine, and zeros in place of position encodings."""
+        maps: list[Tensor] = []
+        above: Tensor | None = None
+        opened = self.open_levels
+        for level in reversed(range(len(self.convs))):
+            given = hidden_states[level].permute(0, 3, 1, 2)
+            if level in opened:
+                maps.append(_as_read(given))
+                continue
+            lateral = self.lateral(level)
+            found = lateral(given.to(lateral.weight.dtype))
+            if above is not None and level in (self.fpn_top_down_levels or []):
+                found = found + F.interpolate(above.float(), scale_factor=2.0, mode="nearest").to(found.dtype)
+            above = found
+            maps.append(found)
+        return tuple(maps), tuple(values.new_zeros(()).expand_as(values) for values in maps)
+
+
+def read_level(neck: Any, level: int, convolution: nn.Conv2d, values: Tensor) -> Tensor:
+    """Apply the mask decoder's 1 x 1 ``convolution`` to a level (B, C, H, W) of ``neck``: (B, C', H, W).
+
+    An open level passes both convolutions as one, whose matrix is their product: the same values, and the same
+    gradients of ``convolution``, up to rounding. The product is taken in float32 also under autocast.
+    """
+    if level not in getattr(neck, "open_levels", ()):
+        return torch.as_tensor(convolution(values))
+    first: Any = neck.lateral(level)
+    with torch.autocast(values.device.type, enabled=False):
+        outer = convolution.weight.flatten(1)
+        matrix = outer @ first.weight.flatten(1).to(outer.dtype)
+        bias = F.linear(first.bias.to(outer.dtype), outer, convolution.bias)
+    dtype = values.dtype if torch.is_autocast_enabled(values.device.type) else matrix.dtype
+    return F.linear(values.permute(0, 2, 3, 1).to(dtype), matrix, bias).permute(0, 3, 1, 2)
+
+
+def level_width(sam: Any, level: int) -> int:
+    """Return the channels of a level as the encoder of ``sam``, a ``Sam2Model``, hands it out."""
+    neck = sam.vision_encoder.neck
+    is_open = level in getattr(neck, "open_levels", ())
+    return int(neck.lateral(level).in_channels if is_open else neck.config.fpn_hidden_size)
+
+
+def _is_linear(layer: nn.Conv2d) -> bool:
+    plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return plain and layer.bias is not None and not any(p.requires_grad for p in layer.parameters())
+
+
+def _as_read(values: Tensor) -> Tensor:
+    """Return a level in the dtype in which autocast will read it: rounded once, and half as large."""
+    kind = values.device.type
+    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
 
 
 def make_lean(sam: Any) -> None:
@@ -80,4 +153,5 @@ def make_lean(sam: Any) -> None:
             module.__class__ = LeanAttention
         elif type(module) is Sam2MultiScaleBlock:
             module.__class__ = BandedBlock
-    encoder.neck.position_encoding = NoPositions()
+    if type(encoder.neck) is Sam2VisionNeck:
+        encoder.neck.__class__ = LeanNeck

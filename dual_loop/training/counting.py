@@ -118,6 +118,8 @@ def _formulas() -> dict[Any, Callable[..., float]]:
     aten = torch.ops.aten
     found.setdefault(aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops)
     found.setdefault(aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops)
+    for in_place, stock in ((aten.addmm_, aten.addmm), (aten.baddbmm_, aten.baddbmm)):
+        found.setdefault(in_place, found[stock])
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found[torch.ops.mkldnn._linear_pointwise] = _packed_flops
     return found

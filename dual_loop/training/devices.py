@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model import cpu_bfloat16
-from dual_loop.model.fast_linear import SlicedLinear, can_pack, pack_frozen_linears, widen_frozen_linears
+from dual_loop.model.fast_linear import HybridLinear, can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
@@ -123,7 +123,7 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
 
     ``auto`` does so on a CPU, for the dtypes that it has a layout for. A CPU that is faster in float32 multiplies
     bfloat16 matrices in that: all of them, or where it has bfloat16 those that meet many rows
-    (``fast_linear.WidenedLinear``, ``SlicedLinear``). Float32 matrices that autocast would round are left alone. Call
+    (``fast_linear.WidenedLinear``, ``HybridLinear``). Float32 matrices that autocast would round are left alone. Call
     it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
     stays plain where trained rows are written into it.
     """
@@ -150,7 +150,7 @@ def _pack_for_float32(model: VideoLLaVASAMModel, language: nn.Module) -> int:
     """
     done = sum(widen_frozen_linears(tower) for tower in (model.mllm.model.vision_tower, model.grounding_encoder))
     if can_pack(torch.bfloat16):
-        return done + pack_frozen_linears(language, [torch.bfloat16], SlicedLinear)
+        return done + pack_frozen_linears(language, [torch.bfloat16], HybridLinear)
     return done + widen_frozen_linears(language)
 
 

@@ -30,6 +30,7 @@ from dual_loop.model.checkpointing import (
     measure_mask_decoder,
     requested_layers,
 )
+from dual_loop.model.lean_sam2 import level_width
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
 
@@ -90,7 +91,7 @@ class LayerPlanner:
         self.layer: LayerMemory = measure_layer(model, *shape_of_rows(config), autocast)
         objects = config.train.batch_size * config.data.regions_per_image
         decoder = measure_mask_decoder(model, config.train.batch_size, objects, autocast)
-        self.other = other_bytes(config, len_vocabulary(model), self.layer) + decoder
+        self.other = other_bytes(config, model, self.layer) + decoder
 
     def language(self, recomputed: int) -> int:
         """Return the bytes that all decoder layers hold at most where the first ``recomputed`` are recomputed."""
@@ -151,7 +152,7 @@ def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
     return recomputed * layer.entry + (max(held, layer.kept) if recomputed else held)
 
 
-def other_bytes(config: Config, vocabulary: int, layer: LayerMemory) -> int:
+def other_bytes(config: Config, model: Any, layer: LayerMemory) -> int:
     """Return the bytes of a micro-batch beside decoder layers and mask decoder, at most.
 
     One layer's gradients; three float32 copies of a chunk of logits; masks, targets and gradients in the losses; the
@@ -162,10 +163,9 @@ def other_bytes(config: Config, vocabulary: int, layer: LayerMemory) -> int:
     tokens = images * regions * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
     chunk = min(tokens, config.speed.cross_entropy_chunk or tokens)
     losses = 6 * images * regions * sizes.mask_size**2 * 4
-    width = int(config.model.sam2["fpn_hidden_size"])
-    cells = sum((sizes.mask_size // share) ** 2 for share in (1, 2, 4))
-    window = images * train.gradient_accumulation_steps * width * cells * 4
-    return layer.kept + 3 * chunk * vocabulary * 4 + losses + window
+    cells = sum(level_width(model.grounding_encoder, k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+    window = images * train.gradient_accumulation_steps * cells * 4
+    return int(layer.kept + 3 * chunk * len_vocabulary(model) * 4 + losses + window)
 
 
 def shape_of_rows(config: Config) -> tuple[int, int]:

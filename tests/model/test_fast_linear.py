@@ -16,8 +16,8 @@ from dual_loop.model.adapters import merged_adapters
 from dual_loop.model.attention import grouped_attention
 from dual_loop.model.fast_linear import (
     FusedLora,
+    HybridLinear,
     PackedLinear,
-    SlicedLinear,
     WidenedLinear,
     can_pack,
     fuse_adapters,
@@ -232,15 +232,15 @@ def test_only_frozen_bfloat16_matrices_are_widened() -> None:
 @needs_bfloat16
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [2, 50])
-def test_a_sliced_matrix_rounds_few_rows_as_packed_ones_and_many_once(
+def test_a_hybrid_matrix_rounds_few_rows_as_packed_ones_and_many_once(
     bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("_SLICE_VALUES", 48 * 64), ("_SLICE_STEP", 32), ("_MANY_ROWS", 96)):
+    for name, value in (("_SLICE_VALUES", 48 * 20), ("_PART_VALUES", 48 * 64), ("_MANY_ROWS", 96)):
         monkeypatch.setattr(f"dual_loop.model.fast_linear.{name}", value)
     torch.manual_seed(0)
     stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact, packed = copy.deepcopy(stock).double(), PackedLinear(copy.deepcopy(stock))
-    layer = SlicedLinear(stock)
+    layer = HybridLinear(stock)
     assert [part.shape[0] for part in layer.parts] == [64, 8]
     x = torch.randn(2, rows, 48, dtype=torch.bfloat16)
     assert layer.widens(x) == (rows == 50)
@@ -269,7 +269,7 @@ def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
     pack_model(config, model, torch.device("cpu"))
     language = model.mllm.model.language_model.layers[0].mlp.up_proj.base_layer
     tower = next(m for m in model.mllm.model.vision_tower.modules() if isinstance(m, (nn.Linear, PackedLinear)))
-    expected = {(True, False): WidenedLinear, (True, True): SlicedLinear, (False, True): PackedLinear}[slower, kernels]
+    expected = {(True, False): WidenedLinear, (True, True): HybridLinear, (False, True): PackedLinear}[slower, kernels]
     assert type(language) is expected
     assert type(tower) is (WidenedLinear if slower else PackedLinear)
 
