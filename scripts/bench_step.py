@@ -75,25 +75,31 @@ class Worker:
         raise SystemExit(f"error: the process of variant {self.name} ended with status {self.process.wait()}")
 
 
-def run_variants(setting: Setting, names: Sequence[str], repeats: int, threads: int, at_once: bool) -> dict[str, Any]:
-    """Take a step of each variant in turn, ``repeats`` times after one that is not counted; return all results."""
+def run_variants(
+    setting: Setting, names: Sequence[str], repeats: int, threads: int, at_once: bool, is_cold: bool = False
+) -> dict[str, Any]:
+    """Take a step of each variant in turn, ``repeats`` times after one that is not counted; return all results.
+
+    Where ``is_cold``, each takes one step alone, the first, and its operations are counted while it is timed.
+    """
     if not at_once:
         results: dict[str, Any] = {"variants": {}}
         for name in names:
-            one = run_variants(setting, [name], repeats, threads, True)
+            one = run_variants(setting, [name], repeats, threads, True, is_cold)
             results["variants"].update(one["variants"])
             results.setdefault("floor", one["floor"])
         return results
     workers = [Worker(setting, name, threads) for name in names]
-    for worker in workers:
-        worker.ask("step")
+    if not is_cold:
+        for worker in workers:
+            worker.ask("step")
     shape = workers[0].ask("shape")["shape"]
     torch.set_num_threads(threads)
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     floors = []
-    for number in range(repeats):
+    for number in range(1 if is_cold else repeats):
         for worker in workers:
-            steps[worker.name].append(worker.ask("step"))
+            steps[worker.name].append(worker.ask("counted" if is_cold else "step"))
             print(f"round {number + 1}, {worker.name}: {steps[worker.name][-1]['seconds']:.2f} s", file=sys.stderr)
         # Here and not in a worker, whose peak memory it would raise.
         rows, width, inner, dtype = shape
@@ -103,7 +109,8 @@ def run_variants(setting: Setting, names: Sequence[str], repeats: int, threads: 
     variants = {}
     for worker in workers:
         ended = worker.ask("end")
-        variants[worker.name] = summary(steps[worker.name], worker.ask("counted"), ended, floor)
+        counted = steps[worker.name][0] if is_cold else worker.ask("counted")
+        variants[worker.name] = summary(steps[worker.name], counted, ended, floor)
         worker.close()
     return {"variants": variants, "floor": floor}
 
@@ -132,6 +139,8 @@ def summary(
         "flops": counted["flops"],
         "bytes": counted["bytes"],
         "captions": counted["captions"],
+        # transformers' generate, in the plain flow, is not split up.
+        "caption_share": sum(phases[name] for name in CAPTIONING) / sum(phases.values()) if rows else None,
         "decode_step": {
             "rows": rows,
             "seconds": phases["decode"] / num_decoded,
@@ -139,6 +148,9 @@ def summary(
             "floor_bytes": counted["bytes"]["decode"] / num_decoded / floor["bytes_per_second"],
         },
     }
+
+
+CAPTIONING = ("prompt prefill", "decode")
 
 
 def add_ratios(results: dict[str, Any]) -> None:
@@ -178,9 +190,12 @@ def print_report(results: dict[str, Any], setting: Setting) -> None:
             flops, moved = values["flops"][phase] / 1e9, values["bytes"][phase] / 1e9
             print(f"{phase:<18}{seconds:>9.3f}{least:>9.3f}{ratio:>7}{flops:>10.1f}{moved:>8.2f}")
         step = values["decode_step"]
+        if not step["rows"]:
+            continue
         print(
             f"decoding step of {step['rows']} rows: {step['seconds'] * 1e3:.1f} ms, floors "
-            f"{step['floor_flops'] * 1e3:.1f} ms (product) and {step['floor_bytes'] * 1e3:.1f} ms (memory)"
+            f"{step['floor_flops'] * 1e3:.1f} ms (product) and {step['floor_bytes'] * 1e3:.1f} ms (memory); "
+            f"captions take {values['caption_share']:.0%} of the step"
         )
     print(f"\n{'variant':<28}{'s/step':>9}{'x default':>11}{'peak MB':>9}{'above imports':>15}")
     for name, values in results["variants"].items():
@@ -219,6 +234,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--on", action="append", default=[], metavar="LEVER", help="measure with an optional lever")
     parser.add_argument("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="dotted configuration keys")
     parser.add_argument("--sequential", action="store_true", help="one process after the other (where memory is short)")
+    parser.add_argument("--cold", action="store_true", help="take the first step alone (where steps take minutes)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     return parser.parse_args(argv)
 
@@ -238,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     off = [*LEVERS, NEW_TOKEN_ROWS] if "all" in args.off else args.off
     names = ["default", *(["plain"] if args.plain else []), *(f"off:{n}" for n in off), *(f"on:{n}" for n in args.on)]
-    results = run_variants(setting, names, args.repeats, args.threads, not args.sequential)
+    results = run_variants(setting, names, args.repeats, args.threads, not args.sequential, args.cold)
     results["setting"] = asdict(setting)
     add_ratios(results)
     print_report(results, setting)

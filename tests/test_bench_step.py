@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch  # noqa: E402
 from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed  # noqa: E402
+from bench_step import run_variants  # noqa: E402
 
 from dual_loop.model.fast_linear import PackedLinear, can_pack, widen_frozen_linears  # noqa: E402
 from dual_loop.settings import SpeedConfig  # noqa: E402
@@ -44,6 +45,19 @@ def test_the_json_holds_what_it_promises(results):
     assert ratio["peak_mb"] == pytest.approx(default["peak_mb"] / plain["peak_mb"])
     assert results["floor"]["flops_per_second"] > 1e9
     assert results["floor"]["bytes_per_second"] > 1e8
+
+
+def test_the_share_of_captions_is_given_where_their_phases_are_known(results):
+    default, plain = (results["variants"][name] for name in ("default", "plain"))
+    assert 0 < default["caption_share"] < 1
+    assert plain["caption_share"] is None
+
+
+def test_a_cold_step_is_the_first_and_counted(tmp_path):
+    setting = Setting("tiny", 1, 1, 4, 1)
+    cold = run_variants(setting, ["default"], 3, 1, True, is_cold=True)["variants"]["default"]
+    assert cold["seconds"] > 0
+    assert cold["flops"]["language forward"] > 0
 
 
 def test_the_phases_add_up_to_the_step(results):

@@ -2,8 +2,8 @@
 
 A file holds the features of one image tile, or of one grounding image, in the dtype they were computed in, so nothing
 changes. Its name is a hash of the pixels, of the encoder's weights and of the dtype: another image, model or precision
-cannot be mistaken for this one. For the 4B model an image takes about 17 MiB (SAM 2's three levels in float32), so this
-is for small sets that are seen many times; ``docs/performance.md`` says when it pays.
+cannot be mistaken for this one. For the 4B model an image takes about 31 MiB (SAM 2's three levels in bfloat16), so
+this is for small sets that are seen many times; ``docs/performance.md`` says when it pays.
 """
 
 from __future__ import annotations
