@@ -308,6 +308,9 @@ def _check_values(config: Any, problems: list[str]) -> None:
     layers = config.speed.checkpoint_layers
     if layers not in ("auto", "all", "none") and not layers.isdigit():
         problems.append(f"speed.checkpoint_layers: seen {layers!r}, expected auto, all, none or a number of layers")
+    images = config.speed.images_at_once
+    if images not in ("auto", "all") and not (images.isdigit() and int(images) > 0):
+        problems.append(f"speed.images_at_once: seen {images!r}, expected auto, all or a number from 1 on")
     unknown = [name for name in config.reward.gates if name not in GATES]
     if unknown:
         problems.append(f"reward.gates: seen {', '.join(unknown)}, expected some of {', '.join(GATES)}")

@@ -284,6 +284,8 @@ class SpeedConfig:
             rounded, and captions would come from another model than the one that trains.)
         lean_sam2: skip what transformers' SAM 2 encoder computes and nobody reads.
         keep_heap: on a CPU with glibc, keep freed memory for the next tensor instead of giving it back each time.
+        start_on_disk: keep the weights that training started from, which audits compare with, in a temporary file
+            instead of in memory (1 GiB a process for the 4B model); not where they listen at every step.
         own_decoder: decode with this package's loop; off, with transformers' ``generate``.
         lean_decoding: in that loop, pass new tokens through the layers of a Qwen2 language model without what
             transformers does around each of them.
@@ -296,6 +298,9 @@ class SpeedConfig:
         checkpoint_layers: decoder layers whose activations are computed again in the backward pass, the first ones:
             ``all``, ``none``, a number, or ``auto``, as few as the memory allows (``training.layer_memory``). Counts
             where ``model.gradient_checkpointing`` is on.
+        images_at_once: images of a micro-batch that go through steps 2 and 3 together, each group with its own backward
+            pass: ``all``, a number, or ``auto``, one on a CPU with 256 or more image tokens, else all
+            (``training.window_parts``).
         memory_gib: GiB that one process may use in all, for ``checkpoint_layers = auto``; None takes what is free.
         liger: Liger's Triton kernels for the language model and its cross-entropy (GPUs; extra ``liger``).
         sdpa_kernel: the attention kernel of the training step, ``auto`` or one and no other:
@@ -320,6 +325,7 @@ class SpeedConfig:
     merge_adapters: bool = True
     lean_sam2: bool = True
     keep_heap: bool = True
+    start_on_disk: bool = True
     own_decoder: bool = True
     lean_decoding: bool = True
     fused_optimizer: bool = True
@@ -329,6 +335,7 @@ class SpeedConfig:
     static_cache: bool = False
     compile_decode: bool = False
     checkpoint_layers: str = "auto"
+    images_at_once: str = "auto"
     memory_gib: float | None = None
     liger: bool = False
     sdpa_kernel: str = "auto"

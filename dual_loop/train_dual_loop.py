@@ -55,6 +55,7 @@ from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
+from dual_loop.training.window_parts import as_computed
 
 TO_BE_CONTINUED = 75
 """Exit status, EX_TEMPFAIL of sysexits.h."""
@@ -121,7 +122,7 @@ def train(config: Config) -> FitResult:
     model, prompter = prepare_model(config, folder, report)
     if config.speed.liger:
         report(apply_liger(model, accelerator.device.type))
-    planner = layer_planner(config, model)
+    planner = layer_planner(as_computed(config, accelerator.device.type), model)
     stream = prepare_data(config, accelerator, report)
     pace: Pace | None = None
     if is_sharding(config, accelerator):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -173,6 +174,37 @@ class Batch:
     @property
     def num_regions(self) -> int:
         return len(self.region_names)
+
+    def images(self, start: int, stop: int) -> Batch:
+        """Return images ``start`` to ``stop`` (exclusive, at most B) with their views and regions.
+
+        What was skipped stays with the first image; the batch itself comes back where all images are asked for.
+        """
+        stop = min(stop, self.num_images)
+        if (start, stop) == (0, self.num_images):
+            return self
+        views = sorted({*self.caption_view[start:stop], *self.target_view[start:stop]})
+        ends = list(accumulate(self.tiles_per_view))
+        tiles = [tile for view in views for tile in range(ends[view] - self.tiles_per_view[view], ends[view])]
+        owners = self.region_image.tolist()
+        regions = [region for region, owner in enumerate(owners) if start <= owner < stop]
+        return Batch(
+            pixel_values=self.pixel_values[tiles],
+            tiles_per_view=[self.tiles_per_view[view] for view in views],
+            caption_view=[views.index(view) for view in self.caption_view[start:stop]],
+            target_view=[views.index(view) for view in self.target_view[start:stop]],
+            g_pixel_values=self.g_pixel_values[start:stop],
+            prompt_masks=self.prompt_masks[regions],
+            grid_rescued=self.grid_rescued[regions],
+            target_masks=self.target_masks[regions],
+            region_image=self.region_image[regions] - start,
+            region_seeds=self.region_seeds[regions],
+            captions=[self.captions[region] for region in regions],
+            region_names=[self.region_names[region] for region in regions],
+            sources=self.sources[start:stop],
+            skipped=self.skipped if start == 0 else [],
+            samples=self.samples[start:stop],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on ``device``."""

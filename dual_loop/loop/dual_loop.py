@@ -99,7 +99,8 @@ class DualLoop:
         self.cache: FeatureCache | None = None
         if speed.feature_cache is not None:
             self.cache = FeatureCache(model, speed.feature_cache, speed.feature_cache_gib)
-        self.starting = StartingWeights(trainable_parameters(model))
+        is_seldom_read = self.reward_config.listener != "frozen"
+        self.starting = StartingWeights(trainable_parameters(model), speed.start_on_disk and is_seldom_read)
         self.auditor = Auditor(model, prompter, config, self.starting, exchange)
 
     def use_average(self, average: ExponentialMovingAverage) -> None:

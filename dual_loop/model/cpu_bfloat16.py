@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -35,16 +36,21 @@ def has_kernels() -> bool:
 
 @cache
 def is_slower_than_float32() -> bool:
-    """Tell whether a product with many rows takes longer in bfloat16; measured once in a process, some 20 ms."""
+    """Tell whether a product with many rows takes longer in bfloat16; measured once in a process, some 20 ms.
+
+    In a thread of its own: tensors without values, counters of operations and autocast belong to the thread that asks.
+    """
     if not has_kernels():
         return True
-    return _seconds(torch.bfloat16) > MARGIN * _seconds(torch.float32)
+    with ThreadPoolExecutor(1) as apart:
+        half, full = apart.map(_seconds, (torch.bfloat16, torch.float32))
+    return half > MARGIN * full
 
 
 def _seconds(dtype: torch.dtype) -> float:
     x, matrix = torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
     best = float("inf")
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad():
         for _ in range(_REPEATS):
             start = time.perf_counter()
             torch.nn.functional.linear(x, matrix)

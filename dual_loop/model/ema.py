@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dual_loop.errors import CheckpointError, explain
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.model.shards import is_sharded, place_like
 
 _MAX_NAMES_SHOWN = 5
@@ -148,24 +149,65 @@ class ExponentialMovingAverage:
 
 
 class StartingWeights:
-    """A copy of the trainable parameters as they were when training began; on the CPU, lent to the model at audits.
+    """A copy of the trainable parameters as they were when training began; lent to the model at audits.
 
     The starting model is the listener that training cannot talk to in a private code. A resumed run starts from the
     same weights again before its checkpoint is read, so nothing of this needs to be saved.
 
     Args:
         named_parameters: names to parameters; those without ``requires_grad`` are left out, since they never change.
+        on_disk: keep the copy in a file without a name in the folder for temporary files (``TMPDIR``), which vanishes
+            with the process; else in memory. Parameters that are sharded stay in memory.
+
+    Raises:
+        EnvironmentProblem: the file cannot be written.
     """
 
-    def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
         self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        self._values = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        is_stored = on_disk and not any(is_sharded(p) for p in self._parameters.values())
+        self._values: Mapping[str, torch.Tensor]
+        if is_stored:
+            self._values = _TensorFile(self._parameters)
+        else:
+            self._values = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Put the starting weights into the model for the length of a ``with`` block, then restore the live ones."""
         with _borrowed(self._parameters, self._values):
             yield
+
+
+class _TensorFile(Mapping[str, torch.Tensor]):
+    """Tensors in a temporary file that has no name; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+        try:
+            self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
+            for name, tensor in tensors.items():
+                self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                self._file.write(flat.view(torch.uint8).numpy().data)
+            self._file.flush()
+        except OSError as error:
+            what, fix = "the starting weights cannot be stored", "set TMPDIR to a folder with space, or the setting off"
+            where = f"speed.start_on_disk, {tempfile.gettempdir()}"
+            raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        start, dtype, shape = self._places[name]
+        values = torch.empty(shape, dtype=dtype)
+        self._file.seek(start)
+        self._file.readinto(values.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @contextmanager

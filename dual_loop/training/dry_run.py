@@ -14,6 +14,7 @@ from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, NEW_TOKENS
 from dual_loop.training.devices import share_out_batch
 from dual_loop.training.layer_memory import LayerPlan, LayerPlanner
+from dual_loop.training.window_parts import as_computed
 
 FORMULA = (
     "frozen x bytes of model.dtype (SAM 2: 4) + trained x (4 value + 4 gradient + 8 Adam + 4 average "
@@ -101,7 +102,8 @@ def plan_memory(
             ``speed.memory_gib``, and without that all layers are recomputed.
     """
     sizes = state_bytes(model, int(os.environ.get("WORLD_SIZE", "1")))
-    planner, memory = LayerPlanner(config, model), memory_gib or config.speed.memory_gib
+    computed = as_computed(config, "cpu" if config.train.device == "cpu" else "cuda")
+    planner, memory = LayerPlanner(computed, model), memory_gib or config.speed.memory_gib
     plan = planner.decide(None if memory is None else max(memory * 2**30 - sum(sizes.values()), 0.0))
     sizes["activations (language)"] = planner.language(plan.recomputed)
     sizes["activations (other)"] = planner.other

@@ -141,7 +141,7 @@ def plan_config(config: Config) -> Config:
         problem = f"train.parallel={config.train.parallel}"
     if problem:
         raise ConfigError(explain("a plan does not cover this", problem, expected="the default", fix="leave it out"))
-    return replace(config, speed=replace(speed, pack_weights="off", feature_cache=None))
+    return replace(config, speed=replace(speed, pack_weights="off", feature_cache=None, start_on_disk=False))
 
 
 def generated_window(config: Config) -> list[Batch]:

@@ -47,6 +47,7 @@ from dual_loop.training.panels import choose_regions, make_panel, save_panels
 from dual_loop.training.run_folder import RunFolder
 from dual_loop.training.sharding import clip_gradients
 from dual_loop.training.state import Progress, fill_parameters, find_checkpoint, load_checkpoint
+from dual_loop.training.window_parts import Part, images_at_once, split_window
 from dual_loop.types import Batch, RegionSample, SkippedSample, StepOutput
 
 TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "stop"
@@ -219,7 +220,8 @@ class Trainer:
         is_logged = is_audited or number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
         timer = PhaseTimer(self.accelerator.device, exact=is_logged)
         with timer.phase("data"):
-            window = feed.take()
+            parts = split_window(feed.take(), images_at_once(self.config, self.accelerator.device.type))
+            window = [part.batch for part in parts]
         with attention_kernel(self.config, self.accelerator.device):
             with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
                 micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
@@ -236,7 +238,7 @@ class Trainer:
         if is_logged:
             self._log(sums, counts, grad_norm, rate, timer)
         if number == self.total_steps or number == 1 or number % self.config.train.panel_interval == 0:
-            self._save_panels(micros, outputs)
+            self._save_panels(micros, outputs, parts)
         return sums[STOP] > 0
 
     def _is_audited(self, number: int) -> bool:
@@ -348,16 +350,20 @@ class Trainer:
         self.folder.log(record)
         self.report(console_line(record, self.total_steps))
 
-    def _save_panels(self, micros: Sequence[Any], outputs: Sequence[StepOutput]) -> None:
+    def _save_panels(self, micros: Sequence[Any], outputs: Sequence[StepOutput], parts: Sequence[Part]) -> None:
         """Draw some regions of this step (rank 0), one a source first; the images are read again."""
         if not self.accelerator.is_main_process:
             return
         places = [(index, region) for index, micro in enumerate(micros) for region in range(micro.batch.num_regions)]
         sources = [micros[index].batch.region_names[region].split("/")[0] for index, region in places]
         chosen = [places[p] for p in choose_regions(sources, self.config.train.panels_per_save)]
-        samples = {index: self.data.samples(self.progress.step - 1, index) for index, _ in chosen}
+        samples = {index: self._samples(parts[index]) for index, _ in chosen}
         panels = [make_panel(micros[i], outputs[i], samples[i], region) for i, region in chosen]
         save_panels(panels, self.folder.path / "panels", self.progress.step)
+
+    def _samples(self, part: Part) -> list[RegionSample]:
+        read = self.data.samples(self.progress.step - 1, part.micro_step)
+        return read[part.first : part.first + part.batch.num_images]
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -44,11 +44,13 @@ PLAIN = SpeedConfig(
     merge_adapters=False,
     lean_sam2=False,
     keep_heap=False,
+    start_on_disk=False,
     own_decoder=False,
     lean_decoding=False,
     pack_weights="off",
     fused_optimizer=False,
     bucket_view=False,
+    images_at_once="all",
 )
 LEVERS = tuple(
     field.name

@@ -11,6 +11,7 @@ import torch
 from dual_loop.config import LoopConfig, PolicyConfig, SpeedConfig
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.model.adapters import trainable_parameters
+from dual_loop.training.window_parts import split_window
 
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
@@ -31,6 +32,7 @@ PLAIN = SpeedConfig(
     merge_adapters=False,
     lean_sam2=False,
     keep_heap=False,
+    start_on_disk=False,
     own_decoder=False,
     lean_decoding=False,
     fused_optimizer=False,
@@ -54,8 +56,12 @@ def enliven(model: Any) -> None:
                     parameter.mul_(6.0)
 
 
-def one_window(speed: SpeedConfig, policy: PolicyConfig | None = None, recomputes: bool = False) -> dict[str, Any]:
+def one_window(
+    speed: SpeedConfig, policy: PolicyConfig | None = None, recomputes: bool = False, images: int | None = None
+) -> dict[str, Any]:
     """Captions, loss sums and gradients of one window of three micro-batches: scenes, a frame pair, both, in float64.
+
+    With ``images``, micro-batches are run in parts of so many images (``training.window_parts``).
 
     In double precision the roundings of another order of sums are far below the smallest tolerated difference.
     """
@@ -65,6 +71,8 @@ def one_window(speed: SpeedConfig, policy: PolicyConfig | None = None, recompute
     model.double()
     batches = [small_batch(config, samples) for samples in (scene_samples(2, captions=False), pair_samples(2))]
     batches.append(small_batch(config, scene_samples(1) + pair_samples(1)))
+    if images is not None:
+        batches = [part.batch for part in split_window(batches, images)]
     loop = DualLoop(model, prompter, config.loop, policy)
     model.train()
     micros = loop.begin_window(batches)
@@ -76,8 +84,8 @@ def one_window(speed: SpeedConfig, policy: PolicyConfig | None = None, recompute
         for name, term in output.terms.items():
             terms[name] = terms.get(name, 0.0) + float(term.total.detach())
     gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
-    captions = [micro.rollout.token_ids for micro in micros]
-    samples = [[[list(c.token_ids) for c in own] for own in micro.rollout.samples] for micro in micros]
+    captions = [ids for micro in micros for ids in micro.rollout.token_ids]
+    samples = [[list(c.token_ids) for c in own] for micro in micros for own in micro.rollout.samples]
     return {"captions": captions, "samples": samples, "terms": terms, "gradients": gradients}
 
 
@@ -99,7 +107,7 @@ def default_window() -> dict[str, Any]:
 
 
 def test_captions_of_the_window_differ_and_are_long_enough_to_tell(default_window: dict[str, Any]) -> None:
-    captions = [tuple(ids) for micro in default_window["captions"] for ids in micro if ids]
+    captions = [tuple(ids) for ids in default_window["captions"] if ids]
     assert len(captions) >= 6
     assert len(set(captions)) >= 4
     moved = [bool(gradient.abs().max() > 0) for gradient in default_window["gradients"].values()]
@@ -114,6 +122,13 @@ def test_a_lever_off_changes_nothing(lever: str, default_window: dict[str, Any])
 
 def test_the_plain_flow_is_the_same(default_window: dict[str, Any]) -> None:
     assert_same(one_window(PLAIN), default_window)
+
+
+@pytest.mark.parametrize("estimator", ["none", "scst", "grpo", "gumbel"])
+def test_parts_of_micro_batches_add_up_to_them(estimator: str, default_window: dict[str, Any]) -> None:
+    policy = PolicyConfig(caption_gradient=estimator, captions_per_region=3)
+    whole = default_window if estimator == "none" else one_window(DEFAULT, policy)
+    assert_same(one_window(DEFAULT, policy, images=1), whole)
 
 
 def test_small_chunks_of_the_cross_entropy_change_nothing(default_window: dict[str, Any]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dual_loop.errors import CheckpointError
-from dual_loop.model.ema import ExponentialMovingAverage
+from dual_loop.errors import CheckpointError, EnvironmentProblem
+from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights
 
 
 def _model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -193,3 +194,35 @@ def test_bad_arguments_are_refused():
         _average(_model(), decay=1.5)
     with pytest.raises(ValueError, match="nothing to average"):
         _average(_model().requires_grad_(False))
+
+
+def test_starting_weights_on_disk_are_those_in_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    torch.manual_seed(0)
+    parameters = {
+        "matrix": torch.nn.Parameter(torch.randn(3, 5)),
+        "turned": torch.nn.Parameter(torch.randn(4, 2).t()),
+        "half": torch.nn.Parameter(torch.randn(7).bfloat16()),
+        "single": torch.nn.Parameter(torch.tensor(2.5)),
+        "empty": torch.nn.Parameter(torch.zeros(0, 3)),
+        "frozen": torch.nn.Parameter(torch.ones(2), requires_grad=False),
+    }
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    starting = StartingWeights(parameters, on_disk=True)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1.0)
+    for _ in range(2):
+        with starting.swapped():
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter, before[name] + (name == "frozen")), name
+        assert all(torch.equal(p, before[name] + 1.0) for name, p in parameters.items())
+    assert "frozen" not in starting._values
+    assert len(starting._values) == 5
+
+
+def test_starting_weights_that_cannot_be_stored_say_where(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(EnvironmentProblem, match="start_on_disk"):
+        StartingWeights({"a": torch.nn.Parameter(torch.ones(2))}, on_disk=True)

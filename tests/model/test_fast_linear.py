@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dual_loop.errors import EnvironmentProblem
@@ -25,6 +26,7 @@ from dual_loop.model.fast_linear import (
     sixteen_bit_dropout,
     widen_frozen_linears,
 )
+from dual_loop.training.counting import ProductCounter
 from dual_loop.training.devices import pack_model
 
 from small_model import small_config, small_model
@@ -272,6 +274,14 @@ def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
     expected = {(True, False): WidenedLinear, (True, True): HybridLinear, (False, True): PackedLinear}[slower, kernels]
     assert type(language) is expected
     assert type(tower) is (WidenedLinear if slower else PackedLinear)
+
+
+@needs_bfloat16
+def test_the_speed_of_bfloat16_is_measured_with_real_values_whoever_asks() -> None:
+    with ProductCounter() as counter, FakeTensorMode():
+        first = cpu_bfloat16.is_slower_than_float32.__wrapped__()
+    assert counter.flops == 0
+    assert first in (True, False)
 
 
 @pytest.mark.parametrize(("kernels", "seconds", "slower"), [(False, 0.0, True), (True, 1.3, True), (True, 1.1, False)])

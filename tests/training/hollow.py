@@ -120,7 +120,7 @@ class HollowData:
             step += 1
 
     def _batch(self, slots: list[int]) -> Batch:
-        count, empty = len(slots), torch.zeros(0)
+        count, empty = len(slots), torch.zeros(len(slots), 0)
         sources = [self.source_names[slot % 2] for slot in slots]
         return Batch(
             pixel_values=empty,
@@ -161,7 +161,11 @@ class HollowData:
 
 
 def make_trainer(
-    output_dir: Any, loop: HollowLoop | None = None, lines: list[str] | None = None, **train: Any
+    output_dir: Any,
+    loop: HollowLoop | None = None,
+    lines: list[str] | None = None,
+    images_at_once: str = "all",
+    **train: Any,
 ) -> Trainer:
     """Build a trainer of hollow parts; ``train`` are settings of ``TrainConfig``."""
     settings = {
@@ -169,7 +173,8 @@ def make_trainer(
         **{"max_steps": 4, "learning_rate": 0.05, "log_interval": 1, "save_interval": 100, "panel_interval": 100},
         **train,
     }
-    config = load_config(None, {f"train.{key}": value for key, value in settings.items()} | {"model.dtype": "float32"})
+    others = {"model.dtype": "float32", "speed.images_at_once": images_at_once}
+    config = load_config(None, {f"train.{key}": value for key, value in settings.items()} | others)
     AcceleratorState._reset_state()
     PartialState._reset_state()
     accelerator = Accelerator(cpu=True)
