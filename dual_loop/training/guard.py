@@ -132,8 +132,8 @@ def _out_of_memory(step: int, error: Exception) -> EnvironmentProblem:
             where=f"optimiser step {step}",
             seen=str(error).splitlines()[0],
             fix="lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or "
-            "--max_new_tokens; or --cfg-options model.gradient_checkpointing=True speed.checkpoint_layers=all "
-            "loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)",
+            "--max_new_tokens; or --cfg-options speed.images_at_once=1 model.gradient_checkpointing=True "
+            "speed.checkpoint_layers=all loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)",
         )
     )
 

@@ -43,7 +43,7 @@ def images_at_once(config: Config, device_type: str) -> int:
     choice, size = config.speed.images_at_once, config.train.batch_size
     if choice.isdigit():
         return min(int(choice), size)
-    if choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
+    if size == 1 or choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
         return size
     return 1 if geometry(config).grid_size ** 2 >= ENOUGH_TOKENS else size
 
