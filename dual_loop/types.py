@@ -175,6 +175,11 @@ class Batch:
     def num_regions(self) -> int:
         return len(self.region_names)
 
+    @property
+    def tile_offsets(self) -> list[int]:
+        """The index of each view's first tile among the T tiles."""
+        return list(accumulate(self.tiles_per_view, initial=0))[:-1]
+
     def images(self, start: int, stop: int) -> Batch:
         """Return images ``start`` to ``stop`` (exclusive, at most B) with their views and regions.
 
@@ -184,13 +189,13 @@ class Batch:
         if (start, stop) == (0, self.num_images):
             return self
         views = sorted({*self.caption_view[start:stop], *self.target_view[start:stop]})
-        ends = list(accumulate(self.tiles_per_view))
-        tiles = [tile for view in views for tile in range(ends[view] - self.tiles_per_view[view], ends[view])]
+        offsets, counts = self.tile_offsets, self.tiles_per_view
+        tiles = [offsets[view] + number for view in views for number in range(counts[view])]
         owners = self.region_image.tolist()
         regions = [region for region, owner in enumerate(owners) if start <= owner < stop]
         return Batch(
             pixel_values=self.pixel_values[tiles],
-            tiles_per_view=[self.tiles_per_view[view] for view in views],
+            tiles_per_view=[counts[view] for view in views],
             caption_view=[views.index(view) for view in self.caption_view[start:stop]],
             target_view=[views.index(view) for view in self.target_view[start:stop]],
             g_pixel_values=self.g_pixel_values[start:stop],

@@ -34,6 +34,9 @@ from bench.floors import measure_floors  # noqa: E402
 from bench.phases import PHASES  # noqa: E402
 from bench.setup import LEVERS, NEW_TOKEN_ROWS, PRESETS, Setting  # noqa: E402
 
+CAPTIONING = ("prompt prefill", "decode")
+"""The phases of step 1 behind the vision tower."""
+
 
 class Worker:
     """One variant's process."""
@@ -148,9 +151,6 @@ def summary(
             "floor_bytes": counted["bytes"]["decode"] / num_decoded / floor["bytes_per_second"],
         },
     }
-
-
-CAPTIONING = ("prompt prefill", "decode")
 
 
 def add_ratios(results: dict[str, Any]) -> None:

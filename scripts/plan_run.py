@@ -66,10 +66,10 @@ def plan(args: argparse.Namespace) -> tuple[str, Any]:
 
 def check(file: str) -> tuple[str, Any]:
     """Return planned against measured of a file that ``bench_step.py --json`` wrote."""
-    import torch
     from bench.setup import GeneratedData, Setting, build_config, build_tokens
 
     from dual_loop.model.build import geometry
+    from dual_loop.training.devices import device_type
     from dual_loop.training.plan import PlannedCaptions, count_step
     from dual_loop.training.plan_report import check_report
     from dual_loop.training.window_parts import images_at_once, split_window
@@ -85,9 +85,8 @@ def check(file: str) -> tuple[str, Any]:
     with tempfile.TemporaryDirectory(prefix="plan_run_") as folder:
         tokenizer = build_tokens(config, Path(folder))
     batches = GeneratedData(setting, geometry(config)).batches(0)
-    device_type = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
     micros = [next(batches) for _ in range(setting.accumulation)]
-    window = [part.batch for part in split_window(micros, images_at_once(config, device_type))]
+    window = [part.batch for part in split_window(micros, images_at_once(config, device_type(config)))]
     measured = found["variants"]["default"]
     # How long a caption of random tokens is when step 2 reads it again is known from the step alone.
     captions = PlannedCaptions(range(len(tokenizer)), None, measured.get("captions", ()))

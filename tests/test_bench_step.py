@@ -27,7 +27,8 @@ from dual_loop.settings import SpeedConfig  # noqa: E402
 def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--preset", "tiny", "--plain"]
-    command += ["--off", "share_prefix", "--repeats", "1", "--new_tokens", "4", "--json", str(path)]
+    command += ["--off", "share_prefix", "--off", "lean_sam2"]
+    command += ["--repeats", "1", "--new_tokens", "4", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "plain / default" in done.stdout
@@ -35,7 +36,7 @@ def results(tmp_path_factory) -> dict:
 
 
 def test_the_json_holds_what_it_promises(results):
-    assert set(results["variants"]) == {"default", "plain", "off:share_prefix"}
+    assert set(results["variants"]) == {"default", "plain", "off:share_prefix", "off:lean_sam2"}
     for values in results["variants"].values():
         assert values["seconds"] > 0
         assert values["peak_mb"] > values["peak_above_imports_mb"] > 0
@@ -53,7 +54,7 @@ def test_the_share_of_captions_is_given_where_their_phases_are_known(results):
     assert plain["caption_share"] is None
 
 
-def test_a_cold_step_is_the_first_and_counted(tmp_path):
+def test_a_cold_step_is_the_first_and_counted():
     setting = Setting("tiny", 1, 1, 4, 1)
     cold = run_variants(setting, ["default"], 3, 1, True, is_cold=True)["variants"]["default"]
     assert cold["seconds"] > 0
@@ -70,6 +71,7 @@ def test_what_is_shared_is_counted_once(results):
     flops = {name: values["flops"] for name, values in results["variants"].items()}
     assert flops["plain"]["vision tower"] == pytest.approx(2 * flops["default"]["vision tower"], rel=1e-6)
     assert flops["off:share_prefix"]["vision tower"] == flops["default"]["vision tower"]
+    assert flops["plain"]["mask decoder"] == pytest.approx(flops["off:lean_sam2"]["mask decoder"], rel=1e-6)
     assert flops["default"]["mask decoder"] < flops["plain"]["mask decoder"]  # two convolutions as one
     assert results["variants"]["default"]["decode_step"]["rows"] == 8
     assert flops["default"]["decode"] > 0

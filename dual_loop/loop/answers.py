@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.captioner import tile_offsets
 from dual_loop.loop.generation import Prompts, generate_ids
 from dual_loop.loop.rows import Rows
 from dual_loop.model.prompts import Branch, Prompter
@@ -75,7 +74,7 @@ class Answerer:
         return [self.prompter.segment_branch(t, *names, seed=seed) for t, seed in zip(texts, seeds, strict=True)]
 
     def _written(self, batch: Batch, vision_features: Tensor, texts: Sequence[str]) -> list[Branch]:
-        offsets, seeds = tile_offsets(batch.tiles_per_view), batch.region_seeds.tolist()
+        offsets, seeds = batch.tile_offsets, batch.region_seeds.tolist()
         projected = self.model.project_vision(vision_features)
         views: list[int] = []
         images, questions = [], []

@@ -142,7 +142,7 @@ class Captioner:
         seed_offset: int,
     ) -> list[_Request]:
         """Return one request a draw of a region, and add the images that they ask about to ``images``."""
-        offsets = tile_offsets(batch.tiles_per_view)
+        offsets = batch.tile_offsets
         requests: list[_Request] = []
         number_of_view: dict[int, int] = {}
         for region, image in enumerate(batch.region_image.tolist()):
@@ -306,12 +306,3 @@ def _empty_rollout(batch: Batch, use_references: bool) -> CaptionRollout:
         greedy=[None for _ in references],
         samples=[[] for _ in references],
     )
-
-
-def tile_offsets(tiles_per_view: Sequence[int]) -> list[int]:
-    """Return the index of each view's first tile among the tiles of the batch."""
-    offsets, total = [], 0
-    for count in tiles_per_view:
-        offsets.append(total)
-        total += count
-    return offsets

@@ -146,6 +146,7 @@ def decode_rows(
     """
     model.sync_new_tokens()
     hidden, valid, cache = _read_questions(model, rows, max_new_tokens)
+    is_lean = model.speed.lean_decoding and decoding_step.can_step(model.mllm.model.language_model)
     alive = torch.arange(len(rows.embeds), device=valid.device)
     written: list[list[int]] = [[] for _ in range(len(alive))]
     ids = alive.new_zeros(len(alive), 0)
@@ -167,7 +168,7 @@ def decode_rows(
             cache.batch_select_indices(kept)
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
         embeds = model.mllm.get_input_embeddings()(chosen)[:, None]
-        hidden = _forward(model, embeds, valid[:, -1:], valid, cache)
+        hidden = _forward(model, embeds, valid[:, -1:], valid, cache, is_lean)
     return written
 
 
@@ -183,12 +184,15 @@ def _read_questions(model: VideoLLaVASAMModel, rows: PromptRows, reserve: int) -
     return _forward(model, rows.embeds, rows.valid, valid, cache), valid, cache
 
 
-def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+def _forward(
+    model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tensor, cache: Cache, is_lean: bool = False
+) -> Tensor:
     """Run new columns (R, n, D) behind what the cache holds; return the hidden state (R, D) of the last one.
 
     Args:
         own: (R, n) bool, the real ones among the new columns.
         valid: (R, columns) bool, the real ones among all columns, the new ones included.
+        is_lean: pass one new column through ``model.decoding_step``.
     """
     count, total = own.shape[1], valid.shape[1]
     positions = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -count:]
@@ -200,7 +204,7 @@ def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tens
         allowed = (valid[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
     language = model.mllm.model.language_model
-    if count == 1 and model.speed.lean_decoding and decoding_step.can_step(language):
+    if is_lean:
         return decoding_step.step(language, embeds[:, 0], positions, mask, cache)
     output = language(
         inputs_embeds=embeds,

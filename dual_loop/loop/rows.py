@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_loop.loop.captioner import tile_offsets
 from dual_loop.model.packing import pack_rows
 from dual_loop.model.prompts import Branch, Prompter
 from dual_loop.types import Batch
@@ -90,7 +89,7 @@ class Rows:
             vision_features: (T, M, D_vision) of all views of the batch; None gives the model the tiles themselves,
                 row by row, so that the vision tower runs again.
         """
-        device, offsets = self.batch.pixel_values.device, tile_offsets(self.batch.tiles_per_view)
+        device, offsets = self.batch.pixel_values.device, self.batch.tile_offsets
         counts = [self.batch.tiles_per_view[row.view] for row in self.rows]
         prefixes = [self.prompter.image_prefix(count) for count in counts]
         branches = [row.branches for row in self.rows]

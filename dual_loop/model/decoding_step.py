@@ -1,8 +1,7 @@
 """One more token for many rows through a Qwen2 language model, without what the library does around each layer.
 
-With a few rows a decoding step is bound by reading the weights; building masks, recording outputs and passing through
-the attention and MLP modules took as long again on a CPU. The operations are those of transformers' layers in the same
-order, but for the sine, whose sign is changed instead of that of the turned half.
+With a few rows a decoding step is bound by reading the weights, and what transformers does around layers for a token
+(masks, recorded outputs, keyword arguments) counts. The operations are those of its layers in the same order.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from dual_loop.model.last_layer import TrimmedLayer
+from dual_loop.model.last_layer import TrimmedLayer, attend
 
 
 def can_step(language_model: Any) -> bool:
@@ -49,39 +46,9 @@ def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor
     Returns:
         (R, D) last hidden states, after the final norm.
     """
-    cosine, sine = language_model.rotary_emb(embeds, position_ids)
-    half = sine.shape[-1] // 2
-    turn = (cosine, torch.cat([-sine[..., :half], sine[..., half:]], dim=-1))
-    attend = ALL_ATTENTION_FUNCTIONS[language_model.config._attn_implementation]
-    hidden = embeds
+    hidden = embeds[:, None]
+    turn = language_model.rotary_emb(hidden, position_ids)
     for layer in language_model.layers:
-        hidden = hidden + _attention(layer, _normed(layer.input_layernorm, hidden), turn, mask, cache, attend)
-        normed, mlp = _normed(layer.post_attention_layernorm, hidden), layer.mlp
-        hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-    return _normed(language_model.norm, hidden)
-
-
-def _normed(norm: Any, hidden: Tensor) -> Tensor:
-    wide = hidden.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return torch.as_tensor(norm.weight * (wide * scale).to(hidden.dtype))
-
-
-def _attention(
-    layer: Any, normed: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache, attend: Any
-) -> Tensor:
-    """Return the attention's output (R, D) of one layer; ``turn`` is cosine and signed sine, (R, 1, d)."""
-    attention = layer.self_attn
-    width = attention.head_dim
-    query = _rotate(attention.q_proj(normed).unflatten(-1, (-1, width)), turn)[:, :, None]
-    key = _rotate(attention.k_proj(normed).unflatten(-1, (-1, width)), turn)[:, :, None]
-    value = attention.v_proj(normed).unflatten(-1, (-1, width))[:, :, None]
-    keys, values = cache.update(key, value, attention.layer_idx)
-    output, _ = attend(attention, query, keys, values, mask, dropout=0.0, scaling=attention.scaling)
-    return torch.as_tensor(attention.o_proj(output.flatten(1)))
-
-
-def _rotate(values: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn (R, heads, d); swapping halves by ``roll`` and a signed sine is ``rotate_half`` in fewer operations."""
-    cosine, signed_sine = turn
-    return values * cosine + values.roll(values.shape[-1] // 2, -1) * signed_sine
+        hidden = hidden + attend(layer.self_attn, layer.input_layernorm(hidden), mask, turn, cache)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return torch.as_tensor(language_model.norm(hidden)[:, 0])

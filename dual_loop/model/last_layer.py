@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_half
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, eager_attention_forward, rotate_half
 
 
 class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
@@ -40,21 +40,33 @@ class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
         normed = self.input_layernorm(hidden_states)
         mask = attention_mask[:, :, read_from:]
         hidden = hidden_states[:, read_from:]
-        hidden = hidden + self._attend(normed, read_from, mask, position_embeddings, past_key_values)
+        hidden = hidden + attend(self.self_attn, normed, mask, position_embeddings, past_key_values, read_from)
         return torch.as_tensor(hidden + self.mlp(self.post_attention_layernorm(hidden)))
 
-    def _attend(self, normed: Tensor, start: int, mask: Tensor, positions: tuple[Tensor, Tensor], cache: Any) -> Tensor:
-        attention, (cosine, sine) = self.self_attn, positions
-        query = _heads(attention.q_proj(normed[:, start:]), attention.head_dim)
-        key = _heads(attention.k_proj(normed), attention.head_dim)
-        value = _heads(attention.v_proj(normed), attention.head_dim)
-        query = _rotate(query, cosine[:, start:], sine[:, start:])
-        key = _rotate(key, cosine, sine)
-        if cache is not None:
-            key, value = cache.update(key, value, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        output, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
-        return torch.as_tensor(attention.o_proj(output.flatten(2)))
+
+def attend(
+    attention: Any, normed: Tensor, mask: Tensor | None, turn: tuple[Tensor, Tensor], cache: Any, start: int = 0
+) -> Tensor:
+    """Attention of a Qwen2 layer with queries from column ``start`` on alone: (B, L, D) -> (B, L - start, D).
+
+    Args:
+        attention: a ``Qwen2Attention``; its projections may have adapters.
+        normed: (B, L, D), after the layer's first norm.
+        mask: (B, 1, L - start, columns) additive, or None where every column is seen.
+        turn: cosines and sines of the rotary angles, (B, L, d).
+        cache: keys and values seen before, which those of ``normed`` are appended to; None for none.
+    """
+    cosine, sine = turn
+    query = _heads(attention.q_proj(normed[:, start:]), attention.head_dim)
+    key = _heads(attention.k_proj(normed), attention.head_dim)
+    value = _heads(attention.v_proj(normed), attention.head_dim)
+    query = _rotate(query, cosine[:, start:], sine[:, start:])
+    key = _rotate(key, cosine, sine)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    output, _ = kernel(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
+    return torch.as_tensor(attention.o_proj(output.flatten(2)))
 
 
 def _heads(values: Tensor, width: int) -> Tensor:

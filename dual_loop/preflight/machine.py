@@ -20,7 +20,7 @@ from dual_loop.model import cpu_bfloat16
 from dual_loop.model.liger import why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.training.devices import available_cores, precision, why_no_kernel
+from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
 from dual_loop.training.dry_run import estimate_memory
 from dual_loop.training.run_folder import versions
 
@@ -66,19 +66,19 @@ def has_bf16(device_type: str) -> bool:
 
 def check_precision(config: Config) -> Iterator[Finding]:
     """Look for bf16 where the configuration computes in it."""
-    device_type = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
-    wanted, has = precision(config), has_bf16(device_type)
+    kind = device_type(config)
+    wanted, has = precision(config), has_bf16(kind)
     if wanted != "bf16":
         yield Finding(OK, "device", f"computes in {config.model.dtype}, without mixed precision")
     elif has:
-        yield Finding(OK, "device", f"computes in bf16, which this {device_type} has")
+        yield Finding(OK, "device", f"computes in bf16, which this {kind} has")
     else:
         level = WARNING if config.train.allow_emulated_bf16 else PROBLEM
         fix = (
             "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
             "train.allow_emulated_bf16=True to wait for it"
         )
-        yield Finding(level, "device", f"bf16 is asked for and this {device_type} would have to emulate it", fix)
+        yield Finding(level, "device", f"bf16 is asked for and this {kind} would have to emulate it", fix)
 
 
 def check_device(config: Config) -> Iterator[Finding]:
@@ -106,22 +106,22 @@ def check_device(config: Config) -> Iterator[Finding]:
 
 def check_kernels(config: Config) -> Iterator[Finding]:
     """Look for what ``speed.liger`` and ``speed.sdpa_kernel`` need."""
-    device_type = "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
-    missing = why_no_liger(device_type) if config.speed.liger else None
+    kind = device_type(config)
+    missing = why_no_liger(kind) if config.speed.liger else None
     if missing is not None:
         yield Finding(
             PROBLEM, "device", f"speed.liger: {missing}", 'pip install "dual-loop[liger]", or speed.liger=False'
         )
     elif config.speed.liger:
         yield Finding(OK, "device", "Liger's kernels can be used")
-    reason = why_no_kernel(config, device_type)
+    reason = why_no_kernel(config, kind)
     if reason is not None:
         yield Finding(PROBLEM, "device", f"speed.sdpa_kernel: {reason}", "speed.sdpa_kernel=auto")
 
 
 def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
     """Compare the estimate of one process with the memory there is; name the preset that would fit."""
-    if torch.cuda.is_available() and config.train.device != "cpu":
+    if device_type(config) == "cuda":
         free, where = torch.cuda.mem_get_info(0)[0] / GIB, "on GPU 0"
     else:
         # Processes of one machine share its memory.

@@ -35,6 +35,11 @@ KERNELS = {
 _KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
 
 
+def device_type(config: Config) -> str:
+    """Return the kind of device that ``train.device`` means here: ``"cuda"`` where a GPU is visible and wanted."""
+    return "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
+
+
 def build_accelerator(config: Config) -> Accelerator:
     """Join the process group of the launcher (torchrun) and choose device and precision.
 
@@ -51,7 +56,7 @@ def build_accelerator(config: Config) -> Accelerator:
         )
     # Buffers are constants here; sending them before every forward pass would only cost time.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=config.speed.bucket_view)
-    use_cpu = wanted == "cpu" or not has_cuda
+    use_cpu = device_type(config) == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
         if config.speed.keep_heap:
@@ -148,7 +153,8 @@ def _pack_for_float32(model: VideoLLaVASAMModel, language: nn.Module) -> int:
 
     The towers of images come first: what was converted once is left alone by what follows.
     """
-    done = sum(widen_frozen_linears(tower) for tower in (model.mllm.model.vision_tower, model.grounding_encoder))
+    towers = (model.mllm.model.vision_tower, model.grounding_encoder.vision_encoder)
+    done = sum(widen_frozen_linears(tower) for tower in towers)
     if can_pack(torch.bfloat16):
         return done + pack_frozen_linears(language, [torch.bfloat16], HybridLinear)
     return done + widen_frozen_linears(language)

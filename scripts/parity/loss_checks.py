@@ -15,11 +15,7 @@ from .case import Case
 from .report import Report, Row
 from .weights import original_key
 
-LOSSES, GRADIENTS, NO_GRADIENT = 1e-5, 3e-4, 1e-5
-# In the recorded case something lies so close to a kink (a ReLU at zero, it seems) that rounding decides: with MKL's
-# kernels for Intel processors three tensors of gradients differ by 2.1e-4 of their largest value, with its compatible
-# kernels (MKL_CBWR=COMPATIBLE) and on AMD not. In float64 they are where Intel has them, to 2e-6. All others stay
-# below 1e-4 everywhere.
+LOSSES, GRADIENTS, NO_GRADIENT = 1e-5, 1e-4, 1e-5
 NEGLIGIBLE = 1e-6  # a norm below this is rounding noise of a gradient that is zero
 EVAL_PREFIX = "check_eval_mode_"
 VARIANTS = ("no_points", "points")

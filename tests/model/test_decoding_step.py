@@ -58,8 +58,13 @@ def continued(model: Any, is_lean: bool) -> torch.Tensor:
     return torch.stack(hidden)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        *((attention, dtype) for attention in ("sdpa", GROUPED) for dtype in (torch.float32, torch.float64)),
+        ("eager", torch.float32),  # its softmax is in float32 whatever the values are
+    ],
+)
 def test_values_are_those_of_the_stock_layers(attention: str, dtype: torch.dtype) -> None:
     model = language_model(dtype)
     model.config._attn_implementation = attention

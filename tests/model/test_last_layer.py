@@ -42,9 +42,11 @@ def run(model: Any, read_from: int) -> tuple[torch.Tensor, torch.Tensor, list[to
     return read.detach(), given["inputs_embeds"].grad, gradients
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_values_and_gradients_are_those_of_the_whole_layer(checkpointed: bool) -> None:
+def test_values_and_gradients_are_those_of_the_whole_layer(checkpointed: bool, attention: str) -> None:
     whole = language_model()
+    whole.config._attn_implementation = attention
     trimmed = copy.deepcopy(whole)
     make_trimmable(trimmed)
     if checkpointed:
