@@ -278,7 +278,8 @@ class SpeedConfig:
         cross_entropy_chunk: most positions whose vocabulary logits exist at once; 0 takes all together. With chunks,
             logits are computed again in the backward pass.
         fused_lora: run each adapter as two matrix products that add into the frozen one's output.
-        grouped_attention: on a CPU, let the query heads of a group share one matrix product while decoding.
+        grouped_attention: on a CPU, let the query heads of a group share their keys and values in the attention kernel
+            while decoding, and take bfloat16 attention in float32 where the processor is faster so.
         pack_weights: on a CPU, keep frozen matrices in the blocked layout of oneDNN: ``auto|on|off``.
         merge_adapters: add the adapters to float32 matrices for the length of step 1. (With bfloat16 the sum would be
             rounded, and captions would come from another model than the one that trains.)

@@ -1,7 +1,11 @@
-"""Attention while decoding on a CPU: all query heads that share keys and values in one matrix product.
+"""Attention of the language model on a CPU.
 
-Registered with transformers under :data:`GROUPED`; everything but a single new token goes to its ``sdpa``. On a GPU the
-stock kernels do this already.
+Registered with transformers under :data:`GROUPED`; both cases end in torch's fused kernel. On a GPU the stock call does
+this already.
+
+* A single new token: query heads that share keys and values go through the kernel as so many queries of one head, so
+  keys and values are neither repeated nor copied.
+* bfloat16 on a CPU whose products are faster in float32 (``model.cpu_bfloat16``): computed in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -9,10 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from dual_loop.model import cpu_bfloat16
 
 GROUPED = "sdpa_grouped_decoding"
 
@@ -30,16 +37,26 @@ def grouped_attention(
         (R, n, heads, d), and no weights.
     """
     is_decoding = query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    if not is_decoding or (attention_mask is not None and attention_mask.dtype == torch.bool):
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
+    if not is_decoding:
+        return _stock_attention(module, query, key, value, attention_mask, **options), None
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    scores = (grouped @ key.transpose(-1, -2)).float() * options.get("scaling", width**-0.5)
-    if attention_mask is not None:
-        scores = scores + attention_mask.float()
-    output = scores.softmax(-1).to(value.dtype) @ value
+    mask = None if attention_mask is None else attention_mask.expand(-1, -1, grouped.shape[2], -1)
+    output = F.scaled_dot_product_attention(grouped, key, value, mask, scale=options.get("scaling"))
     return output.reshape(rows, 1, heads, width), None
+
+
+def _stock_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> Tensor:
+    kind, dtype = query.device.type, query.dtype
+    if kind != "cpu" or dtype != torch.bfloat16 or not cpu_bfloat16.is_slower_than_float32():
+        return torch.as_tensor(sdpa_attention_forward(module, query, key, value, mask, **options)[0])
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    with torch.autocast(kind, enabled=False):
+        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return torch.as_tensor(output).to(dtype)
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

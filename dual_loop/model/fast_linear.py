@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ from dual_loop.model import cpu_bfloat16
 _SCALE = 2**16
 _PACKED_ROWS = 8
 _SLICE_VALUES = 2**21
-"""Most values of a matrix that exist in float32 at a time: 8 MiB, which a processor's cache holds."""
+"""Most values of a plain matrix that exist in float32 at a time: 8 MiB, which a processor's cache holds."""
+_PRODUCT_VALUES = 2**23
+"""Most values of an unpacked matrix multiplied at a time: 32 MiB, so that a wide output is written in parts."""
 _SLICE_STEP = 32
 """Rows of a slice are a multiple of this: a product with 95 columns takes half as long again as one with 96."""
 _MANY_ROWS = 96
 """From here on a hybrid multiplies in float32; below, unpacking the matrix costs more than it saves."""
 _PART_VALUES = 2**25
-"""Most values of a hybrid's packed parts: what is unpacked at a time, 64 MiB. Only heads are larger."""
+"""Most values of a hybrid's packed parts: what is unpacked at a time, 128 MiB. Only heads are larger."""
 
 
 class FusedLora(LoraLinear):
@@ -57,16 +59,20 @@ class FusedLora(LoraLinear):
         rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
         if isinstance(self.base_layer, (WidenedLinear, HybridLinear)) and self.base_layer.widens(x):
             with torch.autocast(x.device.type, enabled=False):
-                low = F.linear(sixteen_bit_dropout(x.to(down.dtype), rate), down) * self.scaling[name]
+                low = self._low(name, x, rate, down.dtype)
                 return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(down.dtype)
-        low = F.linear(sixteen_bit_dropout(x, rate), down) * self.scaling[name]
+        low = self._low(name, x, rate, x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype)
         if not torch.is_grad_enabled() and output.dtype == low.dtype:
             # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
             return torch.as_tensor(output.add_(F.linear(low, up)))
         added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
         return added.view(output.shape).to(output.dtype)
+
+    def _low(self, name: str, x: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+        """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
+        kept, factor = sixteen_bit_dropout(x, rate)
+        scale = float(self.scaling[name]) * factor
+        return F.linear(kept.to(dtype), self._weights(name)[0]) * scale
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
         layers: tuple[Any, Any] = self.lora_A[name], self.lora_B[name]
@@ -81,22 +87,26 @@ def fuse_adapters(model: nn.Module) -> int:
     return len(layers)
 
 
-def sixteen_bit_dropout(x: Tensor, rate: float) -> Tensor:
+def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
     """Dropout whose rate is rounded to a multiple of 1 / 65,536 (0.05 becomes 0.050003); 0 returns ``x`` itself.
 
     Args:
         x: (...) float.
-        rate: share of values that become 0, 0..1; the others are divided by the share that stays.
+        rate: share of values that become 0, 0..1.
+
+    Returns:
+        ``x`` with zeros, and the factor that is still to be multiplied with: 1 by the share that stays, 1.0 where none
+        does. Behind a linear map into fewer values it costs less.
     """
     threshold = round(rate * _SCALE)
     if threshold == 0:
-        return x
+        return x, 1.0
     if threshold >= _SCALE:
-        return x * 0.0
+        return x * 0.0, 1.0
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _SCALE // 2
     # Of this, the graph keeps one byte a value; of a product with the mask it would keep the mask in x's dtype.
-    return torch.where(kept, x, x.new_zeros(())) * (_SCALE / (_SCALE - threshold))
+    return torch.where(kept, x, x.new_zeros(())), _SCALE / (_SCALE - threshold)
 
 
 class PackedLinear(nn.Module):
@@ -165,13 +175,18 @@ class WidenedLinear(nn.Linear):
         return True
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        return _widened([self.weight])
+        buffer = torch.empty(0)
+        for rows in _row_slices(self.weight, _SLICE_VALUES):
+            values = self.weight[rows]
+            if buffer.numel() < values.numel():
+                buffer = torch.empty(values.shape)
+            yield rows, buffer[: len(values)].copy_(values)
 
 
 class HybridLinear(nn.Module):
     """A frozen bfloat16 matrix, packed: few rows are multiplied in bfloat16, many in float32; CPU.
 
-    For many rows the matrix is unpacked, and widened a slice at a time. As with :class:`PackedLinear`, it is no
+    For many rows the matrix is unpacked into float32. As with :class:`PackedLinear`, it is no
     parameter any more.
 
     Args:
@@ -204,19 +219,20 @@ class HybridLinear(nn.Module):
         return x.numel() >= _MANY_ROWS * self.in_features
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        return _widened(part.to_dense() for part in self.parts)
+        start = 0
+        for part in self.parts:
+            matrix = part.to_dense(torch.float32)  # one pass: unpacked and widened
+            for rows in _row_slices(matrix, _PRODUCT_VALUES):
+                yield slice(start + rows.start, start + rows.stop), matrix[rows]
+            start += len(matrix)
 
 
-def _widened(parts: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows of a matrix that is given in parts (rows, in), and their values in float32, in a buffer used again."""
-    buffer, start = torch.empty(0), 0
-    for part in parts:
-        count = _SLICE_VALUES // part.shape[1]
-        for values in part.split(max(1, count - count % _SLICE_STEP)):
-            if buffer.numel() < values.numel():
-                buffer = torch.empty(values.shape)
-            yield slice(start, start + len(values)), buffer[: len(values)].copy_(values)
-            start += len(values)
+def _row_slices(matrix: Tensor, most: int) -> Iterator[slice]:
+    """Cut the rows of a matrix (rows, in) into slices of at most ``most`` values."""
+    count = most // matrix.shape[1]
+    count = max(1, count - count % _SLICE_STEP)
+    for start in range(0, len(matrix), count):
+        yield slice(start, min(start + count, len(matrix)))
 
 
 class _WidenedProduct(torch.autograd.Function):

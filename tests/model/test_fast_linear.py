@@ -92,7 +92,8 @@ def test_switched_off_and_merged_adapters_take_pefts_own_path() -> None:
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     torch.manual_seed(0)
     x = torch.ones(1000, 1001)
-    y = sixteen_bit_dropout(x, 0.05)
+    kept, factor = sixteen_bit_dropout(x, 0.05)
+    y = kept * factor
     assert float((y == 0).float().mean()) == pytest.approx(0.05, abs=0.001)
     assert float(y.mean()) == pytest.approx(1.0, abs=0.002)
     assert len(y.unique()) == 2
@@ -103,7 +104,8 @@ def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, 1.0), (1e-7, 1.0), (1.0, 0.0)])
 def test_dropout_at_its_ends(rate: float, expected: float) -> None:
-    assert float(sixteen_bit_dropout(torch.ones(7), rate).mean()) == expected
+    kept, factor = sixteen_bit_dropout(torch.ones(7), rate)
+    assert float(kept.mean()) * factor == expected
 
 
 def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() -> None:
@@ -116,6 +118,15 @@ def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() ->
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     assert torch.equal(lean.eval()(x), lean.eval()(x))
+
+
+def test_the_adapter_hears_its_input_divided_by_the_share_that_dropout_keeps() -> None:
+    lean, x = adapted(dropout=0.25).train(), torch.ones(20000, 24)
+    fuse_adapters(lean)
+    frozen = lean.q_proj.base_layer(x)
+    added = (lean(x) - frozen).mean(0).detach()
+    expected = (lean.eval()(x) - frozen).mean(0)
+    assert torch.allclose(added, expected, atol=0.02 * float(expected.detach().abs().max()))
 
 
 @needs_packing
@@ -172,11 +183,33 @@ def test_grouped_attention_is_sdpas(masked: bool, new: int) -> None:
     query, key, value = torch.randn(3, 8, new, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
     mask = torch.zeros(3, 1, new, 9)
     mask[:, :, :, :2] = torch.finfo(torch.float32).min
-    given = mask if masked else None
-    with torch.no_grad():
-        seen, _ = grouped_attention(module, query, key, value, given, scaling=0.25)
-        expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.25)
-    assert torch.allclose(seen, expected, atol=1e-6)
+    for given in (mask, mask == 0) if masked else (None,):
+        with torch.no_grad():
+            seen, _ = grouped_attention(module, query, key, value, given, scaling=0.25)
+            expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.25)
+        assert torch.allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.is_slower_than_float32", lambda: slower)
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    shapes = ((2, 8, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16))
+    leaves = [torch.randn(shape).bfloat16().requires_grad_(True) for shape in shapes]
+    exact = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
+    mask = torch.zeros(40, 40).masked_fill_(~torch.ones(40, 40, dtype=torch.bool).tril(), -1e4)[None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, _ = grouped_attention(module, *leaves, mask.bfloat16(), scaling=0.25)
+    expected, _ = sdpa_attention_forward(module, *exact, mask.double(), scaling=0.25)
+    seen.float().square().sum().backward()
+    expected.square().sum().backward()
+    assert seen.dtype == torch.bfloat16
+    bound = 2**-8 if slower else 2**-5  # one rounding, or one of each intermediate value
+    assert torch.allclose(seen.double(), expected, rtol=bound, atol=1e-5 if slower else bound)
+    for leaf, true in zip(leaves, exact, strict=True):
+        assert (leaf.grad.double() - true.grad).abs().max() <= 2 * bound * true.grad.abs().max()
 
 
 @pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=needs_packing)])
