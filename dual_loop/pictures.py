@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
 GIVEN_COLOUR = (255, 140, 0)
 """Of masks that were given."""
@@ -39,6 +40,14 @@ def overlay(
     if outline is not None:
         pixels[_border(_resize_mask(outline, size))] = GIVEN_COLOUR
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def dejavu_font(size: int, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans at ``size`` pixels: matplotlib ships it, so text looks the same on every machine."""
+    import matplotlib  # here, because training draws seldom and need not hold it
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=layout)
 
 
 def data_uri(picture: Image.Image, quality: int = 80) -> str:

@@ -15,13 +15,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from dual_loop.errors import ConfigError, explain
+from dual_loop.pictures import dejavu_font
 
 GENERATOR_VERSION = 2
 
@@ -388,10 +388,7 @@ def _choose_qualifiers(looks: list[_Look], places: list[_Place], height: int, wi
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), 256, layout_engine=ImageFont.Layout.BASIC)
+    return dejavu_font(256, ImageFont.Layout.BASIC)
 
 
 @cache

@@ -315,3 +315,15 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     """
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return is_there and (dtype != torch.bfloat16 or cpu_bfloat16.has_kernels())
+
+
+def gains_from_packing(dtype: torch.dtype = torch.float32) -> bool:
+    """Tell whether packed matrices of ``dtype`` are worth it: the layout is there, and stock products are slower.
+
+    MKL's float32 products on Intel's processors are not: 8 rows with 512 x 1536 take 0.13 ms either way, on AMD's 0.35
+    and 0.14, and the backward pass need not unpack. The processor's name decides, not a measurement, so that a run and
+    its continuation take the same kernels.
+    """
+    is_intel = "intel" in str(torch.cpu.get_capabilities().get("cpu_name", "")).lower()
+    is_lean = dtype == torch.float32 and is_intel and torch.backends.mkl.is_available()
+    return can_pack(dtype) and not is_lean

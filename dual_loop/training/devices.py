@@ -20,7 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model import cpu_bfloat16
-from dual_loop.model.fast_linear import HybridLinear, can_pack, pack_frozen_linears, widen_frozen_linears
+from dual_loop.model.fast_linear import (
+    HybridLinear,
+    can_pack,
+    gains_from_packing,
+    pack_frozen_linears,
+    widen_frozen_linears,
+)
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
@@ -126,8 +132,8 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
     """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
 
-    ``auto`` does so on a CPU, for the dtypes that it has a layout for. A CPU that is faster in float32 multiplies
-    bfloat16 matrices in that: all of them, or where it has bfloat16 those that meet many rows
+    ``auto`` does so on a CPU, for the dtypes that gain from it. A CPU that is faster in float32 multiplies bfloat16
+    matrices in that: all of them, or where it has bfloat16 those that meet many rows
     (``fast_linear.WidenedLinear``, ``HybridLinear``). Float32 matrices that autocast would round are left alone. Call
     it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
     stays plain where trained rows are written into it.
@@ -144,7 +150,7 @@ def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) 
     if choice == "auto":
         if cpu_bfloat16.is_slower_than_float32():
             done = _pack_for_float32(model, language)
-        dtypes = [dtype for dtype in dtypes if can_pack(dtype)]
+        dtypes = [dtype for dtype in dtypes if gains_from_packing(dtype)]
     return done + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
+from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, dejavu_font, overlay
 from dual_loop.types import RegionSample, StepOutput
 
 PANEL_SIDE = 320
@@ -83,14 +82,14 @@ def draw_panel(panel: Panel) -> Image.Image:
     lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
     height = max(left.height, right.height, len(lines) * LINE_HEIGHT)
     canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, TITLE_HEIGHT + height + GAP), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), dejavu_font(FONT_SIZE)
     _paste_centred(canvas, left, 0, height)
     _paste_centred(canvas, right, 2, height)
-    draw.text((GAP, 4), f"{panel.name}   IoU {panel.iou:.3f}", fill="black", font=_font())
+    draw.text((GAP, 4), f"{panel.name}   IoU {panel.iou:.3f}", fill="black", font=font)
     for column, text in enumerate(("image and mask", f"caption ({panel.origin})", "mask' (target outlined)")):
-        draw.text((_left_of(column), 4 + LINE_HEIGHT), text, fill="#555555", font=_font())
+        draw.text((_left_of(column), 4 + LINE_HEIGHT), text, fill="#555555", font=font)
     top = TITLE_HEIGHT + (height - len(lines) * LINE_HEIGHT) // 2
-    draw.multiline_text((_left_of(1) + GAP, top), "\n".join(lines), fill="black", font=_font(), spacing=4)
+    draw.multiline_text((_left_of(1) + GAP, top), "\n".join(lines), fill="black", font=font, spacing=4)
     return canvas
 
 
@@ -131,8 +130,3 @@ def _left_of(column: int) -> int:
 def _paste_centred(canvas: Image.Image, picture: Image.Image, column: int, height: int) -> None:
     x = _left_of(column) + (PANEL_SIDE - picture.width) // 2
     canvas.paste(picture, (x, TITLE_HEIGHT + (height - picture.height) // 2))
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    # The font that matplotlib ships, so that panels look the same on every machine and know more than Latin letters.
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT_SIZE)

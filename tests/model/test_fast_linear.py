@@ -22,6 +22,7 @@ from dual_loop.model.fast_linear import (
     WidenedLinear,
     can_pack,
     fuse_adapters,
+    gains_from_packing,
     pack_frozen_linears,
     sixteen_bit_dropout,
     widen_frozen_linears,
@@ -307,6 +308,21 @@ def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
     expected = {(True, False): WidenedLinear, (True, True): HybridLinear, (False, True): PackedLinear}[slower, kernels]
     assert type(language) is expected
     assert type(tower) is (WidenedLinear if slower else PackedLinear)
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    ("name", "mkl", "gains"), [("Intel Xeon", True, False), ("AMD EPYC", True, True), ("", False, True)]
+)
+def test_float32_is_packed_unless_mkl_runs_on_its_own_processors(
+    name: str, mkl: bool, gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": name, "avx512_bf16": True})
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: mkl)
+    assert gains_from_packing(torch.float32) is gains
+    assert gains_from_packing(torch.bfloat16) is can_pack(torch.bfloat16)
+    model, _, config = small_model(small_config())
+    assert (pack_model(config, model, torch.device("cpu")) > 0) is gains
 
 
 @needs_bfloat16
