@@ -18,7 +18,9 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 IMAGES_AT_ONCE = 8
-"""Image prefixes that one forward pass reads."""
+"""Most image prefixes that one forward pass reads."""
+CPU_TOKENS = 1024
+"""Tokens that keep a CPU's products busy; more at a time would hold memory for no speed."""
 
 
 class StopOnText(StoppingCriteria):
@@ -100,6 +102,11 @@ class Prompts:
         return Prompts(questions, images, self.prefixes, self.tiles, [self.masks[row] for row in rows])
 
 
+def prefixes_at_once(length: int, device_type: str) -> int:
+    """Return how many image prefixes of ``length`` tokens one forward pass reads on this kind of device."""
+    return max(1, min(IMAGES_AT_ONCE, CPU_TOKENS // length)) if device_type == "cpu" else IMAGES_AT_ONCE
+
+
 class Generator:
     """Continues prompts about the same images as often as asked; an image's prefix is computed once.
 
@@ -148,7 +155,7 @@ class Generator:
         """Run all image prefixes, a few images at a time."""
         ids, valid = left_pad(self.prompts.prefixes, self.pad_id)
         parts = []
-        for part in in_chunks(range(len(ids)), IMAGES_AT_ONCE):
+        for part in in_chunks(range(len(ids)), prefixes_at_once(ids.shape[1], self.model.device.type)):
             tiles = [tile for image in part for tile in self.prompts.tiles[image]]
             embeds = self._embed(ids[part], self.image_features[tiles], torch.zeros(0, dtype=torch.long), None)
             parts.append(encode_prefixes(self.model, embeds, valid[part].bool().to(embeds.device)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig, PolicyConfig, SpeedConfig
+from dual_loop.loop import generation
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.training.window_parts import split_window
@@ -133,6 +134,17 @@ def test_parts_of_micro_batches_add_up_to_them(estimator: str, default_window: d
 
 def test_small_chunks_of_the_cross_entropy_change_nothing(default_window: dict[str, Any]) -> None:
     assert_same(one_window(dataclasses.replace(DEFAULT, cross_entropy_chunk=5)), default_window)
+
+
+def test_image_prefixes_in_parts_change_nothing(
+    default_window: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "CPU_TOKENS", 1)
+    assert generation.prefixes_at_once(300, "cpu") == 1
+    assert_same(one_window(DEFAULT), default_window)
+    monkeypatch.undo()
+    asked = ((300, "cpu"), (40, "cpu"), (5000, "cpu"), (300, "cuda"))
+    assert [generation.prefixes_at_once(*one) for one in asked] == [3, 8, 1, 8]
 
 
 def test_the_static_cache_writes_the_same(default_window: dict[str, Any]) -> None:
