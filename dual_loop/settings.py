@@ -280,7 +280,8 @@ class SpeedConfig:
         fused_lora: run each adapter as two matrix products that add into the frozen one's output.
         grouped_attention: on a CPU, let the query heads of a group share their keys and values in the attention kernel
             while decoding, and take bfloat16 attention in float32 where the processor is faster so.
-        pack_weights: on a CPU, keep frozen matrices in the blocked layout of oneDNN: ``auto|on|off``.
+        pack_weights: on a CPU, keep frozen matrices in the blocked layout of oneDNN: ``auto|on|off``. ``auto`` leaves
+            float32 ones as they are on Intel's processors, whose stock products are as fast.
         merge_adapters: add the adapters to float32 matrices for the length of step 1. (With bfloat16 the sum would be
             rounded, and captions would come from another model than the one that trains.)
         lean_sam2: skip what transformers' SAM 2 encoder computes and nobody reads.
