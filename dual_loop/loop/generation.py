@@ -104,7 +104,8 @@ class Prompts:
 
 def prefixes_at_once(length: int, device_type: str) -> int:
     """Return how many image prefixes of ``length`` tokens one forward pass reads on this kind of device."""
-    return max(1, min(IMAGES_AT_ONCE, CPU_TOKENS // length)) if device_type == "cpu" else IMAGES_AT_ONCE
+    most = CPU_TOKENS // max(1, length) if device_type == "cpu" else IMAGES_AT_ONCE
+    return max(1, min(IMAGES_AT_ONCE, most))
 
 
 class Generator:

@@ -95,7 +95,7 @@ def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
         rate: share of values that become 0, 0..1.
 
     Returns:
-        ``x`` with zeros, and the factor that is still to be multiplied with: 1 by the share that stays, 1.0 where none
+        ``x`` with zeros, and the factor that is still to be multiplied with: 1 / the share that stays, 1.0 where none
         does. Behind a linear map into fewer values it costs less.
     """
     threshold = round(rate * _SCALE)
@@ -186,8 +186,7 @@ class WidenedLinear(nn.Linear):
 class HybridLinear(nn.Module):
     """A frozen bfloat16 matrix, packed: few rows are multiplied in bfloat16, many in float32; CPU.
 
-    For many rows the matrix is unpacked into float32. As with :class:`PackedLinear`, it is no
-    parameter any more.
+    For many rows the matrix is unpacked into float32. As with :class:`PackedLinear`, it is no parameter any more.
 
     Args:
         linear: the layer; its weight is given up.

@@ -143,8 +143,8 @@ def test_image_prefixes_in_parts_change_nothing(
     assert generation.prefixes_at_once(300, "cpu") == 1
     assert_same(one_window(DEFAULT), default_window)
     monkeypatch.undo()
-    asked = ((300, "cpu"), (40, "cpu"), (5000, "cpu"), (300, "cuda"))
-    assert [generation.prefixes_at_once(*one) for one in asked] == [3, 8, 1, 8]
+    asked = ((300, "cpu"), (40, "cpu"), (5000, "cpu"), (0, "cpu"), (300, "cuda"))
+    assert [generation.prefixes_at_once(*one) for one in asked] == [3, 8, 1, 8, 8]
 
 
 def test_the_static_cache_writes_the_same(default_window: dict[str, Any]) -> None:
