@@ -38,7 +38,7 @@ def grouped_attention(
     """
     is_decoding = query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled()
     if not is_decoding:
-        return _stock_attention(module, query, key, value, attention_mask, **options), None
+        return _widened_attention(module, query, key, value, attention_mask, **options), None
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
     mask = None if attention_mask is None else attention_mask.expand(-1, -1, grouped.shape[2], -1)
@@ -46,9 +46,10 @@ def grouped_attention(
     return output.reshape(rows, 1, heads, width), None
 
 
-def _stock_attention(
+def _widened_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
+    """Return the output of transformers' ``sdpa``, taken in float32 where this CPU is faster so."""
     kind, dtype = query.device.type, query.dtype
     if kind != "cpu" or dtype != torch.bfloat16 or not cpu_bfloat16.is_slower_than_float32():
         return torch.as_tensor(sdpa_attention_forward(module, query, key, value, mask, **options)[0])

@@ -59,20 +59,15 @@ class FusedLora(LoraLinear):
         rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
         if isinstance(self.base_layer, (WidenedLinear, HybridLinear)) and self.base_layer.widens(x):
             with torch.autocast(x.device.type, enabled=False):
-                low = self._low(name, x, rate, down.dtype)
+                low = _low_rank(x, down, rate, self.scaling[name], down.dtype)
                 return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
-        low = self._low(name, x, rate, x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype)
+        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype
+        low = _low_rank(x, down, rate, self.scaling[name], dtype)
         if not torch.is_grad_enabled() and output.dtype == low.dtype:
             # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
             return torch.as_tensor(output.add_(F.linear(low, up)))
         added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
         return added.view(output.shape).to(output.dtype)
-
-    def _low(self, name: str, x: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
-        """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
-        kept, factor = sixteen_bit_dropout(x, rate)
-        scale = float(self.scaling[name]) * factor
-        return F.linear(kept.to(dtype), self._weights(name)[0]) * scale
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
         layers: tuple[Any, Any] = self.lora_A[name], self.lora_B[name]
@@ -85,6 +80,12 @@ def fuse_adapters(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = FusedLora
     return len(layers)
+
+
+def _low_rank(x: Tensor, down: Tensor, rate: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
+    kept, factor = sixteen_bit_dropout(x, rate)
+    return F.linear(kept.to(dtype), down) * (scale * factor)
 
 
 def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
