@@ -26,6 +26,8 @@ from dual_loop.errors import explain
 if TYPE_CHECKING:
     import torch
 
+MASKS_AT_ONCE = 64
+
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 # Resamples are drawn in pieces of about this many numbers, to bound the memory on large splits.
@@ -34,7 +36,7 @@ _MAX_DRAWS_AT_ONCE = 4_000_000
 Array = TypeVar("Array", "np.ndarray", "torch.Tensor")
 
 
-def mask_iou(pred: Array, target: Array) -> tuple[Array, Array]:
+def mask_overlap(pred: Array, target: Array) -> tuple[Array, Array]:
     """Return the intersection and the union of N pairs of masks, each (N,) int64 in pixels.
 
     Args:
@@ -47,11 +49,40 @@ def mask_iou(pred: Array, target: Array) -> tuple[Array, Array]:
     """
     if pred.shape != target.shape or pred.ndim != 3:
         seen = f"{tuple(pred.shape)} and {tuple(target.shape)}"
-        raise ValueError(explain("masks cannot be compared", "mask_iou", seen, "two equal shapes (N, H, W)"))
-    kinds = [str(mask.dtype).removeprefix("torch.") for mask in (pred, target)]
-    if kinds != ["bool", "bool"]:
-        raise ValueError(explain("masks are not boolean", "mask_iou", kinds, "bool", "compare with a threshold first"))
+        raise ValueError(explain("masks cannot be compared", "mask_overlap", seen, "two equal shapes (N, H, W)"))
+    dtypes = [str(mask.dtype).removeprefix("torch.") for mask in (pred, target)]
+    if dtypes != ["bool", "bool"]:
+        raise ValueError(
+            explain("masks are not boolean", "mask_overlap", dtypes, "bool", "compare with a threshold first")
+        )
     return (pred & target).sum((1, 2)), (pred | target).sum((1, 2))
+
+
+def iou(intersection: npt.ArrayLike, union: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return intersections over unions, elementwise; 1 where the union is 0.
+
+    Division rounds correctly, so an IoU of exactly 3/5 equals the literal 0.6.
+    """
+    inner, outer = np.asarray(intersection, np.float64), np.asarray(union, np.float64)
+    return np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
+
+
+def iou_table(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the IoU of every pair of masks: (R, H, W) and (N, H, W) bool -> (R, N) float32; 1 for two empty masks.
+
+    Areas are exact up to 2^24 pixels. Masks are compared :data:`MASKS_AT_ONCE` rows at a time.
+    """
+    import torch
+
+    with torch.autocast(pred.device.type, enabled=False):  # half precision would round areas
+        flat = target.flatten(1).float()
+        areas, rows = flat.sum(1), []
+        for part in pred.split(MASKS_AT_ONCE):
+            own = part.flatten(1).float()
+            inner = own @ flat.T
+            outer = own.sum(1)[:, None] + areas[None] - inner
+            rows.append(torch.where(outer > 0, inner / outer.clamp_min(1), torch.ones_like(outer)))
+    return torch.cat(rows) if rows else flat.new_zeros(0, len(flat))
 
 
 @dataclass
@@ -72,7 +103,7 @@ class SegmentationSums:
     hits: list[int] = field(default_factory=lambda: [0] * len(PRECISION_THRESHOLDS))
 
     def update(self, intersection: Any, union: Any) -> None:
-        """Add N pairs: ``sums.update(*mask_iou(pred, target))``.
+        """Add N pairs: ``sums.update(*mask_overlap(pred, target))``.
 
         Args:
             intersection: (N,) integers in pixels; tensor, array or sequence.
@@ -85,8 +116,7 @@ class SegmentationSums:
         if inner.shape != outer.shape or (inner < 0).any() or (inner > outer).any():
             seen = f"intersections {inner.tolist()[:8]}, unions {outer.tolist()[:8]}"
             raise ValueError(explain("not the areas of mask pairs", "update", seen, "0 <= intersection <= union"))
-        # Division rounds correctly, so an IoU of exactly 3/5 equals the literal 0.6 and counts as a hit.
-        ious = np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
+        ious = iou(inner, outer)
         self.intersection += int(inner.sum())
         self.union += int(outer.sum())
         self.iou_sum += float(ious.sum())

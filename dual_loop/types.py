@@ -10,7 +10,9 @@ Only these types cross from one package to another:
 
 * :class:`RegionSample`: one image (or frame pair) of any data set, on the CPU, in numpy.
 * :class:`Batch`: tensors, made from region samples by ``data.prepare``.
-* :class:`CaptionRollout`: what step 1 wrote for the regions of one batch, of :class:`WrittenCaption`.
+* :class:`Seen`: what the frozen image encoders make of a batch.
+* :class:`RegionCaption`: the caption of one region, and the :class:`WrittenCaption` of step 1 behind it.
+* :class:`PackedBatch`: the rows of token ids of steps 2 and 3, made of :class:`RegionTurn`.
 * :class:`LossTerm`, :class:`StepOutput`: what step 3 returns.
 """
 
@@ -235,47 +237,138 @@ class WrittenCaption:
         token_ids: the generated ids, up to and with what ended the turn.
         gate: why it may earn no reward (``loop.gates``), None where it may.
         truncated: whether it met ``loop.max_new_tokens`` before it ended.
+        unreadable: why step 2 cannot read it (``empty``, ``special_token``), None where it can.
     """
 
     text: str
     token_ids: tuple[int, ...]
     gate: str | None
     truncated: bool
+    unreadable: str | None = None
 
 
 @dataclass
-class CaptionRollout:
-    """What step 1 wrote for the N regions of one batch.
+class RegionCaption:
+    """The caption of one region.
 
     Attributes:
-        captions: N cleaned captions, as step 2 will read them (a fallback where the policy says so).
-        token_ids: N lists of generated ids of those captions, up to and with the end of the turn.
-        rejected: N reasons why the generated caption was refused, None where it was not.
-        from_reference: N flags: True where the caption is the data set's own text.
-        keep: N flags: False where the region is left out of step 2 (``on_rejected = drop``).
-        greedy: N captions of greedy decoding, None where none was asked for.
-        samples: N lists of K sampled captions; empty lists where none were asked for.
+        text: what step 2 reads: the data set's own caption, what step 1 wrote, or a fallback.
+        is_reference: whether it is the data set's own.
+        token_ids: generated ids of ``text``, up to and with the end of the turn; empty for a reference.
+        rejected: why the generated caption was refused, None where it was not.
+        is_kept: False where the region is left out of step 2 (``on_rejected = drop``).
+        greedy: the caption of greedy decoding, None where none was asked for.
+        samples: K sampled captions; empty where none were asked for.
     """
 
-    captions: list[str]
-    token_ids: list[list[int]]
-    rejected: list[str | None]
-    from_reference: list[bool]
-    keep: list[bool]
-    greedy: list[WrittenCaption | None] = field(default_factory=list)
-    samples: list[list[WrittenCaption]] = field(default_factory=list)
+    text: str
+    is_reference: bool = False
+    token_ids: tuple[int, ...] = ()
+    rejected: str | None = None
+    is_kept: bool = True
+    greedy: WrittenCaption | None = None
+    samples: tuple[WrittenCaption, ...] = ()
 
     @property
-    def written(self) -> list[WrittenCaption]:
-        """Every generated caption, region by region, greedy before sampled."""
-        greedy = self.greedy or [None] * len(self.captions)
-        samples = self.samples or [[] for _ in self.captions]
-        pairs = zip(greedy, samples, strict=True)
-        return [caption for first, others in pairs for caption in (first, *others) if caption is not None]
+    def written(self) -> tuple[WrittenCaption, ...]:
+        """Every generated caption of the region, greedy before sampled."""
+        return self.samples if self.greedy is None else (self.greedy, *self.samples)
 
-    @property
-    def num_rejected(self) -> int:
-        return sum(reason is not None for reason in self.rejected)
+
+@dataclass
+class Seen:
+    """What the frozen image encoders make of a batch; no graph.
+
+    Attributes:
+        vision: (T, M, D_vision) of all tiles, pixel-shuffled, before the projector.
+        levels: SAM 2's three feature maps of the B images, fine to coarse, before ``conv_s0`` and ``conv_s1``; None
+            where its encoder trains, so that steps 2 and 3 run it themselves.
+    """
+
+    vision: torch.Tensor
+    levels: list[torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Token ids of a question and its answer, as they follow an image prefix.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the same length; the token id where it carries loss, -100 elsewhere.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass
+class RegionTurn:
+    """A turn about one region, and where it stands once it is packed.
+
+    Attributes:
+        region: 0..N-1.
+        turn: its ids.
+        is_caption: asks about the image that is captioned, with the region's prompt; else about the one that is
+            segmented.
+        continues: belongs to the conversation of the turn before it in its row, which it then sees.
+        row, start: set by ``loop.packing.pack_turns``: its row, and the column of its first id.
+    """
+
+    region: int
+    turn: Turn
+    is_caption: bool = False
+    continues: bool = False
+    row: int = -1
+    start: int = -1
+
+
+@dataclass
+class PackedBatch:
+    """The rows of steps 2 and 3: an image prefix a row, and side by side the turns that ask about the image.
+
+    The first B rows hold the images that are segmented, in the batch's order; captioning turns of a frame pair have
+    rows of their own behind them.
+
+    Attributes:
+        batch: the images, regions and masks.
+        captions: N, one a region.
+        input_ids, position_ids: (R, L) int64, padded on the right.
+        attention_mask: (R, 1, L, L) bool, true where the second position may be seen from the first.
+        row_lengths: R columns without padding.
+        read_from: the first column whose hidden state is read.
+        row_tiles: for each row the indices of its tiles among the T of the batch.
+        region_tile: (P,) int64, the tile (counted over the rows) of each region prompt, ascending.
+        prompt_masks: (P, G, G) bool, the region prompts in the order in which they stand in the rows.
+        seg_positions: (2, n) int64, rows and columns of the [SEG] tokens, row by row.
+        answer_positions: (2, A) int64, rows and columns that predict a token with loss. answer_ids: (A,) that token.
+        region_weights: (N,) float32, weight of each region in the mask losses.
+        vision: (tiles of the rows, M, D_vision), None where the tower trains and has to run with a graph.
+        levels: as in :class:`Seen`.
+        counts: items of each loss term, known before the forward pass.
+        metrics: sums and counts for the records.
+        lessons: what each signal keeps for its terms, by its name.
+    """
+
+    batch: Batch
+    captions: list[RegionCaption]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    row_lengths: list[int]
+    read_from: int
+    row_tiles: list[list[int]]
+    region_tile: torch.Tensor
+    prompt_masks: torch.Tensor
+    seg_positions: torch.Tensor
+    answer_positions: torch.Tensor
+    answer_ids: torch.Tensor
+    region_weights: torch.Tensor
+    vision: torch.Tensor | None = None
+    levels: list[torch.Tensor] | None = None
+    counts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    lessons: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -297,7 +390,7 @@ class Segmentation:
     seg_embeds: torch.Tensor | None = None
 
 
-class Exchange(Protocol):
+class RankComm(Protocol):
     """What the loop needs of the other ranks; every rank must make the same calls with the same keys."""
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -310,7 +403,7 @@ class Exchange(Protocol):
 
 
 class SingleProcess:
-    """The :class:`Exchange` of one process."""
+    """The :class:`RankComm` of one process."""
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         return dict(sums)
@@ -339,16 +432,12 @@ class LossTerm:
 
 @dataclass
 class StepOutput:
-    """What one micro-batch gives the trainer.
+    """What steps 2 and 3 give for one micro-batch.
 
     Attributes:
-        terms: loss terms by name: ``mask_loss``, ``dice_loss``, ``llm_loss`` and those that options add.
-        metrics: sums to be added over micro-batches and ranks; a key ``x/sum`` goes with ``x/count``.
-        segmentation: the masks of this micro-batch, detached, for panels and rewards.
-        captions: the captions that step 2 read, one a region.
+        terms: loss terms by name: ``mask_loss``, ``dice_loss``, ``llm_loss`` and those that signals add.
+        masks: what was segmented, one mask a region.
     """
 
     terms: Mapping[str, LossTerm]
-    metrics: Mapping[str, float]
-    segmentation: Segmentation | None = None
-    captions: Sequence[str] = ()
+    masks: Segmentation

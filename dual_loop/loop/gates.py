@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dual_loop.config import GATES
 from dual_loop.errors import ConfigError, explain
@@ -47,40 +47,38 @@ class CaptionGates:
 
     Args:
         gates: names out of :data:`~dual_loop.config.GATES`.
-        find_marker: returns a special token inside a text, or None (``Prompter.find_marker``).
         prompts: the texts that a caption must not repeat.
 
     Raises:
         ConfigError: an unknown gate.
     """
 
-    def __init__(self, gates: Sequence[str], find_marker: Callable[[str], str | None], prompts: Sequence[str]) -> None:
+    def __init__(self, gates: Sequence[str], prompts: Sequence[str]) -> None:
         unknown = [name for name in gates if name not in GATES]
         if unknown:
             raise ConfigError(explain("unknown gate", "reward.gates", ", ".join(unknown), ", ".join(GATES)))
-        leaks = {run for prompt in prompts for run in _runs(_words(prompt), LEAK_WORDS)}
-        checks: dict[str, Callable[[str], bool]] = {
-            "special_token": lambda text: find_marker(text) is not None,
-            "prompt_leak": lambda text: any(run in leaks for run in _runs(_words(text), LEAK_WORDS)),
-            "coordinates": lambda text: _COORDINATES.search(text) is not None,
-            "script": is_foreign,
-            "repetition": repeats_itself,
-            "empty": lambda text: not any(character.isalnum() for character in text),
-        }
         self.names = tuple(name for name in GATES if name in gates)
-        self._checks = checks
+        self.leaks = {run for prompt in prompts for run in _runs(_words(prompt), LEAK_WORDS)}
 
-    def check(self, text: str, truncated: bool) -> str | None:
+    def check(self, text: str, truncated: bool, unreadable: str | None) -> str | None:
         """Return the first gate that closes on ``text``, None where it may earn its reward.
 
         Args:
             text: the caption.
             truncated: whether it met the token limit before it ended.
+            unreadable: ``empty`` or ``special_token`` where step 2 cannot read it; such a caption earns nothing,
+                whichever gates are on.
         """
-        for name in self.names:
-            if truncated if name == "truncated" else self._checks[name](text):
-                return name
-        return None
+        closed = {
+            "special_token": unreadable == "special_token",
+            "prompt_leak": any(run in self.leaks for run in _runs(_words(text), LEAK_WORDS)),
+            "coordinates": _COORDINATES.search(text) is not None,
+            "script": is_foreign(text),
+            "repetition": repeats_itself(text),
+            "truncated": truncated,
+            "empty": unreadable == "empty",
+        }
+        return next((name for name in self.names if closed[name]), unreadable)
 
 
 def is_foreign(text: str) -> bool:

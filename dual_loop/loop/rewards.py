@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,56 +20,27 @@ from dual_loop.loop.judge import Judge, JudgeQuestion
 from dual_loop.metrics import meteor_exact_stem
 
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
-CHUNK = 64
-"""Predicted masks that are compared at once."""
 
 
 class RewardError(DualLoopError):
     """A caption cannot be rewarded: no reward that is on applies to it."""
 
 
-@torch.no_grad()
-def iou_matrix(mask_logits: Tensor, caption_region: Tensor, targets: Tensor, region_image: Tensor) -> Tensor:
-    """Return the IoU of each caption's mask with every region of the same image.
+def own_and_margin(table: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the IoU (R,) of each caption's mask with its own region, and that minus the best of the other regions.
 
     Args:
-        mask_logits: (R, Q, Q) float; the mask is where they are above 0.
-        caption_region: (R,) int64, the region that each caption belongs to.
-        targets: (N, Q, Q) bool or 0/1.
-        region_image: (N,) int64, the image of each region.
+        table: (R, N) float, the IoU of each caption's mask with every region; NaN for regions of other images.
+        regions: (R,) int64, the region of each caption.
 
     Returns:
-        (R, N) float32: NaN for regions of other images, 1 where both masks are empty.
+        Both (R,); the margin is in -1..1, NaN where the image has no other region.
     """
-    flat = (targets > 0).flatten(1).float()
-    areas, rows = flat.sum(1), []
-    for logits in mask_logits.split(CHUNK):
-        predicted = (logits > 0).flatten(1).float()
-        intersection = predicted @ flat.T
-        union = predicted.sum(1)[:, None] + areas[None] - intersection
-        rows.append(torch.where(union > 0, intersection / union.clamp_min(1), torch.ones_like(union)))
-    matrix = torch.cat(rows) if rows else flat.new_zeros(0, len(flat))
-    same_image = region_image[caption_region][:, None] == region_image[None]
-    return matrix.masked_fill(~same_image, float("nan"))
-
-
-def cycle_ious(matrix: Tensor, caption_region: Tensor) -> Tensor:
-    """Return the IoU (R,) of each caption's mask with its own region, from :func:`iou_matrix`."""
-    return matrix.gather(1, caption_region[:, None])[:, 0]
-
-
-def contrasts(matrix: Tensor, caption_region: Tensor) -> Tensor:
-    """Return own IoU minus the largest other IoU of the image: (R,) in -1..1, NaN where there is no other region."""
-    own = torch.zeros_like(matrix, dtype=torch.bool).scatter(1, caption_region[:, None], True)
-    others = matrix.masked_fill(own | matrix.isnan(), float("-inf"))
-    best = others.amax(1) if matrix.shape[1] else matrix.new_zeros(len(matrix))
-    return torch.where(best.isinf(), float("nan"), cycle_ious(matrix, caption_region) - best)
-
-
-def picks_own(matrix: Tensor, caption_region: Tensor) -> Tensor:
-    """Return 1.0 where the own region has the strictly largest IoU, else 0.0: (R,), NaN without another region."""
-    contrast = contrasts(matrix, caption_region)
-    return torch.where(contrast.isnan(), contrast, (contrast > 0).float())
+    own = table.gather(1, regions[:, None])[:, 0]
+    is_own = torch.zeros_like(table, dtype=torch.bool).scatter(1, regions[:, None], True)
+    others = table.masked_fill(is_own | table.isnan(), float("-inf"))
+    best = others.amax(1) if table.shape[1] else table.new_zeros(len(table))
+    return own, torch.where(best.isinf(), float("nan"), own - best)
 
 
 def combined_caption_reward(
@@ -151,8 +122,8 @@ class RewardSet:
     def score(
         self,
         captions: Sequence[str],
-        caption_region: Tensor,
-        matrix: Tensor,
+        regions: Tensor,
+        table: Tensor,
         references: Sequence[Sequence[str]],
         gates: Sequence[str | None],
         names: Sequence[str],
@@ -161,8 +132,8 @@ class RewardSet:
 
         Args:
             captions: R texts.
-            caption_region: (R,) int64, their regions.
-            matrix: (R, N) of :func:`iou_matrix`.
+            regions: (R,) int64, their regions.
+            table: (R, N), the IoU of each caption's mask with every region; NaN for regions of other images.
             references: for each caption the captions of its region.
             gates: for each caption the gate that closed on it; such a caption earns 0 wherever a reward applies.
             names: for each caption the name of its region, for messages.
@@ -173,12 +144,18 @@ class RewardSet:
         Raises:
             RewardError: no objective applies to a caption.
         """
-        given = (captions, caption_region, matrix, references, gates)
-        values = {name: self._values(name, *given) for name in self.weights}
-        closed = torch.tensor([gate is not None for gate in gates], dtype=torch.bool)
-        rewards = {
-            name: torch.where(closed & ~value.isnan(), torch.zeros_like(value), value) for name, value in values.items()
+        own, margin = own_and_margin(table, regions)
+        makers: dict[str, Callable[[], Tensor]] = {
+            "cycle": own.float,
+            "contrast": margin.float,
+            "caption": lambda: self._caption_scores(captions, references, gates),
+            "length": lambda: torch.tensor(length_rewards(captions, self.config.min_words, self.config.max_words)),
         }
+        closed = torch.tensor([gate is not None for gate in gates], dtype=torch.bool)
+        rewards = {}
+        for name in self.weights:
+            value = makers[name]()
+            rewards[name] = torch.where(closed & ~value.isnan(), torch.zeros_like(value), value)
         applies = torch.stack([~reward.isnan() for reward in rewards.values()]).any(0)
         if len(captions) and not bool(applies.all()):
             raise RewardError(
@@ -193,26 +170,14 @@ class RewardSet:
             )
         return rewards
 
-    def _values(
-        self,
-        name: str,
-        captions: Sequence[str],
-        caption_region: Tensor,
-        matrix: Tensor,
-        references: Sequence[Sequence[str]],
-        gates: Sequence[str | None],
+    def _caption_scores(
+        self, captions: Sequence[str], references: Sequence[Sequence[str]], gates: Sequence[str | None]
     ) -> Tensor:
-        if name == "cycle":
-            return cycle_ious(matrix, caption_region).float()
-        if name == "contrast":
-            return contrasts(matrix, caption_region).float()
-        if name == "length":
-            return torch.tensor(length_rewards(captions, self.config.min_words, self.config.max_words))
-        # The judge is not asked about captions that earn nothing anyway.
+        """Return likeness to references; the judge is not asked about captions that earn nothing anyway."""
         scores = torch.tensor([0.0 if own else float("nan") for own in references])
-        open_ones = [index for index, gate in enumerate(gates) if gate is None and references[index]]
+        is_open = [index for index, gate in enumerate(gates) if gate is None and references[index]]
         found = combined_caption_reward(
-            [captions[index] for index in open_ones], [references[index] for index in open_ones], self.judge
+            [captions[index] for index in is_open], [references[index] for index in is_open], self.judge
         )
-        scores[open_ones] = torch.tensor(found, dtype=scores.dtype)
+        scores[is_open] = torch.tensor(found, dtype=scores.dtype)
         return scores

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dual_loop.errors import PromptError, explain
+from dual_loop.types import Turn
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -129,19 +130,6 @@ def list_regions(num_cells: Sequence[int]) -> str:
     return f"There are {len(parts)} part regions in the picture: {', '.join(parts)}."
 
 
-@dataclass(frozen=True)
-class Branch:
-    """Token ids that follow an image prefix, with the part that carries loss.
-
-    Attributes:
-        input_ids: token ids of question and answer.
-        labels: the same length; the token id where it carries loss, -100 elsewhere.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
 class Prompter:
     """Turns captions and region sizes into token ids with one tokenizer and one template.
 
@@ -207,29 +195,29 @@ class Prompter:
         text = choose(CAPTION_QUESTIONS, question, seed)
         return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
 
-    def sampled_branch(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Branch:
+    def sampled_turn(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with generated ids as the answer, verbatim; nothing carries language loss.
 
         The last id is left out: every id is predicted at the place before its own, and a special token, which can only
         be the last (:meth:`cut_answer`), would be taken for an image token or a request for a mask.
         """
         ids = (*self.caption_question(num_cells, question, seed), *token_ids[:-1])
-        return Branch(ids, (-100,) * len(ids))
+        return Turn(ids, (-100,) * len(ids))
 
-    def caption_branch(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Branch:
+    def caption_turn(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with ``caption`` as the answer; the answer and its end carry loss."""
         self._refuse_markers(caption)
-        return self._branch(self.caption_question(num_cells, question, seed), caption)
+        return self._turn(self.caption_question(num_cells, question, seed), caption)
 
-    def segment_branch(
+    def segment_turn(
         self, caption: str, question: str, answer: str = "sure", seed: int = 0, is_first: bool = True
-    ) -> Branch:
+    ) -> Turn:
         """Return the segmentation turn for ``caption`` with the answer that holds [SEG].
 
         ``is_first``: the turn follows the image directly; else it is a later turn of the same conversation.
         """
         ids = self.segment_question(caption, question, seed, is_first)
-        return self._branch(ids, choose(SEGMENT_ANSWERS, answer, seed + 1))
+        return self._turn(ids, choose(SEGMENT_ANSWERS, answer, seed + 1))
 
     def segment_question(self, caption: str, question: str, seed: int = 0, is_first: bool = True) -> list[int]:
         """Return the ids that ask for the mask of ``caption``, after the image prefix or an earlier turn.
@@ -245,7 +233,7 @@ class Prompter:
 
     def conversation(
         self, turns: Sequence[tuple[str, str]], num_tiles: int = 1, num_cells: Sequence[int] = (), stock: bool = False
-    ) -> Branch:
+    ) -> Turn:
         """Return a whole conversation over one image, image prefix included.
 
         Args:
@@ -260,14 +248,14 @@ class Prompter:
         listing = f"{list_regions(num_cells)}\n" if num_cells else ""
         for number, (question, answer) in enumerate(turns):
             start = f"\n{listing}" if number == 0 else (template.turn_separator if stock else "") + before
-            branch = self._branch(self.encode(start + question + after), answer)
-            ids += branch.input_ids
-            labels += branch.labels
-        return Branch(tuple(ids), tuple(labels))
+            turn = self._turn(self.encode(start + question + after), answer)
+            ids += turn.input_ids
+            labels += turn.labels
+        return Turn(tuple(ids), tuple(labels))
 
-    def relaxed_segment_branch(
+    def straight_through_turn(
         self, caption_ids: Sequence[int], question: str, answer: str, seed: int, is_first: bool = True
-    ) -> tuple[Branch, int]:
+    ) -> tuple[Turn, int]:
         """Return a segmentation turn around ready caption ids, and where they start in it.
 
         The text before the caption ends without its space: the first caption id brings it (:meth:`with_space`).
@@ -276,8 +264,8 @@ class Prompter:
         start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
         head = self.encode(("\n" if is_first else before) + start.removesuffix(" "))
         tail = self.encode(end + after)
-        branch = self._branch([*head, *caption_ids, *tail], choose(SEGMENT_ANSWERS, answer, seed + 1))
-        return branch, len(head)
+        turn = self._turn([*head, *caption_ids, *tail], choose(SEGMENT_ANSWERS, answer, seed + 1))
+        return turn, len(head)
 
     def with_space(self) -> list[int]:
         """Return for every token id the id of the same text with a space before it; itself where there is none.
@@ -312,10 +300,10 @@ class Prompter:
                 return ids[:length]
         return ids
 
-    def _branch(self, question_ids: list[int], answer: str) -> Branch:
+    def _turn(self, question_ids: list[int], answer: str) -> Turn:
         answer_ids = self.encode(answer + self.template.answer_end)
         labels = [-100] * len(question_ids) + answer_ids
-        return Branch(tuple(question_ids + answer_ids), tuple(labels))
+        return Turn(tuple(question_ids + answer_ids), tuple(labels))
 
     def _refuse_markers(self, caption: str) -> None:
         marker = self.find_marker(caption)
@@ -330,6 +318,22 @@ class Prompter:
                 )
             )
 
+    def read_caption(self, token_ids: Sequence[int]) -> tuple[list[int], str, bool]:
+        """Return generated ids up to what ended them, their text as a caption, and whether it came to an end."""
+        ids = self.cut_answer(token_ids)
+        text, ended = self.decode_caption(ids)
+        return ids, clean_caption(text), ended
+
+    def ends_turn(self, token_ids: Sequence[int]) -> bool:
+        """Tell whether generated ids end with a stop text, however the tokenizer cuts it.
+
+        Sa2VA's ``<|end|>`` is plain text to its tokenizer, so no single token id marks the end of an answer.
+        """
+        # A token holds at least one byte, so a text of n bytes spans at most n tokens.
+        window = max(len(text.encode()) for text in self.template.stop_texts)
+        tail = self.tokenizer.decode(list(token_ids[-window:]), skip_special_tokens=False)
+        return any(text in tail for text in self.template.stop_texts)
+
     def decode_caption(self, token_ids: list[int]) -> tuple[str, bool]:
         """Return the text of generated ids and whether a stop text or end token closed it."""
         end_id = self.tokenizer.eos_token_id
@@ -340,3 +344,14 @@ class Prompter:
             if stop in text:
                 text, ended = text.split(stop)[0], True
         return text, ended
+
+
+def clean_caption(text: str) -> str:
+    """Collapse white space and drop quotes and a final full stop, which the question brings itself."""
+    return " ".join(text.split()).strip(" \"'").rstrip(".").strip()
+
+
+def prompt_texts() -> list[str]:
+    """Return the texts that a caption must not repeat: every question, and how regions are listed."""
+    questions = [text.replace("{caption}", "").strip() for text in SEGMENT_QUESTIONS.values()]
+    return [*CAPTION_QUESTIONS.values(), *questions, "There are 1 part regions in the picture: region1"]

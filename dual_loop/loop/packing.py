@@ -1,0 +1,180 @@
+"""Rows of steps 2 and 3: an image prefix a row, and side by side the turns that ask about the image.
+
+A token attends to the prefix and to the earlier tokens of its own conversation, and positions start again after the
+prefix in every conversation. So each turn computes exactly what it would compute in a row of its own (up to rounding),
+while the image tokens, most of the row, are paid for once. The same idea is described as Prefix Grouper (2506.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dual_loop.config import LoopConfig
+from dual_loop.model.prompts import Prompter
+from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, Turn
+
+IGNORED = -100
+
+
+def segmentation_turns(
+    batch: Batch, captions: Sequence[RegionCaption], weights: Tensor, prompter: Prompter, config: LoopConfig
+) -> list[RegionTurn]:
+    """Return the turn of each region that asks for its mask, with the answer that holds [SEG].
+
+    ``segment_form = turns`` puts the regions of an image into one conversation. A region of weight 0 stays in the row,
+    so that every rank runs the same graph, but its answer teaches nothing.
+
+    Args:
+        weights: (N,) float.
+    """
+    names, seeds = (config.segment_question, config.segment_answer), batch.region_seeds.tolist()
+    turns, is_seen = [], set[int]()
+    for region, (image, weight) in enumerate(zip(batch.region_image.tolist(), weights.tolist(), strict=True)):
+        continues = config.segment_form == "turns" and image in is_seen
+        is_seen.add(image)
+        turn = prompter.segment_turn(captions[region].text, *names, seeds[region], not continues)
+        if weight == 0.0:
+            turn = silent(turn)
+        turns.append(RegionTurn(region, turn, continues=continues))
+    return turns
+
+
+def supervised_turns(
+    batch: Batch, captions: Sequence[RegionCaption], prompter: Prompter, config: LoopConfig
+) -> list[RegionTurn]:
+    """Return captioning turns of the regions whose own caption also trains step 1 (``caption_supervision``)."""
+    cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
+    return [
+        RegionTurn(
+            region,
+            prompter.caption_turn(cells[region], caption.text, config.caption_question, seeds[region]),
+            is_caption=True,
+        )
+        for region, caption in enumerate(captions)
+        if caption.is_reference and config.caption_supervision
+    ]
+
+
+def silent(turn: Turn) -> Turn:
+    """Return the turn without language loss."""
+    return Turn(turn.input_ids, (IGNORED,) * len(turn.labels))
+
+
+def pack_turns(
+    batch: Batch,
+    captions: Sequence[RegionCaption],
+    turns: Sequence[RegionTurn],
+    prompter: Prompter,
+    *,
+    vision: Tensor | None,
+    levels: list[Tensor] | None = None,
+    weights: Tensor | None = None,
+    segments: bool = True,
+) -> PackedBatch:
+    """Pack turns into rows, in the order given; set where each of them stands.
+
+    Args:
+        batch: B images with N regions.
+        captions: one a region.
+        turns: those with [SEG] in ascending order of their regions.
+        prompter: gives the image prefixes.
+        vision: (T, M, D_vision) of all views; None lets the model run its tower on the rows.
+        levels: SAM 2's features of the B images, where they are at hand.
+        weights: (N,) weight of each region in the mask losses, 1 where not given.
+        segments: begin with a row for each of the B images, in order; else rows are made as turns need them.
+    """
+    images = batch.region_image.tolist()
+    views = list(batch.target_view) if segments else []
+    row_of_view = {view: row for row, view in enumerate(views)}
+    rows: list[list[RegionTurn]] = [[] for _ in views]
+    for turn in turns:
+        row = images[turn.region]
+        if turn.is_caption:
+            view = batch.caption_view[row]
+            row = row_of_view.setdefault(view, len(rows))
+            if row == len(rows):
+                views.append(view)
+                rows.append([])
+        turn.row = row
+        rows[row].append(turn)
+    return _pack(batch, list(captions), views, rows, prompter, vision, levels, weights)
+
+
+def _pack(
+    batch: Batch,
+    captions: list[RegionCaption],
+    views: Sequence[int],
+    rows: Sequence[Sequence[RegionTurn]],
+    prompter: Prompter,
+    vision: Tensor | None,
+    levels: list[Tensor] | None,
+    weights: Tensor | None,
+) -> PackedBatch:
+    device, offsets, counts = batch.pixel_values.device, batch.tile_offsets, batch.tiles_per_view
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    conversations: list[list[int]] = []
+    segs: list[tuple[int, int]] = []
+    answers: list[tuple[int, int, int]] = []
+    prefixes = [prompter.image_prefix(counts[view]) for view in views]
+    for row, (prefix, turns) in enumerate(zip(prefixes, rows, strict=True)):
+        own, place, conversation = list(prefix), list(range(len(prefix))), [0] * len(prefix)
+        for turn in turns:
+            turn.start, count = len(own), len(turn.turn.input_ids)
+            first = place[-1] + 1 if turn.continues else len(prefix)
+            own += turn.turn.input_ids
+            place += range(first, first + count)
+            conversation += [conversation[-1] + (not turn.continues)] * count
+            labelled = enumerate(turn.turn.labels, start=turn.start - 1)
+            answers += [(row, column, label) for column, label in labelled if label != IGNORED]
+        segs += [(row, column) for column, token in enumerate(own) if token == prompter.seg_id]
+        ids.append(own)
+        positions.append(place)
+        conversations.append(conversation)
+    length = max(len(own) for own in ids)
+    tiles = [list(range(offsets[view], offsets[view] + counts[view])) for view in views]
+    # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
+    last_tile = torch.tensor([len(group) for group in tiles]).cumsum(0) - 1
+    prompted = [(int(last_tile[row]), turn.region) for row, turns in enumerate(rows) for turn in turns if turn.is_caption]
+    columns = torch.tensor(segs, dtype=torch.long).reshape(-1, 2)
+    answered = torch.tensor(answers, dtype=torch.long).reshape(-1, 3)
+    weights = torch.ones(batch.num_regions) if weights is None else weights
+    objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
+    return PackedBatch(
+        batch=batch,
+        captions=captions,
+        input_ids=_pad(ids, length, prompter.tokenizer.pad_token_id or 0).to(device),
+        position_ids=_pad(positions, length, 0).to(device),
+        attention_mask=conversation_mask(_pad(conversations, length, -1)).to(device),
+        row_lengths=[len(own) for own in ids],
+        read_from=max(0, min(len(prefix) for prefix in prefixes) - 1),
+        row_tiles=tiles,
+        region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long, device=device),
+        prompt_masks=batch.prompt_masks[[region for _, region in prompted]],
+        seg_positions=columns.T.to(device),
+        answer_positions=answered[:, :2].T.to(device),
+        answer_ids=answered[:, 2].to(device),
+        region_weights=weights.to(device),
+        vision=None if vision is None else vision[flat_tiles],
+        levels=levels,
+        counts={"mask_loss": objects, "dice_loss": objects, "llm_loss": float(len(answers))},
+    )
+
+
+def conversation_mask(conversation: Tensor) -> Tensor:
+    """Return who sees whom: (R, L) numbers of conversations (0 prefix, -1 padding) -> (R, 1, L, L) bool.
+
+    Padded positions see themselves alone: a row of the softmax without any true entry would give NaN.
+    """
+    length = conversation.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=conversation.device).tril()
+    seen, seer = conversation[:, None, :], conversation[:, :, None]
+    allowed = causal & (seen >= 0) & ((seen == 0) | (seen == seer))
+    return (allowed | torch.eye(length, dtype=torch.bool, device=conversation.device))[:, None]
+
+
+def _pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

@@ -1,0 +1,120 @@
+"""What a text leads to: the one place that segments texts, for rewards, measurements and people; no graph.
+
+Training gives the answer ("Sure, [SEG]."), so a mask can never be missing. A measure that is to compare with published
+figures lets the model write it: then an answer may hold no [SEG] (no mask) or several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dual_loop.config import LoopConfig
+from dual_loop.loop.packing import pack_turns, silent
+from dual_loop.metrics import iou_table
+from dual_loop.model.decode import Decoder, Prompts
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.types import Batch, RegionTurn, Seen, Turn
+
+ANSWER_TOKENS = 32
+"""Longest written answer: ``Sure, the segmentation result is [SEG].`` and its end, with room."""
+
+RegionText = tuple[int, str | None]
+"""A text about an image, named by one of its regions; None, a caption that was rejected, is an empty mask."""
+
+
+class Scorer:
+    """Segments texts as step 2 does.
+
+    Args:
+        model: the model; runs in eval mode.
+        prompter: builds the questions.
+        config: ``segment_question`` and ``segment_answer`` are read.
+    """
+
+    def __init__(self, model: Sa2VA, prompter: Prompter, config: LoopConfig) -> None:
+        self.model, self.prompter, self.config = model, prompter, config
+
+    @torch.no_grad()
+    def segment(
+        self, batch: Batch, seen: Seen, texts: Sequence[RegionText], *, generated: bool = False
+    ) -> list[Tensor]:
+        """Return for each text the mask logits (n, Q, Q) of the n [SEG] in its answer; n is 0 for None.
+
+        Args:
+            batch: B images with N regions; only the images are looked at.
+            seen: what the image encoders made of it.
+            texts: in any order; a text that is asked twice of a region is segmented once.
+            generated: let the model write the answers, greedily; else the answer of ``segment_answer`` is given.
+
+        Raises:
+            PromptError: a text holds a special token.
+        """
+        asked = sorted({(region, text) for region, text in texts if text is not None})
+        side = self.model.mask_size
+        masks: dict[RegionText, Tensor] = {}
+        if asked:
+            with evaluating(self.model):
+                turns = self._written(batch, seen, asked) if generated else self._given(batch, asked)
+                counts = [turn.turn.input_ids.count(self.prompter.seg_id) for turn in turns]
+                logits = torch.zeros(0, side, side, device=self.model.device)
+                if sum(counts):
+                    packed = pack_turns(batch, [], turns, self.prompter, vision=seen.vision, levels=seen.levels)
+                    logits = self.model.predict(packed).mask_logits
+            masks = dict(zip(asked, logits.split(counts), strict=True))
+        nothing = torch.zeros(0, side, side, device=self.model.device)
+        return [masks.get(text, nothing) for text in texts]
+
+    def score(self, batch: Batch, seen: Seen, texts: Sequence[RegionText]) -> Tensor:
+        """Return the IoU of the R texts' masks with the N masks of the batch: (R, N) float32, on the CPU.
+
+        NaN for regions of other images; a rejected text's mask is empty.
+        """
+        masks = union(self.segment(batch, seen, texts), self.model.mask_size)
+        regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
+        return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)
+
+    def _given(self, batch: Batch, texts: Sequence[tuple[int, str]]) -> list[RegionTurn]:
+        names, seeds = (self.config.segment_question, self.config.segment_answer), batch.region_seeds.tolist()
+        return [
+            RegionTurn(region, silent(self.prompter.segment_turn(text, *names, seed=seeds[region])))
+            for region, text in texts
+        ]
+
+    def _written(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]]) -> list[RegionTurn]:
+        owners, seeds, offsets = batch.region_image.tolist(), batch.region_seeds.tolist(), batch.tile_offsets
+        question = self.config.segment_question
+        questions = [self.prompter.segment_question(text, question, seeds[region]) for region, text in texts]
+        views = sorted({batch.target_view[owners[region]] for region, _ in texts})
+        counts = [batch.tiles_per_view[view] for view in views]
+        prompts = Prompts(
+            questions=questions,
+            images=[views.index(batch.target_view[owners[region]]) for region, _ in texts],
+            prefixes=[self.prompter.image_prefix(count) for count in counts],
+            tiles=[range(offsets[view], offsets[view] + count) for view, count in zip(views, counts, strict=True)],
+            masks=[None] * len(questions),
+        )
+        features = self.model.project_vision(seen.vision)
+        decoder = Decoder(self.model, self.prompter, prompts, features, ANSWER_TOKENS)
+        turns = []
+        for (region, _), asked, answer in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
+            # A written placeholder would ask for image features that nobody gave.
+            kept = [token for token in self.prompter.cut_turn(answer) if token != self.prompter.image_context_id]
+            ids = (*asked, *kept)
+            turns.append(RegionTurn(region, silent(Turn(ids, ids))))
+        return turns
+
+
+def union(masks: Sequence[Tensor], side: int) -> Tensor:
+    """Join the masks (n, Q, Q) of each text to one of logits: (R, Q, Q), far below 0 where a text has none."""
+    empty = torch.full((side, side), -1e4)
+    return torch.stack([own.amax(0) if len(own) else empty.to(own.device) for own in masks]) if masks else empty[None][:0]
+
+
+def own_image_only(table: Tensor, regions: Tensor, region_image: Tensor) -> Tensor:
+    """Return an IoU table (R, N) with NaN where region n lies on another image than region ``regions[r]``."""
+    images = region_image.to(table.device)
+    return table.masked_fill(images[regions.to(table.device)][:, None] != images[None], float("nan"))

@@ -1,0 +1,87 @@
+"""What every option that teaches something is made of, so that the task loops over signals and branches on none.
+
+One optimiser step calls, in this order: :meth:`Signal.asks` (captions to be scored), :meth:`Signal.plan` (turns and
+weights of the rows), :meth:`Signal.lessons` (what the terms need, once rows are packed), and in each micro-batch's
+forward pass :meth:`Signal.edit` and :meth:`Signal.terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dual_loop.loop.scorer import RegionText
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, RegionTurn, Seen, Segmentation
+
+
+@dataclass
+class RowPlan:
+    """What signals put into the rows of one micro-batch before they are packed.
+
+    Attributes:
+        weights: (N,) float32 weight of each region's caption in step 2, 1 to begin with.
+        turns: further captioning turns, packed before all others.
+        segmentation: turns with [SEG] that stand in for the task's own, by region.
+        metrics: sums and counts for the records.
+    """
+
+    weights: Tensor
+    turns: list[RegionTurn] = field(default_factory=list)
+    segmentation: dict[int, RegionTurn] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Window:
+    """One accumulation window after step 1; every list has an entry for each micro-batch.
+
+    Attributes:
+        batches, seen, captions: images, their features, and one caption a region.
+        plans: what signals put into the rows.
+        scores: for each micro-batch the IoU (N,) of a text's mask with every region, by region and text.
+        progress: share of the run that is done, 0..1.
+    """
+
+    batches: Sequence[Batch]
+    seen: Sequence[Seen]
+    captions: list[list[RegionCaption]]
+    plans: list[RowPlan]
+    scores: list[dict[RegionText, Tensor]]
+    progress: float = 0.0
+
+
+class Signal:
+    """A source of further lessons; as it stands here it teaches nothing.
+
+    Attributes:
+        name: key of what it keeps in ``PackedBatch.lessons``.
+        num_samples: K, captions that step 1 samples for each region.
+        needs_greedy: whether it compares with a greedy caption.
+        reads_samples: whether step 2 may read the first sample in place of a greedy caption.
+    """
+
+    name = ""
+    num_samples = 0
+    needs_greedy = False
+    reads_samples = False
+
+    def asks(self, batch: Batch, captions: Sequence[RegionCaption]) -> Iterable[RegionText]:
+        """Return the texts of a micro-batch whose masks it wants to be compared with the regions."""
+        return ()
+
+    def plan(self, window: Window) -> None:
+        """Add turns, weights and metrics to ``window.plans``; every rank calls this once a step."""
+
+    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+        """Keep in ``packed[i].lessons`` what :meth:`terms` needs, and count its items in ``packed[i].counts``."""
+
+    def edit(self, model: Sa2VA, embeds: Tensor, packed: PackedBatch) -> Tensor:
+        """Change what enters the language model, (R, L, D)."""
+        return embeds
+
+    def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
+        """Return loss terms by name."""
+        return {}

@@ -1,0 +1,283 @@
+"""``Sa2VA``: InternVL with LoRA and SAM 2, joined by the hidden state at [SEG]. It sees, reads and segments.
+
+::
+
+    see      images            -> features of both frozen encoders
+    embed    packed rows       -> what enters the language model, image and region tokens in place
+    read     embeddings        -> last hidden states
+    segment  hidden at [SEG]   -> masks
+
+It knows no loss weight, no reward and no teacher; those belong to ``loop``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration, Sam2Model
+from transformers.cache_utils import Cache
+
+from dual_loop.errors import PromptError, explain
+from dual_loop.losses import token_cross_entropy
+from dual_loop.model.adapters import NewTokenRows
+from dual_loop.model.grounding import GroundingDecoder
+from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
+from dual_loop.types import Batch, PackedBatch, Seen, Segmentation
+
+
+class Sa2VA(nn.Module):
+    """Sa2VA on transformers' native classes: caption a region, segment from a caption.
+
+    ``run_language``, ``step_language``, ``token_loss`` and ``grounding.encode``/``finish`` are the seams at which
+    ``accelerate`` puts faster functions of the same results.
+
+    Attributes:
+        mllm: ``InternVLForConditionalGeneration`` with LoRA injected into its language model.
+        grounding_encoder: ``Sam2Model``. grounding: runs it.
+        text_hidden_fcs: Linear, ReLU, Linear from the language width D to the SAM 2 prompt width C.
+        new_token_rows: trained rows of the new tokens, or None.
+
+    Args:
+        mllm, grounding_encoder, text_hidden_fcs: the parts.
+        seg_id, image_context_id: token ids of ``[SEG]`` and ``<IMG_CONTEXT>``.
+        image_mean, image_std: normalisation of the grounding image, three values for 0..1 pixels.
+        single_mask: take mask candidate 0 instead of the best of three.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(
+        self,
+        mllm: InternVLForConditionalGeneration,
+        grounding_encoder: Sam2Model,
+        text_hidden_fcs: nn.Sequential,
+        *,
+        seg_id: int,
+        image_context_id: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        single_mask: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mllm: Any = mllm
+        self.grounding_encoder: Any = grounding_encoder
+        self.text_hidden_fcs = text_hidden_fcs
+        self.new_token_rows: NewTokenRows | None = None
+        self.seg_id, self.image_context_id = seg_id, image_context_id
+        self.grounding = GroundingDecoder(grounding_encoder, single_mask)
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_mean.device
+
+    @property
+    def mask_size(self) -> int:
+        """Q, the side of the mask logits."""
+        return int(self.grounding_encoder.prompt_encoder.mask_input_size[0])
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers of the language model."""
+        return len(self.mllm.model.language_model.layers)
+
+    # ---- see ---------------------------------------------------------------------------------------------------------
+
+    def see(self, batch: Batch) -> Seen:
+        """Run both image encoders on a batch: the vision tower on all tiles, SAM 2's encoder on the B images.
+
+        Steps 1 to 3 and every measurement share the result. It holds no graph; an encoder that trains runs again where
+        a graph is needed.
+        """
+        with torch.no_grad():
+            vision = self.encode_vision(batch.pixel_values)
+            levels = None
+            if not _trains(self.grounding_encoder.vision_encoder):
+                levels = self.encode_grounding(batch.g_pixel_values)
+        return Seen(vision, levels)
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower trains, so that its features of step 1 cannot serve step 2."""
+        return _trains(self.mllm.model.vision_tower)
+
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """Run the vision tower: (T, 3, I, I) -> (T, M, D_vision), pixel-shuffled, before the projector.
+
+        Raises:
+            PromptError: the tiles have another size than the tower, which would interpolate without a word.
+        """
+        tower = self.mllm.model.vision_tower
+        side = tower.config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[-2:]) != tuple(side):
+            seen, expected = tuple(pixel_values.shape), f"(T, 3, {side[0]}, {side[1]})"
+            fix = "prepare images with the model's own geometry (model.build.geometry)"
+            raise PromptError(explain("image tiles have the wrong size", "pixel_values", seen, expected, fix))
+        with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
+            dtype = next(tower.parameters()).dtype
+            hidden = tower(pixel_values=pixel_values.to(dtype), return_dict=True).last_hidden_state[:, 1:]
+            grid_side = int(hidden.shape[1] ** 0.5)
+            grid = hidden.reshape(len(hidden), grid_side, grid_side, -1)
+            shuffled = self.mllm.model.pixel_shuffle(grid, scale_factor=self.mllm.config.downsample_ratio)
+        return torch.as_tensor(shuffled.flatten(1, 2))
+
+    def encode_grounding(self, g_pixel_values: Tensor) -> list[Tensor]:
+        """Run SAM 2's image encoder on (B, 3, S, S) pixels of 0..255, normalised here; three levels, fine to coarse."""
+        pixels = (g_pixel_values.float() / 255.0 - self.image_mean) / self.image_std
+        return self.grounding.encode(pixels.to(self.grounding_encoder.dtype))
+
+    def project_vision(self, features: Tensor) -> Tensor:
+        """Run the projector ``mlp1``: (T, M, D_vision) -> (T, M, D), row-major on the G x G token grid."""
+        projector = self.mllm.model.multi_modal_projector
+        return torch.as_tensor(projector(features.to(projector.linear_1.weight.dtype)))
+
+    # ---- read --------------------------------------------------------------------------------------------------------
+
+    def embed(self, packed: PackedBatch) -> Tensor:
+        """Return what enters the language model: (R, L, D), image and region tokens in place."""
+        vision = packed.vision
+        if vision is None:
+            tiles = [tile for row in packed.row_tiles for tile in row]
+            vision = self.encode_vision(packed.batch.pixel_values[tiles])
+        features = self.project_vision(vision)
+        return self.embed_prompt(packed.input_ids, features, packed.region_tile, packed.prompt_masks)
+
+    def embed_prompt(
+        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
+    ) -> Tensor:
+        """Embed token ids (B, L) and put image and region tokens in place (``visual_prompt.insert_image_tokens``)."""
+        placeholder = input_ids == self.image_context_id
+        return insert_image_tokens(self._embed_ids(input_ids), placeholder, image_features, region_tile, prompt_masks)
+
+    def embed_regions(
+        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
+    ) -> Tensor:
+        """Embed questions (R, L) whose only placeholders are those of their region prompts, row by row.
+
+        Args:
+            image_features: (T, M, D). region_tile: (R,) int64. prompt_masks: (R, G, G) bool.
+        """
+        features = region_features(image_features, region_tile, prompt_masks)
+        return fill_placeholders(self._embed_ids(input_ids), input_ids == self.image_context_id, features)
+
+    def _embed_ids(self, input_ids: Tensor) -> Tensor:
+        embedded = self.mllm.get_input_embeddings()(input_ids)
+        if self.new_token_rows is not None:
+            embedded = self.new_token_rows.embed(input_ids, embedded)
+        return torch.as_tensor(embedded)
+
+    def read(self, embeds: Tensor, packed: PackedBatch) -> Tensor:
+        """Run the language model over packed rows (R, L, D): last hidden states (R, L, D), from ``read_from`` on."""
+        rows = (packed.attention_mask, packed.position_ids)
+        return self.run_language(embeds, *rows, packed.read_from, packed.row_lengths)
+
+    def run_language(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        read_from: int = 0,
+        row_lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the last hidden states (B, L, D), after the final norm.
+
+        Args:
+            embeds: (B, L, D).
+            attention_mask: (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows.
+            position_ids: (B, L), or None for 0, 1, 2, ...
+            read_from: columns of packed rows before it are read by nobody.
+            row_lengths: columns of packed rows without padding; what is behind them is read by nobody.
+        """
+        if attention_mask.dim() == 4:
+            attention_mask = additive_mask(attention_mask, embeds.dtype)
+        output = self.mllm.model.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        return torch.as_tensor(output.last_hidden_state)
+
+    def step_language(self, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Run new columns behind what ``cache`` holds; return the hidden state (R, D) of the last one.
+
+        Args:
+            embeds: (R, n, D), the new columns.
+            mask: (R, 1, n, columns) additive, None where every column is seen.
+            position_ids: (R, n) int64.
+            cache: one layer for each of the model's; keys and values are appended.
+        """
+        output = self.mllm.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.as_tensor(output.last_hidden_state[:, -1])
+
+    def answer_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (P, V) of chosen hidden states (P, D)."""
+        logits = self.mllm.lm_head(hidden)
+        if self.new_token_rows is not None:
+            logits = self.new_token_rows.logits(hidden, logits)
+        return torch.as_tensor(logits)
+
+    def token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, summed, of tokens (P,) predicted by hidden states (P, D); logits exist a chunk at a time."""
+        return token_cross_entropy(self.answer_logits, hidden, labels)
+
+    def sync_new_tokens(self) -> None:
+        """Write trained rows of new tokens into the embedding tables, which generation and export read."""
+        if self.new_token_rows is not None:
+            self.new_token_rows.write_back(self.mllm.get_input_embeddings(), self.mllm.lm_head)
+
+    # ---- segment -----------------------------------------------------------------------------------------------------
+
+    def segment(self, hidden: Tensor, packed: PackedBatch) -> Segmentation:
+        """Segment the n [SEG] of packed rows, row by row, each on the image of its row."""
+        rows, columns = packed.seg_positions
+        levels = packed.levels
+        if levels is None:
+            levels = self.encode_grounding(packed.batch.g_pixel_values)
+        return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, rows)
+
+    def seg_embeds(self, hidden: Tensor) -> Tensor:
+        """Project hidden states at [SEG] (n, D) to SAM 2's prompt width: (n, C)."""
+        return torch.as_tensor(self.text_hidden_fcs(hidden.to(next(self.text_hidden_fcs.parameters()).dtype)))
+
+    def decode_masks(self, seg_embeds: Tensor, levels: list[Tensor], image_index: Tensor) -> Segmentation:
+        """Segment from projected [SEG] embeddings (n, C), each on the image that ``image_index`` (n,) names."""
+        masks = self.grounding.decode(seg_embeds, self.grounding.finish(levels), image_index)
+        masks.seg_embeds = seg_embeds
+        return masks
+
+    @torch.no_grad()
+    def predict(self, packed: PackedBatch) -> Segmentation:
+        """Read packed rows as plain ids and segment their [SEG]; eval mode, no graph."""
+        with evaluating(self):
+            return self.segment(self.read(self.embed(packed), packed), packed)
+
+
+def additive_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a bool mask into the additive form that every attention backend takes."""
+    zero = torch.zeros((), dtype=dtype, device=attention_mask.device)
+    return torch.where(attention_mask, zero, torch.finfo(dtype).min)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode (no dropout, cache allowed) and restore the mode of before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,325 @@
+"""``VideoLLaVASAMModel``: Sa2VA behind the names and the data dict of the original's code.
+
+A thin adapter: it brings what the original's collate function hands over into tensors, and asks ``Sa2VA``. The package's
+own loop does not pass through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dual_loop.config import LossConfig
+from dual_loop.errors import PromptError, explain
+from dual_loop.losses import original_mask_losses, sample_points
+from dual_loop.model.object_count import object_order
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Segmentation
+
+
+@dataclass
+class _Objects:
+    """The N objects of a batch, one for each [SEG] and frame.
+
+    Attributes:
+        row, column: (N,) int64, the [SEG] of each object.
+        frame: (N,) int64, the grounding image of each.
+        targets: (N, Q, Q) in 0..1, None where no masks were given.
+    """
+
+    row: Tensor
+    column: Tensor
+    frame: Tensor
+    targets: Tensor | None
+
+
+class VideoLLaVASAMModel(Sa2VA):
+    """Sa2VA with the original's ``forward(data, mode)`` and ``generate``.
+
+    Attributes:
+        loss_config: weights, point sampling and object count of ``mode="loss"``.
+    """
+
+    loss_config = LossConfig()
+
+    def forward(self, data: Mapping[str, Any], mode: str = "loss") -> dict[str, Any]:
+        """Segment every [SEG] of a batch and compute the losses, as the original does.
+
+        Args:
+            data: ``input_ids`` (B, L); ``attention_mask`` (B, L) and ``position_ids`` (B, L), both optional;
+                ``labels`` (B, L), -100 where no loss.
+                ``pixel_values``: (T, 3, I, I), (B, tiles, 3, I, I), or a list of (tiles, 3, I, I) or (3, I, I); an
+                all-zero tile (of a sample without an image) is left out of the tower; absent where no sample has one.
+                ``g_pixel_values``: (F, 3, S, S) or a list of (3, S, S), 0..255, the frames of all samples with [SEG].
+                ``frames_per_batch``: for each such sample its number of frames (1 each where absent).
+                ``masks``: for each such sample (n x frames, H, W), object by object and frame by frame inside an
+                object, or one (N, Q, Q) tensor in that order.
+                ``prompt_masks``: a list of (n, G, G) bool for the tiles where ``vp_overall_mask`` (T,) is 1.
+                Optional: ``region_seeds`` (N,) int64 (points of the mask loss), ``point_coords`` (N, points, 2),
+                ``object_order`` (B * K,).
+            mode: ``"loss"``: ``loss_mask``, ``loss_dice``, ``llm_loss`` with the names, weights and averages of Sa2VA
+                over this batch alone; with ``loss.num_objects`` K the objects become K a frame, in the order
+                ``object_order`` or else by ``object_count.object_order``, and ``point_coords`` are theirs. Without
+                ``masks`` and ``g_pixel_values`` the mask losses are zeros with a graph.
+                ``"predict"``: ``segmentation`` alone.
+
+        Raises:
+            PromptError: something is missing, of a wrong kind, or does not fit together.
+        """
+        if mode not in ("loss", "predict"):
+            raise PromptError(explain("unknown forward mode", "mode", mode, "loss or predict"))
+        ids = self._ids(data)
+        has_masks = data.get("masks") is not None
+        levels = None
+        if data.get("g_pixel_values") is not None:
+            # Before the language model, whose graph would be alive beside all that the encoder needs for a moment.
+            levels = self.encode_grounding(self._frames(data["g_pixel_values"]))
+        elif has_masks or mode == "predict":
+            fix = "give g_pixel_values with masks, or neither for a batch of language alone"
+            raise PromptError(explain("there is no image to segment", "g_pixel_values", "nothing", "images", fix))
+        hidden = self.hidden_states(data)
+        if mode == "predict":
+            assert levels is not None
+            objects = self._objects(data, ids, len(levels[0]))
+            embeds = self.seg_embeds(hidden[objects.row, objects.column])
+            return {"segmentation": self.decode_masks(embeds, levels, objects.frame)}
+        labels = _tensor(data, "labels", ids.device)
+        if labels.shape != ids.shape:
+            raise PromptError(explain("labels do not fit input_ids", "labels", tuple(labels.shape), tuple(ids.shape)))
+        carries = labels[:, 1:] != -100
+        total = self.token_loss(hidden[:, :-1][carries], labels[:, 1:][carries])
+        llm_loss = total * (self.loss_config.language_weight / max(int(carries.sum()), 1))
+        if not has_masks:
+            return {**self._zero_losses(hidden), "llm_loss": llm_loss}
+        assert levels is not None
+        return {**self._mask_losses(data, ids, hidden, levels), "llm_loss": llm_loss}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_masks: Sequence[Tensor] | None = None,
+        vp_overall_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue prompts with transformers' ``generate``.
+
+        Args:
+            pixel_values, prompt_masks, vp_overall_mask: as in :meth:`forward`.
+            input_ids: (R, L) int64, padded on the left where ``attention_mask`` (R, L) is 0.
+            options: of ``generate``: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...
+
+        Returns:
+            (R, new tokens) int64, new tokens only.
+
+        Raises:
+            PromptError: as in :meth:`forward`.
+        """
+        data = {"input_ids": input_ids, "pixel_values": pixel_values, "prompt_masks": prompt_masks}
+        ids = self._ids(data)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).long()
+        self.sync_new_tokens()
+        embeds = self.input_embeddings({**data, "vp_overall_mask": vp_overall_mask})
+        output = self.mllm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+        return torch.as_tensor(getattr(output, "sequences", output))
+
+    def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
+        """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
+        ids = self._ids(data)
+        given = data.get("attention_mask")
+        mask = torch.ones_like(ids) if given is None else _tensor(data, "attention_mask", ids.device)
+        positions = None if data.get("position_ids") is None else _tensor(data, "position_ids", ids.device)
+        for name, value in (("attention_mask", mask), ("position_ids", positions)):
+            if value is not None and value.shape != ids.shape:
+                seen, expected = tuple(value.shape), f"{tuple(ids.shape)}, as input_ids"
+                raise PromptError(explain(f"{name} does not fit input_ids", name, seen, expected))
+        return self.run_language(self.input_embeddings(data), mask, positions)
+
+    def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
+        """Return what enters the language model in :meth:`forward`: (B, L, D), image and region tokens in place."""
+        ids = self._ids(data)
+        tiles = self._tiles(data.get("pixel_values"))
+        # A sample without an image comes with a tile of zeros, which no token stands for.
+        holds_image = tiles.flatten(1).any(1)
+        prompts = self._region_prompts(data, holds_image)
+        if not bool(holds_image.any()):
+            if bool((ids == self.image_context_id).any()):
+                raise PromptError(explain("there is no image for the image tokens", "pixel_values", "none", "images"))
+            return self._embed_ids(ids)
+        features = self.project_vision(self.encode_vision(tiles[holds_image]))
+        return self.embed_prompt(ids, features, *prompts)
+
+    # ---- what the original's collate hands over ----------------------------------------------------------------------
+
+    def _ids(self, data: Mapping[str, Any]) -> Tensor:
+        if not isinstance(data, Mapping):
+            raise PromptError(explain("the model takes a dict", "data", type(data).__name__, "a dict of tensors"))
+        ids = _tensor(data, "input_ids", self.device)
+        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
+            seen = f"{tuple(ids.shape)} {ids.dtype}"
+            raise PromptError(explain("token ids have a wrong form", "input_ids", seen, "(B, L) int64"))
+        size = self.mllm.get_input_embeddings().num_embeddings
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            seen = f"{int(ids.min())} to {int(ids.max())}"
+            raise PromptError(explain("a token id is outside of the vocabulary", "input_ids", seen, f"0 to {size - 1}"))
+        return ids
+
+    def _tiles(self, pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor:
+        """Return the tiles of all samples, (T, 3, I, I), in order; none at all where no image is given."""
+        side = self.mllm.model.vision_tower.config.image_size
+        if pixel_values is None:
+            return torch.zeros(0, 3, *side, device=self.device)
+        if isinstance(pixel_values, Tensor):
+            return (pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values).to(self.device)
+        parts = [part[None] if part.dim() == 3 else part for part in _tensors(pixel_values, "pixel_values")]
+        shapes = sorted({tuple(part.shape[1:]) for part in parts})
+        if len(shapes) > 1 or any(part.dim() != 4 for part in parts):
+            seen = [tuple(part.shape) for part in parts]
+            expected = f"(tiles, 3, {side[0]}, {side[1]}) each"
+            raise PromptError(explain("image tiles have different forms", "pixel_values", seen, expected))
+        return torch.cat(parts).to(self.device) if parts else torch.zeros(0, 3, *side, device=self.device)
+
+    def _frames(self, g_pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
+        side = self.grounding_encoder.prompt_encoder.input_image_size
+        if isinstance(g_pixel_values, Tensor):
+            frames = g_pixel_values
+        else:
+            parts = _tensors(g_pixel_values, "g_pixel_values")
+            if len({tuple(part.shape) for part in parts}) != 1:
+                seen = [tuple(part.shape) for part in parts]
+                expected = f"(3, {side}, {side}) each"
+                raise PromptError(explain("grounding images differ in form", "g_pixel_values", seen, expected))
+            frames = torch.stack(parts)
+        if frames.dim() != 4 or tuple(frames.shape[1:]) != (3, side, side):
+            seen, expected = tuple(frames.shape), f"(frames, 3, {side}, {side}), pixels of 0..255"
+            raise PromptError(explain("grounding images have the wrong size", "g_pixel_values", seen, expected))
+        return frames.to(self.device)
+
+    def _region_prompts(self, data: Mapping[str, Any], holds_image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``region_tile`` (P,), counted over the tiles that hold an image, and ``prompt_masks`` (P, G, G)."""
+        given = data.get("prompt_masks")
+        side = int(self.mllm.config.image_seq_length**0.5)
+        masks = [] if given is None else [mask.to(self.device).bool() for mask in _tensors(given, "prompt_masks")]
+        masks = [mask[None] if mask.dim() == 2 else mask for mask in masks]
+        if any(mask.dim() != 3 or mask.shape[1:] != (side, side) for mask in masks):
+            seen, expected = [tuple(mask.shape) for mask in masks], f"(regions, {side}, {side}) each"
+            raise PromptError(explain("region prompts have the wrong size", "prompt_masks", seen, expected))
+        if not masks:
+            none = torch.zeros(0, dtype=torch.long, device=self.device)
+            return none, torch.zeros(0, side, side, dtype=torch.bool, device=self.device)
+        overall = _tensor(data, "vp_overall_mask", self.device).flatten() > 0
+        if len(overall) != len(holds_image):
+            seen, expected = f"{len(overall)} entries", f"{len(holds_image)}, one for each tile"
+            raise PromptError(explain("vp_overall_mask does not fit the tiles", "vp_overall_mask", seen, expected))
+        tiles = overall[holds_image].nonzero().flatten()
+        if len(tiles) != len(masks):
+            where, seen = "vp_overall_mask and prompt_masks", f"{len(tiles)} tiles and {len(masks)} groups of regions"
+            raise PromptError(explain("vp_overall_mask and prompt_masks differ", where, seen, "as many"))
+        counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
+        return tiles.repeat_interleave(counts), torch.cat(masks)
+
+    def _objects(self, data: Mapping[str, Any], ids: Tensor, num_frames: int) -> _Objects:
+        """Return one object for each [SEG] and frame: samples in order, then [SEG] by [SEG], then frame by frame."""
+        seg = ids == self.seg_id
+        samples = [row for row, count in enumerate(seg.sum(1).tolist()) if count]
+        listed = data.get("frames_per_batch")
+        frames = [1] * (num_frames if listed is None else 0)
+        if listed is not None:
+            frames = [int(count) for count in (listed.tolist() if isinstance(listed, Tensor) else listed)]
+        if len(frames) == len(ids) != len(samples):
+            samples = list(range(len(ids)))  # a sample without [SEG] may bring an image all the same
+        if len(frames) != len(samples) or sum(frames) != num_frames or min(frames, default=1) < 1:
+            seen = f"frames_per_batch {frames} over {num_frames} images and {len(samples)} samples with [SEG]"
+            expected = "one number for each sample with [SEG], which add up to the images"
+            raise PromptError(explain("frames and images do not fit", "frames_per_batch", seen, expected))
+        rows: list[int] = []
+        columns: list[int] = []
+        places: list[int] = []
+        first = 0
+        for row, count in zip(samples, frames, strict=True):
+            for column in seg[row].nonzero().flatten().tolist():
+                rows += [row] * count
+                columns += [column] * count
+                places += range(first, first + count)
+            first += count
+        index = torch.tensor([rows, columns, places], dtype=torch.long, device=self.device)
+        targets = None
+        if data.get("masks") is not None:
+            targets = self._targets(data["masks"])
+            if len(targets) != len(rows):
+                seen = f"{int(seg.sum())} [SEG] tokens, frames {frames} and {len(targets)} masks"
+                fix = "give each [SEG] one mask for each frame of its sample"
+                raise PromptError(explain("every [SEG] needs one mask a frame", "masks", seen, str(len(rows)), fix))
+        return _Objects(index[0], index[1], index[2], targets)
+
+    def _targets(self, masks: Tensor | Sequence[Tensor]) -> Tensor:
+        """Bring target masks to (N, Q, Q) by nearest neighbour, without padding."""
+        parts = [masks] if isinstance(masks, Tensor) else _tensors(masks, "masks")
+        if any(part.dim() != 3 for part in parts):
+            seen = [tuple(part.shape) for part in parts]
+            raise PromptError(explain("target masks have a wrong form", "masks", seen, "(objects, H, W) each"))
+        side = self.mask_size
+        return torch.cat([F.interpolate(p[None].float(), (side, side), mode="nearest")[0] for p in parts]).to(self.device)
+
+    def _mask_losses(
+        self, data: Mapping[str, Any], ids: Tensor, hidden: Tensor, levels: list[Tensor]
+    ) -> dict[str, Tensor]:
+        objects, config = self._objects(data, ids, len(levels[0])), self.loss_config
+        targets, seeds = objects.targets, data.get("region_seeds")
+        assert targets is not None
+        if not len(targets):
+            return self._zero_losses(hidden)
+        seeds = torch.arange(len(targets)) if seeds is None else torch.as_tensor(seeds)
+        order = torch.arange(len(targets), device=self.device)
+        if config.num_objects is not None:
+            order = object_order(objects.frame, len(levels[0]), config.num_objects, seeds)
+        if data.get("object_order") is not None:
+            order = torch.as_tensor(data["object_order"]).to(self.device)
+        embeds = self.seg_embeds(hidden[objects.row, objects.column])
+        masks: Segmentation = self.decode_masks(embeds[order], levels, objects.frame[order])
+        points = data.get("point_coords")
+        if points is None and config.num_points > 0:
+            ratios = config.oversample_ratio, config.importance_sample_ratio
+            points = sample_points(masks.mask_logits, _different(seeds[order.to(seeds.device)]), config.num_points, *ratios)
+        return original_mask_losses(masks.mask_logits, targets[order], config, points)
+
+    def _zero_losses(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return mask losses of 0 whose graph reaches all that segments, so that every rank has the same gradients."""
+        side = self.grounding_encoder.prompt_encoder.input_image_size
+        levels = self.encode_grounding(torch.zeros(1, 3, side, side, device=self.device))
+        first = torch.zeros(1, dtype=torch.long, device=self.device)
+        zero = self.decode_masks(self.seg_embeds(hidden[:1, 0]), levels, first).mask_logits.sum() * 0.0
+        return {"loss_mask": zero, "loss_dice": zero.clone()}
+
+
+def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
+    value = data.get(name)
+    if not isinstance(value, Tensor):
+        seen = "nothing" if value is None else type(value).__name__
+        raise PromptError(explain("an input of the model is missing or no tensor", name, seen, "a tensor"))
+    return value.to(device)
+
+
+def _tensors(values: Any, name: str) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return list(values)
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor) for value in values):
+        raise PromptError(explain("an input of the model has a wrong kind", name, type(values).__name__, "tensors"))
+    return list(values)
+
+
+def _different(seeds: Tensor) -> Tensor:
+    """Give the repetitions of an object points of their own: the k-th adds k to its seed."""
+    seen: dict[int, int] = {}
+    values = []
+    for seed in seeds.tolist():
+        values.append((seed + seen.get(seed, 0)) % 2**63)
+        seen[seed] = seen.get(seed, 0) + 1
+    return torch.tensor(values, dtype=torch.long)
