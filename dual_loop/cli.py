@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dual_loop import __version__
+from dual_loop.config import add_training_flags
 from dual_loop.errors import DualLoopError
-from dual_loop.flags import add_training_flags
 
 COMMANDS = {
     "doctor": "look at machine, data, weights and settings the way a run would",

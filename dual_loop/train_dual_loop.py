@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, DualLoopError, explain
@@ -35,7 +35,6 @@ from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_
 from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
 from dual_loop.evaluation.regions import RegionMeter
-from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.iteration import evenly_spread
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge

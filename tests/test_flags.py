@@ -6,9 +6,16 @@ import argparse
 
 import pytest
 
-from dual_loop.config import load_config
+from dual_loop.config import (
+    add_training_flags,
+    all_flags,
+    check_table,
+    default_of,
+    load_config,
+    overrides_from,
+    parse_options,
+)
 from dual_loop.errors import ConfigError
-from dual_loop.flags import add_training_flags, all_flags, check_table, default_of, overrides_from, parse_options
 
 PROMISED = (
     "config cfg-options pretrained_pth model_path output_dir sav_dir sa1b_dir openimage_dir refcoco_dir "

@@ -14,6 +14,7 @@ from dual_loop.commands.common import (
     describe_origin,
     measure,
 )
+from dual_loop.config import GATES
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.evaluation.audit_page import audit_page
 from dual_loop.evaluation.figures import figures_of
@@ -22,7 +23,6 @@ from dual_loop.evaluation.pseudo_labels import LABELS, Thresholds, choose_labels
 from dual_loop.evaluation.regions import Record
 from dual_loop.loop.captioner import prompt_texts
 from dual_loop.loop.gates import CaptionGates
-from dual_loop.settings import GATES
 from dual_loop.training.run_folder import versions, write_json
 
 TASKS = ("captioning", "loop")

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dual_loop.config import DataConfig
+from dual_loop.config import DataConfig, add_data_flags, overrides_from
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.ref_parquet import RefParquet
 from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
@@ -21,7 +21,6 @@ from dual_loop.evaluation import runner
 from dual_loop.evaluation.protocol import Protocol
 from dual_loop.evaluation.regions import Record, RegionMeter
 from dual_loop.evaluation.runner import MeasuredData
-from dual_loop.flags import add_data_flags, overrides_from
 from dual_loop.serve.loading import LoadedModel, load_trained
 from dual_loop.training.devices import build_accelerator, end_processes
 

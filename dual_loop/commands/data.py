@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, add_data_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
-from dual_loop.flags import add_data_flags, overrides_from
 from dual_loop.model.build import geometry
 from dual_loop.preflight import data_checks
 from dual_loop.preflight.data_checks import SourceReport

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dual_loop.checkpoint.weights_plan import weights_sources
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
-from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.model.build import build_model, geometry
 from dual_loop.preflight import data_checks, machine, model_checks
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text, has_problem

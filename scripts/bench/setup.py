@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, SpeedConfig, load_config, resolve_config_path
 from dual_loop.data.prepare import Geometry, batch_from_samples
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.settings import SpeedConfig
 from dual_loop.types import Batch, RegionSample, SkippedSample
 
 PRESETS = {"tiny": "tiny_cpu", "mid": "bench_mid", "4b": "sa2va_4b_cpu"}

@@ -18,10 +18,9 @@ import pytest
 from PIL import Image
 
 from dual_loop.cli import COMMANDS, main
-from dual_loop.config import CONFIG_DIR
+from dual_loop.config import CONFIG_DIR, all_flags
 from dual_loop.data.demo import write_demo_data
 from dual_loop.data.demo_scenes import generate_scene
-from dual_loop.flags import all_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
