@@ -7,13 +7,11 @@ elastic launcher where another machine left and the run is to go on without it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,16 +19,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+if __name__ == "__main__":  # before the imports below, so that --help answers without torch
+    from dual_loop.commands.train import main
+
+    sys.exit(main())
+
 import torch
 from accelerate import Accelerator
 
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
-from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
+from dual_loop.commands.train import main as main
+from dual_loop.config import Config
+from dual_loop.config import load_config as load_config
+from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
-from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
 from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
@@ -46,7 +52,7 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
-from dual_loop.training.dry_run import dry_run
+from dual_loop.training.dry_run import dry_run as dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.layer_memory import layer_planner, plan_layers
 from dual_loop.training.panels import Panel, save_named_panels
@@ -66,31 +72,6 @@ MORE_FIGURES = (
     *("cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
     *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; return the exit status. Messages of errors go to stderr."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="dual_loop.train_dual_loop",
-        description="Train with the dual loop.",
-        usage="%(prog)s [flags]",
-    )
-    add_training_flags(parser)
-    args = parser.parse_args(argv)
-    try:
-        config = load_config(resolve_config_path(args.config), overrides_from(args))
-        if args.dry_run:
-            print(dry_run(config))
-        else:
-            return exit_status(train(config))
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def exit_status(result: FitResult) -> int:
@@ -425,6 +406,3 @@ def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> s
     text += "".join(f"\nflag: {flag}" for flag in summary.get("flags", ()))
     return text + f"\n{json.dumps({key: summary[key] for key in ('sources', 'counters')})}"
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dual_loop.errors import DualLoopError
-from dual_loop.evaluation.report import read_run, report_page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for a problem that the user can mend."""
+    from dual_loop.evaluation.report import read_run, report_page
+
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="dual-loop report",

@@ -6,14 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dual_loop.commands.common import describe_origin
-from dual_loop.commands.predict import add_model_arguments, load_predictor
+from dual_loop.commands.arguments import add_model_arguments, describe_origin
+from dual_loop.commands.predict import load_predictor
 from dual_loop.errors import DualLoopError
-from dual_loop.serve.demo_app import check_port, import_gradio, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is stopped; return 0, or 2 for a problem that the user can mend."""
+    from dual_loop.serve.demo_app import check_port, import_gradio, serve
+
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="dual-loop serve",

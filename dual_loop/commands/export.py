@@ -15,34 +15,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-
-from dual_loop.checkpoint.exporter import (
-    FORMATS,
-    MERGED,
-    check_target,
-    collect_video,
-    export_weights,
-)
-from dual_loop.checkpoint.weights_plan import weights_sources
 from dual_loop.config import Config, load_config
-from dual_loop.data.demo_scenes import generate_scene
-from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import CheckpointError, DualLoopError, explain
-from dual_loop.loop.captioner import Captioner
-from dual_loop.loop.segmenter import compute_segmentation_loss
-from dual_loop.model.build import geometry
-from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.serve.loading import fill, find_run, rebuild
 from dual_loop.types import RegionSample
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dual_loop.model.prompts import Prompter
+    from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+
+FORMATS = "original|original-trimmed|hf-native|hf-sa2va|adapter"
 PROBE_TEXT = "the object on the left"
 PROBE_TOKENS = 16
-TOLERANCE_MERGED = {torch.float32: 1e-2, torch.bfloat16: 1.0}
+TOLERANCE_MERGED = {"float32": 1e-2, "bfloat16": 1.0}
 """Largest difference of mask logits after LoRA was folded in, by the dtype that the sum was rounded to."""
 
 
@@ -55,17 +44,25 @@ class Probe:
     mask_logits: Tensor
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 for a problem that the user can mend."""
+    text = "Write a run's weights for other programs."
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder inside it")
     parser.add_argument("out", type=Path, help="folder, or a .pth file for the original formats")
-    parser.add_argument("--format", dest="file_format", choices=FORMATS, required=True)
+    parser.add_argument("--format", dest="file_format", metavar=FORMATS, required=True)
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged or last (default: ema)")
     parser.add_argument("--merge_lora", action="store_true", help="fold LoRA into its base (always so for hf-*)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as trained")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
     parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except DualLoopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,6 +71,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError: nothing to export, OUT exists, or what was read back differs.
     """
+    import torch
+
+    from dual_loop.checkpoint.exporter import MERGED, check_target, export_weights
+    from dual_loop.checkpoint.weights_plan import weights_sources
+    from dual_loop.serve.loading import fill, find_run, rebuild
+
     out = cast(Path, args.out)
     check_target(out, args.file_format, args.merge_lora)
     if out.exists() and not args.overwrite:
@@ -99,7 +102,14 @@ def run(args: argparse.Namespace) -> int:
     del model
     gc.collect()
     merged = args.merge_lora or args.file_format in MERGED
-    read_back(temporary, args.file_format, config, sources, before, tolerance(config, merged, dtype))
+    read_back(
+        temporary,
+        args.file_format,
+        config,
+        sources,
+        before,
+        tolerance(config, merged, None if dtype is None else args.dtype),
+    )
     remove(out)
     temporary.rename(out)
     if args.file_format == "hf-sa2va":
@@ -114,6 +124,8 @@ def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dic
     Raises:
         CheckpointError: the run's sources had such tensors when it started, and no longer do.
     """
+    from dual_loop.checkpoint.exporter import collect_video
+
     paths = [given] if given is not None else [path for path in sources if path.exists()]
     found = collect_video(paths)
     if found:
@@ -136,6 +148,15 @@ def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dic
 
 def probe(model: VideoLLaVASAMModel, prompter: Prompter, config: Config) -> Probe:
     """Caption one region of a generated image, and segment it by a fixed text."""
+    import torch
+
+    from dual_loop.data.demo_scenes import generate_scene
+    from dual_loop.data.prepare import batch_from_samples
+    from dual_loop.loop.captioner import Captioner
+    from dual_loop.loop.segmenter import compute_segmentation_loss
+    from dual_loop.model.build import geometry
+    from dual_loop.model.video_llava_sam import evaluating
+
     scene = generate_scene(123)
     sizes = geometry(config)
     names = tuple(str(index) for index in range(len(scene.objects)))
@@ -157,11 +178,10 @@ def probe(model: VideoLLaVASAMModel, prompter: Prompter, config: Config) -> Prob
     return Probe(list(caption.token_ids[0]), caption.captions[0], output["segmentation"].mask_logits[0].float().cpu())
 
 
-def tolerance(config: Config, merged: bool, dtype: torch.dtype | None) -> float:
+def tolerance(config: Config, merged: bool, dtype: str | None) -> float:
     """Return how much mask logits may differ: not at all, unless LoRA was folded in or values were cast."""
-    stored = dtype or getattr(torch, config.model.dtype)
-    cast_down = dtype == torch.bfloat16
-    return TOLERANCE_MERGED[stored] if merged or cast_down else 0.0
+    stored = dtype or config.model.dtype
+    return TOLERANCE_MERGED[stored] if merged or dtype == "bfloat16" else 0.0
 
 
 def read_back(
@@ -172,6 +192,8 @@ def read_back(
     Raises:
         CheckpointError: the caption differs, or mask logits differ by more than ``allowed``; the files are kept.
     """
+    from dual_loop.serve.loading import rebuild
+
     started = time.perf_counter()
     over = file_format in ("original-trimmed", "adapter")
     model, prompter = rebuild(config, [*sources, path] if over else [path])
@@ -200,20 +222,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 for a problem that the user can mend."""
-    text = "Write a run's weights for other programs."
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
