@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the presets under configs/ are the package dual_loop.configs of an installed wheel."""
+"""What pyproject.toml cannot say: configs/ is the package dual_loop.configs of an installed wheel."""
 
 from setuptools import find_packages, setup
 

@@ -15,25 +15,24 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 
 # From the ground up. A unit is a module or a package directly under dual_loop/.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "settings", "pages", "pictures", "iteration"),
-    ("config", "flags"),
+    ("types", "errors", "pages", "pictures", "iteration"),
+    ("config",),
     ("data", "losses", "metrics"),
     ("model", "checkpoint"),
     ("loop",),
     ("training", "evaluation"),
     ("preflight", "serve"),
-    ("cli", "commands", "train_dual_loop", "export_run", "__main__"),
+    ("cli", "commands", "train_dual_loop", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # Inside a layer, nobody imports a neighbour, but for these (importer, imported) pairs, each in one direction:
-# flags are made from the configuration's fields; importing a checkpoint needs the model's names and the model knows
-# nothing of files; the command line offers the training entry as `dual-loop train`.
+# importing a checkpoint needs the model's names and the model knows nothing of files; `dual-loop train` reads the flags
+# of the training entry, which hands over to it when it is started as a program.
 NEIGHBOURS = {
-    ("flags", "config"),
     ("checkpoint", "model"),
-    ("cli", "train_dual_loop"),
-    ("cli", "export_run"),
+    ("commands", "train_dual_loop"),
+    ("train_dual_loop", "commands"),
     ("cli", "commands"),
     ("__main__", "cli"),
 }
@@ -135,7 +134,7 @@ def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected:
         ("checkpoint/importer.py", "from dual_loop.model.build import build_model\n"),
         ("data/reader.py", "from .masks import decode\nfrom dual_loop import __version__\nimport torch\n"),
         ("training/trainer.py", "from dual_loop import checkpoint, losses, metrics\nfrom dual_loop.data import sav\n"),
-        ("cli.py", "from dual_loop.train_dual_loop import main\n"),
+        ("commands/train.py", "from dual_loop.train_dual_loop import main\n"),
     ],
 )
 def test_imports_from_below_pass(tmp_path: Path, file: str, source: str) -> None:

@@ -26,9 +26,8 @@ DESCRIPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 where a check found a problem, 2 for a wrong call."""
-    from dual_loop.preflight import data_checks
-
     args = _parser().parse_args(argv)
+    from dual_loop.preflight import data_checks
     try:
         config = load_config(resolve_config_path(args.config), overrides_from(args))
         sources, findings = data_checks.open_sources(config.data)

@@ -12,8 +12,6 @@ from dual_loop.errors import DualLoopError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 for a problem that the user can mend."""
-    from dual_loop.evaluation.report import read_run, report_page
-
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="dual-loop report",
@@ -24,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to set beside it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
+    from dual_loop.evaluation.report import read_run, report_page
+
     try:
         page = report_page([read_run(path) for path in (args.run, *args.compare)])
     except DualLoopError as error:

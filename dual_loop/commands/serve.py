@@ -13,8 +13,6 @@ from dual_loop.errors import DualLoopError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is stopped; return 0, or 2 for a problem that the user can mend."""
-    from dual_loop.serve.demo_app import check_port, import_gradio, serve
-
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="dual-loop serve",
@@ -26,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    from dual_loop.serve.demo_app import check_port, import_gradio, serve
+
     try:
         import_gradio()
         check_port(args.host, args.port)  # before the model takes its time

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dual_loop import export_run
+from dual_loop.checkpoint import exporter
 from dual_loop.checkpoint.importer import guess_load_checkpoint
 from dual_loop.cli import main as cli
-from dual_loop.data.demo import run as write_demo
+from dual_loop.data.demo import write_demo_data
 from dual_loop.train_dual_loop import main as train
 
 from end_to_end import BASE, data_flags
@@ -20,14 +20,8 @@ from end_to_end import BASE, data_flags
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder of two steps on generated data."""
-    import argparse
-
-    from dual_loop.data import demo
-
     folder = tmp_path_factory.mktemp("export")
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    assert write_demo(parser.parse_args([str(folder / "demo"), "--images", "12", "--seed", "3"])) == 0
+    write_demo_data(folder / "demo", 12, 3)
     out = folder / "run"
     index = ["--cfg-options", f"data.index_dir={folder / 'index'}"]
     arguments = [*BASE, *data_flags(folder / "demo"), "--max_steps", "2", "--batch_size", "1", "--output_dir", str(out)]
@@ -111,14 +105,14 @@ def test_video_weights_that_are_gone_are_asked_for(trained, tmp_path, capsys):
 
 
 def test_a_file_that_reads_back_differently_fails_and_is_set_aside(trained, tmp_path, capsys, monkeypatch):
-    honest = export_run.export_weights
+    honest = exporter.export_weights
 
     def damaged(model, out, *rest, **options):
         with torch.no_grad():
             model.text_hidden_fcs[2].bias.add_(3.0)
         return honest(model, out, *rest, **options)
 
-    monkeypatch.setattr(export_run, "export_weights", damaged)
+    monkeypatch.setattr(exporter, "export_weights", damaged)
     out = tmp_path / "o.pth"
     assert cli(["export", str(trained), str(out), "--format", "original"]) == 2
     assert "what was read back differs" in capsys.readouterr().err

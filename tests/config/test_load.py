@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from dual_loop.config import (
-    add_training_flags,
-    all_flags,
-    check_table,
-    default_of,
-    load_config,
-    overrides_from,
-    parse_options,
-)
+from dual_loop.config import SETTINGS, add_training_flags, load_config, overrides_from, parse_options, schema
 from dual_loop.errors import ConfigError
 
 PROMISED = (
@@ -32,16 +25,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def test_table_names_only_keys_of_the_configuration() -> None:
-    assert check_table() == []
-
-
 def test_every_promised_flag_exists_and_shows_its_default(parser: argparse.ArgumentParser) -> None:
     text = parser.format_help()
     for name in PROMISED.split():
         assert f"--{name} " in text, name
-    for flag in all_flags():
-        assert f"--{flag.name} {flag.unit}" in text
+    for about in SETTINGS.values():
+        assert not about.flag or f"--{about.flag} {about.unit or '|'.join(about.choices)}" in text
     assert "default: 1e-05" in text
     assert "default: 0.999" in text
 
@@ -86,5 +75,74 @@ def test_options_keep_text_where_the_configuration_converts() -> None:
     assert options == {"train.output_dir": "123", "model.vision.patch_size": [8, 8], "model.vision": {"a": 1}}
 
 
-def test_default_of_reads_the_configuration() -> None:
-    assert default_of("train.learning_rate") == 1e-5
+@pytest.mark.parametrize(("config", "expected"), [("tiny_cpu", ("32", "12")), ("sa2va_4b_full", ("128", "64"))])
+def test_help_shows_the_values_of_the_chosen_config(config: str, expected: tuple[str, str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser, ["--config", config, "--help"])
+    text = " ".join(parser.format_help().split())
+    rank, tokens = expected
+    assert f"of the language model but the head (default: {rank})" in text
+    assert f"longest caption (default: {tokens})" in text
+
+
+def test_help_of_an_unknown_config_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        add_training_flags(argparse.ArgumentParser(), ["--help", "--config=tiny_gpu"])
+    assert "did you mean tiny_cpu?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def old_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(schema.RENAMED, "train.lr", "train.learning_rate")
+    monkeypatch.setitem(schema.RENAMED, "vision.keywords", "model.vision")
+    monkeypatch.setitem(schema.RENAMED, "--lr", "train.learning_rate")
+    monkeypatch.setitem(schema.REMOVED, "speed.turbo", "it is always on")
+    monkeypatch.setitem(schema.REMOVED, "--turbo", "it is always on")
+
+
+@pytest.mark.usefixtures("old_names")
+def test_old_keys_of_a_file_are_read_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"train": {"lr": 0.5}, "speed": {"turbo": true}, "vision": {"keywords": {"a": 1}}}')
+    config = load_config(path, {"vision.keywords.b": 2})
+    assert config.train.learning_rate == 0.5
+    assert config.model.vision == {"a": 1, "b": 2}
+    [record] = caplog.records
+    for part in ("train.lr is now train.learning_rate", "speed.turbo is gone and ignored (it is always on)"):
+        assert part in record.getMessage()
+    assert load_config(path, {"train.learning_rate": 0.25}).train.learning_rate == 0.25
+
+
+@pytest.mark.usefixtures("old_names")
+def test_old_flags_and_options_are_read_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser)
+    assert "--lr" not in parser.format_help()
+    args = parser.parse_args(["--lr", "0.5", "--turbo", "yes", "--cfg-options", "speed.turbo=False"])
+    assert load_config(None, overrides_from(args)).train.learning_rate == 0.5
+    [record] = caplog.records
+    assert "--lr is now --learning_rate; --turbo is gone" in record.getMessage()
+    assert "speed.turbo is gone" in record.getMessage()
+
+
+def test_settings_of_today_are_read_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    load_config(None, {"train.seed": 1})
+    assert caplog.records == []
+
+
+def test_a_json_file_is_data_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    (tmp_path / "base.py").write_text("raise SystemExit(9)")
+    path.write_text('{"_base_": ["base.py"], "train": {"output_dir": "{{$HOME:x}}"}}')
+    with pytest.raises(ConfigError, match="unknown key '_base_'"):
+        load_config(path)
+    path.write_text('{"train": {"output_dir": "{{$HOME:x}}"}}')
+    assert load_config(path).train.output_dir == "{{$HOME:x}}"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("[1]", "not a configuration"), ("{", "cannot be read")])
+def test_a_json_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(path)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_loop.config import CHOICES, CONFIG_DIR, MINIMA, Config, TrainConfig, load_config, resolve_config_path
+from dual_loop.config import CONFIG_DIR, SETTINGS, Config, TrainConfig, load_config, resolve_config_path
 from dual_loop.errors import ConfigError
 
 CONFIG_FILES = sorted(CONFIG_DIR.glob("*.py"))
@@ -89,18 +89,54 @@ def test_every_problem_is_reported_at_once(overrides: dict[str, object], expecte
     assert [part for part in expected if part not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("dotted", sorted(CHOICES))
+@pytest.mark.parametrize("dotted", sorted(key for key, about in SETTINGS.items() if about.choices))
 def test_every_choice_is_taken_and_others_refused(dotted: str) -> None:
-    for value in CHOICES[dotted]:
-        assert load_config(overrides={dotted: value}).to_dict()[dotted.split(".")[0]][dotted.split(".")[1]] == value
+    group, name = dotted.split(".")
+    for value in SETTINGS[dotted].choices:
+        read = load_config(overrides={dotted: value}).to_dict()[group][name]
+        assert read == ([value] if dotted == "reward.gates" else value)
     with pytest.raises(ConfigError, match=dotted):
         load_config(overrides={dotted: "none of these"})
 
 
-@pytest.mark.parametrize("dotted", sorted(MINIMA))
+@pytest.mark.parametrize("dotted", sorted(key for key, about in SETTINGS.items() if about.at_least is not None))
 def test_a_value_under_its_minimum_is_refused(dotted: str) -> None:
     with pytest.raises(ConfigError, match=dotted):
-        load_config(overrides={dotted: MINIMA[dotted] - 1})
+        load_config(overrides={dotted: int(SETTINGS[dotted].at_least) - 1})
+
+
+@pytest.mark.parametrize("dotted", sorted(key for key, about in SETTINGS.items() if about.at_most is not None))
+def test_a_value_over_its_maximum_or_not_a_number_is_refused(dotted: str) -> None:
+    for value in (SETTINGS[dotted].at_most + 0.1, float("nan")):
+        with pytest.raises(ConfigError, match=dotted):
+            load_config(overrides={dotted: value})
+
+
+@pytest.mark.parametrize("dotted", ["speed.checkpoint_layers", "speed.images_at_once"])
+def test_a_word_or_a_number(dotted: str) -> None:
+    group, name = dotted.split(".")
+    assert getattr(getattr(load_config(overrides={dotted: 3}), group), name) == "3"
+    with pytest.raises(ConfigError, match="or a number from"):
+        load_config(overrides={dotted: "some"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"loop.cycle_keep": 0.4}, "expected keep above drop"),
+        ({"reward.length_weight": 1, "policy.caption_gradient": "gumbel"}, "nobody learns from it with gumbel"),
+        ({"policy.caption_gradient": "grpo", "policy.captions_per_region": 1}, "a group of one has no rest"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(overrides=overrides)
+
+
+def test_every_setting_says_what_it_does_and_no_flag_is_given_twice() -> None:
+    assert [key for key in dotted_keys() if len(SETTINGS[key].doc) < 6] == []
+    flags = [about.flag for about in SETTINGS.values() if about.flag]
+    assert len(flags) == len(set(flags)) > 60
 
 
 def test_the_defaults_satisfy_their_own_limits() -> None:
