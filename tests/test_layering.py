@@ -116,7 +116,7 @@ def test_the_package_is_seen() -> None:
         ("losses.py", "import_module('dual_loop.training.trainer')\n", "'losses' imports 'training'"),
         ("model/build.py", "from dual_loop.checkpoint import store\n", "'model' imports 'checkpoint'"),
         ("training/trainer.py", "from dual_loop.evaluation import evaluate\n", "'training' imports 'evaluation'"),
-        ("config.py", "from dual_loop.config import parse\n", "'config' imports 'flags', which is beside it"),
+        ("pages.py", "from dual_loop.pictures import x\n", "'pages' imports 'pictures', which is beside it"),
         ("helpers.py", "from dual_loop.errors import explain\n", "'helpers' is in no layer"),
         ("loop/x.py", "from dual_loop import nonsense\n", "'nonsense' is in no layer"),
     ],
