@@ -298,7 +298,7 @@ class SpeedConfig:
         static_cache: decode with transformers' static cache (needed by ``compile_decode``).
         compile_decode: compile the decoding step (GPUs).
         checkpoint_layers: decoder layers whose activations are computed again in the backward pass, the first ones:
-            ``all``, ``none``, a number, or ``auto``, as few as the memory allows (``training.layer_memory``). Counts
+            ``all``, ``none``, a number, or ``auto``, as few as the memory allows (``training.memory``). Counts
             where ``model.gradient_checkpointing`` is on.
         images_at_once: images of a micro-batch that go through steps 2 and 3 together, each group with its own backward
             pass: ``all``, a number, or ``auto``, one on a CPU with 256 or more image tokens, else all

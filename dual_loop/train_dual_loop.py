@@ -49,7 +49,7 @@ from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
-from dual_loop.training.layer_memory import layer_planner, plan_layers
+from dual_loop.training.memory import layer_planner, plan_layers
 from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model

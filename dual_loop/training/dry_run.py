@@ -13,7 +13,7 @@ from dual_loop.model.adapters import GROUPS, trainable_table
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, NEW_TOKENS
 from dual_loop.training.devices import share_out_batch
-from dual_loop.training.layer_memory import LayerPlan, LayerPlanner
+from dual_loop.training.memory import LayerPlan, LayerPlanner
 from dual_loop.training.window_parts import as_computed
 
 FORMULA = (

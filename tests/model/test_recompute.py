@@ -12,7 +12,7 @@ from dual_loop.config import LoopConfig
 from dual_loop.loop.segmenter import segmentation_inputs
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.checkpointing import (
+from dual_loop.model.recompute import (
     checkpoint_first,
     checkpointed_layers,
     measure_layer,

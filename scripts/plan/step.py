@@ -1,7 +1,7 @@
 """Count one optimiser step of a configuration without computing it: operations, bytes and memory, by phase.
 
-The package's own loop runs on hollow tensors (``training.hollow``) under the counter of the benchmark
-(``training.counting``), so what is counted is what a step does: shared prefixes, packed rows, frozen matrices that get
+The package's own loop runs on hollow tensors (``plan.fake_tensors``) under the counter of the benchmark
+(``bench.phases``), so what is counted is what a step does: shared prefixes, packed rows, frozen matrices that get
 no gradient, what checkpointing computes again. Three things are put in place of what a run has: generated images of
 one size, captions of exactly ``loop.max_new_tokens`` tokens, and the optimiser, whose bytes are plain arithmetic.
 """
@@ -25,13 +25,14 @@ from dual_loop.loop import generation
 from dual_loop.loop.dual_loop import DualLoop, MicroBatch
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, geometry
-from dual_loop.model.checkpointing import checkpoint_first
 from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.training.counting import PHASES, PhaseClock, ProductCounter, watch_model
+from dual_loop.model.recompute import checkpoint_first
 from dual_loop.training.devices import precision
 from dual_loop.training.dry_run import state_bytes
-from dual_loop.training.hollow import HollowMode
 from dual_loop.types import Batch, RegionSample
+
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch_model
+from plan.fake_tensors import HollowMode
 
 REGION_SHARE = 0.05
 """Share of the image that a generated region covers."""

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.checkpointing import LayerMemory, checkpointed_layers
-from dual_loop.training import layer_memory
+from dual_loop.model.recompute import LayerMemory, checkpointed_layers
+from dual_loop.training import memory
 from dual_loop.training.dry_run import dry_run, plan_memory
-from dual_loop.training.layer_memory import GIB, SHARE_USED, LayerPlanner, peak_bytes, plan_layers, shape_of_rows
+from dual_loop.training.memory import GIB, SHARE_USED, LayerPlanner, peak_bytes, plan_layers, shape_of_rows
 
 LAYERS = 8
 
@@ -61,12 +61,12 @@ def plan(monkeypatch: pytest.MonkeyPatch, free_gib: float, of_others: int = 0) -
     config = config_of()
     model = build_model(config, build_tokenizer(config.model))
     planner = LayerPlanner(config, model)
-    monkeypatch.setattr(layer_memory, "free_memory", lambda config, device: free_gib * GIB)
+    monkeypatch.setattr(memory, "free_memory", lambda config, device: free_gib * GIB)
 
     def gathered(accelerator: Any, own: dict[str, Any]) -> list[dict[str, Any]]:
         return [own, {**own, "recomputed": of_others}]
 
-    monkeypatch.setattr(layer_memory, "gather_objects", gathered)
+    monkeypatch.setattr(memory, "gather_objects", gathered)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     return plan_layers(planner, config, model, Accelerator(cpu=True), optimizer), model
 
@@ -84,32 +84,32 @@ def test_gradients_and_moments_are_set_aside() -> None:
     weights = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.AdamW([weights])
     accelerator = Accelerator(cpu=True)
-    assert layer_memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
     weights.sum().backward()
     optimizer.step()
-    assert layer_memory.still_to_come(config_of(), accelerator, optimizer) == 4000
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 4000
 
 
 def test_a_stated_size_counts_what_is_used_already_and_a_container_has_its_own_limit(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    stated = layer_memory.free_memory(config_of(speed__memory_gib=100), cpu)
+    stated = memory.free_memory(config_of(speed__memory_gib=100), cpu)
     assert 90 * GIB < stated < 100 * GIB
-    assert layer_memory._group_memory(7.0, tmp_path) == 7.0
+    assert memory._group_memory(7.0, tmp_path) == 7.0
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("600\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
-    assert layer_memory._group_memory(7.0, tmp_path) == 500.0
+    assert memory._group_memory(7.0, tmp_path) == 500.0
     (tmp_path / "memory.max").write_text("max\n")
-    assert layer_memory._group_memory(7.0, tmp_path) == 7.0
+    assert memory._group_memory(7.0, tmp_path) == 7.0
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * GIB}))
-    monkeypatch.setattr(layer_memory, "_group_memory", lambda otherwise: otherwise)
+    monkeypatch.setattr(memory, "_group_memory", lambda otherwise: otherwise)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert layer_memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
+    assert memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
 
 
 def test_rows_grow_with_what_they_hold() -> None:

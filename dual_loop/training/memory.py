@@ -6,7 +6,7 @@
     wanted: the smallest n with  peak(n) + the rest  <=  SHARE_USED x free memory
 
 What a layer keeps, and what SAM 2's mask decoder keeps, is measured on tensors without contents
-(``model.checkpointing``); the rest is counted in :func:`other_bytes`.
+(``model.recompute``); the rest is counted in :func:`other_bytes`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import nn
 
 from dual_loop.config import Config, caption_gradient
 from dual_loop.model.build import geometry
-from dual_loop.model.checkpointing import (
+from dual_loop.model.lean_sam2 import level_width
+from dual_loop.model.recompute import (
     LayerMemory,
     checkpoint_first,
     measure_layer,
     measure_mask_decoder,
     requested_layers,
 )
-from dual_loop.model.lean_sam2 import level_width
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
 
