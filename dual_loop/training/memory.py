@@ -1,38 +1,37 @@
-"""How many decoder layers recompute their activations: as few as the memory allows (``speed.checkpoint_layers``).
+"""The memory of one process: what a step takes, by part, and how many decoder layers recompute their activations.
 
-::
+One estimate serves ``--dry_run``, ``doctor``, ``speed.checkpoint_layers = auto`` and the planner of ``scripts/plan``.
+The choice of layers::
 
-    peak(n) = n inputs + the larger of (layers - n) kept and, where n > 0, one kept
-    wanted: the smallest n with  peak(n) + the rest  <=  SHARE_USED x free memory
+    language(n) = n inputs + the larger of (layers - n) kept and, where n > 0, one kept
+    wanted: the smallest n with  language(n) + the rest of a micro-batch  <=  SHARE_USED x free memory
 
-What a layer keeps, and what SAM 2's mask decoder keeps, is measured on tensors without contents
-(``model.recompute``); the rest is counted in :func:`other_bytes`.
+What a layer and SAM 2's mask decoder keep is measured on tensors without contents (:func:`saved_bytes`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from dual_loop.config import Config, caption_gradient
 from dual_loop.model.build import geometry
+from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
 from dual_loop.model.lean_sam2 import level_width
-from dual_loop.model.recompute import (
-    LayerMemory,
-    checkpoint_first,
-    measure_layer,
-    measure_mask_decoder,
-    requested_layers,
-)
+from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
+from dual_loop.training.window_parts import as_computed
 
 GIB = 2**30
 SHARE_USED = 0.85
@@ -43,12 +42,75 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process, by part; rough, for choosing a batch size.
+
+    Attributes:
+        frozen: weights. trained: float32 weights; gradients and average take as much again, Adam's moments twice that.
+        buckets: of DDP, on several ranks.
+        language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
+        mask_decoder: what it keeps. logits: three float32 copies of a chunk. losses: masks, targets and gradients.
+        features: of the frozen encoders, for all images of the window.
+        captioning: key-value caches and logits of step 1, gone before step 2 and not in :attr:`total`.
+    """
+
+    frozen: int
+    trained: int
+    buckets: int
+    language: int
+    layer_gradients: int
+    mask_decoder: int
+    logits: int
+    losses: int
+    features: int
+    captioning: int
+
+    @property
+    def state(self) -> int:
+        """Bytes that are there whatever the batch is."""
+        return self.frozen + 5 * self.trained + self.buckets
+
+    @property
+    def micro_batch(self) -> int:
+        """Bytes at the fullest moment of a micro-batch, besides the state."""
+        return self.language + self.layer_gradients + self.mask_decoder + self.logits + self.losses + self.features
+
+    @property
+    def total(self) -> int:
+        return self.state + self.micro_batch
+
+    def rows(self) -> dict[str, int]:
+        """Return the parts of :attr:`total` by the names that are printed, without those that are 0."""
+        rows = {
+            "frozen parameters": self.frozen,
+            "trained parameters (fp32)": self.trained,
+            "gradients (fp32)": self.trained,
+            "Adam moments (fp32)": 2 * self.trained,
+            "weight average (fp32)": self.trained,
+            "DDP buckets (fp32)": self.buckets,
+            "activations (language)": self.language,
+            "activations (other)": self.micro_batch - self.language,
+        }
+        return {name: size for name, size in rows.items() if size}
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one decoder layer keeps of a micro-batch: all that its operations save, or its input alone.
+
+    ``kept`` is without parameters and what all layers share. A recomputed layer keeps ``entry``.
+    """
+
+    kept: int
+    entry: int
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """How many layers recompute their activations, and why.
 
     Attributes:
-        recomputed: the first so many decoder layers.
-        layers: decoder layers in all.
+        recomputed, layers: the first so many decoder layers, of so many.
         chosen_by: ``setting``, ``memory``, or ``default`` where memory should decide and is not known.
         free_gib: memory that was free for a micro-batch; None where the setting decided.
         needed_gib: estimate of what a micro-batch takes with this choice; None where nothing was measured.
@@ -71,76 +133,107 @@ class LayerPlan:
             text += f", {self.free_gib:.2f} GiB free"
         return text + (")" if self.fits else "; this may not fit: lower --batch_size or --regions_per_image)")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
 
-
-class LayerPlanner:
-    """Measures one layer of a model that was just built, and later decides by the memory that is left.
+class MemoryEstimator:
+    """Estimates what a step of a model takes that was just built.
 
     Args:
         config: the whole configuration.
         model: a ``VideoLLaVASAMModel``, neither packed nor sharded; may be on the meta device.
+        device_type: ``cuda``, or ``cpu``, which takes a micro-batch in parts; None goes by ``train.device``.
+        world_size: ranks; decides only whether there are DDP buckets.
     """
 
-    def __init__(self, config: Config, model: Any) -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: Config, model: Any, device_type: str | None = None, world_size: int = 1) -> None:
+        self.config = as_computed(config, device_type or ("cpu" if config.train.device == "cpu" else "cuda"))
+        self.model, self.world_size = model, world_size
         self.layers = len(model.mllm.model.language_model.layers)
-        autocast = precision(config) == "bf16"
-        self.layer: LayerMemory = measure_layer(model, *shape_of_rows(config), autocast)
-        objects = config.train.batch_size * config.data.regions_per_image
-        decoder = measure_mask_decoder(model, config.train.batch_size, objects, autocast)
-        self.other = other_bytes(config, model, self.layer) + decoder
+        self.wanted = requested_layers(config, self.layers)
+        if self.wanted is None:
+            self.estimate(0)  # measures now: when memory is known, matrices may be packed or sharded
 
-    def language(self, recomputed: int) -> int:
-        """Return the bytes that all decoder layers hold at most where the first ``recomputed`` are recomputed."""
-        return peak_bytes(self.layer, self.layers, recomputed)
+    @cached_property
+    def layer(self) -> LayerMemory:
+        """What one decoder layer keeps of a long micro-batch."""
+        return measure_layer(self.model, *shape_of_rows(self.config), precision(self.config) == "bf16")
 
-    def peak(self, recomputed: int) -> int:
-        """Return the bytes of a micro-batch where the first ``recomputed`` layers are recomputed."""
-        return self.language(recomputed) + self.other
+    @cached_property
+    def without_layers(self) -> MemoryEstimate:
+        """The estimate with no byte for the decoder layers."""
+        config, model, text = self.config, self.model, self.model.mllm.config.text_config
+        train, sizes, regions = config.train, geometry(config), config.data.regions_per_image
+        objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
+        tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
+        vocabulary = int(model.mllm.lm_head.out_features)
+        cells = sum(level_width(model.grounding_encoder, k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+        trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # A column of step 1's cache is a token's keys and values in all layers; a region's prompt, its share of cells.
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        column = 2 * self.layers * text.num_key_value_heads * head * model.mllm.lm_head.weight.element_size()
+        prefix = image_tokens(config) + TEXT_TOKENS
+        captions = window * regions * (1 + captions_with_graph(config))
+        rows = min(config.loop.rollout_batch_size, captions)
+        row = prefix + TEXT_TOKENS + sizes.grid_size**2 // regions + config.loop.max_new_tokens
+        return MemoryEstimate(
+            frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
+            trained=trained,
+            buckets=trained if self.world_size > 1 else 0,
+            language=0,
+            layer_gradients=self.layer.kept,
+            mask_decoder=measure_mask_decoder(model, train.batch_size, objects, precision(config) == "bf16"),
+            logits=3 * min(tokens, config.speed.cross_entropy_chunk or tokens) * vocabulary * 4,
+            losses=6 * objects * sizes.mask_size**2 * 4,
+            features=window * cells * 4,
+            captioning=column * (window * prefix + rows * row) + 4 * rows * vocabulary,
+        )
+
+    def estimate(self, recomputed: int) -> MemoryEstimate:
+        """Return the estimate where the first ``recomputed`` decoder layers are recomputed."""
+        return replace(self.without_layers, language=peak_bytes(self.layer, self.layers, recomputed))
 
     def decide(self, free_bytes: float | None) -> LayerPlan:
         """Return the choice for ``free_bytes``; without them, all layers where the setting leaves it open."""
-        wanted = requested_layers(self.config, self.layers)
-        if wanted is not None or free_bytes is None:
-            recomputed = self.layers if wanted is None else wanted
-            chosen_by = "default" if wanted is None else "setting"
-            return LayerPlan(recomputed, self.layers, chosen_by, None, self.peak(recomputed) / GIB)
-        counts = range(self.layers + 1) if not trains_an_encoder(self.model) else [self.layers]
-        fitting = [count for count in counts if self.peak(count) <= SHARE_USED * free_bytes]
-        recomputed = min(fitting, default=self.layers)
-        figures = free_bytes / GIB, self.peak(recomputed) / GIB
-        return LayerPlan(recomputed, self.layers, "memory", *figures, fits=bool(fitting))
+        needed = [self.estimate(count).micro_batch for count in range(self.layers + 1)]
+        if self.wanted is not None or free_bytes is None:
+            chosen, by = (self.layers, "default") if self.wanted is None else (self.wanted, "setting")
+            return LayerPlan(chosen, self.layers, by, None, needed[chosen] / GIB)
+        encoders = [self.model.mllm.model.vision_tower, self.model.grounding_encoder.vision_encoder]
+        # What an encoder keeps that trains is not estimated.
+        trains = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+        counts = [self.layers] if trains else range(self.layers + 1)
+        fitting = [count for count in counts if needed[count] <= SHARE_USED * free_bytes]
+        chosen = min(fitting, default=self.layers)
+        return LayerPlan(chosen, self.layers, "memory", free_bytes / GIB, needed[chosen] / GIB, bool(fitting))
 
     def apply(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> LayerPlan:
         """Decide by the memory that is free now, the same on all ranks, and set the model; every rank calls this.
 
-        Call it when all that stays is in place: weights on their device, weight average, saved optimiser state.
+        Call it when all that stays is in place: weights on their device, weight average, saved optimiser state. Where
+        the setting decides, ``build_model`` has done it and nothing is measured.
         """
+        if self.wanted is not None:
+            return LayerPlan(self.wanted, self.layers, "setting")
         accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
         free = free_memory(self.config, accelerator.device) - still_to_come(self.config, accelerator, optimizer)
-        plans = gather_objects(accelerator, self.decide(max(free, 0.0)).as_dict())
-        plan = LayerPlan(**max(plans, key=lambda plan: plan["recomputed"]))
+        plans: list[LayerPlan] = gather_objects(accelerator, self.decide(max(free, 0.0)))
+        plan = max(plans, key=lambda plan: plan.recomputed)
         checkpoint_first(self.model, plan.recomputed)
         return plan
 
 
-def layer_planner(config: Config, model: Any) -> LayerPlanner | None:
-    """Return the planner where memory decides; None where the setting does, and ``build_model`` has done it."""
-    layers = len(model.mllm.model.language_model.layers)
-    return LayerPlanner(config, model) if requested_layers(config, layers) is None else None
+def estimate_memory(config: Config, model: Any, memory_gib: float | None = None) -> tuple[MemoryEstimate, LayerPlan]:
+    """Return the estimate of one of ``WORLD_SIZE`` processes, and the layers that recompute their activations in it.
 
-
-def plan_layers(
-    planner: LayerPlanner | None, config: Config, model: Any, accelerator: Accelerator, optimizer: torch.optim.Optimizer
-) -> LayerPlan:
-    """Return what was chosen, by memory (:meth:`LayerPlanner.apply`) or by the setting."""
-    if planner is not None:
-        return planner.apply(accelerator, optimizer)
-    layers = len(model.mllm.model.language_model.layers)
-    return LayerPlan(requested_layers(config, layers) or 0, layers, "setting")
+    Args:
+        config: the whole configuration.
+        model: on the meta device.
+        memory_gib: what a process may use, where ``speed.checkpoint_layers`` is ``auto``; None takes
+            ``speed.memory_gib``, and without that all layers are recomputed.
+    """
+    estimator = MemoryEstimator(config, model, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    memory, state = memory_gib or config.speed.memory_gib, estimator.without_layers.state
+    plan = estimator.decide(None if memory is None else max(memory * GIB - state, 0.0))
+    return estimator.estimate(plan.recomputed), plan
 
 
 def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
@@ -152,20 +245,10 @@ def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
     return recomputed * layer.entry + (max(held, layer.kept) if recomputed else held)
 
 
-def other_bytes(config: Config, model: Any, layer: LayerMemory) -> int:
-    """Return the bytes of a micro-batch beside decoder layers and mask decoder, at most.
-
-    One layer's gradients; three float32 copies of a chunk of logits; masks, targets and gradients in the losses; the
-    features of the frozen encoders for all images of the window.
-    """
-    train, sizes = config.train, geometry(config)
-    images, regions = train.batch_size, config.data.regions_per_image
-    tokens = images * regions * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
-    chunk = min(tokens, config.speed.cross_entropy_chunk or tokens)
-    losses = 6 * images * regions * sizes.mask_size**2 * 4
-    cells = sum(level_width(model.grounding_encoder, k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
-    window = images * train.gradient_accumulation_steps * cells * 4
-    return int(layer.kept + 3 * chunk * len_vocabulary(model) * 4 + losses + window)
+def image_tokens(config: Config) -> int:
+    """Return the tokens of an image with as many tiles as it may have, its thumbnail included."""
+    tiles = config.data.max_tiles
+    return geometry(config).grid_size ** 2 * (tiles + (tiles > 1))
 
 
 def shape_of_rows(config: Config) -> tuple[int, int]:
@@ -175,9 +258,8 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     Region prompts take the cells of their masks; the masks of an image are taken to cover it once.
     """
     data, images, cells = config.data, config.train.batch_size, geometry(config).grid_size ** 2
-    tiles = data.max_tiles + (data.max_tiles > 1)
     with_graph = captions_with_graph(config)
-    image, text = cells * tiles + TEXT_TOKENS, TEXT_TOKENS + config.loop.max_new_tokens
+    image, text = image_tokens(config) + TEXT_TOKENS, TEXT_TOKENS + config.loop.max_new_tokens
     branches = data.regions_per_image * (1 + with_graph)
     if not config.speed.pack_branches:
         return images * branches, image + text + (cells if with_graph else 0)
@@ -194,15 +276,99 @@ def captions_with_graph(config: Config) -> int:
     return max(sampled + ("gumbel" in estimator), taught)
 
 
-def trains_an_encoder(model: Any) -> bool:
-    """Tell whether the vision tower or SAM 2's encoder train: what they keep is not estimated."""
-    parts: list[nn.Module] = [model.mllm.model.vision_tower, model.grounding_encoder.vision_encoder]
-    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+# ---- what is measured without computing it ---------------------------------------------------------------------------
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def len_vocabulary(model: Any) -> int:
-    """Return V, the number of rows of the output head."""
-    return int(model.mllm.lm_head.out_features)
+def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool) -> int:
+    """Return the bytes that a forward pass of ``module`` saves for its backward pass, each storage once.
+
+    The module runs on CPU tensors without contents (``FakeTensorMode``): they take neither time nor memory, and choose
+    the operations of a CPU, whose attention kernel saves queries, keys, values and output, as those of GPUs do.
+
+    Args:
+        module: its parameters may be on the meta device; neither they nor its buffers are counted.
+        inputs: makes positional arguments, and keyword arguments, which others share and which are not counted.
+        autocast: whether training runs under bf16 autocast.
+    """
+    saved: dict[int, Tensor] = {}  # tensors are kept: the address of a storage that is gone could come again
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode(), torch.device("cpu"):
+        state = {
+            name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(value.requires_grad)
+            for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
+        arguments, options = inputs()
+        given = [part for value in options.values() for part in (value if isinstance(value, tuple) else (value,))]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            functional_call(module, state, arguments, options)
+        for tensor in (*state.values(), *given):
+            saved.pop(tensor.untyped_storage()._cdata, None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMemory:
+    """Return what one decoder layer keeps of ``rows`` packed rows of ``length`` tokens (:func:`saved_bytes`)."""
+    language = model.mllm.model.language_model
+    layer, config, dtype = language.layers[0], language.config, language.embed_tokens.weight.dtype
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def inputs() -> Inputs:
+        # The input has a history, as in the real model.
+        entry = torch.empty(rows, length, config.hidden_size, dtype=dtype).requires_grad_() * 1
+        return (entry,), {
+            "attention_mask": torch.empty(rows, 1, length, length, dtype=dtype),
+            "position_ids": torch.empty(rows, length, dtype=torch.long),
+            "position_embeddings": tuple(torch.empty(rows, length, head, dtype=dtype) for _ in range(2)),
+        }
+
+    before = layer.training, layer.gradient_checkpointing
+    layer.train()
+    layer.gradient_checkpointing = False
+    try:
+        kept = saved_bytes(layer, inputs, autocast)
+    finally:
+        layer.train(before[0])
+        layer.gradient_checkpointing = before[1]
+    return LayerMemory(kept, rows * length * config.hidden_size * dtype.itemsize)
+
+
+def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) -> int:
+    """Return the bytes that SAM 2's mask decoder keeps of ``objects`` on ``images`` (:func:`saved_bytes`)."""
+    sam, dtype = model.grounding_encoder, next(model.grounding_encoder.parameters()).dtype
+
+    def inputs() -> Inputs:
+        sizes = [(level_width(sam, k), model.mask_size // 2**k) for k in range(3)]
+        levels = [torch.empty(images, channels, side, side, dtype=dtype) for channels, side in sizes]
+        width = sam.config.prompt_encoder_config.hidden_size
+        embeds = torch.empty(objects, width, dtype=dtype).requires_grad_() * 1
+        return (embeds, levels, torch.zeros(objects, dtype=torch.long)), {}
+
+    return saved_bytes(_MaskDecoding(model.grounding), inputs, autocast)
+
+
+class _MaskDecoding(nn.Module):
+    """The part of the grounding that has a graph, as a module."""
+
+    def __init__(self, grounding: GroundingDecoder) -> None:
+        super().__init__()
+        self.sam, self.single_mask = grounding.sam, grounding.single_mask
+
+    def forward(self, embeds: Tensor, levels: list[Tensor], index: Tensor) -> Tensor:
+        grounding = GroundingDecoder(self.sam, self.single_mask)
+        finished = grounding.finish(GroundingFeatures(levels))
+        return grounding.decode_candidates(grounding.sparse_prompts(embeds), finished, index)[0]
+
+
+# ---- what a process has ----------------------------------------------------------------------------------------------
 
 
 def free_memory(config: Config, device: torch.device) -> float:

@@ -28,7 +28,7 @@ from dual_loop.model.build import build_model, build_prompter, geometry
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.recompute import checkpoint_first
 from dual_loop.training.devices import precision
-from dual_loop.training.dry_run import state_bytes
+from dual_loop.training.memory import MemoryEstimator
 from dual_loop.types import Batch, RegionSample
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch_model
@@ -188,6 +188,8 @@ def count_step(
     batches = list(window) if window is not None else generated_window(config)
     writer = captions or PlannedCaptions.of_words(tokenizer)
     model: Any = build_model(config, tokenizer, device="meta")
+    rows = MemoryEstimator(config, model, world_size=world_size).estimate(0).rows()
+    state = {name: float(size) for name, size in rows.items() if not name.startswith("activations")}
     clock = PhaseClock()
     mode = HollowMode(lambda: clock.current)
     mode.fill(model)
@@ -198,7 +200,7 @@ def count_step(
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     loop.use_average(ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    step = CountedStep(state_bytes(model, world_size), trained, batches)
+    step = CountedStep(state, trained, batches)
     with _watched(model, clock), _planned_decoding(clock, writer), _quiet(), mode, ProductCounter() as clock.counter:
         clock.start()
         with _autocast(config):

@@ -15,10 +15,9 @@ from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.recompute import (
     checkpoint_first,
     checkpointed_layers,
-    measure_layer,
-    measure_mask_decoder,
     requested_layers,
 )
+from dual_loop.training.memory import measure_layer, measure_mask_decoder
 from dual_loop.types import CaptionRollout
 
 from small_model import scene_samples, small_batch, small_config, small_model

@@ -14,9 +14,9 @@ import torch
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.errors import ConfigError
 from dual_loop.loop import generation
-from dual_loop.model.build import build_tokenizer, geometry
-from dual_loop.training.dry_run import state_bytes
+from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.training.guard import StopRequest
+from dual_loop.training.memory import MemoryEstimator
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_model
 from bench.setup import GeneratedData, Setting, build_config, build_trainer
@@ -142,7 +142,9 @@ def test_memory_parts_add_up(small: CountedStep) -> None:
     assert sum(memory_parts(small).values()) == pytest.approx(small.peak)
     assert small.training["other"] < 4 * small.trained, "gradients are part of the state, and counted once"
     assert small.state["Adam moments (fp32)"] == 8 * small.trained
-    assert state_bytes(torch.nn.Linear(3, 5), 2)["DDP buckets (fp32)"] == 4 * 20
+    config = load_config(resolve_config_path("tiny_cpu"))
+    meta = build_model(config, build_tokenizer(config.model), device="meta")
+    assert MemoryEstimator(config, meta, world_size=2).estimate(0).rows()["DDP buckets (fp32)"] == 4 * small.trained
 
 
 def test_a_phase_takes_as_long_as_its_tighter_bound(small: CountedStep) -> None:
