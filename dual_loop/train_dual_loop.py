@@ -54,13 +54,12 @@ from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
 from dual_loop.training.dry_run import dry_run as dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
-from dual_loop.training.layer_memory import layer_planner, plan_layers
+from dual_loop.training.memory import MemoryEstimator
 from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
-from dual_loop.training.window_parts import as_computed
 
 TO_BE_CONTINUED = 75
 """Exit status, EX_TEMPFAIL of sysexits.h."""
@@ -102,7 +101,7 @@ def train(config: Config) -> FitResult:
     model, prompter = prepare_model(config, folder, report)
     if config.speed.liger:
         report(apply_liger(model, accelerator.device.type))
-    planner = layer_planner(as_computed(config, accelerator.device.type), model)
+    memory = MemoryEstimator(config, model, accelerator.device.type)
     stream = prepare_data(config, accelerator, report)
     pace: Pace | None = None
     if is_sharding(config, accelerator):
@@ -117,13 +116,13 @@ def train(config: Config) -> FitResult:
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
-    plan = plan_layers(planner, config, model, accelerator, trainer.optimizer)
+    plan = memory.apply(accelerator, trainer.optimizer)
     report(plan.line())
     evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped, pace)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
-    summary = {**trainer.summary(), "checkpointing": plan.as_dict(), **evaluation_summary(before, after)}
+    summary = {**trainer.summary(), "checkpointing": asdict(plan), **evaluation_summary(before, after)}
     folder.write_summary(summary)
     report(closing_line(result, summary, folder.path))
     end_processes(accelerator)

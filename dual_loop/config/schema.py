@@ -363,7 +363,7 @@ class SpeedConfig:
     compile_decode: bool = setting(False, "compile the decoding step (GPUs)")
     checkpoint_layers: str = setting(
         "auto", "first decoder layers that are recomputed in the backward pass where model.gradient_checkpointing is "
-        "on; auto: as few as the memory allows (training.layer_memory)", "LAYERS", choices=("auto", "all", "none"),
+        "on; auto: as few as the memory allows (training.memory)", "LAYERS", choices=("auto", "all", "none"),
         at_least=0
     )
     images_at_once: str = setting(

@@ -27,9 +27,9 @@ from dual_loop.model.fast_linear import (
     sixteen_bit_dropout,
     widen_frozen_linears,
 )
-from dual_loop.training.counting import ProductCounter
 from dual_loop.training.devices import pack_model
 
+from bench.phases import ProductCounter
 from small_model import small_config, small_model
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")

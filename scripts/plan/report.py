@@ -14,8 +14,9 @@ from typing import Any
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, explain
-from dual_loop.training.counting import PHASES
-from dual_loop.training.plan import CountedStep
+
+from bench.phases import PHASES
+from plan.step import CountedStep
 
 GIB, DAY = 2**30, 86_400.0
 ALL_REDUCE = "all-reduce"

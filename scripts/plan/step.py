@@ -1,7 +1,7 @@
 """Count one optimiser step of a configuration without computing it: operations, bytes and memory, by phase.
 
-The package's own loop runs on hollow tensors (``training.hollow``) under the counter of the benchmark
-(``training.counting``), so what is counted is what a step does: shared prefixes, packed rows, frozen matrices that get
+The package's own loop runs on hollow tensors (``plan.fake_tensors``) under the counter of the benchmark
+(``bench.phases``), so what is counted is what a step does: shared prefixes, packed rows, frozen matrices that get
 no gradient, what checkpointing computes again. Three things are put in place of what a run has: generated images of
 one size, captions of exactly ``loop.max_new_tokens`` tokens, and the optimiser, whose bytes are plain arithmetic.
 """
@@ -25,13 +25,14 @@ from dual_loop.loop import generation
 from dual_loop.loop.dual_loop import DualLoop, MicroBatch
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, geometry
-from dual_loop.model.checkpointing import checkpoint_first
 from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.training.counting import PHASES, PhaseClock, ProductCounter, watch_model
+from dual_loop.model.recompute import checkpoint_first
 from dual_loop.training.devices import precision
-from dual_loop.training.dry_run import state_bytes
-from dual_loop.training.hollow import HollowMode
+from dual_loop.training.memory import MemoryEstimator
 from dual_loop.types import Batch, RegionSample
+
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch_model
+from plan.fake_tensors import HollowMode
 
 REGION_SHARE = 0.05
 """Share of the image that a generated region covers."""
@@ -187,6 +188,8 @@ def count_step(
     batches = list(window) if window is not None else generated_window(config)
     writer = captions or PlannedCaptions.of_words(tokenizer)
     model: Any = build_model(config, tokenizer, device="meta")
+    rows = MemoryEstimator(config, model, world_size=world_size).estimate(0).rows()
+    state = {name: float(size) for name, size in rows.items() if not name.startswith("activations")}
     clock = PhaseClock()
     mode = HollowMode(lambda: clock.current)
     mode.fill(model)
@@ -197,7 +200,7 @@ def count_step(
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     loop.use_average(ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    step = CountedStep(state_bytes(model, world_size), trained, batches)
+    step = CountedStep(state, trained, batches)
     with _watched(model, clock), _planned_decoding(clock, writer), _quiet(), mode, ProductCounter() as clock.counter:
         clock.start()
         with _autocast(config):

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_step import run_variants
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+from dual_loop.config import SpeedConfig
+from dual_loop.model.fast_linear import PackedLinear, can_pack, widen_frozen_linears
 
-from bench.phases import PHASES, PhaseClock, ProductCounter, watch  # noqa: E402
-from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed  # noqa: E402
-from bench_step import run_variants  # noqa: E402
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch
+from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed
 
-from dual_loop.config import SpeedConfig  # noqa: E402
-from dual_loop.model.fast_linear import PackedLinear, can_pack, widen_frozen_linears  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plan_run
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+from dual_loop.config import load_config, resolve_config_path
+from dual_loop.errors import ConfigError
+from dual_loop.loop import generation
+from dual_loop.model.build import build_model, build_tokenizer, geometry
+from dual_loop.training.guard import StopRequest
+from dual_loop.training.memory import MemoryEstimator
 
-import plan_run  # noqa: E402
-from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_model  # noqa: E402
-from bench.setup import GeneratedData, Setting, build_config, build_trainer  # noqa: E402
-
-from dual_loop.config import load_config, resolve_config_path  # noqa: E402
-from dual_loop.errors import ConfigError  # noqa: E402
-from dual_loop.loop import generation  # noqa: E402
-from dual_loop.model.build import build_tokenizer, geometry  # noqa: E402
-from dual_loop.training.dry_run import state_bytes  # noqa: E402
-from dual_loop.training.guard import StopRequest  # noqa: E402
-from dual_loop.training.hollow import HollowMode  # noqa: E402
-from dual_loop.training.plan import CountedStep, PlannedCaptions, count_step, plan_config  # noqa: E402
-from dual_loop.training.plan_report import (  # noqa: E402
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_model
+from bench.setup import GeneratedData, Setting, build_config, build_trainer
+from plan.fake_tensors import HollowMode
+from plan.report import (
     ALL_REDUCE,
     Machines,
     memory_parts,
@@ -35,6 +30,7 @@ from dual_loop.training.plan_report import (  # noqa: E402
     report,
     steps_of,
 )
+from plan.step import CountedStep, PlannedCaptions, count_step, plan_config
 
 SETTING = Setting("tiny", batch=2, accumulation=1, new_tokens=8, regions=2)
 COUNTED = ("vision tower", "prompt prefill", "decode", "language forward", "SAM 2 encoder", "mask decoder", "backward")
@@ -108,7 +104,7 @@ def test_decoding_grows_with_the_tokens(small: CountedStep) -> None:
 
 
 def test_steps_that_are_not_run_count_as_if_they_were(monkeypatch: pytest.MonkeyPatch, small: CountedStep) -> None:
-    from dual_loop.training import plan
+    from plan import step as plan
 
     monkeypatch.setattr(plan, "DECODED_STEPS", 7)
     monkeypatch.setattr(plan, "_add_steps", lambda *_: None)
@@ -146,7 +142,9 @@ def test_memory_parts_add_up(small: CountedStep) -> None:
     assert sum(memory_parts(small).values()) == pytest.approx(small.peak)
     assert small.training["other"] < 4 * small.trained, "gradients are part of the state, and counted once"
     assert small.state["Adam moments (fp32)"] == 8 * small.trained
-    assert state_bytes(torch.nn.Linear(3, 5), 2)["DDP buckets (fp32)"] == 4 * 20
+    config = load_config(resolve_config_path("tiny_cpu"))
+    meta = build_model(config, build_tokenizer(config.model), device="meta")
+    assert MemoryEstimator(config, meta, world_size=2).estimate(0).rows()["DDP buckets (fp32)"] == 4 * small.trained
 
 
 def test_a_phase_takes_as_long_as_its_tighter_bound(small: CountedStep) -> None:

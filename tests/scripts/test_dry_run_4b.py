@@ -18,7 +18,7 @@ from dual_loop.config import CONFIG_DIR, load_config
 from dual_loop.model.build import build_prompter, build_tokenizer
 from dual_loop.training.dry_run import PlaceholderTokenizer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = CONFIG_DIR / "sa2va_4b_cpu.py"
 
 # Every difference to the real size; dtype, precision, LoRA targets, sources and flags are those of the 4B run.

@@ -12,13 +12,12 @@ from dual_loop.config import LoopConfig
 from dual_loop.loop.segmenter import segmentation_inputs
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.checkpointing import (
+from dual_loop.model.recompute import (
     checkpoint_first,
     checkpointed_layers,
-    measure_layer,
-    measure_mask_decoder,
     requested_layers,
 )
+from dual_loop.training.memory import measure_layer, measure_mask_decoder
 from dual_loop.types import CaptionRollout
 
 from small_model import scene_samples, small_batch, small_config, small_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.checkpointing import LayerMemory, checkpointed_layers
-from dual_loop.training import layer_memory
-from dual_loop.training.dry_run import dry_run, plan_memory
-from dual_loop.training.layer_memory import GIB, SHARE_USED, LayerPlanner, peak_bytes, plan_layers, shape_of_rows
+from dual_loop.model.recompute import checkpointed_layers
+from dual_loop.training import memory
+from dual_loop.training.dry_run import dry_run
+from dual_loop.training.memory import (
+    GIB,
+    SHARE_USED,
+    LayerMemory,
+    LayerPlan,
+    MemoryEstimator,
+    estimate_memory,
+    peak_bytes,
+    shape_of_rows,
+)
 
 LAYERS = 8
 
@@ -25,9 +35,9 @@ def config_of(**overrides: Any) -> Config:
     return load_config(resolve_config_path("bench_mid"), given)
 
 
-def planner_of(**overrides: Any) -> LayerPlanner:
+def planner_of(**overrides: Any) -> MemoryEstimator:
     config = config_of(**overrides)
-    return LayerPlanner(config, build_model(config, build_tokenizer(config.model), device="meta"))
+    return MemoryEstimator(config, build_model(config, build_tokenizer(config.model), device="meta"))
 
 
 def test_the_peak_falls_with_every_recomputed_layer_that_saves_something() -> None:
@@ -37,7 +47,7 @@ def test_the_peak_falls_with_every_recomputed_layer_that_saves_something() -> No
 
 def test_much_memory_recomputes_nothing_and_little_everything_and_between_as_few_as_fit() -> None:
     planner = planner_of()
-    needed = [planner.peak(count) / SHARE_USED for count in range(LAYERS + 1)]
+    needed = [planner.estimate(count).micro_batch / SHARE_USED for count in range(LAYERS + 1)]
     assert needed[0] > needed[4] > needed[6]
     assert planner.decide(needed[0]).recomputed == 0
     assert planner.decide(needed[0] - 1).recomputed == 1
@@ -60,15 +70,15 @@ def plan(monkeypatch: pytest.MonkeyPatch, free_gib: float, of_others: int = 0) -
     """The plan of a real model where so much is free, and another rank wants ``of_others`` layers."""
     config = config_of()
     model = build_model(config, build_tokenizer(config.model))
-    planner = LayerPlanner(config, model)
-    monkeypatch.setattr(layer_memory, "free_memory", lambda config, device: free_gib * GIB)
+    planner = MemoryEstimator(config, model)
+    monkeypatch.setattr(memory, "free_memory", lambda config, device: free_gib * GIB)
 
-    def gathered(accelerator: Any, own: dict[str, Any]) -> list[dict[str, Any]]:
-        return [own, {**own, "recomputed": of_others}]
+    def gathered(accelerator: Any, own: LayerPlan) -> list[LayerPlan]:
+        return [own, dataclasses.replace(own, recomputed=of_others)]
 
-    monkeypatch.setattr(layer_memory, "gather_objects", gathered)
+    monkeypatch.setattr(memory, "gather_objects", gathered)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    return plan_layers(planner, config, model, Accelerator(cpu=True), optimizer), model
+    return planner.apply(Accelerator(cpu=True), optimizer), model
 
 
 def test_all_ranks_take_the_most_careful_choice_and_the_model_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,32 +94,32 @@ def test_gradients_and_moments_are_set_aside() -> None:
     weights = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.AdamW([weights])
     accelerator = Accelerator(cpu=True)
-    assert layer_memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
     weights.sum().backward()
     optimizer.step()
-    assert layer_memory.still_to_come(config_of(), accelerator, optimizer) == 4000
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 4000
 
 
 def test_a_stated_size_counts_what_is_used_already_and_a_container_has_its_own_limit(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    stated = layer_memory.free_memory(config_of(speed__memory_gib=100), cpu)
+    stated = memory.free_memory(config_of(speed__memory_gib=100), cpu)
     assert 90 * GIB < stated < 100 * GIB
-    assert layer_memory._group_memory(7.0, tmp_path) == 7.0
+    assert memory._group_memory(7.0, tmp_path) == 7.0
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("600\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
-    assert layer_memory._group_memory(7.0, tmp_path) == 500.0
+    assert memory._group_memory(7.0, tmp_path) == 500.0
     (tmp_path / "memory.max").write_text("max\n")
-    assert layer_memory._group_memory(7.0, tmp_path) == 7.0
+    assert memory._group_memory(7.0, tmp_path) == 7.0
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * GIB}))
-    monkeypatch.setattr(layer_memory, "_group_memory", lambda otherwise: otherwise)
+    monkeypatch.setattr(memory, "_group_memory", lambda otherwise: otherwise)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert layer_memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
+    assert memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
 
 
 def test_rows_grow_with_what_they_hold() -> None:
@@ -123,10 +133,10 @@ def test_rows_grow_with_what_they_hold() -> None:
 
 def test_the_dry_run_prints_the_choice_for_a_stated_memory() -> None:
     planner = planner_of()
-    sizes, _ = plan_memory(planner.model, planner.config)
-    fixed = sum(value for name, value in sizes.items() if not name.startswith("activations"))
+    sizes = estimate_memory(planner.config, planner.model)[0].rows()
+    fixed = sum(size for name, size in sizes.items() if not name.startswith("activations")) / GIB
     for wanted in (0, 4):
-        memory = fixed + planner.peak(wanted) / SHARE_USED / GIB + 1e-6
+        memory = fixed + planner.estimate(wanted).micro_batch / SHARE_USED / GIB + 1e-6
         report = dry_run(config_of(speed__memory_gib=memory))
         assert f"Checkpointing: {wanted} of 8 decoder layers recomputed (memory: about" in report
     assert "8 of 8 decoder layers recomputed (default: about" in dry_run(config_of())
