@@ -42,7 +42,7 @@ from dual_loop.loop.judge import Judge
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.model.liger import apply_liger
+from dual_loop.accelerate.liger import apply_liger
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready

@@ -19,7 +19,7 @@ from bench.phases import PHASES, PhaseClock, ProductCounter, watch  # noqa: E402
 from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed  # noqa: E402
 from bench_step import run_variants  # noqa: E402
 
-from dual_loop.model.fast_linear import PackedLinear, can_pack, widen_frozen_linears  # noqa: E402
+from dual_loop.accelerate.cpu import PackedLinear, can_pack, widen_frozen_linears  # noqa: E402
 from dual_loop.settings import SpeedConfig  # noqa: E402
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dual_loop.model import decoding_step
-from dual_loop.model.last_layer import trimming
+from dual_loop.accelerate.qwen2 import trimming
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 

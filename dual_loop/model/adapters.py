@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
-from dual_loop.model.fast_linear import PackedLinear, pack_matrix
+from dual_loop.accelerate.cpu import PackedLinear, pack_matrix
 from dual_loop.model.shards import is_sharded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

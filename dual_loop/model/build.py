@@ -32,9 +32,9 @@ from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
 from dual_loop.model.attention import GROUPED
 from dual_loop.model.checkpointing import checkpoint_first, requested_layers
-from dual_loop.model.fast_linear import fuse_adapters
-from dual_loop.model.last_layer import make_trimmable
-from dual_loop.model.lean_sam2 import make_lean
+from dual_loop.accelerate.cpu import fuse_adapters
+from dual_loop.accelerate.qwen2 import make_trimmable
+from dual_loop.accelerate.sam2 import make_lean
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dual_loop.config import Config
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.lean_sam2 import level_width
+from dual_loop.accelerate.sam2 import level_width
 
 
 @dataclass(frozen=True)

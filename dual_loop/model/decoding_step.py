@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from dual_loop.model.last_layer import TrimmedLayer, attend
+from dual_loop.accelerate.qwen2 import TrimmedLayer, attend
 
 
 def can_step(language_model: Any) -> bool:

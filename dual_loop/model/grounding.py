@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dual_loop.model import cpu_bfloat16
-from dual_loop.model.lean_sam2 import read_level
+from dual_loop.accelerate.sam2 import read_level
 from dual_loop.types import Segmentation
 
 

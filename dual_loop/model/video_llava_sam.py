@@ -26,8 +26,8 @@ from dual_loop.losses import (
 )
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.last_layer import restore_columns, trimming
-from dual_loop.model.liger import FusedLoss
+from dual_loop.accelerate.qwen2 import restore_columns, trimming
+from dual_loop.accelerate.liger import FusedLoss
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.row_groups import row_groups, run_in_groups

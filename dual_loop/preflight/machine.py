@@ -17,7 +17,7 @@ from torch import nn
 from dual_loop.config import CONFIG_DIR, Config, load_config
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.model import cpu_bfloat16
-from dual_loop.model.liger import why_no_liger
+from dual_loop.accelerate.liger import why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel

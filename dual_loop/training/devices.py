@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model import cpu_bfloat16
-from dual_loop.model.fast_linear import (
+from dual_loop.accelerate.cpu import (
     HybridLinear,
     can_pack,
     gains_from_packing,

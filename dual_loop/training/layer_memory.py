@@ -30,7 +30,7 @@ from dual_loop.model.checkpointing import (
     measure_mask_decoder,
     requested_layers,
 )
-from dual_loop.model.lean_sam2 import level_width
+from dual_loop.accelerate.sam2 import level_width
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
 

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 from dual_loop.model import decoding_step
 from dual_loop.model.adapters import add_lora, merged_adapters
 from dual_loop.model.attention import GROUPED
-from dual_loop.model.fast_linear import fuse_adapters, pack_frozen_linears
-from dual_loop.model.last_layer import make_trimmable
+from dual_loop.accelerate.cpu import fuse_adapters, pack_frozen_linears
+from dual_loop.accelerate.qwen2 import make_trimmable
 
 ROWS, PROMPT, NEW, WIDTH = 3, 7, 4, 32
 

@@ -15,7 +15,7 @@ from dual_loop.errors import EnvironmentProblem
 from dual_loop.model import cpu_bfloat16
 from dual_loop.model.adapters import merged_adapters
 from dual_loop.model.attention import grouped_attention
-from dual_loop.model.fast_linear import (
+from dual_loop.accelerate.cpu import (
     FusedLora,
     HybridLinear,
     PackedLinear,
@@ -237,7 +237,7 @@ def test_bfloat16_matrices_keep_their_adapters() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 50])
 def test_a_widened_matrix_rounds_once(bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dual_loop.model.fast_linear._SLICE_VALUES", 48 * 10)
+    monkeypatch.setattr("dual_loop.accelerate.cpu._SLICE_VALUES", 48 * 10)
     torch.manual_seed(0)
     layer = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact = copy.deepcopy(layer).double()
@@ -272,7 +272,7 @@ def test_a_hybrid_matrix_rounds_few_rows_as_packed_ones_and_many_once(
     bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("_SLICE_VALUES", 48 * 20), ("_PART_VALUES", 48 * 64), ("_MANY_ROWS", 96)):
-        monkeypatch.setattr(f"dual_loop.model.fast_linear.{name}", value)
+        monkeypatch.setattr(f"dual_loop.accelerate.cpu.{name}", value)
     torch.manual_seed(0)
     stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact, packed = copy.deepcopy(stock).double(), PackedLinear(copy.deepcopy(stock))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dual_loop.config import SpeedConfig
-from dual_loop.model.lean_sam2 import LeanNeck, level_width
+from dual_loop.accelerate.sam2 import LeanNeck, level_width
 
 from small_model import scene_samples, small_batch, small_config, small_model
 

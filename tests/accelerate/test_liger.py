@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.losses import fused_token_cross_entropy
-from dual_loop.model import liger
+from dual_loop.accelerate import liger
 
 from small_model import small_config, small_model
 
@@ -27,9 +27,9 @@ HAS_LIGER = all(importlib.util.find_spec(name) is not None for name in ("liger_k
 
 OWN_KERNELS = """
 import torch
-from dual_loop.model.liger import apply_liger
+from dual_loop.accelerate.liger import apply_liger
 from small_model import small_model
-from model.test_liger import config_of, language_step
+from accelerate.test_liger import config_of, language_step
 
 plain, _, _ = small_model(config_of("none"))
 patched, _, _ = small_model(config_of("none"))
