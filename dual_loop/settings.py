@@ -291,6 +291,8 @@ class SpeedConfig:
         own_decoder: decode with this package's loop; off, with transformers' ``generate``.
         lean_decoding: in that loop, pass new tokens through the layers of a Qwen2 language model without what
             transformers does around each of them.
+        accelerate: let ``dual_loop.accelerate`` replace layers of the libraries by ones that compute the same faster;
+            off, the plain layers run and no library is patched.
         fused_optimizer: AdamW and the weight average as fused or foreach operations.
         bucket_view: let gradients be views of DDP's buckets.
         feature_cache: folder of an on-disk cache of the frozen towers' features; None for none.
@@ -330,6 +332,7 @@ class SpeedConfig:
     start_on_disk: bool = True
     own_decoder: bool = True
     lean_decoding: bool = True
+    accelerate: bool = True
     fused_optimizer: bool = True
     bucket_view: bool = True
     feature_cache: str | None = None

@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dual_loop.config import Config
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.accelerate.sam2 import level_width
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) 
         state = {name: _hollow(value) for name, value in [*decoding.named_parameters(), *decoding.named_buffers()]}
         kind = next(model.grounding_encoder.parameters()).dtype
         width = model.grounding_encoder.config.prompt_encoder_config.hidden_size
-        sizes = [(level_width(model.grounding_encoder, k), model.mask_size // 2**k) for k in range(3)]
+        sizes = [(model.grounding.level_width(k), model.mask_size // 2**k) for k in range(3)]
         levels = [torch.empty(images, channels, side, side, dtype=kind) for channels, side in sizes]
         embeds = torch.empty(objects, width, dtype=kind).requires_grad_() * 1
         index = torch.zeros(objects, dtype=torch.long)
@@ -128,12 +127,11 @@ class _Decoding(nn.Module):
 
     def __init__(self, grounding: GroundingDecoder) -> None:
         super().__init__()
-        self.sam, self.single_mask = grounding.sam, grounding.single_mask
+        self.sam, self.grounding = grounding.sam, grounding
 
     def forward(self, embeds: Tensor, levels: list[Tensor], index: Tensor) -> Tensor:
-        grounding = GroundingDecoder(self.sam, self.single_mask)
-        finished = grounding.finish(GroundingFeatures(levels))
-        return grounding.decode_candidates(grounding.sparse_prompts(embeds), finished, index)[0]
+        finished = self.grounding.finish(GroundingFeatures(levels))
+        return self.grounding.decode_candidates(self.grounding.sparse_prompts(embeds), finished, index)[0]
 
 
 @contextmanager

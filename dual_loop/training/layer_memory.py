@@ -30,7 +30,6 @@ from dual_loop.model.checkpointing import (
     measure_mask_decoder,
     requested_layers,
 )
-from dual_loop.accelerate.sam2 import level_width
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
 
@@ -163,7 +162,7 @@ def other_bytes(config: Config, model: Any, layer: LayerMemory) -> int:
     tokens = images * regions * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
     chunk = min(tokens, config.speed.cross_entropy_chunk or tokens)
     losses = 6 * images * regions * sizes.mask_size**2 * 4
-    cells = sum(level_width(model.grounding_encoder, k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+    cells = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
     window = images * train.gradient_accumulation_steps * cells * 4
     return int(layer.kept + 3 * chunk * len_vocabulary(model) * 4 + losses + window)
 
