@@ -84,11 +84,16 @@ class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
     """
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, read_from: int = 0, **options: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *rest: Any,
+        read_from: int = 0,
+        **options: Any,
     ) -> Tensor:
         turn, cache = options.get("position_embeddings"), options.get("past_key_values")
         if read_from == 0 or attention_mask is None or turn is None:
-            return torch.as_tensor(super().forward(hidden_states, attention_mask, *args, **options))
+            return torch.as_tensor(super().forward(hidden_states, attention_mask, *rest, **options))
         normed = self.input_layernorm(hidden_states)
         hidden = hidden_states[:, read_from:]
         hidden = hidden + attend(self.self_attn, normed, attention_mask[:, :, read_from:], turn, cache, read_from)

@@ -33,3 +33,34 @@ def test_bfloat16_matrices_keep_their_adapters() -> None:
     model = adapted(torch.bfloat16)
     with merged_adapters(model):
         assert not model.q_proj.disable_adapters
+
+
+@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=needs_packing)])
+@pytest.mark.parametrize("fails", ["inside", "while merging"])
+def test_whatever_fails_the_matrices_come_back(fails: str, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleList([adapted(), adapted()])
+    layers, before = [one.q_proj for one in model], [one.q_proj.base_layer.weight.clone() for one in model]
+    if is_packed:
+        pack_frozen_linears(model)
+    if fails == "while merging":
+        monkeypatch.setattr(layers[1], "get_delta_weight", lambda name: 1 / 0)
+
+    def fail() -> None:
+        with merged_adapters(model):
+            assert all(layer.disable_adapters for layer in layers)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    for layer, matrix in zip(layers, before, strict=True):
+        assert torch.equal(layer.base_layer.weight, matrix)
+        assert not layer.disable_adapters
+
+
+def test_an_adapter_that_was_off_stays_off() -> None:
+    model = torch.nn.ModuleList([adapted(), adapted()])
+    model[0].q_proj._disable_adapters = True
+    before = model[0].q_proj.base_layer.weight.clone()
+    with merged_adapters(model):
+        assert torch.equal(model[0].q_proj.base_layer.weight, before)
+    assert [one.q_proj.disable_adapters for one in model] == [True, False]
