@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
+from typing import NamedTuple
 
 from dual_loop.config import Config
 from dual_loop.errors import explain
@@ -22,8 +22,7 @@ from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 logger = logging.getLogger("dual_loop")
 
 
-@dataclass(frozen=True)
-class Lever:
+class Lever(NamedTuple):
     """One file of this package.
 
     Attributes:
@@ -33,8 +32,8 @@ class Lever:
     """
 
     name: str
-    setting: str | None = None
-    tested: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    setting: str | None
+    tested: Mapping[str, tuple[str, str]]
 
 
 TRANSFORMERS = {"transformers": ("5.20", "5.23")}

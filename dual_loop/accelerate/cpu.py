@@ -69,9 +69,6 @@ def _after_loading(model: VideoLLaVASAMModel, config: Config, device: torch.devi
     pack_model(model, config, device)
 
 
-# ---- precision -------------------------------------------------------------------------------------------------------
-
-
 @cache
 def is_slower_in_bfloat16() -> bool:
     """Tell whether a product with many rows takes longer than in float32; measured once in a process, some 20 ms.
@@ -104,9 +101,6 @@ def encode(grounding: GroundingDecoder, pixels: Tensor) -> GroundingFeatures:
         return GroundingDecoder.encode(grounding, pixels)
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -137,9 +131,6 @@ def grouped_attention(
     with torch.autocast(kind, enabled=False):
         output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
     return output.to(dtype), None
-
-
-# ---- matrices --------------------------------------------------------------------------------------------------------
 
 
 class PackedLinear(nn.Module):

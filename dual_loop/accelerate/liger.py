@@ -32,25 +32,21 @@ FusedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def apply(model: VideoLLaVASAMModel, config: Config) -> None:
     """Let the kernels be put in place once the device is known."""
-    model.after_loading.append(partial(_after_loading, model))
+    model.after_loading.append(partial(apply_liger, model))
 
 
-def _after_loading(model: VideoLLaVASAMModel, device: torch.device) -> str:
-    return apply_liger(model, device.type)
-
-
-def apply_liger(model: VideoLLaVASAMModel, device_type: str, kernels: Sequence[str] = KERNELS) -> str:
+def apply_liger(model: VideoLLaVASAMModel, device: torch.device | str, kernels: Sequence[str] = KERNELS) -> str:
     """Let ``model`` use Liger's kernels, in place; return a line that says which.
 
     Args:
         model: built and loaded.
-        device_type: where it will run.
+        device: where it will run.
         kernels: which of :data:`KERNELS` are replaced (Triton's interpreter runs ``rope`` alone).
 
     Raises:
         EnvironmentProblem: a package or a GPU is missing.
     """
-    missing = why_no_liger(device_type)
+    missing = why_no_liger(torch.device(device).type)
     if missing is not None:
         fix = 'pip install "dual-loop[liger]" on a machine with a GPU, or speed.liger=False'
         raise EnvironmentProblem(explain("Liger's kernels cannot be used", "speed.liger", missing, fix=fix))
@@ -72,13 +68,7 @@ def apply_liger(model: VideoLLaVASAMModel, device_type: str, kernels: Sequence[s
 def use_fused_loss(model: VideoLLaVASAMModel, loss: FusedLoss) -> None:
     """Let the model's ``token_loss`` go through ``loss`` where the head allows it."""
     if why_no_fused_loss(model) is None:
-        setattr(model, "token_loss", partial(_token_loss, model, loss))  # noqa: B010
-
-
-def _token_loss(
-    model: VideoLLaVASAMModel, loss: FusedLoss, hidden: Tensor, labels: Tensor, weight: float = 1.0
-) -> LossTerm:
-    return fused_token_cross_entropy(loss, model.mllm.lm_head.weight, hidden, labels, weight)
+        setattr(model, "token_loss", partial(fused_token_cross_entropy, loss, model.mllm.lm_head.weight))  # noqa: B010
 
 
 def fused_token_cross_entropy(

@@ -42,7 +42,14 @@ HIGH_RESOLUTION = 2
 
 def apply(model: VideoLLaVASAMModel, config: Config) -> None:
     """Make the encoder lean, and let the grounding finish what its neck leaves open."""
-    make_lean(model.grounding_encoder)
+    encoder = model.grounding_encoder.vision_encoder
+    for module in encoder.modules():
+        if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
+            module.__class__ = LeanAttention
+        elif type(module) is Sam2MultiScaleBlock:
+            module.__class__ = BandedBlock
+    if type(encoder.neck) is Sam2VisionNeck:
+        encoder.neck.__class__ = LeanNeck
     replace(model.grounding, finish, level_width)
 
 
@@ -164,15 +171,3 @@ def _as_read(values: Tensor) -> Tensor:
     """Return a level in the dtype in which autocast will read it: rounded once, and half as large."""
     kind = values.device.type
     return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
-
-
-def make_lean(sam: Any) -> None:
-    """Let the image encoder of ``sam``, a ``Sam2Model``, skip what this package never reads."""
-    encoder = sam.vision_encoder
-    for module in encoder.modules():
-        if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
-            module.__class__ = LeanAttention
-        elif type(module) is Sam2MultiScaleBlock:
-            module.__class__ = BandedBlock
-    if type(encoder.neck) is Sam2VisionNeck:
-        encoder.neck.__class__ = LeanNeck
