@@ -47,11 +47,10 @@ from dual_loop.loop.judge import Judge
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.model.liger import apply_liger
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
+from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, share_out_batch
 from dual_loop.training.dry_run import dry_run as dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
 from dual_loop.training.memory import MemoryEstimator
@@ -99,8 +98,6 @@ def train(config: Config) -> FitResult:
     folder = prepare_folder(config, accelerator)
     torch.manual_seed(config.train.seed)
     model, prompter = prepare_model(config, folder, report)
-    if config.speed.liger:
-        report(apply_liger(model, accelerator.device.type))
     memory = MemoryEstimator(config, model, accelerator.device.type)
     stream = prepare_data(config, accelerator, report)
     pace: Pace | None = None
@@ -111,7 +108,8 @@ def train(config: Config) -> FitResult:
         pace = Pace(accelerator, model)
     loop = build_loop(config, model, prompter, accelerator, pace)
     loop.num_images = stream.num_samples
-    pack_model(config, model, accelerator.device)
+    for line in model.finish(accelerator.device):
+        report(line)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report, pace)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)

@@ -313,6 +313,9 @@ class SpeedConfig:
     (``tests/invariants/test_levers.py``).
     """
 
+    accelerate: bool = setting(
+        True, "replace layers of the libraries by ones that compute the same faster; off, no library is patched"
+    )
     share_towers: bool = setting(True, "run the frozen towers once an image, for both steps and all regions")
     pack_branches: bool = setting(
         True, "let all branches about an image share its prefix in one row; off, every branch has its own row"

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dual_loop.model import decoding_step
-from dual_loop.model.last_layer import trimming
 from dual_loop.model.packing import additive_mask
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
@@ -146,7 +144,6 @@ def decode_rows(
     """
     model.sync_new_tokens()
     hidden, valid, cache = _read_questions(model, rows, max_new_tokens)
-    is_lean = model.speed.lean_decoding and decoding_step.can_step(model.mllm.model.language_model)
     alive = torch.arange(len(rows.embeds), device=valid.device)
     written: list[list[int]] = [[] for _ in range(len(alive))]
     ids = alive.new_zeros(len(alive), 0)
@@ -168,7 +165,7 @@ def decode_rows(
             cache.batch_select_indices(kept)
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
         embeds = model.mllm.get_input_embeddings()(chosen)[:, None]
-        hidden = _forward(model, embeds, valid[:, -1:], valid, cache, is_lean)
+        hidden = _forward(model, embeds, valid[:, -1:], valid, cache)
     return written
 
 
@@ -184,15 +181,12 @@ def _read_questions(model: VideoLLaVASAMModel, rows: PromptRows, reserve: int) -
     return _forward(model, rows.embeds, rows.valid, valid, cache), valid, cache
 
 
-def _forward(
-    model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tensor, cache: Cache, is_lean: bool = False
-) -> Tensor:
+def _forward(model: VideoLLaVASAMModel, embeds: Tensor, own: Tensor, valid: Tensor, cache: Cache) -> Tensor:
     """Run new columns (R, n, D) behind what the cache holds; return the hidden state (R, D) of the last one.
 
     Args:
         own: (R, n) bool, the real ones among the new columns.
         valid: (R, columns) bool, the real ones among all columns, the new ones included.
-        is_lean: pass one new column through ``model.decoding_step``.
     """
     count, total = own.shape[1], valid.shape[1]
     positions = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -count:]
@@ -203,18 +197,7 @@ def _forward(
         # A padded column sees itself: a softmax over nothing has no meaning.
         allowed = (valid[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
-    language = model.mllm.model.language_model
-    if is_lean:
-        return decoding_step.step(language, embeds[:, 0], positions, mask, cache)
-    output = language(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **trimming(language, count - 1),
-    )
-    return torch.as_tensor(output.last_hidden_state[:, -1])
+    return model.step_language(embeds, mask, positions, cache)
 
 
 def _num_layers(model: VideoLLaVASAMModel) -> int:

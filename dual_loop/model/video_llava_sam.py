@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from dual_loop.config import LossConfig, SpeedConfig
 from dual_loop.errors import PromptError, explain
 from dual_loop.losses import (
     chunked_token_cross_entropy,
     distillation_loss,
-    fused_token_cross_entropy,
     kl_divergence,
     latent_alignment,
     mask_losses,
@@ -26,11 +26,8 @@ from dual_loop.losses import (
 )
 from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.last_layer import restore_columns, trimming
-from dual_loop.model.liger import FusedLoss
 from dual_loop.model.object_count import object_order
 from dual_loop.model.packing import additive_mask
-from dual_loop.model.row_groups import row_groups, run_in_groups
 from dual_loop.model.soft_captions import soft_embeddings, straight_through_weights
 from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
 from dual_loop.types import LossTerm, Segmentation
@@ -44,6 +41,8 @@ class VideoLLaVASAMModel(nn.Module):
         grounding_encoder: ``Sam2Model``.
         text_hidden_fcs: Linear, ReLU, Linear from the language width D to the SAM 2 prompt width C.
         new_token_rows: trained rows of the new tokens, or None.
+        group_rows: whether ``run_language`` may take rows of unlike length in several passes.
+        after_loading: what :meth:`finish` calls.
 
     Args:
         mllm, grounding_encoder, text_hidden_fcs: the parts.
@@ -74,12 +73,21 @@ class VideoLLaVASAMModel(nn.Module):
         super().__init__()
         self.mllm, self.grounding_encoder, self.text_hidden_fcs = mllm, grounding_encoder, text_hidden_fcs
         self.new_token_rows: NewTokenRows | None = None
-        self.fused_loss: FusedLoss | None = None  # see model.liger
+        self.group_rows = True
+        self.after_loading: list[Callable[[torch.device], str | None]] = []
         self.seg_id, self.image_context_id = seg_id, image_context_id
         self.loss_config, self.speed = loss or LossConfig(), speed or SpeedConfig()
         self.grounding = GroundingDecoder(grounding_encoder, single_mask)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+
+    def finish(self, device: torch.device) -> list[str]:
+        """Do what waits for loaded weights and for ``device``, where they are; return lines to print.
+
+        Frozen matrices may be no parameters any more after it.
+        """
+        lines = [run(device) for run in self.after_loading]
+        return [line for line in lines if line is not None]
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +154,9 @@ class VideoLLaVASAMModel(nn.Module):
         placeholder = input_ids == self.image_context_id
         return insert_image_tokens(embedded, placeholder, image_features, region_tile, prompt_masks)
 
-    def language_hidden(
+    def run_language(
         self,
-        inputs_embeds: Tensor,
+        embeds: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None,
         read_from: int = 0,
@@ -157,39 +165,36 @@ class VideoLLaVASAMModel(nn.Module):
         """Return the last hidden states (B, L, D), after the final norm.
 
         Args:
-            inputs_embeds: (B, L, D).
+            embeds: (B, L, D).
             attention_mask: (B, L) with padding on the right, or (B, 1, L, L) bool for packed rows.
             position_ids: (B, L), or None for 0, 1, 2, ...
-            read_from: columns of packed rows before it may come back as zeros (``model.last_layer``).
+            read_from: columns of packed rows before it may come back as zeros.
             row_lengths: real columns of packed rows; what is behind them may come back as zeros.
         """
-        is_split = self.speed.split_uneven_rows and self.speed.last_hidden_only and attention_mask.dim() == 4
-        groups = row_groups(row_lengths) if row_lengths is not None and is_split else []
-
-        def run(embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
-            return self._language_pass(embeds, mask, positions, read_from)
-
-        if len(groups) < 2 or row_lengths is None:
-            return run(inputs_embeds, attention_mask, position_ids)
-        return run_in_groups(run, groups, row_lengths, inputs_embeds, attention_mask, position_ids)
-
-    def _language_pass(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None, read_from: int
-    ) -> Tensor:
-        trimmed: dict[str, int] = {}
         if attention_mask.dim() == 4:
-            attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
-            trimmed = trimming(self.mllm.model.language_model, read_from)
+            attention_mask = additive_mask(attention_mask, embeds.dtype)
         output = self.mllm.model.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
             output_hidden_states=not self.speed.last_hidden_only,
-            **trimmed,
         )
         self._all_hidden_states = output.hidden_states  # None, unless the lever is off: then kept as Sa2VA keeps them
-        return restore_columns(torch.as_tensor(output.last_hidden_state), trimmed.get("read_from", 0))
+        return torch.as_tensor(output.last_hidden_state)
+
+    def step_language(self, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Run new columns behind what ``cache`` holds; return the last one's hidden states (R, D), after the norm.
+
+        Args:
+            embeds: (R, n, D).
+            mask: (R, 1, n, columns) additive, or None where every column is seen.
+            position_ids: (R, n) int64.
+            cache: the new keys and values are appended.
+        """
+        given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids}
+        output = self.mllm.model.language_model(**given, past_key_values=cache, use_cache=True)
+        return torch.as_tensor(output.last_hidden_state[:, -1])
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (P, V) of chosen hidden states (P, D)."""
@@ -199,16 +204,18 @@ class VideoLLaVASAMModel(nn.Module):
         return torch.as_tensor(logits)
 
     def language_loss(self, hidden: Tensor, labels: Tensor) -> LossTerm:
-        """Token cross-entropy at the positions that carry loss; only their logits are computed, a chunk at a time."""
-        weight, chunk = self.loss_config.language_weight, self.speed.cross_entropy_chunk
+        """Token cross-entropy at the positions that carry loss; only their logits are computed."""
+        weight = self.loss_config.language_weight
         if not self.speed.loss_positions_only:
             logits = self.answer_logits(hidden[:, :-1].flatten(0, 1)).float()
             return token_cross_entropy_from_positions(logits, labels[:, 1:].flatten(), weight)
         carries = labels[:, 1:] != -100
-        chosen, targets = hidden[:, :-1][carries], labels[:, 1:][carries]
-        if self.fused_loss is not None:
-            return fused_token_cross_entropy(self.fused_loss, self.mllm.lm_head.weight, chosen, targets, weight)
-        return chunked_token_cross_entropy(self.answer_logits, chosen, targets, chunk, weight)
+        return self.token_loss(hidden[:, :-1][carries], labels[:, 1:][carries], weight)
+
+    def token_loss(self, hidden: Tensor, labels: Tensor, weight: float = 1.0) -> LossTerm:
+        """Cross-entropy of labels (P,) at hidden states (P, D), a chunk of logits at a time."""
+        chunk = self.speed.cross_entropy_chunk
+        return chunked_token_cross_entropy(self.answer_logits, hidden, labels, chunk, weight)
 
     @torch.no_grad()
     def generate(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -283,7 +290,7 @@ class VideoLLaVASAMModel(nn.Module):
     def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
         """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D), from ``read_from`` on."""
         rows = (data["attention_mask"], data.get("position_ids"), data.get("read_from", 0), data.get("row_lengths"))
-        return self.language_hidden(self.input_embeddings(data), *rows)
+        return self.run_language(self.input_embeddings(data), *rows)
 
     def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
         """Return what enters the language model in :meth:`forward`: (B, L, D), image and region tokens in place."""

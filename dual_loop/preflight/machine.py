@@ -16,8 +16,7 @@ from torch import nn
 
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem
-from dual_loop.model import cpu_bfloat16
-from dual_loop.model.liger import why_no_liger
+from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
@@ -61,7 +60,7 @@ def has_bf16(device_type: str) -> bool:
     """Tell whether the device computes in bfloat16 itself; elsewhere it is emulated, many times slower."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return cpu_bfloat16.is_native()
+    return has_native_bfloat16()
 
 
 def check_precision(config: Config) -> Iterator[Finding]:

@@ -27,7 +27,6 @@ from torch.func import functional_call
 from dual_loop.config import Config, caption_gradient
 from dual_loop.model.build import geometry
 from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.lean_sam2 import level_width
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
@@ -165,7 +164,7 @@ class MemoryEstimator:
         objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
-        cells = sum(level_width(model.grounding_encoder, k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+        cells = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         # A column of step 1's cache is a token's keys and values in all layers; a region's prompt, its share of cells.
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -346,7 +345,7 @@ def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) 
     sam, dtype = model.grounding_encoder, next(model.grounding_encoder.parameters()).dtype
 
     def inputs() -> Inputs:
-        sizes = [(level_width(sam, k), model.mask_size // 2**k) for k in range(3)]
+        sizes = [(model.grounding.level_width(k), model.mask_size // 2**k) for k in range(3)]
         levels = [torch.empty(images, channels, side, side, dtype=dtype) for channels, side in sizes]
         width = sam.config.prompt_encoder_config.hidden_size
         embeds = torch.empty(objects, width, dtype=dtype).requires_grad_() * 1
@@ -360,12 +359,11 @@ class _MaskDecoding(nn.Module):
 
     def __init__(self, grounding: GroundingDecoder) -> None:
         super().__init__()
-        self.sam, self.single_mask = grounding.sam, grounding.single_mask
+        self.sam, self.grounding = grounding.sam, grounding
 
     def forward(self, embeds: Tensor, levels: list[Tensor], index: Tensor) -> Tensor:
-        grounding = GroundingDecoder(self.sam, self.single_mask)
-        finished = grounding.finish(GroundingFeatures(levels))
-        return grounding.decode_candidates(grounding.sparse_prompts(embeds), finished, index)[0]
+        finished = self.grounding.finish(GroundingFeatures(levels))
+        return self.grounding.decode_candidates(self.grounding.sparse_prompts(embeds), finished, index)[0]
 
 
 # ---- what a process has ----------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def watch_model(
             (model, "encode_vision", "vision tower"),
             (decoding, "_forward", of_columns),
             (generation, "decode_rows", "decode"),
-            (model, "language_hidden", "language forward"),
+            (model, "run_language", "language forward"),
             (model, "project_vision", "language forward"),
             (model.grounding, "encode", "SAM 2 encoder"),
             (model.grounding, "finish", "mask decoder"),

@@ -47,6 +47,7 @@ PLAIN = SpeedConfig(
     own_decoder=False,
     lean_decoding=False,
     pack_weights="off",
+    accelerate=False,
     fused_optimizer=False,
     bucket_view=False,
     images_at_once="all",
@@ -198,7 +199,7 @@ class GeneratedData:
 def build_trainer(config: Config, setting: Setting) -> Any:
     """Return the real trainer around a model with random weights, and generated data."""
     from dual_loop.loop.dual_loop import DualLoop
-    from dual_loop.training.devices import build_accelerator, pack_model
+    from dual_loop.training.devices import build_accelerator
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
@@ -212,7 +213,7 @@ def build_trainer(config: Config, setting: Setting) -> Any:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.02)
-    pack_model(config, model, accelerator.device)
+    model.finish(accelerator.device)
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     data = GeneratedData(setting, geometry(config))
     return Trainer(config, model, loop, data, accelerator, RunFolder(folder, writes=False), report=lambda line: None)

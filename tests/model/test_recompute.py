@@ -68,7 +68,7 @@ def test_exactly_the_first_layers_run_again_and_nothing_else_changes(count: int)
     model, prompter, config = small_model(config_of())
     checkpoint_first(model, 0)
     # All rows in one pass, so that passes count recomputations.
-    model.speed = dataclasses.replace(model.speed, split_uneven_rows=False)
+    model.group_rows = False
     expected_terms, expected = step(model, prompter, config)
     checkpoint_first(model, count)
     runs = count_runs(model)
@@ -111,7 +111,7 @@ def test_the_foreseen_bytes_of_a_layer_are_those_of_a_real_forward_pass(autocast
     def real(layers: int) -> int:
         language.config.num_hidden_layers = layers
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return real_bytes(model, lambda: model.language_hidden(embeds * 1, mask, None))
+            return real_bytes(model, lambda: model.run_language(embeds * 1, mask, None))
 
     # Mask, rotary tables and the last norm are there whatever the number of layers.
     one_layer = (real(LAYERS) - real(1)) / (LAYERS - 1)

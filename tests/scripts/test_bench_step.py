@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from bench_step import run_variants
 
+from dual_loop.accelerate.cpu import PackedLinear, can_pack, widen_frozen_linears
 from dual_loop.config import SpeedConfig
-from dual_loop.model.fast_linear import PackedLinear, can_pack, widen_frozen_linears
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch
 from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed

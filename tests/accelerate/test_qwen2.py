@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 from transformers.cache_utils import DynamicCache
 
-from dual_loop.model.last_layer import TrimmedLayer, make_trimmable, restore_columns, trimming
+from dual_loop.accelerate.qwen2 import TrimmedLayer, make_trimmable, restore_columns, trimming
 from dual_loop.model.packing import additive_mask, branch_attention_mask
 
 ROWS, LENGTH, WIDTH, READ_FROM = 2, 9, 16, 5

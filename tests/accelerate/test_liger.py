@@ -16,9 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dual_loop.accelerate import liger
+from dual_loop.accelerate.liger import fused_token_cross_entropy
 from dual_loop.errors import EnvironmentProblem
-from dual_loop.losses import fused_token_cross_entropy
-from dual_loop.model import liger
+from dual_loop.model.hardware import why_no_liger
 
 from small_model import small_config, small_model
 
@@ -27,15 +28,15 @@ HAS_LIGER = all(importlib.util.find_spec(name) is not None for name in ("liger_k
 
 OWN_KERNELS = """
 import torch
-from dual_loop.model.liger import apply_liger
+from dual_loop.accelerate.liger import apply_liger
 from small_model import small_model
-from model.test_liger import config_of, language_step
+from test_liger import config_of, language_step
 
 plain, _, _ = small_model(config_of("none"))
 patched, _, _ = small_model(config_of("none"))
 line = apply_liger(patched, "cpu", kernels=("rope",))
 assert line.endswith("cross-entropy fused with the head"), line
-assert "Liger" in type(patched.fused_loss).__name__
+assert "Liger" in type(patched.token_loss.args[0]).__name__
 total, gradients = language_step(patched)
 # The rotary embedding is replaced for the whole process, so the plain model has it too.
 expected_total, expected = language_step(plain)
@@ -65,7 +66,7 @@ def language_step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5], [0, 1, 2, 3, 4, 2, 3, 4, 5]])
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     model.train()
-    term = model.language_loss(model.language_hidden(embeds, mask, positions), labels)
+    term = model.language_loss(model.run_language(embeds, mask, positions), labels)
     term.total.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) > 20
@@ -99,7 +100,7 @@ def test_a_stand_in_of_ligers_signature_gives_the_same_loss_and_gradients() -> N
 def test_a_head_with_trained_rows_keeps_its_own_loss() -> None:
     model, _, _ = small_model(config_of("new_tokens"))
     liger.use_fused_loss(model, stand_in)
-    assert model.fused_loss is None
+    assert "token_loss" not in vars(model)
     assert "new tokens" in str(liger.why_no_fused_loss(model))
     model, _, _ = small_model(config_of("none"))
     model.mllm.lm_head = torch.nn.Sequential(model.mllm.lm_head)
@@ -123,13 +124,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(EnvironmentProblem, match="run on GPUs"):
         liger.apply_liger(model, "cpu")
-    assert liger.why_no_liger("cuda") is None
+    assert why_no_liger("cuda") is None
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel and triton are not installed (extra liger)")
 def test_ligers_own_loss_and_rotary_kernels_agree_in_tritons_interpreter(tmp_path: Path) -> None:
-    paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(TESTS), str(TESTS / "accelerate"), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", OWN_KERNELS]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)

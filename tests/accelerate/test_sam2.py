@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from dual_loop.accelerate.sam2 import LeanNeck
 from dual_loop.config import SpeedConfig
-from dual_loop.model.lean_sam2 import LeanNeck, level_width
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
@@ -49,7 +49,7 @@ def test_open_levels_come_out_as_narrow_as_the_trunk() -> None:
         [level.shape[1] for level in model.encode_grounding(batch.g_pixel_values).levels] for model in (stock, lean)
     ]
     assert shapes == [[32, 32, 32], [8, 16, 32]]
-    widths = [[level_width(model.grounding_encoder, level) for level in range(3)] for model in (stock, lean)]
+    widths = [[model.grounding.level_width(level) for level in range(3)] for model in (stock, lean)]
     assert widths == shapes
 
 

@@ -11,14 +11,18 @@ Triton runs on GPUs; with TRITON_INTERPRET=1 its interpreter runs the same kerne
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
+from dual_loop.losses import IGNORE_INDEX
+from dual_loop.model.hardware import why_no_liger
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.types import LossTerm
 
 KERNELS = ("norms", "swiglu", "rope")
 
@@ -26,32 +30,23 @@ FusedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Matrix (V, D), hidden states (P, D), labels (P,) -> the cross-entropy summed over labels that are not -100."""
 
 
-def why_no_liger(device_type: str) -> str | None:
-    """Return what Liger lacks here, None where it can run.
-
-    Args:
-        device_type: ``"cpu"`` or ``"cuda"``.
-    """
-    for package in ("liger_kernel", "triton"):
-        if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels run on GPUs, not on a {device_type}"
-    return None
+def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+    """Let the kernels be put in place once the device is known."""
+    model.after_loading.append(partial(apply_liger, model))
 
 
-def apply_liger(model: Any, device_type: str, kernels: Sequence[str] = KERNELS) -> str:
+def apply_liger(model: VideoLLaVASAMModel, device: torch.device | str, kernels: Sequence[str] = KERNELS) -> str:
     """Let ``model`` use Liger's kernels, in place; return a line that says which.
 
     Args:
-        model: a ``VideoLLaVASAMModel``.
-        device_type: where it will run.
+        model: built and loaded.
+        device: where it will run.
         kernels: which of :data:`KERNELS` are replaced (Triton's interpreter runs ``rope`` alone).
 
     Raises:
         EnvironmentProblem: a package or a GPU is missing.
     """
-    missing = why_no_liger(device_type)
+    missing = why_no_liger(torch.device(device).type)
     if missing is not None:
         fix = 'pip install "dual-loop[liger]" on a machine with a GPU, or speed.liger=False'
         raise EnvironmentProblem(explain("Liger's kernels cannot be used", "speed.liger", missing, fix=fix))
@@ -64,18 +59,36 @@ def apply_liger(model: Any, device_type: str, kernels: Sequence[str] = KERNELS) 
     apply_liger_kernel_to_internvl(
         model=model.mllm, **losses, **norms, rope="rope" in kernels, swiglu="swiglu" in kernels
     )
-    use_fused_loss(model, LigerFusedLinearCrossEntropyLoss(ignore_index=-100, reduction="sum"))
+    use_fused_loss(model, LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum"))
     text = f"Liger: {', '.join(kernels)}"
     reason = why_no_fused_loss(model)
     return f"{text}; cross-entropy " + ("fused with the head" if reason is None else f"not fused: {reason}")
 
 
-def use_fused_loss(model: Any, loss: FusedLoss) -> None:
-    """Let the token cross-entropy go through ``loss`` where the head allows it."""
-    model.fused_loss = loss if why_no_fused_loss(model) is None else None
+def use_fused_loss(model: VideoLLaVASAMModel, loss: FusedLoss) -> None:
+    """Let the model's ``token_loss`` go through ``loss`` where the head allows it."""
+    if why_no_fused_loss(model) is None:
+        setattr(model, "token_loss", partial(fused_token_cross_entropy, loss, model.mllm.lm_head.weight))  # noqa: B010
 
 
-def why_no_fused_loss(model: Any) -> str | None:
+def fused_token_cross_entropy(
+    fused: FusedLoss, matrix: Tensor, hidden: Tensor, labels: Tensor, weight: float = 1.0
+) -> LossTerm:
+    """Cross-entropy of P tokens by a function that makes the logits itself; no token gives a zero with graph.
+
+    Args:
+        fused: the function.
+        matrix: (V, D), the output head.
+        hidden: (P, D). labels: (P,) int64.
+        weight: factor of the whole term.
+    """
+    count = float((labels != IGNORE_INDEX).sum())
+    if not len(hidden):
+        return LossTerm(hidden.sum() * 0.0, count)
+    return LossTerm(fused(matrix, hidden.to(matrix.dtype), labels) * weight, count)
+
+
+def why_no_fused_loss(model: VideoLLaVASAMModel) -> str | None:
     """Return why the head is not a plain matrix, None where it is."""
     head = model.mllm.lm_head
     if model.new_token_rows is not None:

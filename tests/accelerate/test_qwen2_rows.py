@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_loop.model.row_groups import SLACK, row_groups, run_in_groups
+from dual_loop.accelerate.qwen2 import SLACK, row_groups, run_in_groups
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12))

@@ -1,30 +1,45 @@
-"""Adapters and frozen matrices that cost less, with the values and gradients of the stock ones up to rounding.
+"""What a CPU alone takes: attention, matrices in its own layout or width, SAM 2's encoder in float32, the heap.
 
-* :class:`FusedLora`: ``W x + s B A x`` as the frozen product, one into the low rank, and one that adds into the output.
-  The stock layer makes a float32 copy of the input, and writes the wide output three more times.
-* :func:`sixteen_bit_dropout`: four random numbers from each draw of the generator instead of one.
-* :class:`PackedLinear`: a frozen matrix in oneDNN's blocked layout (CPU). The stock product brings the matrix into
-  such a layout at every call, which for a few rows takes longer than the product.
-* :class:`WidenedLinear`: a frozen bfloat16 matrix on a CPU that is faster in float32 (``model.cpu_bfloat16``),
-  multiplied in float32 a slice at a time. Where bfloat16 is emulated, torch's own products are five to a hundred times
-  slower.
+Three kinds of CPU are about: those without bfloat16 (torch emulates it, up to a hundred times slower than float32),
+those whose kernels for it are faster than for float32 (AMX, AMD since Zen 4), and those with ``avx512_bf16`` alone, on
+which many rows take longer than in float32, while few rows, bound by reading the matrix, take half as long.
+
+* :class:`PackedLinear`: a frozen matrix in oneDNN's blocked layout. The stock product brings the matrix into such a
+  layout at every call, which for a few rows takes longer than the product.
+* :class:`WidenedLinear`: a frozen bfloat16 matrix multiplied in float32 a slice at a time.
 * :class:`HybridLinear`: both, where bfloat16 is faster for few rows and float32 for many.
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from dual_loop.accelerate import replace
+from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
-from dual_loop.model import cpu_bfloat16
+from dual_loop.model import hardware
+from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
-_SCALE = 2**16
+GROUPED = "sdpa_grouped_decoding"
+"""The name of :func:`grouped_attention` among transformers' attention functions."""
+MARGIN = 1.2
+"""How much longer bfloat16 has to take to count as slower: far from both kinds of CPU, so the answer is stable."""
+_ROWS, _WIDTH, _REPEATS = 256, 1024, 5
+_KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
 _PACKED_ROWS = 8
 _SLICE_VALUES = 2**21
 """Most values of a plain matrix that exist in float32 at a time: 8 MiB, which a processor's cache holds."""
@@ -38,76 +53,84 @@ _PART_VALUES = 2**25
 """Most values of a hybrid's packed parts: what is unpacked at a time, 128 MiB. Only heads are larger."""
 
 
-class FusedLora(LoraLinear):
-    """peft's LoRA layer with a lean forward; parameters, names and switches are peft's.
+def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+    """Choose the attention and SAM 2's precision; the heap and the matrices wait for the device and the weights."""
+    if config.model.attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.mllm.model.language_model.set_attn_implementation(GROUPED)
+    replace(model.grounding, encode)
+    model.after_loading.append(partial(_after_loading, model, config))
 
-    Made by :func:`fuse_adapters` from an existing layer. Merged, mixed and variant adapters take peft's own path.
+
+def _after_loading(model: VideoLLaVASAMModel, config: Config, device: torch.device) -> None:
+    if device.type == "cpu":
+        keep_heap()
+    pack_model(model, config, device)
+
+
+@cache
+def is_slower_in_bfloat16() -> bool:
+    """Tell whether a product with many rows takes longer than in float32; measured once in a process, some 20 ms.
+
+    In a thread of its own: tensors without values, counters of operations and autocast belong to the thread that asks.
     """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out), in the dtype of the frozen layer's output."""
-        if self._disable_adapters and not self.merged:
-            return torch.as_tensor(self.base_layer(x))
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        is_plain = len(names) == 1 and not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
-        if not is_plain:
-            return torch.as_tensor(super().forward(x, *args, **kwargs))
-        name = names[0]
-        output = self.base_layer(x)
-        down, up = self._weights(name)
-        dropout = self.lora_dropout[name]
-        rate = float(getattr(dropout, "p", 0.0)) if self.training else 0.0
-        if isinstance(self.base_layer, (WidenedLinear, HybridLinear)) and self.base_layer.widens(x):
-            with torch.autocast(x.device.type, enabled=False):
-                low = _low_rank(x, down, rate, self.scaling[name], down.dtype)
-                return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
-        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype
-        low = _low_rank(x, down, rate, self.scaling[name], dtype)
-        if not torch.is_grad_enabled() and output.dtype == low.dtype:
-            # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
-            return torch.as_tensor(output.add_(F.linear(low, up)))
-        added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
-        return added.view(output.shape).to(output.dtype)
-
-    def _weights(self, name: str) -> tuple[Tensor, Tensor]:
-        layers: tuple[Any, Any] = self.lora_A[name], self.lora_B[name]
-        return layers[0].weight, layers[1].weight
+    if not hardware.has_bfloat16_kernels():
+        return True
+    with ThreadPoolExecutor(1) as apart:
+        half, full = apart.map(_seconds, (torch.bfloat16, torch.float32))
+    return half > MARGIN * full
 
 
-def fuse_adapters(model: nn.Module) -> int:
-    """Let every LoRA layer of ``model`` use the lean forward; return how many there are."""
-    layers = [module for module in model.modules() if type(module) is LoraLinear]
-    for layer in layers:
-        layer.__class__ = FusedLora
-    return len(layers)
+def _seconds(dtype: torch.dtype) -> float:
+    x, matrix = torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            F.linear(x, matrix)
+            best = min(best, time.perf_counter() - start)
+    return best
 
 
-def _low_rank(x: Tensor, down: Tensor, rate: float, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
-    kept, factor = sixteen_bit_dropout(x, rate)
-    return F.linear(kept.to(dtype), down) * (scale * factor)
+def encode(grounding: GroundingDecoder, pixels: Tensor) -> GroundingFeatures:
+    """``GroundingDecoder.encode`` without autocast to bfloat16 on a CPU that is faster in float32."""
+    kind = pixels.device.type
+    is_wide = kind == "cpu" and torch.is_autocast_enabled(kind) and is_slower_in_bfloat16()
+    with torch.autocast(kind, enabled=False) if is_wide else nullcontext():
+        return GroundingDecoder.encode(grounding, pixels)
 
 
-def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
-    """Dropout whose rate is rounded to a multiple of 1 / 65,536 (0.05 becomes 0.050003); 0 returns ``x`` itself.
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention in transformers' form, in torch's fused kernel; on a GPU the stock call is this already.
+
+    For a single new token, query heads that share keys and values go through the kernel as so many queries of one head:
+    keys and values are neither repeated nor copied. Where the CPU is faster in float32, bfloat16 is taken in float32
+    and rounded once.
 
     Args:
-        x: (...) float.
-        rate: share of values that become 0, 0..1.
+        query: (R, heads, n, d). key, value: (R, key-value heads, columns, d).
+        attention_mask: (R, 1, n, columns) additive, or None.
 
     Returns:
-        ``x`` with zeros, and the factor that is still to be multiplied with: 1 / the share that stays, 1.0 where none
-        does. Behind a linear map into fewer values it costs less.
+        (R, n, heads, d), and no weights.
     """
-    threshold = round(rate * _SCALE)
-    if threshold == 0:
-        return x, 1.0
-    if threshold >= _SCALE:
-        return x * 0.0, 1.0
-    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _SCALE // 2
-    # Of this, the graph keeps one byte a value; of a product with the mask it would keep the mask in x's dtype.
-    return torch.where(kept, x, x.new_zeros(())), _SCALE / (_SCALE - threshold)
+    kind, dtype, (rows, heads, new, width) = query.device.type, query.dtype, query.shape
+    if new == 1 and kind == "cpu" and not torch.is_grad_enabled():
+        grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+        mask = None if attention_mask is None else attention_mask.expand(-1, -1, grouped.shape[2], -1)
+        output = F.scaled_dot_product_attention(grouped, key, value, mask, scale=options.get("scaling"))
+        return output.reshape(rows, 1, heads, width), None
+    if kind != "cpu" or dtype != torch.bfloat16 or not is_slower_in_bfloat16():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
+    mask = attention_mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    with torch.autocast(kind, enabled=False):
+        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return output.to(dtype), None
 
 
 class PackedLinear(nn.Module):
@@ -135,6 +158,18 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in), unpacked: a copy."""
         return self.packed.to_dense()
+
+    def stored(self) -> Tensor:
+        """Return the matrix as it is kept, for :meth:`restore`."""
+        return self.packed
+
+    def restore(self, stored: Tensor) -> None:
+        """Take back what :meth:`stored` returned."""
+        self.packed = stored
+
+    def put(self, matrix: Tensor) -> None:
+        """Keep another matrix (out, in)."""
+        self.packed = pack_matrix(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""
@@ -314,7 +349,7 @@ def can_pack(dtype: torch.dtype = torch.float32) -> bool:
     Those for bfloat16 need AVX-512 or its successor.
     """
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return is_there and (dtype != torch.bfloat16 or cpu_bfloat16.has_kernels())
+    return is_there and (dtype != torch.bfloat16 or hardware.has_bfloat16_kernels())
 
 
 def gains_from_packing(dtype: torch.dtype = torch.float32) -> bool:
@@ -327,3 +362,45 @@ def gains_from_packing(dtype: torch.dtype = torch.float32) -> bool:
     is_intel = "intel" in str(torch.cpu.get_capabilities().get("cpu_name", "")).lower()
     is_lean = dtype == torch.float32 and is_intel and torch.backends.mkl.is_available()
     return can_pack(dtype) and not is_lean
+
+
+def pack_model(model: VideoLLaVASAMModel, config: Config, device: torch.device) -> int:
+    """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
+
+    ``auto`` does so on a CPU, for the dtypes that gain from it. A CPU that is faster in float32 multiplies bfloat16
+    matrices in that: all of them, or where it has bfloat16 those that meet many rows. Float32 matrices that autocast
+    would round are left alone. Call it after weights were loaded, before training: the packed matrices are no
+    parameters any more. The output head stays plain where trained rows are written into it.
+    """
+    choice = config.speed.pack_weights
+    # A packed matrix cannot be sharded.
+    if config.train.parallel == "fsdp" or choice == "off" or (choice == "auto" and device.type != "cpu"):
+        return 0
+    language = model.mllm if model.new_token_rows is None else model.mllm.model
+    encoder, precision = model.grounding_encoder.vision_encoder, config.train.mixed_precision
+    is_full = precision == "no" or (precision == "auto" and config.model.dtype != "bfloat16")
+    dtypes, done = [torch.bfloat16, *([torch.float32] if is_full else [])], 0
+    if choice == "auto":
+        if is_slower_in_bfloat16():
+            # Images are always many rows, tokens may be few. What was converted once is left alone by what follows.
+            done = sum(widen_frozen_linears(tower) for tower in (model.mllm.model.vision_tower, encoder))
+            if can_pack(torch.bfloat16):
+                done += pack_frozen_linears(language, [torch.bfloat16], HybridLinear)
+            else:
+                done += widen_frozen_linears(language)
+        dtypes = [dtype for dtype in dtypes if gains_from_packing(dtype)]
+    return done + (sum(pack_frozen_linears(part, dtypes) for part in (language, encoder)) if dtypes else 0)
+
+
+def keep_heap() -> bool:
+    """Let glibc serve large tensors from memory that was freed before; return whether it can be told so.
+
+    By default it maps every block over 32 MiB anew and unmaps it afterwards, so each such tensor pays for a page fault
+    every 4 KiB. Memory that is kept belongs to this process until it ends.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_threshold, _KEPT_BLOCK) and mallopt(trim_threshold, _NEVER))

@@ -1,4 +1,4 @@
-"""Lean adapters, fast dropout, packed matrices and grouped attention against the stock ones."""
+"""Packed and widened matrices, attention and precision on a CPU against the stock ones."""
 
 from __future__ import annotations
 
@@ -6,128 +6,31 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dual_loop.errors import EnvironmentProblem
-from dual_loop.model import cpu_bfloat16
-from dual_loop.model.adapters import merged_adapters
-from dual_loop.model.attention import grouped_attention
-from dual_loop.model.fast_linear import (
-    FusedLora,
+from dual_loop.accelerate import cpu
+from dual_loop.accelerate.cpu import (
     HybridLinear,
     PackedLinear,
     WidenedLinear,
     can_pack,
-    fuse_adapters,
     gains_from_packing,
+    grouped_attention,
     pack_frozen_linears,
-    sixteen_bit_dropout,
+    pack_model,
     widen_frozen_linears,
 )
-from dual_loop.training.devices import pack_model
+from dual_loop.accelerate.lora import fuse_adapters
+from dual_loop.errors import EnvironmentProblem
 
 from bench.phases import ProductCounter
+from small_adapter import adapted, run
 from small_model import small_config, small_model
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no bfloat16 kernels")
-
-
-def adapted(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("q_proj", nn.Linear(24, 40, dtype=dtype))
-    model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], lora_dropout=dropout), model)
-    nn.init.normal_(model.q_proj.lora_B["default"].weight)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def run(model: nn.Module, x: torch.Tensor, autocast: bool = False) -> tuple[torch.Tensor, ...]:
-    x = x.clone().requires_grad_(True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = model(x)
-    (y.float() ** 2).sum().backward()
-    layer = model.q_proj
-    return y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
-
-
-def test_the_lean_adapter_is_pefts_in_double_precision() -> None:
-    stock, x = adapted().double(), torch.randn(2, 5, 24, dtype=torch.float64)
-    lean = copy.deepcopy(stock)
-    assert fuse_adapters(lean) == 1
-    assert isinstance(lean.q_proj, FusedLora)
-    for seen, expected in zip(run(lean, x), run(stock, x), strict=True):
-        assert torch.allclose(seen, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_the_lean_adapter_under_autocast_is_as_near_to_the_truth_as_pefts() -> None:
-    stock, x = adapted(torch.bfloat16), torch.randn(64, 24, dtype=torch.bfloat16)
-    lean = copy.deepcopy(stock)
-    fuse_adapters(lean)
-    exact = copy.deepcopy(stock).double()
-    truth = run(exact, x.double())
-    for seen, peft, true in zip(run(lean, x, True), run(stock, x, True), truth, strict=True):
-        assert seen.dtype == peft.dtype
-        errors = [(value.double() - true).abs().mean() for value in (seen, peft)]
-        assert errors[0] <= 1.5 * errors[1] + 1e-9
-
-
-def test_switched_off_and_merged_adapters_take_pefts_own_path() -> None:
-    lean, x = adapted(), torch.randn(3, 24)
-    fuse_adapters(lean)
-    with_adapter = lean(x)
-    lean.q_proj._disable_adapters = True
-    assert torch.equal(lean(x), lean.q_proj.base_layer(x))
-    lean.q_proj._disable_adapters = False
-    lean.q_proj.merge()
-    assert torch.allclose(lean(x), with_adapter, atol=1e-4)
-
-
-def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
-    torch.manual_seed(0)
-    x = torch.ones(1000, 1001)
-    kept, factor = sixteen_bit_dropout(x, 0.05)
-    y = kept * factor
-    assert float((y == 0).float().mean()) == pytest.approx(0.05, abs=0.001)
-    assert float(y.mean()) == pytest.approx(1.0, abs=0.002)
-    assert len(y.unique()) == 2
-    rows, columns = (y == 0).float().mean(0), (y == 0).float().mean(1)
-    assert rows.std() == pytest.approx((0.05 * 0.95 / 1000) ** 0.5, rel=0.15)
-    assert columns.std() == pytest.approx((0.05 * 0.95 / 1001) ** 0.5, rel=0.15)
-
-
-@pytest.mark.parametrize(("rate", "expected"), [(0.0, 1.0), (1e-7, 1.0), (1.0, 0.0)])
-def test_dropout_at_its_ends(rate: float, expected: float) -> None:
-    kept, factor = sixteen_bit_dropout(torch.ones(7), rate)
-    assert float(kept.mean()) * factor == expected
-
-
-def test_dropout_follows_the_seed_and_reaches_the_adapter_alone_in_training() -> None:
-    lean, x = adapted(dropout=0.5), torch.randn(4, 24)
-    fuse_adapters(lean)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(lean.train()(x))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
-    assert torch.equal(lean.eval()(x), lean.eval()(x))
-
-
-def test_the_adapter_hears_its_input_divided_by_the_share_that_dropout_keeps() -> None:
-    lean, x = adapted(dropout=0.25).train(), torch.ones(20000, 24)
-    fuse_adapters(lean)
-    frozen = lean.q_proj.base_layer(x)
-    added = (lean(x) - frozen).mean(0).detach()
-    expected = (lean.eval()(x) - frozen).mean(0)
-    assert torch.allclose(added, expected, atol=0.02 * float(expected.detach().abs().max()))
 
 
 @needs_packing
@@ -193,7 +96,7 @@ def test_grouped_attention_is_sdpas(masked: bool, new: int) -> None:
 
 @pytest.mark.parametrize("slower", [True, False])
 def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.is_slower_than_float32", lambda: slower)
+    monkeypatch.setattr("dual_loop.accelerate.cpu.is_slower_in_bfloat16", lambda: slower)
     torch.manual_seed(0)
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = 4, True
@@ -213,31 +116,10 @@ def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkey
         assert (leaf.grad.double() - true.grad).abs().max() <= 2 * bound * true.grad.abs().max()
 
 
-@pytest.mark.parametrize("is_packed", [False, pytest.param(True, marks=needs_packing)])
-def test_merged_adapters_write_the_same_and_leave_no_trace(is_packed: bool) -> None:
-    model, x = adapted(), torch.randn(3, 24)
-    fuse_adapters(model)
-    expected, before = model(x), model.q_proj.base_layer.weight.clone()
-    if is_packed:
-        pack_frozen_linears(model)
-    with torch.no_grad(), merged_adapters(model):
-        assert model.q_proj.disable_adapters
-        assert torch.allclose(model(x), expected, atol=1e-5)
-    assert not model.q_proj.disable_adapters
-    assert torch.equal(model.q_proj.base_layer.weight, before)
-    assert torch.allclose(model(x), expected, atol=1e-6)
-
-
-def test_bfloat16_matrices_keep_their_adapters() -> None:
-    model = adapted(torch.bfloat16)
-    with merged_adapters(model):
-        assert not model.q_proj.disable_adapters
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 50])
 def test_a_widened_matrix_rounds_once(bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dual_loop.model.fast_linear._SLICE_VALUES", 48 * 10)
+    monkeypatch.setattr("dual_loop.accelerate.cpu._SLICE_VALUES", 48 * 10)
     torch.manual_seed(0)
     layer = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact = copy.deepcopy(layer).double()
@@ -272,7 +154,7 @@ def test_a_hybrid_matrix_rounds_few_rows_as_packed_ones_and_many_once(
     bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("_SLICE_VALUES", 48 * 20), ("_PART_VALUES", 48 * 64), ("_MANY_ROWS", 96)):
-        monkeypatch.setattr(f"dual_loop.model.fast_linear.{name}", value)
+        monkeypatch.setattr(f"dual_loop.accelerate.cpu.{name}", value)
     torch.manual_seed(0)
     stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact, packed = copy.deepcopy(stock).double(), PackedLinear(copy.deepcopy(stock))
@@ -299,10 +181,10 @@ def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
 ) -> None:
     if kernels and not can_pack(torch.bfloat16):
         pytest.skip("this processor has no bfloat16 kernels")
-    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.is_slower_than_float32", lambda: slower)
-    monkeypatch.setattr("dual_loop.model.cpu_bfloat16.has_kernels", lambda: kernels)
+    monkeypatch.setattr("dual_loop.accelerate.cpu.is_slower_in_bfloat16", lambda: slower)
+    monkeypatch.setattr("dual_loop.model.hardware.has_bfloat16_kernels", lambda: kernels)
     model, _, config = small_model(small_config(dtype="bfloat16"))
-    pack_model(config, model, torch.device("cpu"))
+    pack_model(model, config, torch.device("cpu"))
     language = model.mllm.model.language_model.layers[0].mlp.up_proj.base_layer
     tower = next(m for m in model.mllm.model.vision_tower.modules() if isinstance(m, (nn.Linear, PackedLinear)))
     expected = {(True, False): WidenedLinear, (True, True): HybridLinear, (False, True): PackedLinear}[slower, kernels]
@@ -322,13 +204,13 @@ def test_float32_is_packed_unless_mkl_runs_on_its_own_processors(
     assert gains_from_packing(torch.float32) is gains
     assert gains_from_packing(torch.bfloat16) is can_pack(torch.bfloat16)
     model, _, config = small_model(small_config())
-    assert (pack_model(config, model, torch.device("cpu")) > 0) is gains
+    assert (pack_model(model, config, torch.device("cpu")) > 0) is gains
 
 
 @needs_bfloat16
 def test_the_speed_of_bfloat16_is_measured_with_real_values_whoever_asks() -> None:
     with ProductCounter() as counter, FakeTensorMode():
-        first = cpu_bfloat16.is_slower_than_float32.__wrapped__()
+        first = cpu.is_slower_in_bfloat16.__wrapped__()
     assert counter.flops == 0
     assert first in (True, False)
 
@@ -338,9 +220,9 @@ def test_bfloat16_counts_as_slower_by_a_margin(
     kernels: bool, seconds: float, slower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = {torch.bfloat16: seconds, torch.float32: 1.0}
-    monkeypatch.setattr(cpu_bfloat16, "has_kernels", lambda: kernels)
-    monkeypatch.setattr(cpu_bfloat16, "_seconds", taken.__getitem__)
-    assert cpu_bfloat16.is_slower_than_float32.__wrapped__() is slower
+    monkeypatch.setattr("dual_loop.model.hardware.has_bfloat16_kernels", lambda: kernels)
+    monkeypatch.setattr(cpu, "_seconds", taken.__getitem__)
+    assert cpu.is_slower_in_bfloat16.__wrapped__() is slower
 
 
 def test_an_adapter_of_a_widened_matrix_computes_in_float32() -> None:

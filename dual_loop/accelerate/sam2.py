@@ -15,6 +15,8 @@ operations for SAM 2 large, and features of 144 and 288 instead of 256 and 256 c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,21 +29,54 @@ from transformers.models.sam2.modeling_sam2 import (
     do_pool,
 )
 
+from dual_loop.accelerate import replace
+from dual_loop.config import Config
+from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
 BAND_TOKENS = 8192
 """Most tokens of all images in a band, unless one row of windows has more."""
 HIGH_RESOLUTION = 2
 """Levels that the mask decoder reads through a convolution of its own: the finest two."""
 
 
+def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+    """Make the encoder lean, and let the grounding finish what its neck leaves open."""
+    encoder = model.grounding_encoder.vision_encoder
+    for module in encoder.modules():
+        if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
+            module.__class__ = LeanAttention
+        elif type(module) is Sam2MultiScaleBlock:
+            module.__class__ = BandedBlock
+    if type(encoder.neck) is Sam2VisionNeck:
+        encoder.neck.__class__ = LeanNeck
+    replace(model.grounding, finish, level_width)
+
+
+def finish(grounding: GroundingDecoder, features: GroundingFeatures) -> list[Tensor]:
+    """``GroundingDecoder.finish``, where levels may come as the trunk left them."""
+    decoder, neck = grounding.sam.mask_decoder, grounding.sam.vision_encoder.neck
+    fine, middle, coarse = features.levels
+    coarse = coarse + grounding.sam.no_memory_embedding.reshape(1, -1, 1, 1)
+    return [read_level(neck, 0, decoder.conv_s0, fine), read_level(neck, 1, decoder.conv_s1, middle), coarse]
+
+
+def level_width(grounding: GroundingDecoder, level: int) -> int:
+    """``GroundingDecoder.level_width``: an open level is as narrow as the trunk."""
+    neck = grounding.sam.vision_encoder.neck
+    is_open = level in getattr(neck, "open_levels", ())
+    return int(neck.lateral(level).in_channels if is_open else neck.config.fpn_hidden_size)
+
+
 class LeanAttention(Sam2MultiScaleAttention):  # type: ignore[misc]
     """Hiera's attention inside windows, (B, H, W, C) -> (B, H', W', C'); queries are pooled where a stage begins."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
         rows, height, width, _ = hidden_states.shape
         heads = self.num_attention_heads
         query, key, value = self.qkv(hidden_states).reshape(rows, height * width, 3, heads, -1).unbind(2)
         if self.query_stride:
-            stride: Any = self.query_stride
+            stride: Any = self.query_stride  # a pair, whatever its hint says
             pooled = do_pool(query.reshape(rows, height, width, -1), stride)
             height, width = pooled.shape[1:3]
             query = pooled.reshape(rows, height * width, heads, -1)
@@ -54,27 +89,28 @@ class BandedBlock(Sam2MultiScaleBlock):  # type: ignore[misc]
     """A block of Hiera, (B, H, W, C) -> (B, H', W', C'), run band by band on a CPU where no graph is kept."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        run: Callable[[Tensor], Tensor] = partial(super().forward, **kwargs)
         rows = band_height(hidden_states.shape, self.window_size)
         is_banded = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
         if not is_banded or rows >= hidden_states.shape[1]:
-            return torch.as_tensor(super().forward(hidden_states, **kwargs))
+            return run(hidden_states)
         bands = hidden_states.split(rows, dim=1)
-        first = torch.as_tensor(super().forward(bands[0].contiguous(), **kwargs))
+        first = run(bands[0].contiguous())
         pooled = rows // first.shape[1]
         output = first.new_empty(len(first), hidden_states.shape[1] // pooled, *first.shape[2:])
         output[:, : first.shape[1]] = first
         for number, band in enumerate(bands[1:], start=1):
             start = number * first.shape[1]
-            output[:, start : start + band.shape[1] // pooled] = super().forward(band.contiguous(), **kwargs)
+            output[:, start : start + band.shape[1] // pooled] = run(band.contiguous())
         return output
 
 
-def band_height(shape: Any, window: int) -> int:
+def band_height(shape: torch.Size, window: int) -> int:
     """Return the rows of a band of a map (B, H, W, C): H where attention is global or windows do not fill the map."""
     images, height, width, _ = shape
     if window == 0 or height % window or width % window:
-        return int(height)
-    return int(window * max(1, BAND_TOKENS // (images * width * window)))
+        return height
+    return window * max(1, BAND_TOKENS // (images * width * window))
 
 
 class LeanNeck(Sam2VisionNeck):  # type: ignore[misc]
@@ -88,8 +124,7 @@ class LeanNeck(Sam2VisionNeck):  # type: ignore[misc]
 
     def lateral(self, level: int) -> nn.Conv2d:
         """Return the convolution of a level; the first one is that of the coarsest."""
-        layer: Any = self.convs[len(self.convs) - 1 - level]
-        return cast(nn.Conv2d, layer)
+        return cast(nn.Conv2d, self.convs[len(self.convs) - 1 - level])
 
     def forward(self, hidden_states: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the levels (B, C, H, W), coarse to fine, and zeros in place of position encodings."""
@@ -127,13 +162,6 @@ def read_level(neck: Any, level: int, convolution: nn.Conv2d, values: Tensor) ->
     return F.linear(values.permute(0, 2, 3, 1).to(dtype), matrix, bias).permute(0, 3, 1, 2)
 
 
-def level_width(sam: Any, level: int) -> int:
-    """Return the channels of a level as the encoder of ``sam``, a ``Sam2Model``, hands it out."""
-    neck = sam.vision_encoder.neck
-    is_open = level in getattr(neck, "open_levels", ())
-    return int(neck.lateral(level).in_channels if is_open else neck.config.fpn_hidden_size)
-
-
 def _is_linear(layer: nn.Conv2d) -> bool:
     plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
     return plain and layer.bias is not None and not any(p.requires_grad for p in layer.parameters())
@@ -143,15 +171,3 @@ def _as_read(values: Tensor) -> Tensor:
     """Return a level in the dtype in which autocast will read it: rounded once, and half as large."""
     kind = values.device.type
     return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
-
-
-def make_lean(sam: Any) -> None:
-    """Let the image encoder of ``sam``, a ``Sam2Model``, skip what this package never reads."""
-    encoder = sam.vision_encoder
-    for module in encoder.modules():
-        if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
-            module.__class__ = LeanAttention
-        elif type(module) is Sam2MultiScaleBlock:
-            module.__class__ = BandedBlock
-    if type(encoder.neck) is Sam2VisionNeck:
-        encoder.neck.__class__ = LeanNeck

@@ -10,11 +10,11 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 from transformers.cache_utils import DynamicCache
 
-from dual_loop.model import decoding_step
+from dual_loop.accelerate import qwen2
+from dual_loop.accelerate.cpu import GROUPED, pack_frozen_linears
+from dual_loop.accelerate.lora import fuse_adapters
+from dual_loop.accelerate.qwen2 import make_trimmable
 from dual_loop.model.adapters import add_lora, merged_adapters
-from dual_loop.model.attention import GROUPED
-from dual_loop.model.fast_linear import fuse_adapters, pack_frozen_linears
-from dual_loop.model.last_layer import make_trimmable
 
 ROWS, PROMPT, NEW, WIDTH = 3, 7, 4, 32
 
@@ -51,7 +51,7 @@ def continued(model: Any, is_lean: bool) -> torch.Tensor:
         mask.masked_fill_(~valid[:, None, None, : column + 1], torch.finfo(mask.dtype).min)
         place = positions[:, column : column + 1]
         if is_lean:
-            hidden.append(decoding_step.step(model, embeds[:, column], place, mask, cache))
+            hidden.append(qwen2.step(model, embeds[:, column], place, mask, cache))
         else:
             given = {"inputs_embeds": embeds[:, column : column + 1], "attention_mask": mask, "position_ids": place}
             hidden.append(model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])
@@ -68,7 +68,7 @@ def continued(model: Any, is_lean: bool) -> torch.Tensor:
 def test_values_are_those_of_the_stock_layers(attention: str, dtype: torch.dtype) -> None:
     model = language_model(dtype)
     model.config._attn_implementation = attention
-    assert decoding_step.can_step(model)
+    assert qwen2.can_step(model)
     expected = continued(model, is_lean=False)
     torch.testing.assert_close(continued(model, is_lean=True), expected)
     assert expected.std() > 0.1
@@ -91,12 +91,12 @@ def test_bfloat16_rounds_where_the_stock_layers_round() -> None:
 
 def test_models_that_are_not_plain_are_told_apart() -> None:
     model = language_model()
-    assert decoding_step.can_step(model)
+    assert qwen2.can_step(model)
     hooked, patched, derived = (copy.deepcopy(model) for _ in range(3))
     hooked.layers[0].mlp.register_forward_hook(lambda *_: None)
     patched.layers[1].input_layernorm.forward = lambda hidden: hidden
     derived.layers[0].__class__ = type("Sharded", (type(derived.layers[0]),), {})
-    assert not any(decoding_step.can_step(one) for one in (hooked, patched, derived))
-    assert not decoding_step.can_step(language_model(hidden_act="gelu"))
+    assert not any(qwen2.can_step(one) for one in (hooked, patched, derived))
+    assert not qwen2.can_step(language_model(hidden_act="gelu"))
     sliding = language_model(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    assert not decoding_step.can_step(sliding)
+    assert not qwen2.can_step(sliding)
