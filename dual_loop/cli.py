@@ -1,4 +1,4 @@
-"""``dual-loop <command>``. A command's heavy imports happen only when it runs, so ``--help`` answers at once."""
+"""``dual-loop <command>``: a table of commands, each a module of ``dual_loop.commands`` with ``main(argv)``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dual_loop import __version__
-from dual_loop.errors import DualLoopError
-from dual_loop.flags import add_training_flags
 
 COMMANDS = {
     "doctor": "look at machine, data, weights and settings the way a run would",
@@ -38,46 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Each command's own arguments are read by its own parser, made after the choice.
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    args = parser.parse_args(arguments[:1] or ["--help"])
-    if args.command in ("caption", "segment", "loop"):
-        from dual_loop.commands.predict import main as predict
-
-        return predict(args.command, arguments[1:])
-    own = {"train": _train, "export": _export, "demo-data": _demo_data}
-    if args.command in own:
-        return own[args.command](arguments[1:])
-    return int(import_module(f"dual_loop.commands.{args.command}").main(arguments[1:]))
-
-
-def _train(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        parser = argparse.ArgumentParser(
-            allow_abbrev=False, prog="dual-loop train", description=COMMANDS["train"], usage="%(prog)s [flags]"
-        )
-        add_training_flags(parser)
-        parser.print_help()
-        return 0
-    from dual_loop.train_dual_loop import main as train
-
-    return train(arguments)
-
-
-def _export(arguments: list[str]) -> int:
-    from dual_loop.export_run import main as export
-
-    return export(arguments)
-
-
-def _demo_data(arguments: list[str]) -> int:
-    from dual_loop.data import demo
-
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop demo-data", description=COMMANDS["demo-data"])
-    demo.add_arguments(parser)
-    try:
-        return int(demo.run(parser.parse_args(arguments)))
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = parser.parse_args(arguments[:1] or ["--help"]).command
+    return int(import_module(f"dual_loop.commands.{command.replace('-', '_')}").main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -223,28 +223,6 @@ def chunked_token_cross_entropy(
     return LossTerm(torch.stack(totals).sum(), float((labels != IGNORE_INDEX).sum()))
 
 
-def fused_token_cross_entropy(
-    fused: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    matrix: torch.Tensor,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    weight: float = 1.0,
-) -> LossTerm:
-    """Cross-entropy of P tokens by a function that makes the logits itself, such as Liger's; else as those above.
-
-    Args:
-        fused: matrix, hidden states, labels -> sum over the labels that are not -100.
-        matrix: (V, D), the output head.
-        hidden: (P, D).
-        labels: (P,) int64.
-        weight: factor of the whole term.
-    """
-    count = float((labels != IGNORE_INDEX).sum())
-    if not len(hidden):
-        return LossTerm(hidden.sum() * 0.0, count)
-    return LossTerm(fused(matrix, hidden.to(matrix.dtype), labels) * weight, count)
-
-
 def shifted_token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> LossTerm:
     """Next-token cross-entropy: position l predicts label l + 1, summed over tokens.
 

@@ -7,13 +7,11 @@ elastic launcher where another machine left and the run is to go on without it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,41 +19,46 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+if __name__ == "__main__":  # before the imports below, so that --help answers without torch
+    from dual_loop.commands.train import main
+
+    sys.exit(main())
+
 import torch
 from accelerate import Accelerator
 
 from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.commands.train import main as main
+from dual_loop.config import Config
+from dual_loop.config import load_config as load_config
+from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
-from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
 from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
 from dual_loop.evaluation.regions import RegionMeter
-from dual_loop.flags import add_training_flags, overrides_from
 from dual_loop.iteration import evenly_spread
 from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.adapters import trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.model.liger import apply_liger
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, pack_model, share_out_batch
-from dual_loop.training.dry_run import dry_run
+from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, share_out_batch
+from dual_loop.training.dry_run import dry_run as dry_run
 from dual_loop.training.guard import RankExchange, gather_objects
-from dual_loop.training.layer_memory import layer_planner, plan_layers
+from dual_loop.training.memory import MemoryEstimator
 from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import FitResult, Trainer
-from dual_loop.training.window_parts import as_computed
 
 TO_BE_CONTINUED = 75
 """Exit status, EX_TEMPFAIL of sysexits.h."""
@@ -67,31 +70,6 @@ MORE_FIGURES = (
     *("cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
     *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; return the exit status. Messages of errors go to stderr."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="dual_loop.train_dual_loop",
-        description="Train with the dual loop.",
-        usage="%(prog)s [flags]",
-    )
-    add_training_flags(parser)
-    args = parser.parse_args(argv)
-    try:
-        config = load_config(resolve_config_path(args.config), overrides_from(args))
-        if args.dry_run:
-            print(dry_run(config))
-        else:
-            return exit_status(train(config))
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def exit_status(result: FitResult) -> int:
@@ -120,9 +98,7 @@ def train(config: Config) -> FitResult:
     folder = prepare_folder(config, accelerator)
     torch.manual_seed(config.train.seed)
     model, prompter = prepare_model(config, folder, report)
-    if config.speed.liger:
-        report(apply_liger(model, accelerator.device.type))
-    planner = layer_planner(as_computed(config, accelerator.device.type), model)
+    memory = MemoryEstimator(config, model, accelerator.device.type)
     stream = prepare_data(config, accelerator, report)
     pace: Pace | None = None
     if is_sharding(config, accelerator):
@@ -132,18 +108,19 @@ def train(config: Config) -> FitResult:
         pace = Pace(accelerator, model)
     loop = build_loop(config, model, prompter, accelerator, pace)
     loop.num_images = stream.num_samples
-    pack_model(config, model, accelerator.device)
+    for line in model.finish(accelerator.device):
+        report(line)
     trainer = Trainer(config, model, loop, stream, accelerator, folder, report, pace)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
-    plan = plan_layers(planner, config, model, accelerator, trainer.optimizer)
+    plan = memory.apply(accelerator, trainer.optimizer)
     report(plan.line())
     evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped, pace)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
-    summary = {**trainer.summary(), "checkpointing": plan.as_dict(), **evaluation_summary(before, after)}
+    summary = {**trainer.summary(), "checkpointing": asdict(plan), **evaluation_summary(before, after)}
     folder.write_summary(summary)
     report(closing_line(result, summary, folder.path))
     end_processes(accelerator)
@@ -426,6 +403,3 @@ def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> s
     text += "".join(f"\nflag: {flag}" for flag in summary.get("flags", ()))
     return text + f"\n{json.dumps({key: summary[key] for key in ('sources', 'counters')})}"
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 import torch  # noqa: E402
+from bench_step import run_variants  # noqa: E402
+
 from bench.phases import PHASES  # noqa: E402
 from bench.setup import Setting  # noqa: E402
-from bench_step import run_variants  # noqa: E402
 
 AXES: dict[str, tuple[int, ...]] = {
     "regions": (1, 2, 4, 8, 16, 32, 64),

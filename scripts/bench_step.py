@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 import torch  # noqa: E402
+
 from bench.floors import measure_floors  # noqa: E402
 from bench.phases import PHASES  # noqa: E402
 from bench.setup import LEVERS, NEW_TOKEN_ROWS, PRESETS, Setting  # noqa: E402

@@ -38,8 +38,8 @@ FLAGS = {
 
 def plan(args: argparse.Namespace) -> tuple[str, Any]:
     """Return the report of a plan, and its values."""
-    from dual_loop.training.plan import count_step
-    from dual_loop.training.plan_report import Machines, plan_values, report, steps_of
+    from plan.report import Machines, plan_values, report, steps_of
+    from plan.step import count_step
 
     config = read_config(args)
     machines = Machines(
@@ -66,13 +66,13 @@ def plan(args: argparse.Namespace) -> tuple[str, Any]:
 
 def check(file: str) -> tuple[str, Any]:
     """Return planned against measured of a file that ``bench_step.py --json`` wrote."""
-    from bench.setup import GeneratedData, Setting, build_config, build_tokens
-
     from dual_loop.model.build import geometry
     from dual_loop.training.devices import device_type
-    from dual_loop.training.plan import PlannedCaptions, count_step
-    from dual_loop.training.plan_report import check_report
     from dual_loop.training.window_parts import images_at_once, split_window
+
+    from bench.setup import GeneratedData, Setting, build_config, build_tokens
+    from plan.report import check_report
+    from plan.step import PlannedCaptions, count_step
 
     found = json.loads(Path(file).read_text(encoding="utf-8"))
     if not {"setting", "floor", "variants"} <= set(found) or "default" not in found["variants"]:

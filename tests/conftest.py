@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+sys.path.append(str(REPOSITORY / "scripts"))  # the developers' programs are tested too
 
 
 def _folder_or_skip(folder: Path, what: str) -> Path:

@@ -17,16 +17,29 @@ try:
     main({arguments!r})
 except SystemExit as error:
     assert error.code in (0, None), error.code
-heavy = [name for name in ("torch", "transformers", "accelerate", "peft") if name in sys.modules]
+heavy = {{"torch", "transformers", "accelerate", "peft", "matplotlib", "gradio"}} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], []])
+HELPS = [["--help"], ["--version"], [], *([name, "--help"] for name in COMMANDS)]
+HELPS += [["data", what, "--help"] for what in ("check", "stats", "preview")]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = LIGHT.format(arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_training_entry_answers_help_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "dual_loop.train_dual_loop", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in imported  # the list is read the right way
+    assert not {"torch", "transformers", "accelerate"} & imported
+    assert "--sa1b_dir" in done.stdout
 
 
 def test_importing_the_package_is_light() -> None:

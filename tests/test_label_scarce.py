@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dual_loop.config import load_config, resolve_config_path
-from dual_loop.flags import add_training_flags, overrides_from
+from dual_loop.config import add_training_flags, load_config, overrides_from, resolve_config_path
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -15,25 +15,26 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 
 # From the ground up. A unit is a module or a package directly under dual_loop/.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "settings", "pages", "pictures", "iteration"),
-    ("config", "flags"),
+    ("types", "errors", "pages", "pictures", "iteration"),
+    ("config",),
     ("data", "losses", "metrics"),
-    ("model", "checkpoint"),
+    ("model", "accelerate", "checkpoint"),
     ("loop",),
     ("training", "evaluation"),
     ("preflight", "serve"),
-    ("cli", "commands", "train_dual_loop", "export_run", "__main__"),
+    ("cli", "commands", "train_dual_loop", "__main__"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # Inside a layer, nobody imports a neighbour, but for these (importer, imported) pairs, each in one direction:
-# flags are made from the configuration's fields; importing a checkpoint needs the model's names and the model knows
-# nothing of files; the command line offers the training entry as `dual-loop train`.
+# importing a checkpoint needs the model's names and the model knows nothing of files; what makes a model faster
+# replaces its methods; `dual-loop train` reads the flags of the training entry, which hands over to it when it is
+# started as a program.
 NEIGHBOURS = {
-    ("flags", "config"),
     ("checkpoint", "model"),
-    ("cli", "train_dual_loop"),
-    ("cli", "export_run"),
+    ("commands", "train_dual_loop"),
+    ("train_dual_loop", "commands"),
+    ("accelerate", "model"),
     ("cli", "commands"),
     ("__main__", "cli"),
 }
@@ -62,13 +63,20 @@ def _imported_modules(tree: ast.Module, package_of_file: list[str]) -> Iterator[
                 yield node.lineno, node.args[0].value
 
 
+# Whoever else imports it could not run without it, and it must be possible to delete it.
+ACCELERATES = Path("model/build.py")
+
+
 def _problem(importer: str, imported: str) -> str | None:
     """Return why the unit ``importer`` may not import the unit ``imported``, None where it may."""
     for unit in (importer, imported):
         if unit not in LEVEL:
             return f"{unit!r} is in no layer; add it to LAYERS in tests/test_layering.py"
-    if importer == imported or LEVEL[imported] < LEVEL[importer] or (importer, imported) in NEIGHBOURS:
+    is_below = LEVEL[imported] < LEVEL[importer] and imported != "accelerate"
+    if importer == imported or is_below or (importer, imported) in NEIGHBOURS:
         return None
+    if imported == "accelerate" and LEVEL[importer] > LEVEL[imported]:
+        return f"{importer!r} imports {imported!r}; only {ACCELERATES} may import it"
     relation = "beside" if LEVEL[imported] == LEVEL[importer] else "above"
     return f"{importer!r} imports {imported!r}, which is {relation} it"
 
@@ -86,6 +94,8 @@ def layering_problems(package: Path) -> list[str]:
             if parts[0] != "dual_loop" or name == "dual_loop.__version__":
                 continue
             imported = lazy.get(parts[1], name).split(".")[1] if len(parts) > 1 else "dual_loop"
+            if imported == "accelerate" and relative == ACCELERATES:
+                continue
             problem = _problem(unit, imported)
             if problem:
                 problems.append(f"{relative}:{line}: {problem}")
@@ -117,7 +127,9 @@ def test_the_package_is_seen() -> None:
         ("losses.py", "import_module('dual_loop.training.trainer')\n", "'losses' imports 'training'"),
         ("model/build.py", "from dual_loop.checkpoint import store\n", "'model' imports 'checkpoint'"),
         ("training/trainer.py", "from dual_loop.evaluation import evaluate\n", "'training' imports 'evaluation'"),
-        ("config.py", "from dual_loop.flags import parse\n", "'config' imports 'flags', which is beside it"),
+        ("pages.py", "from dual_loop.pictures import x\n", "'pages' imports 'pictures', which is beside it"),
+        ("model/grounding.py", "from dual_loop import accelerate\n", "'accelerate', which is beside it"),
+        ("loop/x.py", "from dual_loop.accelerate import lora\n", "only model/build.py may import it"),
         ("helpers.py", "from dual_loop.errors import explain\n", "'helpers' is in no layer"),
         ("loop/x.py", "from dual_loop import nonsense\n", "'nonsense' is in no layer"),
     ],
@@ -135,7 +147,9 @@ def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected:
         ("checkpoint/importer.py", "from dual_loop.model.build import build_model\n"),
         ("data/reader.py", "from .masks import decode\nfrom dual_loop import __version__\nimport torch\n"),
         ("training/trainer.py", "from dual_loop import checkpoint, losses, metrics\nfrom dual_loop.data import sav\n"),
-        ("cli.py", "from dual_loop.train_dual_loop import main\n"),
+        ("commands/train.py", "from dual_loop.train_dual_loop import main\n"),
+        ("model/build.py", "def f():\n    from dual_loop import accelerate\n"),
+        ("accelerate/sam2.py", "from dual_loop.model.grounding import GroundingDecoder\n"),
     ],
 )
 def test_imports_from_below_pass(tmp_path: Path, file: str, source: str) -> None:

@@ -6,24 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dual_loop.commands.common import (
-    Measured,
-    add_model_and_data_arguments,
-    add_what_is_measured,
-    describe_origin,
-    measure,
-)
+from dual_loop.commands.arguments import add_model_and_data_arguments, add_what_is_measured, describe_origin
+from dual_loop.config import GATES
 from dual_loop.errors import ConfigError, DualLoopError, explain
-from dual_loop.evaluation.audit_page import audit_page
-from dual_loop.evaluation.figures import figures_of
 from dual_loop.evaluation.protocol import PRESETS
-from dual_loop.evaluation.pseudo_labels import LABELS, Thresholds, choose_labels, write_labels
-from dual_loop.evaluation.regions import Record
-from dual_loop.loop.captioner import prompt_texts
 from dual_loop.loop.gates import CaptionGates
-from dual_loop.settings import GATES
-from dual_loop.training.run_folder import versions, write_json
+
+if TYPE_CHECKING:
+    from dual_loop.commands.common import Measured
+    from dual_loop.evaluation.pseudo_labels import Thresholds
+    from dual_loop.evaluation.regions import Record
 
 TASKS = ("captioning", "loop")
 
@@ -60,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from dual_loop.commands.common import measure
+    from dual_loop.evaluation.pseudo_labels import Thresholds
+
     thresholds = Thresholds(args.min_iou, args.min_uniqueness, args.keep_repeated)
     if args.labels is not None and args.labels.exists() and any(args.labels.iterdir()):
         seen = "not empty"
@@ -72,6 +69,12 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _finish(args: argparse.Namespace, measured: Measured, thresholds: Thresholds) -> None:
     """Choose, write and show; on rank 0."""
+    from dual_loop.evaluation.audit_page import audit_page
+    from dual_loop.evaluation.figures import figures_of
+    from dual_loop.evaluation.pseudo_labels import LABELS, choose_labels, write_labels
+    from dual_loop.loop.captioner import prompt_texts
+    from dual_loop.training.run_folder import versions, write_json
+
     folder, data, loaded = measured.folder, measured.data, measured.loaded
     records, skipped = measured.records, measured.skipped
     everything = [record for own in records.values() for record in own]

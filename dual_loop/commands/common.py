@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from dual_loop.commands.arguments import overrides_of
 from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.ref_parquet import RefParquet
@@ -21,18 +22,10 @@ from dual_loop.evaluation import runner
 from dual_loop.evaluation.protocol import Protocol
 from dual_loop.evaluation.regions import Record, RegionMeter
 from dual_loop.evaluation.runner import MeasuredData
-from dual_loop.flags import add_data_flags, overrides_from
 from dual_loop.serve.loading import LoadedModel, load_trained
 from dual_loop.training.devices import build_accelerator, end_processes
 
-DATA_HELP = (
-    "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
-    "sav, sa1b, openimages, masks (their folders), or a .parquet file of references"
-)
 MASKS_ONLY = tuple(name for name in SETTING_PREFIX if name != "refcoco")
-
-
-REGIONS_PER_IMAGE = 16
 
 
 @dataclass(frozen=True)
@@ -56,33 +49,6 @@ class Measured:
     def finish(self) -> None:
         """Remove the parts; call it when everything is written, since a second start needs them until then."""
         runner.finish(self.folder)
-
-
-def add_what_is_measured(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, ``--data`` and ``--max_samples``."""
-    text = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
-    parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=DATA_HELP)
-    parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
-
-
-def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how the checkpoint is loaded, and training's flags of data."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
-    model.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
-    model.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer")
-    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    add_data_flags(parser)
-
-
-def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the flags name; up to 16 regions of an image, unless a flag says otherwise."""
-    settings = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args)}
-    settings["train.device"] = args.device
-    if args.model_path:
-        settings["train.model_path"] = args.model_path
-    return settings
 
 
 def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequence[str]) -> Measured | None:
@@ -126,14 +92,6 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
         return None
     records, skipped = runner.join(folder, data)
     return Measured(folder, {**header, "world_size": world_size}, data, loaded, records, skipped)
-
-
-def describe_origin(origin: dict[str, Any]) -> str:
-    """Return which weights were measured, on one line."""
-    if not origin:
-        return "none (saved predictions)"
-    parts = [origin["path"], *(origin[key] for key in ("checkpoint", "weights") if key in origin)]
-    return " ".join([*parts, f"sha256 {origin['sha256'][:16]}" if "sha256" in origin else ""]).strip()
 
 
 def open_measured(

@@ -7,20 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, add_data_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
-from dual_loop.flags import add_data_flags, overrides_from
-from dual_loop.model.build import geometry
-from dual_loop.preflight import data_checks
-from dual_loop.preflight.data_checks import SourceReport
 from dual_loop.preflight.findings import Finding, as_dict, as_text, has_problem
-from dual_loop.preflight.preview import preview_page
 from dual_loop.types import RegionSource
+
+if TYPE_CHECKING:
+    from dual_loop.preflight.data_checks import SourceReport
 
 DESCRIPTIONS = {
     "check": "Read the data the way training does; count what is skipped and why; look for held-out images.",
@@ -32,6 +27,7 @@ DESCRIPTIONS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 where a check found a problem, 2 for a wrong call."""
     args = _parser().parse_args(argv)
+    from dual_loop.preflight import data_checks
     try:
         config = load_config(resolve_config_path(args.config), overrides_from(args))
         sources, findings = data_checks.open_sources(config.data)
@@ -70,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource], findings: list[Finding]) -> int:
+    from dual_loop.preflight import data_checks
+
     for source in sources:
         report = _read(source, args.samples, config)
         findings += data_checks.findings_of(report, config.data.max_bad_fraction)
@@ -120,11 +118,16 @@ def stats_of(report: SourceReport) -> dict[str, Any]:
 
 
 def _quantiles(values: Sequence[float]) -> str:
+    import numpy as np
+
     low, middle, high = np.percentile(np.asarray(values, float), [5, 50, 95])
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _preview(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource]) -> int:
+    from dual_loop.model.build import geometry
+    from dual_loop.preflight.preview import preview_page
+
     page = preview_page(sources, args.samples, geometry(config), config.train.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
@@ -133,6 +136,11 @@ def _preview(args: argparse.Namespace, config: Config, sources: Sequence[RegionS
 
 
 def _read(source: RegionSource, count: int, config: Config) -> SourceReport:
+    from tqdm import tqdm
+
+    from dual_loop.model.build import geometry
+    from dual_loop.preflight import data_checks
+
     with tqdm(total=1, desc=source.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         report = data_checks.read_source(source, count or None, geometry(config), config.train.seed)
         bar.update(1)

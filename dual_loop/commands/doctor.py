@@ -9,16 +9,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dual_loop.checkpoint.weights_plan import weights_sources
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
-from dual_loop.flags import add_training_flags, overrides_from
-from dual_loop.model.build import build_model, geometry
-from dual_loop.preflight import data_checks, machine, model_checks
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text, has_problem
-from dual_loop.serve.loading import rebuild
-from dual_loop.training.devices import build_accelerator
-from dual_loop.training.dry_run import meta_tokenizer
 from dual_loop.types import RegionSource
 
 
@@ -33,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out weights, the test batch and the two processes")
-    add_training_flags(parser)
-    args = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    add_training_flags(parser, arguments)
+    args = parser.parse_args(arguments)
     try:
         config = load_config(resolve_config_path(args.config), overrides_from(args))
     except ConfigError as error:
@@ -51,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     """Return everything that is worth saying about a run with ``config``."""
+    from dual_loop.model.build import build_model
+    from dual_loop.preflight import data_checks, machine, model_checks
+    from dual_loop.training.dry_run import meta_tokenizer
+
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
     findings += machine.check_kernels(config)
     sources, problems = data_checks.open_sources(config.data)
@@ -76,6 +74,9 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
 
 
 def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
+    from dual_loop.model.build import geometry
+    from dual_loop.preflight import data_checks
+
     findings: list[Finding] = []
     for source in sources:
         report = data_checks.read_source(source, data_checks.DECODED, geometry(config), config.train.seed)
@@ -90,6 +91,11 @@ def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
 
 
 def _batch(config: Config, sources: Sequence[RegionSource]) -> Iterable[Finding]:
+    from dual_loop.checkpoint.weights_plan import weights_sources
+    from dual_loop.preflight import model_checks
+    from dual_loop.serve.loading import rebuild
+    from dual_loop.training.devices import build_accelerator
+
     accelerator = build_accelerator(config)
     model, prompter = rebuild(config, weights_sources(config))
     yield Finding(OK, "weights", "all parts of the model are filled; nothing is missing or left over")

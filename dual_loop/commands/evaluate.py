@@ -9,25 +9,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dual_loop.commands.common import (
+from dual_loop.commands.arguments import (
     add_model_and_data_arguments,
     add_what_is_measured,
-    data_description,
     describe_origin,
-    measure,
-    open_measured,
     overrides_of,
 )
-from dual_loop.config import load_config, resolve_config_path
+from dual_loop.config import DEFAULT_CONFIG, load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
-from dual_loop.evaluation import runner
-from dual_loop.evaluation.figures import figures_of, markdown_table
 from dual_loop.evaluation.protocol import CHOICES, PRESETS, choose_protocol
-from dual_loop.evaluation.regions import Record, compare_predictions
-from dual_loop.serve.loading import DEFAULT_CONFIG
-from dual_loop.training.run_folder import versions, write_json
+
+if TYPE_CHECKING:
+    from dual_loop.evaluation.regions import Record
 
 TASKS = ("referring", "captioning", "loop")
 
@@ -64,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_model(args: argparse.Namespace) -> int:
+    from dual_loop.commands.common import measure
+
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in CHOICES})
     measured = measure(args, "evaluation", protocol, args.tasks)
     if measured is not None:
@@ -73,6 +70,10 @@ def _with_model(args: argparse.Namespace) -> int:
 
 
 def _from_predictions(args: argparse.Namespace) -> int:
+    from dual_loop.commands.common import data_description, open_measured
+    from dual_loop.evaluation import runner
+    from dual_loop.evaluation.regions import compare_predictions
+
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in CHOICES})
     config = load_config(resolve_config_path(args.config or DEFAULT_CONFIG), overrides_of(args))
     data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
@@ -110,6 +111,9 @@ def report(
     tasks: Sequence[str],
 ) -> None:
     """Write ``evaluation.json`` and print the figures, the protocol and what was skipped."""
+    from dual_loop.evaluation.figures import figures_of, markdown_table
+    from dual_loop.training.run_folder import versions, write_json
+
     figures = {name: figures_of(own, tasks) for name, own in records.items() if own}
     if not figures:
         reasons = skipped[0]["message"] if skipped else "the data sets are empty"

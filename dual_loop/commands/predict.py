@@ -7,16 +7,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
-from dual_loop.data.image_files import read_image
-from dual_loop.data.masks_dir import IMAGE_SUFFIXES, read_mask_file
+from dual_loop.commands.arguments import add_model_arguments
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
 from dual_loop.iteration import in_chunks
-from dual_loop.serve.predictor import IMAGES_AT_ONCE, Predictor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dual_loop.serve.predictor import Predictor
 
 DESCRIPTIONS = {
     "caption": "Describe the region of an image that a mask, a box or a point marks.",
@@ -41,24 +41,14 @@ def main(command: str, argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names the model: checkpoint, weights, config, device."""
-    group = parser.add_argument_group("model")
-    text = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
-    group.add_argument("--checkpoint", metavar="PATH", help=text)
-    group.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
-    group.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
-    group.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer, for weights without one")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--max_new_tokens", type=int, metavar="TOKENS", help="longest caption (default: the config's)")
-
-
 def load_predictor(args: argparse.Namespace) -> Predictor:
     """Load what :func:`add_model_arguments` asked for.
 
     Raises:
         DualLoopError: there is no such model.
     """
+    from dual_loop.serve.predictor import Predictor
+
     overrides = {"train.model_path": args.model_path} if args.model_path else {}
     return Predictor.load(
         args.checkpoint,
@@ -97,6 +87,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _caption(args: argparse.Namespace) -> int:
+    from dual_loop.serve.predictor import IMAGES_AT_ONCE
+
     predictor = load_predictor(args)
     report = _Report(args.json)
     for chunk in in_chunks(_regions(args, predictor, report), IMAGES_AT_ONCE):
@@ -108,6 +100,8 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _loop(args: argparse.Namespace) -> int:
+    from dual_loop.serve.predictor import IMAGES_AT_ONCE
+
     predictor = load_predictor(args)
     report = _Report(args.json)
     for chunk in in_chunks(_regions(args, predictor, report), IMAGES_AT_ONCE):
@@ -127,6 +121,8 @@ def _loop(args: argparse.Namespace) -> int:
 
 
 def _segment(args: argparse.Namespace) -> int:
+    from dual_loop.serve.predictor import IMAGES_AT_ONCE
+
     paths = _image_paths(args.image)
     is_single = not args.image.is_dir() and len(args.text) == 1
     if not is_single and args.out.suffix:
@@ -180,6 +176,8 @@ def _regions(
     args: argparse.Namespace, predictor: Predictor, report: _Report
 ) -> Iterator[tuple[Path, np.ndarray, list[str], np.ndarray]]:
     """Yield (path, image, region names, masks (N, H, W)) for every image that is usable."""
+    import numpy as np
+
     if not (args.mask or args.box or args.point):
         raise ConfigError(explain("no region is marked", fix="give --mask, --box or --point"))
     if args.image.is_dir() and (not args.mask or len(args.mask) != 1 or not args.mask[0].is_dir()):
@@ -197,6 +195,8 @@ def _regions(
 def _marked(
     args: argparse.Namespace, predictor: Predictor, path: Path, image: np.ndarray
 ) -> list[tuple[str, np.ndarray]]:
+    from dual_loop.data.masks_dir import read_mask_file
+
     files = list(args.mask or [])
     if args.image.is_dir():
         own = files[0] / path.stem
@@ -226,6 +226,8 @@ def _numbers(text: str, count: int, flag: str) -> list[float]:
 
 
 def _image_paths(path: Path) -> list[Path]:
+    from dual_loop.data.masks_dir import IMAGE_SUFFIXES
+
     if not path.exists():
         raise ConfigError(explain("no such image", str(path), "nothing there", fix="check the path"))
     if not path.is_dir():
@@ -237,6 +239,8 @@ def _image_paths(path: Path) -> list[Path]:
 
 
 def _open_images(paths: Sequence[Path], report: _Report) -> Iterator[tuple[Path, np.ndarray]]:
+    from dual_loop.data.image_files import read_image
+
     for path in paths:
         try:
             # As a viewer shows it, and as a mask drawn over it was drawn.
@@ -246,6 +250,9 @@ def _open_images(paths: Sequence[Path], report: _Report) -> Iterator[tuple[Path,
 
 
 def _save(mask: np.ndarray, path: Path) -> Path:
+    import numpy as np
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(mask.astype(np.uint8) * 255).save(path)
     return path

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dual_loop.errors import DualLoopError
-from dual_loop.evaluation.report import read_run, report_page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to set beside it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
+    from dual_loop.evaluation.report import read_run, report_page
+
     try:
         page = report_page([read_run(path) for path in (args.run, *args.compare)])
     except DualLoopError as error:

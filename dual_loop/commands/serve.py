@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dual_loop.commands.common import describe_origin
-from dual_loop.commands.predict import add_model_arguments, load_predictor
+from dual_loop.commands.arguments import add_model_arguments, describe_origin
+from dual_loop.commands.predict import load_predictor
 from dual_loop.errors import DualLoopError
-from dual_loop.serve.demo_app import check_port, import_gradio, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    from dual_loop.serve.demo_app import check_port, import_gradio, serve
+
     try:
         import_gradio()
         check_port(args.host, args.port)  # before the model takes its time

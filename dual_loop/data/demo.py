@@ -15,7 +15,6 @@ named pools (:func:`~dual_loop.data.demo_scenes.pool_seed`), so no two sources o
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
@@ -42,7 +41,7 @@ from dual_loop.data.masks import encode_rle
 from dual_loop.errors import ConfigError, explain
 from dual_loop.types import SOURCES
 
-__all__ = ["SceneOptions", "add_arguments", "demo_directories", "pool_seed", "run", "write_demo_data"]
+__all__ = ["SceneOptions", "demo_directories", "pool_seed", "write_demo_data"]
 
 JPEG_QUALITY = 95
 REFCOCO_SPLITS = ("train", "val", "testA", "testB")
@@ -118,29 +117,6 @@ def demo_directories(out: Path) -> dict[str, str]:
     """Return the settings of ``DataConfig`` (and flags of ``train``) that point at a data set written to ``out``."""
     folders = {"sav_dir": "sav", "sa1b_dir": "sa1b", "openimage_dir": "openimages", "refcoco_dir": "ref_seg"}
     return {key: str(Path(out) / folder) for key, folder in folders.items()}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``dual-loop demo-data``."""
-    parser.add_argument("out", type=Path, help="new or empty folder for the data set")
-    parser.add_argument("--images", type=int, default=200, help="images of each source (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every scene (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=None, help="held-out RefCOCO images (default: a fifth of --images)")
-    parser.add_argument("--captioned", type=int, default=None, help="RefCOCO training images (default: as --images)")
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all four")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the data set that the parsed ``args`` of :func:`add_arguments` ask for; return the exit status 0."""
-    counts = write_demo_data(
-        args.out, args.images, args.seed, sources=args.sources, num_refcoco=args.captioned, num_val=args.val
-    )
-    for pool, count in counts.items():
-        print(f"{pool:16} {count:6} images")
-    for setting, folder in demo_directories(args.out).items():
-        if Path(folder).is_dir():
-            print(f"--{setting} {folder}")
-    return 0
 
 
 def _check_request(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
-from dual_loop.model.fast_linear import PackedLinear, pack_matrix
 from dual_loop.model.shards import is_sharded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -74,50 +73,51 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+@runtime_checkable
+class KeepsMatrix(Protocol):
+    """A frozen layer that keeps its matrix elsewhere than in a parameter ``weight``.
+
+    Its ``weight`` is a copy, (out, in). ``put`` takes another one; ``restore`` takes back what ``stored`` returned.
+    """
+
+    def stored(self) -> Tensor: ...
+    def restore(self, stored: Tensor) -> None: ...
+    def put(self, matrix: Tensor) -> None: ...
+
+
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """Add the adapters to their float32 matrices for the length of a ``with`` block; no graph.
 
-    The frozen matrices themselves are put aside and come back as they were. Layers whose matrices have another dtype,
-    or live elsewhere than in a plain tensor, keep their adapters.
+    The frozen matrices themselves are put aside and come back as they were, whatever happens inside or in merging.
+    Layers whose matrices have another dtype, or live elsewhere than in a plain tensor, keep their adapters.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear) and _can_merge(m)]
-    frozen = [_put_aside(layer.get_base_layer()) for layer in layers]
-    with torch.no_grad():
-        for layer in layers:
-            base: Any = layer.get_base_layer()
-            _put(base, base.weight + layer.get_delta_weight(layer.active_adapters[0]))
-            layer._disable_adapters = True
-    try:
+    with ExitStack() as undo:
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, LoraLinear) and _can_merge(layer):
+                    _merge(layer, undo)
         yield
-    finally:
-        for layer, matrix in zip(layers, frozen, strict=True):
-            _put_back(layer.get_base_layer(), matrix)
-            layer._disable_adapters = False
 
 
-def _put_aside(base: Any) -> Tensor:
-    """Return the matrix of a frozen layer as it is stored."""
-    return base.packed if isinstance(base, PackedLinear) else base.weight.data
-
-
-def _put_back(base: Any, stored: Tensor) -> None:
-    if isinstance(base, PackedLinear):
-        base.packed = stored
+def _merge(layer: LoraLinear, undo: ExitStack) -> None:
+    base: Any = layer.get_base_layer()
+    merged = base.weight + layer.get_delta_weight(layer.active_adapters[0])
+    undo.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
+    if isinstance(base, KeepsMatrix):
+        undo.callback(base.restore, base.stored())
+        base.put(merged)
     else:
-        base.weight.data = stored
-
-
-def _put(base: Any, matrix: Tensor) -> None:
-    """Give a frozen layer another matrix (out, in)."""
-    _put_back(base, pack_matrix(matrix) if isinstance(base, PackedLinear) else matrix)
+        undo.callback(setattr, base.weight, "data", base.weight.data)
+        base.weight.data = merged
+    layer._disable_adapters = True
 
 
 def _can_merge(layer: LoraLinear) -> bool:
     base: Any = layer.get_base_layer()
     is_single = len(layer.active_adapters) == 1 and not (layer.merged or layer.disable_adapters or layer.lora_variant)
-    if isinstance(base, PackedLinear):
-        return is_single and base.dtype in _WIDE  # its weight would be unpacked to be asked
+    if isinstance(base, KeepsMatrix):
+        return is_single and base.stored().dtype in _WIDE  # its weight would be unpacked to be asked
     weight = getattr(base, "weight", None)
     is_plain = isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE
     return is_single and is_plain

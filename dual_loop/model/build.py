@@ -30,12 +30,8 @@ from dual_loop.config import Config, ModelConfig
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
-from dual_loop.model.attention import GROUPED
-from dual_loop.model.checkpointing import checkpoint_first, requested_layers
-from dual_loop.model.fast_linear import fuse_adapters
-from dual_loop.model.last_layer import make_trimmable
-from dual_loop.model.lean_sam2 import make_lean
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
+from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 TINY_ASSETS = Path(str(files("dual_loop") / "assets" / "tiny"))
@@ -147,14 +143,10 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
     wanted = requested_layers(config, num_layers)
     # Where memory decides, all layers are recomputed until it is known.
     checkpoint_first(model, num_layers if wanted is None else wanted)
-    if config.speed.fused_lora:
-        fuse_adapters(mllm.model.language_model)
-    if config.speed.trim_last_layer and config.speed.last_hidden_only:
-        make_trimmable(mllm.model.language_model)
-    if config.speed.lean_sam2:
-        make_lean(sam)
-    if config.speed.grouped_attention and settings.attn_implementation == "sdpa":
-        mllm.model.language_model.set_attn_implementation(GROUPED)
+    if config.speed.accelerate:
+        from dual_loop import accelerate  # here, so that the plain model needs nothing of it
+
+        accelerate.apply(model, config)
     return model
 
 

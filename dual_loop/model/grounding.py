@@ -7,15 +7,12 @@ are never replaced where the object score is not positive.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dual_loop.model import cpu_bfloat16
-from dual_loop.model.lean_sam2 import read_level
 from dual_loop.types import Segmentation
 
 
@@ -25,8 +22,7 @@ class GroundingFeatures:
 
     Attributes:
         levels: three maps (B, C0, 4Q', 4Q'), (B, C1, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before
-            ``conv_s0`` and ``conv_s1``. C0 and C1 are C, or the trunk's widths where the neck is lean
-            (``lean_sam2.LeanNeck``).
+            ``conv_s0`` and ``conv_s1``. C0 and C1 are :meth:`GroundingDecoder.level_width`.
     """
 
     levels: list[Tensor]
@@ -47,15 +43,10 @@ class GroundingDecoder:
         self.single_mask = single_mask
 
     def encode(self, pixels: Tensor) -> GroundingFeatures:
-        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions.
-
-        On a CPU that is faster in float32, autocast to bfloat16 is left out.
-        """
-        encoder, kind = self.sam.vision_encoder, pixels.device.type
+        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions."""
+        encoder = self.sam.vision_encoder
         trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        is_wide = kind == "cpu" and torch.is_autocast_enabled(kind) and cpu_bfloat16.is_slower_than_float32()
-        as_is = torch.autocast(kind, enabled=False) if is_wide else nullcontext()
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), as_is:
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             maps = encoder(pixels, return_dict=True).fpn_hidden_states
         return GroundingFeatures(list(maps))
 
@@ -64,8 +55,11 @@ class GroundingDecoder:
         decoder = self.sam.mask_decoder
         fine, middle, coarse = features.levels
         coarse = coarse + self.sam.no_memory_embedding.reshape(1, -1, 1, 1)
-        neck = self.sam.vision_encoder.neck
-        return [read_level(neck, 0, decoder.conv_s0, fine), read_level(neck, 1, decoder.conv_s1, middle), coarse]
+        return [decoder.conv_s0(fine), decoder.conv_s1(middle), coarse]
+
+    def level_width(self, level: int) -> int:
+        """Return the channels of a level, 0 the finest, as :meth:`encode` hands it out."""
+        return int(self.sam.vision_encoder.neck.config.fpn_hidden_size)
 
     def sparse_prompts(self, seg_embeds: Tensor) -> Tensor:
         """(N, C) projected [SEG] embeddings -> (N, 1, 3, C) sparse prompts."""

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dual_loop.config import CONFIG_DIR, Config, load_config
+from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem
-from dual_loop.model import cpu_bfloat16
-from dual_loop.model.liger import why_no_liger
+from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
-from dual_loop.training.dry_run import estimate_memory
+from dual_loop.training.memory import estimate_memory
 from dual_loop.training.run_folder import versions
 
 GIB = 2**30
@@ -61,7 +60,7 @@ def has_bf16(device_type: str) -> bool:
     """Tell whether the device computes in bfloat16 itself; elsewhere it is emulated, many times slower."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return cpu_bfloat16.is_native()
+    return has_native_bfloat16()
 
 
 def check_precision(config: Config) -> Iterator[Finding]:
@@ -126,7 +125,7 @@ def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
     else:
         # Processes of one machine share its memory.
         free, where = _ram()[1] / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "of memory"
-    needed = sum(estimate_memory(meta_model, config, USABLE_SHARE * free).values())
+    needed = estimate_memory(config, meta_model, USABLE_SHARE * free)[0].total / GIB
     text = f"estimate {needed:.2f} GiB a process, {free:.1f} GiB free {where}"
     if needed <= USABLE_SHARE * free:
         yield Finding(OK, "memory", text)
@@ -135,19 +134,6 @@ def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
     is_large = config.model.name.startswith("sa2va")
     fix = f"--config {PRESETS[max(fitting)]}" if fitting and is_large else "--batch_size 1 --regions_per_image 1"
     yield Finding(WARNING, "memory", text, fix)
-
-
-def preset_estimates() -> dict[str, float]:
-    """Return the estimate of every memory preset in GiB a process (builds each model without memory)."""
-    from dual_loop.model.build import build_model
-    from dual_loop.training.dry_run import meta_tokenizer
-
-    found = {}
-    for name in PRESETS.values():
-        config = load_config(CONFIG_DIR / f"{name}.py")
-        model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
-        found[name] = sum(estimate_memory(model, config).values())
-    return found
 
 
 def check_output(config: Config, meta_model: nn.Module | None = None) -> Iterator[Finding]:

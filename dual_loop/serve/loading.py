@@ -15,15 +15,13 @@ from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
 from dual_loop.checkpoint.store import CHECKPOINT_DIR
 from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
-
-DEFAULT_CONFIG = "tiny_cpu"
 
 
 @dataclass

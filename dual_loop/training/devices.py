@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import resource
@@ -19,15 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
-from dual_loop.model import cpu_bfloat16
-from dual_loop.model.fast_linear import (
-    HybridLinear,
-    can_pack,
-    gains_from_packing,
-    pack_frozen_linears,
-    widen_frozen_linears,
-)
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
 
 LET_GO_SECONDS = 0.5
 
@@ -37,8 +27,6 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-
-_KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
 
 
 def device_type(config: Config) -> str:
@@ -65,8 +53,6 @@ def build_accelerator(config: Config) -> Accelerator:
     use_cpu = device_type(config) == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
-        if config.speed.keep_heap:
-            keep_heap()
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config), kwargs_handlers=[ddp])
     if use_cpu:
         # accelerate sets its own guess when it joins several processes.
@@ -101,20 +87,6 @@ def share_out_batch(config: Config, world_size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=steps))
 
 
-def keep_heap() -> bool:
-    """Let glibc serve large tensors from memory that was freed before; return whether it can be told so.
-
-    By default it maps every block over 32 MiB anew and unmaps it afterwards, so each such tensor pays for a page fault
-    every 4 KiB. Memory that is kept belongs to this process until it ends.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_threshold, _KEPT_BLOCK) and mallopt(trim_threshold, _NEVER))
-
-
 def is_sharding(config: Config, accelerator: Accelerator) -> bool:
     """Tell whether the language model is sharded: where that is asked for, and there are ranks to share it."""
     return config.train.parallel == "fsdp" and accelerator.num_processes > 1
@@ -127,43 +99,6 @@ def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         wrapped: nn.Module = accelerator.prepare_model(model)
     return wrapped
-
-
-def pack_model(config: Config, model: VideoLLaVASAMModel, device: torch.device) -> int:
-    """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
-
-    ``auto`` does so on a CPU, for the dtypes that gain from it. A CPU that is faster in float32 multiplies bfloat16
-    matrices in that: all of them, or where it has bfloat16 those that meet many rows
-    (``fast_linear.WidenedLinear``, ``HybridLinear``). Float32 matrices that autocast would round are left alone. Call
-    it after weights were loaded, before training: the packed matrices are no parameters any more. The output head
-    stays plain where trained rows are written into it.
-    """
-    choice = config.speed.pack_weights
-    if config.train.parallel == "fsdp":
-        return 0  # a packed matrix cannot be sharded
-    if choice == "off" or (choice == "auto" and device.type != "cpu"):
-        return 0
-    language = model.mllm if model.new_token_rows is None else model.mllm.model
-    parts = (language, model.grounding_encoder.vision_encoder)
-    dtypes = [torch.bfloat16, *([torch.float32] if precision(config) == "no" else [])]
-    done = 0
-    if choice == "auto":
-        if cpu_bfloat16.is_slower_than_float32():
-            done = _pack_for_float32(model, language)
-        dtypes = [dtype for dtype in dtypes if gains_from_packing(dtype)]
-    return done + (sum(pack_frozen_linears(part, dtypes) for part in parts) if dtypes else 0)
-
-
-def _pack_for_float32(model: VideoLLaVASAMModel, language: nn.Module) -> int:
-    """Let bfloat16 matrices be multiplied in float32; return how many. Images are always many rows, tokens may be few.
-
-    The towers of images come first: what was converted once is left alone by what follows.
-    """
-    towers = (model.mllm.model.vision_tower, model.grounding_encoder.vision_encoder)
-    done = sum(widen_frozen_linears(tower) for tower in towers)
-    if can_pack(torch.bfloat16):
-        return done + pack_frozen_linears(language, [torch.bfloat16], HybridLinear)
-    return done + widen_frozen_linears(language)
 
 
 def why_no_kernel(config: Config, device_type: str) -> str | None:

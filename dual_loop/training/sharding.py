@@ -12,7 +12,6 @@ it is called here, and the path that the tests take on two CPU ranks is the path
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,7 +39,7 @@ def shard_language_model(accelerator: Accelerator, model: Any) -> int:
     names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     # Every pass is a collective: all ranks must take as many as each other, however long their rows are.
-    model.speed = dataclasses.replace(model.speed, split_uneven_rows=False)
+    model.group_rows = False
     return len(layers)
 
 

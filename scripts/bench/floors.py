@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from dual_loop.model import cpu_bfloat16
+from dual_loop.accelerate.cpu import is_slower_in_bfloat16
 
 COPY_BYTES = 2**28
 
@@ -19,7 +19,7 @@ def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dic
     The best of several runs: a floor is what the machine can do. A processor that multiplies float32 faster than
     bfloat16 is measured in float32. Several matrices are used in turn, so that none of them stays in a cache.
     """
-    is_wide = dtype == torch.bfloat16 and cpu_bfloat16.is_slower_than_float32()
+    is_wide = dtype == torch.bfloat16 and is_slower_in_bfloat16()
     rate = _product_rate(rows, width, inner, torch.float32 if is_wide else dtype)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
     target = torch.ones_like(source)

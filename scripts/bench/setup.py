@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.config import Config, SpeedConfig, load_config, resolve_config_path
 from dual_loop.data.prepare import Geometry, batch_from_samples
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.settings import SpeedConfig
 from dual_loop.types import Batch, RegionSample, SkippedSample
 
 PRESETS = {"tiny": "tiny_cpu", "mid": "bench_mid", "4b": "sa2va_4b_cpu"}
@@ -48,6 +47,7 @@ PLAIN = SpeedConfig(
     own_decoder=False,
     lean_decoding=False,
     pack_weights="off",
+    accelerate=False,
     fused_optimizer=False,
     bucket_view=False,
     images_at_once="all",
@@ -199,7 +199,7 @@ class GeneratedData:
 def build_trainer(config: Config, setting: Setting) -> Any:
     """Return the real trainer around a model with random weights, and generated data."""
     from dual_loop.loop.dual_loop import DualLoop
-    from dual_loop.training.devices import build_accelerator, pack_model
+    from dual_loop.training.devices import build_accelerator
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
@@ -213,7 +213,7 @@ def build_trainer(config: Config, setting: Setting) -> Any:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.02)
-    pack_model(config, model, accelerator.device)
+    model.finish(accelerator.device)
     loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
     data = GeneratedData(setting, geometry(config))
     return Trainer(config, model, loop, data, accelerator, RunFolder(folder, writes=False), report=lambda line: None)

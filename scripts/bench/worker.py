@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from bench.phases import PhaseClock, ProductCounter, watch, watch_model
-from bench.setup import Setting, build_config, build_trainer
 from dual_loop.loop import generation
 from dual_loop.training.guard import StopRequest
+
+from bench.phases import PhaseClock, ProductCounter, watch, watch_model
+from bench.setup import Setting, build_config, build_trainer
 
 MIB = 2**20
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dual_loop.accelerate.qwen2 import row_groups
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.iteration import in_chunks
 from dual_loop.model.build import build_tokenizer
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.row_groups import row_groups
 
 IMAGES, MOST_REGIONS, ROLLOUT = 640, 8, 32
 Region = tuple[str, int]

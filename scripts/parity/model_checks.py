@@ -117,7 +117,7 @@ def check_caption(case: Case, model: VideoLLaVASAMModel, report: Report) -> None
     mask = data["attention_mask"].long()
     with evaluating(model):
         embeds = model.input_embeddings(data)
-        last = model.language_hidden(embeds, mask, (mask.cumsum(1) - 1).clamp_min(0))[:, -1]
+        last = model.run_language(embeds, mask, (mask.cumsum(1) - 1).clamp_min(0))[:, -1]
         _close(case, report, "caption_first_step_last_hidden", last)
         _close(case, report, "caption_first_step_logits", model.answer_logits(last))
         ids = case.expected("caption_generated_ids")

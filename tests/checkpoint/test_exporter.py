@@ -123,7 +123,7 @@ def test_native_folders_load_through_transformers_without_a_missing_key(tmp_path
 def test_adapter_loads_through_peft_and_over_the_base(tmp_path):
     model, _, out, _ = exported(tmp_path, "adapter")
     hidden = torch.randn(1, 6, 32)
-    expected = model.language_hidden(hidden, torch.ones(1, 6), None)
+    expected = model.run_language(hidden, torch.ones(1, 6), None)
     plain, _, _ = small_model(seed=1)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

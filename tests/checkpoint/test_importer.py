@@ -124,8 +124,8 @@ def test_a_file_with_merged_lora(tmp_path):
     report = load_weights(model, path)
     assert report.fresh["LoRA"] > 0
     hidden = torch.randn(1, 5, 32)
-    mask, merged = torch.ones(1, 5, dtype=torch.bool), model.language_hidden
-    difference = merged(hidden, mask, None) - source.language_hidden(hidden, mask, None)
+    mask, merged = torch.ones(1, 5, dtype=torch.bool), model.run_language
+    difference = merged(hidden, mask, None) - source.run_language(hidden, mask, None)
     assert difference.abs().max() < 1e-5
 
 

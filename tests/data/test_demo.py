@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -408,17 +407,6 @@ class TestWriter:
         with pytest.raises(ConfigError, match=message):
             demo.write_demo_data(tmp_path / "d", 2, **arguments)
         assert not (tmp_path / "d").exists()
-
-    def test_the_command_writes_and_names_the_folders(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        parser = argparse.ArgumentParser()
-        demo.add_arguments(parser)
-        out = tmp_path / "d"
-        assert demo.run(parser.parse_args([str(out), "--images", "2", "--seed", "4", "--val", "1"])) == 0
-        printed = capsys.readouterr().out
-        assert "refcoco/val" in printed
-        for setting, folder in demo.demo_directories(out).items():
-            assert f"--{setting} {folder}" in printed
-            assert Path(folder).is_dir()
 
 
 def test_pools_with_captions_and_vague_captions(tmp_path):

@@ -18,10 +18,9 @@ import pytest
 from PIL import Image
 
 from dual_loop.cli import COMMANDS, main
-from dual_loop.config import CONFIG_DIR
+from dual_loop.config import CONFIG_DIR, SETTINGS
 from dual_loop.data.demo import write_demo_data
 from dual_loop.data.demo_scenes import generate_scene
-from dual_loop.flags import all_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,6 +94,6 @@ def test_named_flags_and_configs_exist(path: Path) -> None:
         assert name in COMMANDS, f"{path.name}: dual-loop {name}"
     for name in re.findall(r"--config (?:configs/)?([a-z0-9_]+)", text):
         assert (CONFIG_DIR / f"{name}.py").is_file(), f"{path.name}: --config {name}"
-    known = {flag.name for flag in all_flags()}
+    known = {about.flag for about in SETTINGS.values()}
     for name in re.findall(r"--([a-z0-9]+_dir|sa1b_max_samples|leakage_guard|caption_gradient)\b", text):
         assert name in known, f"{path.name}: --{name}"

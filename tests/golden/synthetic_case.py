@@ -233,7 +233,7 @@ class Maker:
         ids, mask, steps = self.inputs["caption_input_ids"], self.inputs["caption_attention_mask"].long(), []
         for _ in range(NUM_STEPS):
             embeds = self.model.input_embeddings({**data, "input_ids": ids})
-            last = self.model.language_hidden(embeds, mask, (mask.cumsum(1) - 1).clamp_min(0))[:, -1]
+            last = self.model.run_language(embeds, mask, (mask.cumsum(1) - 1).clamp_min(0))[:, -1]
             steps.append(self.model.answer_logits(last))
             self.outputs.setdefault("caption_first_step_last_hidden", last)
             ids = torch.cat([ids, steps[-1].argmax(-1, keepdim=True)], dim=1)

@@ -36,6 +36,7 @@ PLAIN = SpeedConfig(
     start_on_disk=False,
     own_decoder=False,
     lean_decoding=False,
+    accelerate=False,
     fused_optimizer=False,
     bucket_view=False,
 )

@@ -47,11 +47,11 @@ def test_packed_branches_equal_rows_of_their_own():
     none = torch.zeros(0, 8, 8, dtype=torch.bool)
     nothing = torch.zeros(0, dtype=torch.long)
     embedded = model.embed_prompt(packed["input_ids"], features, nothing, none)
-    hidden = model.language_hidden(embedded, packed["attention_mask"], packed["position_ids"])[0]
+    hidden = model.run_language(embedded, packed["attention_mask"], packed["position_ids"])[0]
     start = len(prompter.image_prefix(1))
     for branch in branches:
         ids = torch.tensor([[*prompter.image_prefix(1), *branch.input_ids]])
-        alone = model.language_hidden(model.embed_prompt(ids, features, nothing, none), torch.ones_like(ids), None)[0]
+        alone = model.run_language(model.embed_prompt(ids, features, nothing, none), torch.ones_like(ids), None)[0]
         length = len(branch.input_ids)
         torch.testing.assert_close(hidden[start : start + length], alone[-length:], atol=2e-5, rtol=1e-4)
         start += length

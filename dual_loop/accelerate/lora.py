@@ -1,0 +1,93 @@
+"""``W x + s B A x`` as the frozen product, one into the low rank, and one that adds into the output.
+
+peft's layer makes a float32 copy of the input, and writes the wide output three more times.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from dual_loop.config import Config
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+_SCALE = 2**16
+
+
+class FusedLora(LoraLinear):
+    """peft's LoRA layer with a lean forward; parameters, names and switches are peft's.
+
+    Made by :func:`fuse_adapters` from an existing layer. Merged, mixed and variant adapters take peft's own path.
+    """
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of the frozen layer's output."""
+        if self._disable_adapters and not self.merged:
+            return torch.as_tensor(self.base_layer(x))
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_plain = len(names) == 1 and not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
+        if not is_plain:
+            return torch.as_tensor(super().forward(x, *args, **kwargs))
+        name = names[0]
+        output = self.base_layer(x)
+        down, up = (cast(Tensor, layers[name].weight) for layers in (self.lora_A, self.lora_B))
+        rate = float(getattr(self.lora_dropout[name], "p", 0.0)) if self.training else 0.0
+        widens = getattr(self.base_layer, "widens", None)
+        if widens is not None and widens(x):  # a bfloat16 matrix that this CPU multiplies in float32
+            with torch.autocast(x.device.type, enabled=False):
+                low = _low_rank(x, down, rate, self.scaling[name], down.dtype)
+                return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
+        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype
+        low = _low_rank(x, down, rate, self.scaling[name], dtype)
+        if not torch.is_grad_enabled() and output.dtype == low.dtype:
+            # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
+            return torch.as_tensor(output.add_(F.linear(low, up)))
+        added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
+        return added.view(output.shape).to(output.dtype)
+
+
+def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+    """Let the adapters of the language model use the lean forward."""
+    fuse_adapters(model.mllm.model.language_model)
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Let every LoRA layer of ``model`` use the lean forward; return how many there are."""
+    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    for layer in layers:
+        layer.__class__ = FusedLora
+    return len(layers)
+
+
+def _low_rank(x: Tensor, down: Tensor, rate: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
+    kept, factor = sixteen_bit_dropout(x, rate)
+    return F.linear(kept.to(dtype), down) * (scale * factor)
+
+
+def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
+    """Dropout that draws four of its random numbers from each of the generator's.
+
+    Its rate is rounded to a multiple of 1 / 65,536 (0.05 becomes 0.050003); 0 returns ``x`` itself.
+
+    Args:
+        x: (...) float.
+        rate: share of values that become 0, 0..1.
+
+    Returns:
+        ``x`` with zeros, and the factor that is still to be multiplied with: 1 / the share that stays, 1.0 where none
+        does. Behind a linear map into fewer values it costs less.
+    """
+    threshold = round(rate * _SCALE)
+    if threshold == 0:
+        return x, 1.0
+    if threshold >= _SCALE:
+        return x * 0.0, 1.0
+    numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - _SCALE // 2
+    # Of this, the graph keeps one byte a value; of a product with the mask it would keep the mask in x's dtype.
+    return torch.where(kept, x, x.new_zeros(())), _SCALE / (_SCALE - threshold)

@@ -1,0 +1,216 @@
+"""A Qwen2 language model without what nobody reads and without what the library does around each layer.
+
+* The last layer (``speed.trim_last_layer``): the losses and [SEG] read a few positions behind the image, step 1 the
+  last one. Earlier positions matter to the last layer as keys and values alone, so their queries, attention and MLP are
+  left out; in a packed row of one region nine of ten positions are such.
+* Rows of like length together: a micro-batch of uneven rows runs group by group, each padded to its own longest.
+* One more token for many rows: with a few rows a decoding step is bound by reading the weights, and what transformers
+  does around layers for a token (masks, recorded outputs, keyword arguments) counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, eager_attention_forward, rotate_half
+
+from dual_loop.accelerate import replace
+from dual_loop.config import Config
+from dual_loop.model.packing import additive_mask
+from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+SLACK = 0.1
+"""Largest share of padding in a row of a group. Smaller groups would pad less and fill the device less."""
+
+
+def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+    """Replace ``run_language`` and ``step_language``, and let the last layer be trimmed."""
+    replace(model, step_language)
+    if config.speed.last_hidden_only:
+        replace(model, run_language)
+        if config.speed.trim_last_layer:
+            make_trimmable(model.mllm.model.language_model)
+
+
+def run_language(
+    model: VideoLLaVASAMModel,
+    embeds: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+    read_from: int = 0,
+    row_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """``VideoLLaVASAMModel.run_language``: what is before ``read_from`` or behind ``row_lengths`` may be zeros."""
+    language = model.mllm.model.language_model
+
+    def run(embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
+        trimmed: dict[str, int] = {}
+        if mask.dim() == 4:
+            mask, trimmed = additive_mask(mask, embeds.dtype), trimming(language, read_from)
+        given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        hidden = language(**given, use_cache=False, **trimmed).last_hidden_state
+        return restore_columns(hidden, trimmed.get("read_from", 0))
+
+    is_split = model.group_rows and attention_mask.dim() == 4
+    groups = row_groups(row_lengths) if row_lengths is not None and is_split else []
+    if len(groups) < 2 or row_lengths is None:
+        return run(embeds, attention_mask, position_ids)
+    return run_in_groups(run, groups, row_lengths, embeds, attention_mask, position_ids)
+
+
+def step_language(
+    model: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache
+) -> Tensor:
+    """``VideoLLaVASAMModel.step_language``. Layers are looked at in every call: they may be wrapped at any time."""
+    language, count = model.mllm.model.language_model, embeds.shape[1]
+    if count == 1 and can_step(language):
+        return step(language, embeds[:, 0], position_ids, mask, cache)
+    given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids}
+    output = language(**given, past_key_values=cache, use_cache=True, **trimming(language, count - 1))
+    return torch.as_tensor(output.last_hidden_state[:, -1])
+
+
+class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
+    """A decoder layer that puts out the columns from ``read_from`` on: (B, L, D) -> (B, L - read_from, D).
+
+    ``read_from`` comes as an argument through the language model, so that a checkpointed layer that is computed again
+    in the backward pass gets it again. The mask must then be the four-dimensional one.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *rest: Any,
+        read_from: int = 0,
+        **options: Any,
+    ) -> Tensor:
+        turn, cache = options.get("position_embeddings"), options.get("past_key_values")
+        if read_from == 0 or attention_mask is None or turn is None:
+            return torch.as_tensor(super().forward(hidden_states, attention_mask, *rest, **options))
+        normed = self.input_layernorm(hidden_states)
+        hidden = hidden_states[:, read_from:]
+        hidden = hidden + attend(self.self_attn, normed, attention_mask[:, :, read_from:], turn, cache, read_from)
+        return torch.as_tensor(hidden + self.mlp(self.post_attention_layernorm(hidden)))
+
+
+def attend(
+    attention: Any, normed: Tensor, mask: Tensor | None, turn: Sequence[Tensor], cache: Cache | None, start: int = 0
+) -> Tensor:
+    """Attention of a Qwen2 layer with queries from column ``start`` on alone: (B, L, D) -> (B, L - start, D).
+
+    Args:
+        attention: a ``Qwen2Attention``; its projections may have adapters.
+        normed: (B, L, D), after the layer's first norm.
+        mask: (B, 1, L - start, columns) additive, or None where every column is seen.
+        turn: cosines and sines of the rotary angles, (B, L, d).
+        cache: keys and values seen before, which those of ``normed`` are appended to; None for none.
+    """
+    cosine, sine = (part[:, None] for part in turn)
+
+    flat = attention.q_proj(normed[:, start:]), attention.k_proj(normed), attention.v_proj(normed)
+    query, key, value = (values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for values in flat)
+    query = query * cosine[:, :, start:] + rotate_half(query) * sine[:, :, start:]
+    key = key * cosine + rotate_half(key) * sine
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    output, _ = kernel(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
+    return torch.as_tensor(attention.o_proj(output.flatten(2)))
+
+
+def make_trimmable(language_model: nn.Module) -> None:
+    """Let the last layer of a Qwen2 language model be trimmed; other models stay as they are."""
+    layers: Any = language_model.layers
+    if type(layers[-1]) is Qwen2DecoderLayer:
+        layers[-1].__class__ = TrimmedLayer
+
+
+def trimming(language_model: nn.Module, column: int) -> dict[str, int]:
+    """Return the arguments that let the model put out the columns from ``column`` on alone, if it can."""
+    layers: Any = language_model.layers
+    return {"read_from": column} if column and isinstance(layers[-1], TrimmedLayer) else {}
+
+
+def restore_columns(hidden: Tensor, start: int) -> Tensor:
+    """(B, n, D) -> (B, start + n, D), zeros in the columns that were left out."""
+    return F.pad(hidden, (0, 0, start, 0)) if start else hidden
+
+
+def row_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of the rows, longest first, in groups; none is shorter than 1 - ``SLACK`` of its longest."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if groups and lengths[row] >= (1 - SLACK) * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def run_in_groups(
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    groups: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    embeds: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+) -> Tensor:
+    """Apply ``run(embeds, mask, positions)`` to each group without its common padding; return (B, L, D).
+
+    Args:
+        groups: of :func:`row_groups`. lengths: real columns of each row, padding is on the right.
+        embeds: (B, L, D). mask: (B, 1, L, L). positions: (B, L) or None.
+    """
+    outputs, columns = [], embeds.shape[1]
+    for group in groups:
+        rows = torch.tensor(group, device=embeds.device)
+        end = lengths[group[0]]
+        own = None if positions is None else positions[rows, :end]
+        output = run(embeds[rows, :end], mask[rows, :, :end, :end], own)
+        outputs.append(F.pad(output, (0, 0, 0, columns - end)))
+    order = torch.tensor([row for group in groups for row in group])
+    return torch.cat(outputs)[order.argsort().to(embeds.device)]
+
+
+def can_step(language_model: Any) -> bool:
+    """Tell whether :func:`step` computes what ``language_model`` does: plain Qwen2 layers with full attention.
+
+    A layer that another library has changed (FSDP's class, a method of Liger's, a hook) is not plain.
+    """
+    config = language_model.config
+    is_known = config.hidden_act == "silu" and all(kind == "full_attention" for kind in config.layer_types)
+    return is_known and all(_is_plain(layer) for layer in language_model.layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    is_changed = any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return type(layer) in (Qwen2DecoderLayer, TrimmedLayer) and not is_changed
+
+
+def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    """Run one new column behind what ``cache`` holds: the operations of the library's layers in the same order.
+
+    Args:
+        language_model: a ``Qwen2Model`` for which :func:`can_step` is true; its linear layers may have adapters.
+        embeds: (R, D) embedded tokens.
+        position_ids: (R, 1) int64.
+        mask: (R, 1, 1, columns) additive, or None where every column is seen.
+        cache: keys and values, one layer for each of the model's; the new ones are appended.
+
+    Returns:
+        (R, D) last hidden states, after the final norm.
+    """
+    hidden = embeds[:, None]
+    turn = language_model.rotary_emb(hidden, position_ids)
+    for layer in language_model.layers:
+        hidden = hidden + attend(layer.self_attn, layer.input_layernorm(hidden), mask, turn, cache)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return torch.as_tensor(language_model.norm(hidden)[:, 0])

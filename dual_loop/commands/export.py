@@ -1,0 +1,224 @@
+"""``dual-loop export RUN OUT``: a run's weights into files of other programs, read back before they count.
+
+Reads the run folder alone: its configuration, its checkpoint, and the sources that its weights started from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dual_loop.config import Config, load_config
+from dual_loop.errors import CheckpointError, DualLoopError, explain
+from dual_loop.types import RegionSample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dual_loop.model.prompts import Prompter
+    from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+
+
+FORMATS = "original|original-trimmed|hf-native|hf-sa2va|adapter"
+PROBE_TEXT = "the object on the left"
+PROBE_TOKENS = 16
+TOLERANCE_MERGED = {"float32": 1e-2, "bfloat16": 1.0}
+"""Largest difference of mask logits after LoRA was folded in, by the dtype that the sum was rounded to."""
+
+
+@dataclass
+class Probe:
+    """What a model says and draws for one fixed image: generated ids, and mask logits (Q, Q) for a fixed text."""
+
+    caption_ids: list[int]
+    caption: str
+    mask_logits: Tensor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 for a problem that the user can mend."""
+    text = "Write a run's weights for other programs."
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
+    parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder inside it")
+    parser.add_argument("out", type=Path, help="folder, or a .pth file for the original formats")
+    parser.add_argument("--format", dest="file_format", metavar=FORMATS, required=True)
+    parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged or last (default: ema)")
+    parser.add_argument("--merge_lora", action="store_true", help="fold LoRA into its base (always so for hf-*)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as trained")
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
+    parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except DualLoopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, read back, compare; return 0.
+
+    Raises:
+        CheckpointError: nothing to export, OUT exists, or what was read back differs.
+    """
+    import torch
+
+    from dual_loop.checkpoint.exporter import MERGED, check_target, export_weights
+    from dual_loop.checkpoint.weights_plan import weights_sources
+    from dual_loop.serve.loading import fill, find_run, rebuild
+
+    out = cast(Path, args.out)
+    check_target(out, args.file_format, args.merge_lora)
+    if out.exists() and not args.overwrite:
+        raise CheckpointError(explain("the target exists", str(out), fix="choose another name or give --overwrite"))
+    folder, checkpoint = find_run(args.run)
+    config = load_config(folder / "config.json")
+    sources = weights_sources(config)
+    model, prompter = rebuild(config, sources)
+    fill(model, checkpoint, args.weights)
+    video = find_video(folder, sources, args.video_weights) if args.file_format in ("original", "hf-sa2va") else {}
+    before = probe(model, prompter, config)
+    # The file keeps its suffix: it says what is in it.
+    temporary = out.with_name(f".writing-{out.name}")
+    remove(temporary)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    options: dict[str, Any] = {"video": video, "merge_lora": args.merge_lora, "dtype": dtype}
+    options["max_shard_bytes"] = int(args.max_shard_gb * 1e9)
+    count = export_weights(model, temporary, args.file_format, config, prompter.tokenizer, **options)
+    kind = f"{args.file_format} from {checkpoint.name} ({args.weights})"
+    print(f"wrote {count:,} tensors as {kind}, {len(video)} of them video memory")
+    # One model at a time: two of the real size would not fit.
+    del model
+    gc.collect()
+    merged = args.merge_lora or args.file_format in MERGED
+    read_back(
+        temporary,
+        args.file_format,
+        config,
+        sources,
+        before,
+        tolerance(config, merged, None if dtype is None else args.dtype),
+    )
+    remove(out)
+    temporary.rename(out)
+    if args.file_format == "hf-sa2va":
+        print("note: the release's own .py files belong beside config.json; copy them from its folder")
+    print(f"exported to {out}")
+    return 0
+
+
+def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dict[str, Tensor]:
+    """Return the video-memory tensors from ``--video_weights``, else from the sources of the run.
+
+    Raises:
+        CheckpointError: the run's sources had such tensors when it started, and no longer do.
+    """
+    from dual_loop.checkpoint.exporter import collect_video
+
+    paths = [given] if given is not None else [path for path in sources if path.exists()]
+    found = collect_video(paths)
+    if found:
+        return found
+    report = folder / "import_report.json"
+    listed = json.loads(report.read_text(encoding="utf-8"))["sources"] if report.is_file() else []
+    expected = sum(sum(source["dropped"].values()) for source in listed)
+    if expected or given is not None:
+        raise CheckpointError(
+            explain(
+                "the video-memory tensors are not found",
+                ", ".join(str(path) for path in paths) or "no source",
+                expected=f"{expected or 'some'} tensors (memory attention, memory encoder, object pointers)",
+                fix="give --video_weights PATH, a Sa2VA or SAM 2 checkpoint that has them",
+            )
+        )
+    print("note: the run's sources hold no video memory, so none is written; tools for video will miss it")
+    return {}
+
+
+def probe(model: VideoLLaVASAMModel, prompter: Prompter, config: Config) -> Probe:
+    """Caption one region of a generated image, and segment it by a fixed text."""
+    import torch
+
+    from dual_loop.data.demo_scenes import generate_scene
+    from dual_loop.data.prepare import batch_from_samples
+    from dual_loop.loop.captioner import Captioner
+    from dual_loop.loop.segmenter import compute_segmentation_loss
+    from dual_loop.model.build import geometry
+    from dual_loop.model.video_llava_sam import evaluating
+
+    scene = generate_scene(123)
+    sizes = geometry(config)
+    names = tuple(str(index) for index in range(len(scene.objects)))
+    samples = [
+        RegionSample(source, "probe", scene.image, scene.masks, names, tuple(texts for _ in names))
+        for source, texts in (("sa1b", ()), ("refcoco", (PROBE_TEXT,)))
+    ]
+    loop = dataclasses.replace(
+        config.loop, temperature=0.0, max_new_tokens=PROBE_TOKENS, on_rejected="fallback", max_rejected_fraction=1.0
+    )
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    with evaluating(model), torch.no_grad(), autocast:
+        caption_batch, text_batch = (batch_from_samples([sample], sizes, seed=0).to(model.device) for sample in samples)
+        features = model.encode_vision(caption_batch.pixel_values)
+        captioner = Captioner(model, prompter, loop)
+        [caption] = captioner.roll_out([caption_batch], [features])
+        [text] = captioner.roll_out([text_batch], [features])
+        output = compute_segmentation_loss(model, text_batch, text, prompter, loop, features)
+    return Probe(list(caption.token_ids[0]), caption.captions[0], output["segmentation"].mask_logits[0].float().cpu())
+
+
+def tolerance(config: Config, merged: bool, dtype: str | None) -> float:
+    """Return how much mask logits may differ: not at all, unless LoRA was folded in or values were cast."""
+    stored = dtype or config.model.dtype
+    return TOLERANCE_MERGED[stored] if merged or dtype == "bfloat16" else 0.0
+
+
+def read_back(
+    path: Path, file_format: str, config: Config, sources: Sequence[Path], before: Probe, allowed: float
+) -> None:
+    """Import what was written into a new model and compare what it says and draws.
+
+    Raises:
+        CheckpointError: the caption differs, or mask logits differ by more than ``allowed``; the files are kept.
+    """
+    from dual_loop.serve.loading import rebuild
+
+    started = time.perf_counter()
+    over = file_format in ("original-trimmed", "adapter")
+    model, prompter = rebuild(config, [*sources, path] if over else [path])
+    after = probe(model, prompter, config)
+    difference = float((after.mask_logits - before.mask_logits).abs().max())
+    same = after.caption_ids == before.caption_ids
+    line = (
+        f"read back in {time.perf_counter() - started:.0f} s: caption {'identical' if same else 'DIFFERENT'} "
+        f"({before.caption!r}), largest mask logit difference {difference:.2e} (tolerance {allowed:g})"
+    )
+    print(line)
+    if not same or not difference <= allowed:
+        kept = path.with_name(f"{path.name.removeprefix('.writing-')}.failed")
+        remove(kept)
+        path.rename(kept)
+        raise CheckpointError(
+            explain(
+                "what was read back differs", str(kept), line, "the same caption and mask", "do not use these files"
+            )
+        )
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

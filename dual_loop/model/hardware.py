@@ -1,0 +1,35 @@
+"""What this machine can compute, asked by the checks before a run and by what makes a step faster."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import torch
+
+_X86 = ("x86_64", "amd64", "i386", "i686")
+
+
+def has_native_bfloat16() -> bool:
+    """Tell whether the CPU has instructions for bfloat16."""
+    if platform.machine().lower() not in _X86:
+        return has_bfloat16_kernels()
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def has_bfloat16_kernels() -> bool:
+    """Tell whether oneDNN has bfloat16 products for this CPU; on x86 they need AVX-512 or its successor."""
+    is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def why_no_liger(device_type: str) -> str | None:
+    """Return what Liger's kernels (``speed.liger``) lack on a ``"cpu"`` or ``"cuda"``, None where they can run."""
+    for package in ("liger_kernel", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on GPUs, not on a {device_type}"
+    return None

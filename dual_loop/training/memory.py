@@ -1,0 +1,410 @@
+"""The memory of one process: what a step takes, by part, and how many decoder layers recompute their activations.
+
+One estimate serves ``--dry_run``, ``doctor``, ``speed.checkpoint_layers = auto`` and the planner of ``scripts/plan``.
+The choice of layers::
+
+    language(n) = n inputs + the larger of (layers - n) kept and, where n > 0, one kept
+    wanted: the smallest n with  language(n) + the rest of a micro-batch  <=  SHARE_USED x free memory
+
+What a layer and SAM 2's mask decoder keep is measured on tensors without contents (:func:`saved_bytes`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from dual_loop.config import Config, caption_gradient
+from dual_loop.model.build import geometry
+from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.recompute import checkpoint_first, requested_layers
+from dual_loop.training.devices import precision
+from dual_loop.training.guard import gather_objects
+from dual_loop.training.window_parts import as_computed
+
+GIB = 2**30
+SHARE_USED = 0.85
+"""Of the free memory: the rest is for fragments, workspaces, and rows longer than estimated."""
+TEXT_TOKENS = 48
+"""Of a question with its answer around a caption, roughly."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process, by part; rough, for choosing a batch size.
+
+    Attributes:
+        frozen: weights. trained: float32 weights; gradients and average take as much again, Adam's moments twice that.
+        buckets: of DDP, on several ranks.
+        language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
+        mask_decoder: what it keeps. logits: three float32 copies of a chunk. losses: masks, targets and gradients.
+        features: of the frozen encoders, for all images of the window.
+        captioning: key-value caches and logits of step 1, gone before step 2 and not in :attr:`total`.
+    """
+
+    frozen: int
+    trained: int
+    buckets: int
+    language: int
+    layer_gradients: int
+    mask_decoder: int
+    logits: int
+    losses: int
+    features: int
+    captioning: int
+
+    @property
+    def state(self) -> int:
+        """Bytes that are there whatever the batch is."""
+        return self.frozen + 5 * self.trained + self.buckets
+
+    @property
+    def micro_batch(self) -> int:
+        """Bytes at the fullest moment of a micro-batch, besides the state."""
+        return self.language + self.layer_gradients + self.mask_decoder + self.logits + self.losses + self.features
+
+    @property
+    def total(self) -> int:
+        return self.state + self.micro_batch
+
+    def rows(self) -> dict[str, int]:
+        """Return the parts of :attr:`total` by the names that are printed, without those that are 0."""
+        rows = {
+            "frozen parameters": self.frozen,
+            "trained parameters (fp32)": self.trained,
+            "gradients (fp32)": self.trained,
+            "Adam moments (fp32)": 2 * self.trained,
+            "weight average (fp32)": self.trained,
+            "DDP buckets (fp32)": self.buckets,
+            "activations (language)": self.language,
+            "activations (other)": self.micro_batch - self.language,
+        }
+        return {name: size for name, size in rows.items() if size}
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one decoder layer keeps of a micro-batch: all that its operations save, or its input alone.
+
+    ``kept`` is without parameters and what all layers share. A recomputed layer keeps ``entry``.
+    """
+
+    kept: int
+    entry: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How many layers recompute their activations, and why.
+
+    Attributes:
+        recomputed, layers: the first so many decoder layers, of so many.
+        chosen_by: ``setting``, ``memory``, or ``default`` where memory should decide and is not known.
+        free_gib: memory that was free for a micro-batch; None where the setting decided.
+        needed_gib: estimate of what a micro-batch takes with this choice; None where nothing was measured.
+        fits: False where even recomputing all layers leaves the estimate above ``SHARE_USED`` of what is free.
+    """
+
+    recomputed: int
+    layers: int
+    chosen_by: str
+    free_gib: float | None = None
+    needed_gib: float | None = None
+    fits: bool = True
+
+    def line(self) -> str:
+        """Return one line for the start of a run."""
+        text = f"Checkpointing: {self.recomputed} of {self.layers} decoder layers recomputed ({self.chosen_by}"
+        if self.needed_gib is not None:
+            text += f": about {self.needed_gib:.2f} GiB a micro-batch"
+        if self.free_gib is not None:
+            text += f", {self.free_gib:.2f} GiB free"
+        return text + (")" if self.fits else "; this may not fit: lower --batch_size or --regions_per_image)")
+
+
+class MemoryEstimator:
+    """Estimates what a step of a model takes that was just built.
+
+    Args:
+        config: the whole configuration.
+        model: a ``VideoLLaVASAMModel``, neither packed nor sharded; may be on the meta device.
+        device_type: ``cuda``, or ``cpu``, which takes a micro-batch in parts; None goes by ``train.device``.
+        world_size: ranks; decides only whether there are DDP buckets.
+    """
+
+    def __init__(self, config: Config, model: Any, device_type: str | None = None, world_size: int = 1) -> None:
+        self.config = as_computed(config, device_type or ("cpu" if config.train.device == "cpu" else "cuda"))
+        self.model, self.world_size = model, world_size
+        self.layers = len(model.mllm.model.language_model.layers)
+        self.wanted = requested_layers(config, self.layers)
+        if self.wanted is None:
+            self.estimate(0)  # measures now: when memory is known, matrices may be packed or sharded
+
+    @cached_property
+    def layer(self) -> LayerMemory:
+        """What one decoder layer keeps of a long micro-batch."""
+        return measure_layer(self.model, *shape_of_rows(self.config), precision(self.config) == "bf16")
+
+    @cached_property
+    def without_layers(self) -> MemoryEstimate:
+        """The estimate with no byte for the decoder layers."""
+        config, model, text = self.config, self.model, self.model.mllm.config.text_config
+        train, sizes, regions = config.train, geometry(config), config.data.regions_per_image
+        objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
+        tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
+        vocabulary = int(model.mllm.lm_head.out_features)
+        cells = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+        trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # A column of step 1's cache is a token's keys and values in all layers; a region's prompt, its share of cells.
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        column = 2 * self.layers * text.num_key_value_heads * head * model.mllm.lm_head.weight.element_size()
+        prefix = image_tokens(config) + TEXT_TOKENS
+        captions = window * regions * (1 + captions_with_graph(config))
+        rows = min(config.loop.rollout_batch_size, captions)
+        row = prefix + TEXT_TOKENS + sizes.grid_size**2 // regions + config.loop.max_new_tokens
+        return MemoryEstimate(
+            frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
+            trained=trained,
+            buckets=trained if self.world_size > 1 else 0,
+            language=0,
+            layer_gradients=self.layer.kept,
+            mask_decoder=measure_mask_decoder(model, train.batch_size, objects, precision(config) == "bf16"),
+            logits=3 * min(tokens, config.speed.cross_entropy_chunk or tokens) * vocabulary * 4,
+            losses=6 * objects * sizes.mask_size**2 * 4,
+            features=window * cells * 4,
+            captioning=column * (window * prefix + rows * row) + 4 * rows * vocabulary,
+        )
+
+    def estimate(self, recomputed: int) -> MemoryEstimate:
+        """Return the estimate where the first ``recomputed`` decoder layers are recomputed."""
+        return replace(self.without_layers, language=peak_bytes(self.layer, self.layers, recomputed))
+
+    def decide(self, free_bytes: float | None) -> LayerPlan:
+        """Return the choice for ``free_bytes``; without them, all layers where the setting leaves it open."""
+        needed = [self.estimate(count).micro_batch for count in range(self.layers + 1)]
+        if self.wanted is not None or free_bytes is None:
+            chosen, by = (self.layers, "default") if self.wanted is None else (self.wanted, "setting")
+            return LayerPlan(chosen, self.layers, by, None, needed[chosen] / GIB)
+        encoders = [self.model.mllm.model.vision_tower, self.model.grounding_encoder.vision_encoder]
+        # What an encoder keeps that trains is not estimated.
+        trains = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+        counts = [self.layers] if trains else range(self.layers + 1)
+        fitting = [count for count in counts if needed[count] <= SHARE_USED * free_bytes]
+        chosen = min(fitting, default=self.layers)
+        return LayerPlan(chosen, self.layers, "memory", free_bytes / GIB, needed[chosen] / GIB, bool(fitting))
+
+    def apply(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> LayerPlan:
+        """Decide by the memory that is free now, the same on all ranks, and set the model; every rank calls this.
+
+        Call it when all that stays is in place: weights on their device, weight average, saved optimiser state. Where
+        the setting decides, ``build_model`` has done it and nothing is measured.
+        """
+        if self.wanted is not None:
+            return LayerPlan(self.wanted, self.layers, "setting")
+        accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
+        free = free_memory(self.config, accelerator.device) - still_to_come(self.config, accelerator, optimizer)
+        plans: list[LayerPlan] = gather_objects(accelerator, self.decide(max(free, 0.0)))
+        plan = max(plans, key=lambda plan: plan.recomputed)
+        checkpoint_first(self.model, plan.recomputed)
+        return plan
+
+
+def estimate_memory(config: Config, model: Any, memory_gib: float | None = None) -> tuple[MemoryEstimate, LayerPlan]:
+    """Return the estimate of one of ``WORLD_SIZE`` processes, and the layers that recompute their activations in it.
+
+    Args:
+        config: the whole configuration.
+        model: on the meta device.
+        memory_gib: what a process may use, where ``speed.checkpoint_layers`` is ``auto``; None takes
+            ``speed.memory_gib``, and without that all layers are recomputed.
+    """
+    estimator = MemoryEstimator(config, model, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    memory, state = memory_gib or config.speed.memory_gib, estimator.without_layers.state
+    plan = estimator.decide(None if memory is None else max(memory * GIB - state, 0.0))
+    return estimator.estimate(plan.recomputed), plan
+
+
+def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
+    """Return the most bytes that ``layers`` decoder layers hold where the first ``recomputed`` keep their input alone.
+
+    When the backward pass reaches a recomputed layer, the others have let their activations go.
+    """
+    held = (layers - recomputed) * layer.kept
+    return recomputed * layer.entry + (max(held, layer.kept) if recomputed else held)
+
+
+def image_tokens(config: Config) -> int:
+    """Return the tokens of an image with as many tiles as it may have, its thumbnail included."""
+    tiles = config.data.max_tiles
+    return geometry(config).grid_size ** 2 * (tiles + (tiles > 1))
+
+
+def shape_of_rows(config: Config) -> tuple[int, int]:
+    """Return rows and length (tokens) of a long micro-batch of step 2.
+
+    A packed row holds the image and, for every region, its question, caption and answer, and the captions with graph.
+    Region prompts take the cells of their masks; the masks of an image are taken to cover it once.
+    """
+    data, images, cells = config.data, config.train.batch_size, geometry(config).grid_size ** 2
+    with_graph = captions_with_graph(config)
+    image, text = image_tokens(config) + TEXT_TOKENS, TEXT_TOKENS + config.loop.max_new_tokens
+    branches = data.regions_per_image * (1 + with_graph)
+    if not config.speed.pack_branches:
+        return images * branches, image + text + (cells if with_graph else 0)
+    # The captions of a frame pair belong to the other frame, which gets a row of its own.
+    has_pairs = data.sav_dir is not None and with_graph > 0
+    return images * (2 if has_pairs else 1), image + branches * text + with_graph * cells
+
+
+def captions_with_graph(config: Config) -> int:
+    """Return the captions of a region that step 2 reads with graph, besides the one that it segments from."""
+    estimator = caption_gradient(config.policy, config.reward)
+    sampled = config.policy.captions_per_region if estimator.endswith(("scst", "grpo")) else 0
+    taught = int(config.loop.caption_supervision and config.data.refcoco_dir is not None)
+    return max(sampled + ("gumbel" in estimator), taught)
+
+
+# ---- what is measured without computing it ---------------------------------------------------------------------------
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool) -> int:
+    """Return the bytes that a forward pass of ``module`` saves for its backward pass, each storage once.
+
+    The module runs on CPU tensors without contents (``FakeTensorMode``): they take neither time nor memory, and choose
+    the operations of a CPU, whose attention kernel saves queries, keys, values and output, as those of GPUs do.
+
+    Args:
+        module: its parameters may be on the meta device; neither they nor its buffers are counted.
+        inputs: makes positional arguments, and keyword arguments, which others share and which are not counted.
+        autocast: whether training runs under bf16 autocast.
+    """
+    saved: dict[int, Tensor] = {}  # tensors are kept: the address of a storage that is gone could come again
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode(), torch.device("cpu"):
+        state = {
+            name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(value.requires_grad)
+            for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
+        arguments, options = inputs()
+        given = [part for value in options.values() for part in (value if isinstance(value, tuple) else (value,))]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            functional_call(module, state, arguments, options)
+        for tensor in (*state.values(), *given):
+            saved.pop(tensor.untyped_storage()._cdata, None)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMemory:
+    """Return what one decoder layer keeps of ``rows`` packed rows of ``length`` tokens (:func:`saved_bytes`)."""
+    language = model.mllm.model.language_model
+    layer, config, dtype = language.layers[0], language.config, language.embed_tokens.weight.dtype
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def inputs() -> Inputs:
+        # The input has a history, as in the real model.
+        entry = torch.empty(rows, length, config.hidden_size, dtype=dtype).requires_grad_() * 1
+        return (entry,), {
+            "attention_mask": torch.empty(rows, 1, length, length, dtype=dtype),
+            "position_ids": torch.empty(rows, length, dtype=torch.long),
+            "position_embeddings": tuple(torch.empty(rows, length, head, dtype=dtype) for _ in range(2)),
+        }
+
+    before = layer.training, layer.gradient_checkpointing
+    layer.train()
+    layer.gradient_checkpointing = False
+    try:
+        kept = saved_bytes(layer, inputs, autocast)
+    finally:
+        layer.train(before[0])
+        layer.gradient_checkpointing = before[1]
+    return LayerMemory(kept, rows * length * config.hidden_size * dtype.itemsize)
+
+
+def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) -> int:
+    """Return the bytes that SAM 2's mask decoder keeps of ``objects`` on ``images`` (:func:`saved_bytes`)."""
+    sam, dtype = model.grounding_encoder, next(model.grounding_encoder.parameters()).dtype
+
+    def inputs() -> Inputs:
+        sizes = [(model.grounding.level_width(k), model.mask_size // 2**k) for k in range(3)]
+        levels = [torch.empty(images, channels, side, side, dtype=dtype) for channels, side in sizes]
+        width = sam.config.prompt_encoder_config.hidden_size
+        embeds = torch.empty(objects, width, dtype=dtype).requires_grad_() * 1
+        return (embeds, levels, torch.zeros(objects, dtype=torch.long)), {}
+
+    return saved_bytes(_MaskDecoding(model.grounding), inputs, autocast)
+
+
+class _MaskDecoding(nn.Module):
+    """The part of the grounding that has a graph, as a module."""
+
+    def __init__(self, grounding: GroundingDecoder) -> None:
+        super().__init__()
+        self.sam, self.grounding = grounding.sam, grounding
+
+    def forward(self, embeds: Tensor, levels: list[Tensor], index: Tensor) -> Tensor:
+        finished = self.grounding.finish(GroundingFeatures(levels))
+        return self.grounding.decode_candidates(self.grounding.sparse_prompts(embeds), finished, index)[0]
+
+
+# ---- what a process has ----------------------------------------------------------------------------------------------
+
+
+def free_memory(config: Config, device: torch.device) -> float:
+    """Return the bytes that this process may still take: of ``speed.memory_gib`` where given, else what is free.
+
+    On a CPU the memory of the machine, or of its control group, is shared out evenly to the processes of the machine.
+    """
+    stated = config.speed.memory_gib
+    if device.type == "cuda":
+        if stated is not None:
+            return stated * GIB - torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    import psutil
+
+    if stated is not None:
+        return stated * GIB - float(psutil.Process().memory_info().rss)
+    free = float(psutil.virtual_memory().available)
+    return min(free, _group_memory(free)) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _group_memory(otherwise: float, root: Path = CGROUP) -> float:
+    """Return the bytes that the control group of a container leaves, ``otherwise`` where it sets no limit."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        counters: Mapping[str, str] = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return otherwise
+    # Files that were read and not used since are given up on demand.
+    return otherwise if limit == "max" else float(int(limit) - used + int(counters.get("inactive_file", 0)))
+
+
+def still_to_come(config: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> float:
+    """Return the bytes of gradients and Adam moments that do not exist before the first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
+    size = float(sum(parameter.numel() * parameter.element_size() for parameter in own))
+    # With several ranks gradients live in DDP's buckets, which exist already.
+    gradients = 0.0 if accelerator.num_processes > 1 and config.speed.bucket_view else size
+    return gradients + (0.0 if optimizer.state else 2 * size)

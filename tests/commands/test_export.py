@@ -1,0 +1,120 @@
+"""``dual-loop export`` from a run folder: every format is read back, and what differs fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dual_loop.checkpoint import exporter
+from dual_loop.checkpoint.importer import guess_load_checkpoint
+from dual_loop.cli import main as cli
+from dual_loop.data.demo import write_demo_data
+from dual_loop.train_dual_loop import main as train
+
+from end_to_end import BASE, data_flags
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of two steps on generated data."""
+    folder = tmp_path_factory.mktemp("export")
+    write_demo_data(folder / "demo", 12, 3)
+    out = folder / "run"
+    index = ["--cfg-options", f"data.index_dir={folder / 'index'}"]
+    arguments = [*BASE, *data_flags(folder / "demo"), "--max_steps", "2", "--batch_size", "1", "--output_dir", str(out)]
+    assert train([*arguments, *index]) == 0
+    return out
+
+
+def test_the_run_folder_says_what_it_started_from(trained):
+    report = json.loads((trained / "import_report.json").read_text())
+    [source] = report["sources"]
+    assert (source["layout"], source["extent"]) == ("native", "full")
+    assert all(len(digest) == 64 for digest in source["sha256"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file_format", "name", "tolerance"),
+    [
+        ("original", "o.pth", "tolerance 0"),
+        ("original", "o", "tolerance 0"),
+        ("original-trimmed", "t.pth", "tolerance 0"),
+        ("hf-native", "native", "tolerance 0.01"),
+        ("hf-sa2va", "chat", "tolerance 0.01"),
+        ("adapter", "adapter", "tolerance 0"),
+    ],
+)
+def test_every_format_is_read_back(trained, tmp_path, capsys, file_format, name, tolerance):
+    assert cli(["export", str(trained), str(tmp_path / name), "--format", file_format]) == 0
+    printed = capsys.readouterr().out
+    assert "caption identical" in printed
+    assert tolerance in printed
+    assert (tmp_path / name).exists()
+    assert not list(tmp_path.glob(".writing-*"))
+    assert ("no video memory" in printed) == (file_format in ("original", "hf-sa2va"))
+
+
+def test_averaged_and_live_weights_are_what_the_checkpoint_holds(trained, tmp_path):
+    key = "text_hidden_fcs.2.bias"
+    checkpoint = trained / "checkpoints" / "step_00000002"
+    for weights, file in (("ema", "ema.safetensors"), ("live", "model.safetensors")):
+        out = tmp_path / f"{weights}.pth"
+        arguments = ["export", str(checkpoint), str(out), "--format", "original-trimmed", "--weights", weights]
+        assert cli(arguments) == 0
+        assert torch.equal(guess_load_checkpoint(out)[key], load_file(checkpoint / file)[key])
+
+
+def test_what_cannot_be_is_refused(trained, tmp_path, capsys):
+    out = tmp_path / "there"
+    out.mkdir()
+    cases = [
+        ([str(trained), str(out), "--format", "adapter"], "the target exists"),
+        ([str(tmp_path), str(tmp_path / "a"), "--format", "adapter"], "not a run folder"),
+        ([str(trained), str(tmp_path / "a.pth"), "--format", "adapter"], "a folder, not a file"),
+        ([str(trained), str(tmp_path / "b"), "--format", "adapter", "--merge_lora"], "cannot be merged"),
+    ]
+    for arguments, message in cases:
+        assert cli(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text((trained / "config.json").read_text())
+    assert cli(["export", str(tmp_path / "run"), str(tmp_path / "c"), "--format", "adapter"]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_video_weights_that_are_gone_are_asked_for(trained, tmp_path, capsys):
+    report = json.loads((trained / "import_report.json").read_text())
+    changed = tmp_path / "run"
+    changed.mkdir()
+    (changed / "config.json").write_text((trained / "config.json").read_text())
+    (changed / "checkpoints").symlink_to(trained / "checkpoints")
+    report["sources"][0]["dropped"] = {"video memory: single images do not use it": 157}
+    (changed / "import_report.json").write_text(json.dumps(report))
+    assert cli(["export", str(changed), str(tmp_path / "o.pth"), "--format", "original"]) == 2
+    assert "--video_weights" in capsys.readouterr().err
+    donor = tmp_path / "sam2.safetensors"
+    save_file({"image_encoder.trunk.pos_embed": torch.zeros(1), "no_obj_ptr": torch.full((1, 4), 7.0)}, donor)
+    arguments = ["export", str(changed), str(tmp_path / "o.pth"), "--format", "original", "--video_weights", str(donor)]
+    assert cli(arguments) == 0
+    found = guess_load_checkpoint(tmp_path / "o.pth")["grounding_encoder.sam2_model.no_obj_ptr"]
+    assert torch.equal(found, torch.full((1, 4), 7.0))
+
+
+def test_a_file_that_reads_back_differently_fails_and_is_set_aside(trained, tmp_path, capsys, monkeypatch):
+    honest = exporter.export_weights
+
+    def damaged(model, out, *rest, **options):
+        with torch.no_grad():
+            model.text_hidden_fcs[2].bias.add_(3.0)
+        return honest(model, out, *rest, **options)
+
+    monkeypatch.setattr(exporter, "export_weights", damaged)
+    out = tmp_path / "o.pth"
+    assert cli(["export", str(trained), str(out), "--format", "original"]) == 2
+    assert "what was read back differs" in capsys.readouterr().err
+    assert not out.exists()
+    assert (tmp_path / "o.pth.failed").is_file()

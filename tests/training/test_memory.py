@@ -1,0 +1,149 @@
+"""Which layers recompute, by the memory there is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
+from dual_loop.model.build import build_model, build_tokenizer
+from dual_loop.model.recompute import checkpointed_layers
+from dual_loop.training import memory
+from dual_loop.training.dry_run import dry_run
+from dual_loop.training.memory import (
+    GIB,
+    SHARE_USED,
+    LayerMemory,
+    LayerPlan,
+    MemoryEstimator,
+    estimate_memory,
+    peak_bytes,
+    shape_of_rows,
+)
+
+LAYERS = 8
+
+
+def config_of(**overrides: Any) -> Config:
+    given = {"model.gradient_checkpointing": True, "speed.checkpoint_layers": "auto"}
+    given |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(resolve_config_path("bench_mid"), given)
+
+
+def planner_of(**overrides: Any) -> MemoryEstimator:
+    config = config_of(**overrides)
+    return MemoryEstimator(config, build_model(config, build_tokenizer(config.model), device="meta"))
+
+
+def test_the_peak_falls_with_every_recomputed_layer_that_saves_something() -> None:
+    layer = LayerMemory(kept=20, entry=1)
+    assert [peak_bytes(layer, 4, count) for count in range(5)] == [80, 61, 42, 23, 24]
+
+
+def test_much_memory_recomputes_nothing_and_little_everything_and_between_as_few_as_fit() -> None:
+    planner = planner_of()
+    needed = [planner.estimate(count).micro_batch / SHARE_USED for count in range(LAYERS + 1)]
+    assert needed[0] > needed[4] > needed[6]
+    assert planner.decide(needed[0]).recomputed == 0
+    assert planner.decide(needed[0] - 1).recomputed == 1
+    assert planner.decide(needed[4]).recomputed == 4
+    assert planner.decide(needed[4] - 1).recomputed == 5
+    scarce = planner.decide(min(needed) - 1)
+    assert (scarce.recomputed, scarce.fits) == (LAYERS, False)
+    assert "may not fit" in scarce.line()
+    assert planner.decide(needed[4]).fits
+
+
+def test_a_number_or_a_trained_encoder_leaves_memory_no_say() -> None:
+    assert planner_of(speed__checkpoint_layers="3").decide(1.0).recomputed == 3
+    assert planner_of(speed__checkpoint_layers="none").decide(1.0).chosen_by == "setting"
+    trained = planner_of(model__trainable=("lora", "vision_tower"))
+    assert trained.decide(1e15).recomputed == LAYERS
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, free_gib: float, of_others: int = 0) -> tuple[Any, Any]:
+    """The plan of a real model where so much is free, and another rank wants ``of_others`` layers."""
+    config = config_of()
+    model = build_model(config, build_tokenizer(config.model))
+    planner = MemoryEstimator(config, model)
+    monkeypatch.setattr(memory, "free_memory", lambda config, device: free_gib * GIB)
+
+    def gathered(accelerator: Any, own: LayerPlan) -> list[LayerPlan]:
+        return [own, dataclasses.replace(own, recomputed=of_others)]
+
+    monkeypatch.setattr(memory, "gather_objects", gathered)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return planner.apply(Accelerator(cpu=True), optimizer), model
+
+
+def test_all_ranks_take_the_most_careful_choice_and_the_model_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, model = plan(monkeypatch, 1000.0)
+    assert (own.recomputed, checkpointed_layers(model)) == (0, 0)
+    careful, model = plan(monkeypatch, 1000.0, of_others=5)
+    assert (careful.recomputed, checkpointed_layers(model)) == (5, 5)
+    scarce, model = plan(monkeypatch, 0.0)
+    assert (scarce.recomputed, checkpointed_layers(model)) == (LAYERS, LAYERS)
+
+
+def test_gradients_and_moments_are_set_aside() -> None:
+    weights = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.AdamW([weights])
+    accelerator = Accelerator(cpu=True)
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
+    weights.sum().backward()
+    optimizer.step()
+    assert memory.still_to_come(config_of(), accelerator, optimizer) == 4000
+
+
+def test_a_stated_size_counts_what_is_used_already_and_a_container_has_its_own_limit(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    stated = memory.free_memory(config_of(speed__memory_gib=100), cpu)
+    assert 90 * GIB < stated < 100 * GIB
+    assert memory._group_memory(7.0, tmp_path) == 7.0
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    assert memory._group_memory(7.0, tmp_path) == 500.0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._group_memory(7.0, tmp_path) == 7.0
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * GIB}))
+    monkeypatch.setattr(memory, "_group_memory", lambda otherwise: otherwise)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
+
+
+def test_rows_grow_with_what_they_hold() -> None:
+    rows, length = shape_of_rows(config_of())
+    assert rows == 2
+    assert shape_of_rows(config_of(data__regions_per_image=4))[1] > length
+    assert shape_of_rows(config_of(policy__caption_gradient="grpo"))[1] > length
+    apart = shape_of_rows(config_of(data__regions_per_image=4, speed__pack_branches=False))
+    assert apart == (8, length)
+
+
+def test_the_dry_run_prints_the_choice_for_a_stated_memory() -> None:
+    planner = planner_of()
+    sizes = estimate_memory(planner.config, planner.model)[0].rows()
+    fixed = sum(size for name, size in sizes.items() if not name.startswith("activations")) / GIB
+    for wanted in (0, 4):
+        memory = fixed + planner.estimate(wanted).micro_batch / SHARE_USED / GIB + 1e-6
+        report = dry_run(config_of(speed__memory_gib=memory))
+        assert f"Checkpointing: {wanted} of 8 decoder layers recomputed (memory: about" in report
+    assert "8 of 8 decoder layers recomputed (default: about" in dry_run(config_of())
+    assert "state speed.memory_gib" in dry_run(config_of())
+
+
+def test_a_wrong_number_of_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="checkpoint_layers"):
+        config_of(speed__checkpoint_layers="some")
+    assert config_of(speed__checkpoint_layers=4).speed.checkpoint_layers == "4"
