@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "VideoLLaVASAMModel": "dual_loop.model.video_llava_sam",
+    "VideoLLaVASAMModel": "dual_loop.model.sa2va_api",
     "build_model": "dual_loop.model.build",
     "load_config": "dual_loop.config",
     "pool_mask_to_grid": "dual_loop.data.masks",
@@ -19,7 +19,7 @@ _LAZY = {
     "generate_caption_from_mask": "dual_loop.loop.captioner",
     "guess_load_checkpoint": "dual_loop.checkpoint.importer",
     "load_weights": "dual_loop.checkpoint.importer",
-    "compute_segmentation_loss": "dual_loop.loop.segmenter",
+    "compute_segmentation_loss": "dual_loop.loop.segmentation_loss",
 }
 
 __all__ = ["__version__", *_LAZY]

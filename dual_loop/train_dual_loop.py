@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 if __name__ == "__main__":  # before the imports below, so that --help answers without torch
     from dual_loop.commands.train import main
@@ -42,13 +42,14 @@ from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
 from dual_loop.evaluation.regions import RegionMeter
 from dual_loop.iteration import evenly_spread
-from dual_loop.loop.dual_loop import DualLoop
 from dual_loop.loop.judge import Judge
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.metrics import paired_bootstrap
-from dual_loop.model.adapters import trainable_table
+from dual_loop.model.adapters import trainable_parameters, trainable_table
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, share_out_batch
 from dual_loop.training.dry_run import dry_run as dry_run
@@ -106,17 +107,20 @@ def train(config: Config) -> FitResult:
             f"Sharding {shard_language_model(accelerator, model)} decoder layers over {accelerator.num_processes} ranks"
         )
         pace = Pace(accelerator, model)
-    loop = build_loop(config, model, prompter, accelerator, pace)
-    loop.num_images = stream.num_samples
+    # The feature cache of the task names frozen weights, and the average lives on the device of its parameters.
+    average = ExponentialMovingAverage(trainable_parameters(model.to(accelerator.device)), config.train.ema_decay)
+    comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
+    judge = build_judge(config, accelerator)
+    task = DualLoopTask(model, prompter, config, average, comm, judge, stream.num_samples)
     for line in model.finish(accelerator.device):
         report(line)
-    trainer = Trainer(config, model, loop, stream, accelerator, folder, report, pace)
+    trainer = Trainer(config, task, average, stream, accelerator, folder, report, pace)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
     plan = memory.apply(accelerator, trainer.optimizer)
     report(plan.line())
-    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, loop.starting.swapped, pace)
+    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, task.starting.swapped, pace)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
@@ -214,28 +218,21 @@ def prepare_model(config: Config, folder: RunFolder, report: Reporter) -> tuple[
         imported = load_weights(model, sources, tokenizer=tokenizer, allow_missing=allowed, hash_files=report.is_main)
         folder.write_import(imported.to_dict())
         report(f"✓ Pretrained weights loaded\n{imported}")
-    return cast(VideoLLaVASAMModel, model), build_prompter(config, tokenizer)
+    return model, build_prompter(config, tokenizer)
 
 
-def build_loop(
-    config: Config,
-    model: VideoLLaVASAMModel,
-    prompter: Prompter,
-    accelerator: Accelerator,
-    pace: Pace | None = None,
-) -> DualLoop:
-    """Put the loop together; a judge that is named is asked one question first, so that a wrong address shows now.
+def build_judge(config: Config, accelerator: Accelerator) -> Judge | None:
+    """Return the judge that is named; it is asked one question first, so that a wrong address shows now.
 
     Raises:
         JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
     """
-    judge = None
-    if config.reward.judge_url is not None and config.reward.caption_weight > 0:
-        judge = Judge(config.reward)
-        if accelerator.is_main_process:
-            judge.check()
-    exchange = RankExchange(accelerator, pace.settle) if pace is not None else RankExchange(accelerator)
-    return DualLoop(model, prompter, config.loop, config.policy, config.reward, exchange, judge)
+    if config.reward.judge_url is None or config.reward.caption_weight <= 0:
+        return None
+    judge = Judge(config.reward)
+    if accelerator.is_main_process:
+        judge.check()
+    return judge
 
 
 def prepare_data(config: Config, accelerator: Accelerator, report: Reporter) -> DataStream:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dual_loop.config import Config
 from dual_loop.errors import explain
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va import Sa2VA
 
 logger = logging.getLogger("dual_loop")
 
@@ -46,7 +46,7 @@ LEVERS = (
 )
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Pull every lever that ``config.speed`` asks for, in place.
 
     A library of an unknown version keeps its plain layers: one warning for each names the levers that are left out.

@@ -31,8 +31,8 @@ from dual_loop.accelerate import replace
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.model import hardware
-from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.grounding import GroundingDecoder
+from dual_loop.model.sa2va import Sa2VA
 
 GROUPED = "sdpa_grouped_decoding"
 """The name of :func:`grouped_attention` among transformers' attention functions."""
@@ -53,7 +53,7 @@ _PART_VALUES = 2**25
 """Most values of a hybrid's packed parts: what is unpacked at a time, 128 MiB. Only heads are larger."""
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Choose the attention and SAM 2's precision; the heap and the matrices wait for the device and the weights."""
     if config.model.attn_implementation == "sdpa":
         AttentionInterface.register(GROUPED, grouped_attention)
@@ -63,7 +63,7 @@ def apply(model: VideoLLaVASAMModel, config: Config) -> None:
     model.after_loading.append(partial(_after_loading, model, config))
 
 
-def _after_loading(model: VideoLLaVASAMModel, config: Config, device: torch.device) -> None:
+def _after_loading(model: Sa2VA, config: Config, device: torch.device) -> None:
     if device.type == "cpu":
         keep_heap()
     pack_model(model, config, device)
@@ -93,7 +93,7 @@ def _seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def encode(grounding: GroundingDecoder, pixels: Tensor) -> GroundingFeatures:
+def encode(grounding: GroundingDecoder, pixels: Tensor) -> list[Tensor]:
     """``GroundingDecoder.encode`` without autocast to bfloat16 on a CPU that is faster in float32."""
     kind = pixels.device.type
     is_wide = kind == "cpu" and torch.is_autocast_enabled(kind) and is_slower_in_bfloat16()
@@ -364,7 +364,7 @@ def gains_from_packing(dtype: torch.dtype = torch.float32) -> bool:
     return can_pack(dtype) and not is_lean
 
 
-def pack_model(model: VideoLLaVASAMModel, config: Config, device: torch.device) -> int:
+def pack_model(model: Sa2VA, config: Config, device: torch.device) -> int:
     """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
 
     ``auto`` does so on a CPU, for the dtypes that gain from it. A CPU that is faster in float32 multiplies bfloat16

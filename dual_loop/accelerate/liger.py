@@ -21,8 +21,7 @@ from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.losses import IGNORE_INDEX
 from dual_loop.model.hardware import why_no_liger
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
-from dual_loop.types import LossTerm
+from dual_loop.model.sa2va import Sa2VA
 
 KERNELS = ("norms", "swiglu", "rope")
 
@@ -30,12 +29,12 @@ FusedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Matrix (V, D), hidden states (P, D), labels (P,) -> the cross-entropy summed over labels that are not -100."""
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Let the kernels be put in place once the device is known."""
     model.after_loading.append(partial(apply_liger, model))
 
 
-def apply_liger(model: VideoLLaVASAMModel, device: torch.device | str, kernels: Sequence[str] = KERNELS) -> str:
+def apply_liger(model: Sa2VA, device: torch.device | str, kernels: Sequence[str] = KERNELS) -> str:
     """Let ``model`` use Liger's kernels, in place; return a line that says which.
 
     Args:
@@ -65,30 +64,24 @@ def apply_liger(model: VideoLLaVASAMModel, device: torch.device | str, kernels: 
     return f"{text}; cross-entropy " + ("fused with the head" if reason is None else f"not fused: {reason}")
 
 
-def use_fused_loss(model: VideoLLaVASAMModel, loss: FusedLoss) -> None:
+def use_fused_loss(model: Sa2VA, loss: FusedLoss) -> None:
     """Let the model's ``token_loss`` go through ``loss`` where the head allows it."""
     if why_no_fused_loss(model) is None:
         setattr(model, "token_loss", partial(fused_token_cross_entropy, loss, model.mllm.lm_head.weight))  # noqa: B010
 
 
-def fused_token_cross_entropy(
-    fused: FusedLoss, matrix: Tensor, hidden: Tensor, labels: Tensor, weight: float = 1.0
-) -> LossTerm:
-    """Cross-entropy of P tokens by a function that makes the logits itself; no token gives a zero with graph.
+def fused_token_cross_entropy(fused: FusedLoss, matrix: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, summed, of P tokens by a function that makes the logits itself; no token gives a zero with graph.
 
     Args:
         fused: the function.
         matrix: (V, D), the output head.
         hidden: (P, D). labels: (P,) int64.
-        weight: factor of the whole term.
     """
-    count = float((labels != IGNORE_INDEX).sum())
-    if not len(hidden):
-        return LossTerm(hidden.sum() * 0.0, count)
-    return LossTerm(fused(matrix, hidden.to(matrix.dtype), labels) * weight, count)
+    return fused(matrix, hidden.to(matrix.dtype), labels) if len(hidden) else hidden.sum() * 0.0
 
 
-def why_no_fused_loss(model: VideoLLaVASAMModel) -> str | None:
+def why_no_fused_loss(model: Sa2VA) -> str | None:
     """Return why the head is not a plain matrix, None where it is."""
     head = model.mllm.lm_head
     if model.new_token_rows is not None:

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from dual_loop.config import Config
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va import Sa2VA
 
 _SCALE = 2**16
 
@@ -50,7 +50,7 @@ class FusedLora(LoraLinear):
         return added.view(output.shape).to(output.dtype)
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Let the adapters of the language model use the lean forward."""
     fuse_adapters(model.mllm.model.language_model)
 

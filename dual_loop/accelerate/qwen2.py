@@ -22,31 +22,28 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, eager_at
 
 from dual_loop.accelerate import replace
 from dual_loop.config import Config
-from dual_loop.model.packing import additive_mask
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va import Sa2VA, additive_mask
 
 SLACK = 0.1
 """Largest share of padding in a row of a group. Smaller groups would pad less and fill the device less."""
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Replace ``run_language`` and ``step_language``, and let the last layer be trimmed."""
-    replace(model, step_language)
-    if config.speed.last_hidden_only:
-        replace(model, run_language)
-        if config.speed.trim_last_layer:
-            make_trimmable(model.mllm.model.language_model)
+    replace(model, step_language, run_language)
+    if config.speed.trim_last_layer:
+        make_trimmable(model.mllm.model.language_model)
 
 
 def run_language(
-    model: VideoLLaVASAMModel,
+    model: Sa2VA,
     embeds: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor | None,
     read_from: int = 0,
     row_lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """``VideoLLaVASAMModel.run_language``: what is before ``read_from`` or behind ``row_lengths`` may be zeros."""
+    """``Sa2VA.run_language``: what is before ``read_from`` or behind ``row_lengths`` may be zeros."""
     language = model.mllm.model.language_model
 
     def run(embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
@@ -65,9 +62,9 @@ def run_language(
 
 
 def step_language(
-    model: VideoLLaVASAMModel, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache
+    model: Sa2VA, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache
 ) -> Tensor:
-    """``VideoLLaVASAMModel.step_language``. Layers are looked at in every call: they may be wrapped at any time."""
+    """``Sa2VA.step_language``. Layers are looked at in every call: they may be wrapped at any time."""
     language, count = model.mllm.model.language_model, embeds.shape[1]
     if count == 1 and can_step(language):
         return step(language, embeds[:, 0], position_ids, mask, cache)

@@ -31,8 +31,8 @@ from transformers.models.sam2.modeling_sam2 import (
 
 from dual_loop.accelerate import replace
 from dual_loop.config import Config
-from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.grounding import GroundingDecoder
+from dual_loop.model.sa2va import Sa2VA
 
 BAND_TOKENS = 8192
 """Most tokens of all images in a band, unless one row of windows has more."""
@@ -40,7 +40,7 @@ HIGH_RESOLUTION = 2
 """Levels that the mask decoder reads through a convolution of its own: the finest two."""
 
 
-def apply(model: VideoLLaVASAMModel, config: Config) -> None:
+def apply(model: Sa2VA, config: Config) -> None:
     """Make the encoder lean, and let the grounding finish what its neck leaves open."""
     encoder = model.grounding_encoder.vision_encoder
     for module in encoder.modules():
@@ -53,10 +53,10 @@ def apply(model: VideoLLaVASAMModel, config: Config) -> None:
     replace(model.grounding, finish, level_width)
 
 
-def finish(grounding: GroundingDecoder, features: GroundingFeatures) -> list[Tensor]:
+def finish(grounding: GroundingDecoder, levels: list[Tensor]) -> list[Tensor]:
     """``GroundingDecoder.finish``, where levels may come as the trunk left them."""
     decoder, neck = grounding.sam.mask_decoder, grounding.sam.vision_encoder.neck
-    fine, middle, coarse = features.levels
+    fine, middle, coarse = levels
     coarse = coarse + grounding.sam.no_memory_embedding.reshape(1, -1, 1, 1)
     return [read_level(neck, 0, decoder.conv_s0, fine), read_level(neck, 1, decoder.conv_s1, middle), coarse]
 

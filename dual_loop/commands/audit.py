@@ -72,7 +72,7 @@ def _finish(args: argparse.Namespace, measured: Measured, thresholds: Thresholds
     from dual_loop.evaluation.audit_page import audit_page
     from dual_loop.evaluation.figures import figures_of
     from dual_loop.evaluation.pseudo_labels import LABELS, choose_labels, write_labels
-    from dual_loop.loop.captioner import prompt_texts
+    from dual_loop.model.prompts import prompt_texts
     from dual_loop.training.run_folder import versions, write_json
 
     folder, data, loaded = measured.folder, measured.data, measured.loaded
@@ -81,9 +81,10 @@ def _finish(args: argparse.Namespace, measured: Measured, thresholds: Thresholds
     if not everything:
         seen = skipped[0]["message"] if skipped else "the data sets are empty"
         raise ConfigError(explain("no region was audited", str(folder), seen, fix="check --data and its folders"))
-    gates = CaptionGates(GATES, loaded.prompter.find_marker, prompt_texts())
+    gates = CaptionGates(GATES, prompt_texts())
     chosen = {
-        name: choose_labels(own, thresholds, lambda text: gates.check(text, False)) for name, own in records.items()
+        name: choose_labels(own, thresholds, lambda text: gates.check(text, False, loaded.prompter.unreadable(text)))
+        for name, own in records.items()
     }
     kept = {name: found for name, (found, _) in chosen.items()}
     left_out: dict[str, int] = {}

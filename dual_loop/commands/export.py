@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dual_loop.model.prompts import Prompter
-    from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+    from dual_loop.model.sa2va import Sa2VA
 
 
 FORMATS = "original|original-trimmed|hf-native|hf-sa2va|adapter"
@@ -146,16 +146,16 @@ def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dic
     return {}
 
 
-def probe(model: VideoLLaVASAMModel, prompter: Prompter, config: Config) -> Probe:
+def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     """Caption one region of a generated image, and segment it by a fixed text."""
     import torch
 
     from dual_loop.data.demo_scenes import generate_scene
     from dual_loop.data.prepare import batch_from_samples
     from dual_loop.loop.captioner import Captioner
-    from dual_loop.loop.segmenter import compute_segmentation_loss
+    from dual_loop.loop.segmentation_loss import compute_segmentation_loss
     from dual_loop.model.build import geometry
-    from dual_loop.model.video_llava_sam import evaluating
+    from dual_loop.model.sa2va import evaluating
 
     scene = generate_scene(123)
     sizes = geometry(config)
@@ -170,12 +170,11 @@ def probe(model: VideoLLaVASAMModel, prompter: Prompter, config: Config) -> Prob
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     with evaluating(model), torch.no_grad(), autocast:
         caption_batch, text_batch = (batch_from_samples([sample], sizes, seed=0).to(model.device) for sample in samples)
-        features = model.encode_vision(caption_batch.pixel_values)
-        captioner = Captioner(model, prompter, loop)
-        [caption] = captioner.roll_out([caption_batch], [features])
-        [text] = captioner.roll_out([text_batch], [features])
-        output = compute_segmentation_loss(model, text_batch, text, prompter, loop, features)
-    return Probe(list(caption.token_ids[0]), caption.captions[0], output["segmentation"].mask_logits[0].float().cpu())
+        captioner, seen = Captioner(model, prompter, loop), [model.see(caption_batch)]
+        [[caption, *_]] = captioner.write(seen, [caption_batch])
+        [texts] = captioner.write(seen, [text_batch])
+        output = compute_segmentation_loss(model, text_batch, texts, prompter, loop)
+    return Probe(list(caption.token_ids), caption.text, output.masks.mask_logits[0].float().cpu())
 
 
 def tolerance(config: Config, merged: bool, dtype: str | None) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dual_loop.data.masks import decode_rle
 from dual_loop.evaluation.figures import uniqueness
-from dual_loop.evaluation.regions import Record, iou_of
+from dual_loop.evaluation.regions import Record, cycle_iou
 from dual_loop.pages import Figure, Page
 from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
 from dual_loop.types import RegionSample
@@ -41,7 +41,7 @@ def audit_page(
         examples: pictures of each kind.
     """
     page = Page("Audit: does every caption lead back to its mask?", lead)
-    ious = [_iou(record) for record in records]
+    ious = [cycle_iou(record) for record in records]
     mean = sum(ious) / len(ious)
     page.tiles(
         {
@@ -58,7 +58,7 @@ def audit_page(
     if skipped:
         page.heading("Skipped", "entries that could not be read")
         page.table(("entry", "reason", "message"), [(s["entry"], s["reason"], s["message"]) for s in skipped[:200]])
-    ranked = sorted(records, key=_iou)
+    ranked = sorted(records, key=cycle_iou)
     margins = [(record, value) for record in records if (value := uniqueness(record)) is not None]
     ambiguous = [record for record, value in sorted(margins, key=lambda pair: pair[1]) if value <= 0]
     _gallery(
@@ -106,13 +106,9 @@ def _figure(record: Record, sample: RegionSample) -> Figure:
         overlay(sample.segmentation_image, back, PREDICTED_COLOUR, PICTURE_SIDE, outline=target),
     ]
     margin = uniqueness(record)
-    numbers = f"IoU {_iou(record):.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}")
+    numbers = f"IoU {cycle_iou(record):.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}")
     text = f"“{record['caption']}”" + (f" (rejected: {record['rejected']})" if record["rejected"] else "")
     lines = [text, numbers, record["name"]]
     if record["references"]:
         lines.insert(1, f"reference: {record['references'][0]}")
     return Figure([data_uri(picture) for picture in pictures], lines, alt=f"{record['name']}: {record['caption']}")
-
-
-def _iou(record: Record) -> float:
-    return iou_of(record["cycle"]["intersection"], record["cycle"]["union"])

@@ -26,14 +26,14 @@ from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.captioner import generate_caption_from_mask
-from dual_loop.loop.rewards import contrasts, iou_matrix
-from dual_loop.loop.segmenter import segmentation_inputs
-from dual_loop.metrics import caption_exact, distinct_ngrams, mask_iou
+from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.rewards import own_and_margin
+from dual_loop.loop.scorer import Scorer, join_masks, own_image_only
+from dual_loop.metrics import caption_exact, distinct_ngrams, iou, iou_table, mask_overlap
 from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.types import Batch, CaptionRollout, RegionSample
+from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.types import Batch, RegionCaption, RegionSample
 
 IMAGES_PER_BATCH = 8
 
@@ -69,22 +69,17 @@ class RegionResult:
 
     @property
     def ious(self) -> list[float]:
-        return [_iou(i, u) for i, u in zip(self.intersection, self.union, strict=True)]
+        return [float(value) for value in iou(self.intersection, self.union)]
 
     @property
     def cycle_iou(self) -> float:
-        return _iou(self.cycle_intersection, self.cycle_union)
+        return float(iou(self.cycle_intersection, self.cycle_union))
 
     @property
     def frozen_iou(self) -> float | None:
         if self.frozen_intersection is None or self.frozen_union is None:
             return None
-        return _iou(self.frozen_intersection, self.frozen_union)
-
-
-def _iou(intersection: float, union: float) -> float:
-    """Empty against empty counts 1, as in LISA and GRES."""
-    return intersection / union if union > 0 else 1.0
+        return float(iou(self.frozen_intersection, self.frozen_union))
 
 
 def held_out_source(config: Config) -> RefCoco:
@@ -106,7 +101,7 @@ Listener = Callable[[], AbstractContextManager[None]]
 
 
 def evaluate_held_out(
-    model: VideoLLaVASAMModel,
+    model: Sa2VA,
     prompter: Prompter,
     config: Config,
     rank: int = 0,
@@ -123,7 +118,7 @@ def evaluate_held_out(
 
 
 def evaluate_samples(
-    model: VideoLLaVASAMModel,
+    model: Sa2VA,
     prompter: Prompter,
     config: Config,
     samples: Iterable[RegionSample],
@@ -135,33 +130,26 @@ def evaluate_samples(
     more with those.
     """
     # Rejections are part of what is measured here, never a reason to stop.
-    greedy = dataclasses.replace(
-        config.loop,
-        temperature=0.0,
-        on_rejected="fallback",
-        max_rejected_fraction=1.0,
-        caption_supervision=False,
-        segment_form="branches",
-    )
+    greedy = dataclasses.replace(config.loop, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0)
     results: list[RegionResult] = []
-    sizes = geometry(config)
+    sizes, scorer = geometry(config), Scorer(model, prompter, greedy)
     with evaluating(model), torch.no_grad():
         for chunk in in_chunks(samples, IMAGES_PER_BATCH):
             batch = batch_from_samples(chunk, sizes, seed=config.train.seed).to(model.device)
-            features = model.encode_vision(batch.pixel_values)
-            written = generate_caption_from_mask(model, prompter, batch, greedy)
-            rounds = [written, *_reference_rounds(chunk)]
+            seen = model.see(batch)
+            [written] = Captioner(model, prompter, greedy, is_silent=True).write([seen], [batch], use_references=False)
+            texts = [None if caption.rejected else caption.text for caption in written]
+            rounds = [texts, *_reference_rounds(chunk)]
             areas, uniqueness = [], []
-            for rollout in rounds:
-                inputs = segmentation_inputs(batch, rollout, features, prompter, greedy)
-                logits = model(inputs.data, mode="predict")["segmentation"].mask_logits
+            for number, own in enumerate(rounds):
+                logits = join_masks(scorer.segment(batch, seen, list(enumerate(own))), model.mask_size)
                 areas.append(_compare(logits, batch, chunk))
-                uniqueness.append(_uniqueness(logits, batch))
-            part = _collect(batch, chunk, written, areas, uniqueness[0])
+                if number == 0:
+                    uniqueness = _uniqueness(logits, batch)
+            part = _collect(batch, chunk, written, areas, uniqueness)
             if frozen_listener is not None:
-                inputs = segmentation_inputs(batch, written, features, prompter, greedy)
                 with frozen_listener():
-                    logits = model(inputs.data, mode="predict")["segmentation"].mask_logits
+                    logits = join_masks(scorer.segment(batch, seen, list(enumerate(texts))), model.mask_size)
                 _add_frozen(part, _compare(logits, batch, chunk), _uniqueness(logits, batch))
             results += part
     return results
@@ -175,21 +163,16 @@ def _add_frozen(
 
 
 def _uniqueness(mask_logits: torch.Tensor, batch: Batch) -> list[float | None]:
-    own = torch.arange(len(mask_logits), device=mask_logits.device)
-    matrix = iou_matrix(mask_logits, own, batch.target_masks, batch.region_image.to(mask_logits.device))
-    return [None if value != value else value for value in contrasts(matrix, own).tolist()]
+    own = torch.arange(len(mask_logits))
+    table = own_image_only(iou_table(mask_logits > 0, batch.target_masks > 0).cpu(), own, batch.region_image)
+    return [None if value != value else value for value in own_and_margin(table, own)[1].tolist()]
 
 
-def _reference_rounds(chunk: Sequence[RegionSample]) -> list[CaptionRollout]:
-    """One roll-out a sentence number: round k segments the k-th sentence of every region (its last, where fewer)."""
+def _reference_rounds(chunk: Sequence[RegionSample]) -> list[list[str | None]]:
+    """One round a sentence number: round k segments the k-th sentence of every region (its last, where fewer)."""
     captions = [expressions for sample in chunk for expressions in sample.captions]
     rounds = max((len(expressions) for expressions in captions), default=0)
-    return [_given_captions([e[min(k, len(e) - 1)] if e else "" for e in captions]) for k in range(rounds)]
-
-
-def _given_captions(captions: list[str]) -> CaptionRollout:
-    count = len(captions)
-    return CaptionRollout(captions, [[] for _ in captions], [None] * count, [True] * count, [True] * count)
+    return [[e[min(k, len(e) - 1)] if e else None for e in captions] for k in range(rounds)]
 
 
 def _compare(mask_logits: torch.Tensor, batch: Batch, chunk: Sequence[RegionSample]) -> list[tuple[float, float]]:
@@ -203,8 +186,8 @@ def _compare(mask_logits: torch.Tensor, batch: Batch, chunk: Sequence[RegionSamp
         predicted = resize_logits(
             logits, (target.shape[-2], target.shape[-1]), batch_side=batch.g_pixel_values.shape[-1]
         )
-        intersection, union = mask_iou(predicted.cpu() > 0, target)
-        areas += list(zip(intersection.tolist(), union.tolist(), strict=True))
+        inner, outer = mask_overlap(predicted.cpu() > 0, target)
+        areas += list(zip(inner.tolist(), outer.tolist(), strict=True))
     return areas
 
 
@@ -217,7 +200,7 @@ def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) 
 def _collect(
     batch: Batch,
     chunk: Sequence[RegionSample],
-    written: CaptionRollout,
+    written: Sequence[RegionCaption],
     areas: list[list[tuple[float, float]]],
     uniqueness: Sequence[float | None],
 ) -> list[RegionResult]:
@@ -227,7 +210,7 @@ def _collect(
     for region, name in enumerate(batch.region_names):
         own = [areas[1 + k][region] for k in range(len(expressions[region]))]
         cycle = areas[0][region]
-        caption = written.captions[region]
+        caption = written[region].text
         exact = caption_exact(caption, expressions[region]) if expressions[region] else None
         results.append(
             RegionResult(

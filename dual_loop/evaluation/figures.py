@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dual_loop.evaluation.caption_scores import score_captions
-from dual_loop.evaluation.regions import Record, iou_of
-from dual_loop.metrics import PRECISION_THRESHOLDS, SegmentationSums, bootstrap_ratio, distinct_ngrams
+from dual_loop.evaluation.regions import Record, cycle_iou
+from dual_loop.metrics import PRECISION_THRESHOLDS, SegmentationSums, bootstrap_ratio, distinct_ngrams, iou
 
 Figure = dict[str, float | None]
 
@@ -40,7 +40,7 @@ def referring_figures(records: Sequence[Record]) -> dict[str, Any]:
     sums = SegmentationSums()
     sums.update(inner, outer)
     values = sums.as_dict()
-    ious = np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
+    ious = iou(inner, outer)
     ones = np.ones(len(pairs))
     found: dict[str, Any] = {"sentences": len(pairs)}
     found["gIoU"] = _figure(values["gIoU"], ious, ones, images)
@@ -85,7 +85,7 @@ def loop_figures(records: Sequence[Record]) -> dict[str, Any]:
     if not cycles:
         return {"captions": 0}
     images = [record["image"] for record, _ in cycles]
-    ious = [iou_of(cycle["intersection"], cycle["union"]) for _, cycle in cycles]
+    ious = [cycle_iou(record) for record, _ in cycles]
     inner = np.array([cycle["intersection"] for _, cycle in cycles], float)
     outer = np.array([cycle["union"] for _, cycle in cycles], float)
     ones = np.ones(len(cycles))

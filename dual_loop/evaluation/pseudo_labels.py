@@ -26,7 +26,7 @@ from PIL import Image
 from dual_loop.data.masks import encode_rle
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.figures import uniqueness
-from dual_loop.evaluation.regions import Record, iou_of
+from dual_loop.evaluation.regions import Record, cycle_iou
 from dual_loop.evaluation.runner import MeasuredData
 from dual_loop.metrics import normalise_caption
 from dual_loop.types import RegionSample
@@ -79,7 +79,7 @@ def _reason(record: Record, thresholds: Thresholds, gate: Callable[[str], str | 
     gated = gate(record["caption"])
     if gated is not None:
         return gated
-    if iou_of(record["cycle"]["intersection"], record["cycle"]["union"]) < thresholds.min_iou:
+    if cycle_iou(record) < thresholds.min_iou:
         return "low_iou"
     margin = uniqueness(record)
     return "ambiguous" if margin is not None and margin < thresholds.min_uniqueness else None
@@ -151,7 +151,7 @@ def _entry_rows(
     rows = []
     for record in records:
         mask = record["target"] if sample is None else encode_rle(sample.masks[record["own"]])
-        iou = iou_of(record["cycle"]["intersection"], record["cycle"]["union"])
+        iou = cycle_iou(record)
         row = {"image": name, "segmentation": mask, "caption": record["caption"], "id": record["name"].split("#")[-1]}
         rows.append({**row, "iou": round(iou, 4), "uniqueness": uniqueness(record), "data": data.name})
     return rows

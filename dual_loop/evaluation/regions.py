@@ -27,12 +27,13 @@ from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.evaluate import resize_logits
 from dual_loop.evaluation.protocol import Protocol
-from dual_loop.loop.answers import Answerer
 from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.scorer import Scorer
+from dual_loop.metrics import iou, mask_overlap
 from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.types import Batch, RegionSample
+from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.types import Batch, RegionSample, Seen
 
 Record = dict[str, Any]
 
@@ -49,7 +50,7 @@ class RegionMeter:
 
     def __init__(
         self,
-        model: VideoLLaVASAMModel,
+        model: Sa2VA,
         prompter: Prompter,
         config: Config,
         protocol: Protocol,
@@ -68,7 +69,7 @@ class RegionMeter:
             segment_question=protocol.question,
         )
         self.captioner = Captioner(model, prompter, self.settings, is_silent=True)
-        self.answerer = Answerer(model, prompter, self.settings)
+        self.scorer = Scorer(model, prompter, self.settings)
 
     @torch.no_grad()
     def measure(self, samples: Sequence[RegionSample], data: str) -> list[Record]:
@@ -76,50 +77,48 @@ class RegionMeter:
         batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
         records = _empty_records(samples, batch, data)
         with evaluating(self.model), self.autocast:
-            features = self.model.encode_vision(batch.pixel_values)
+            seen = self.model.see(batch)
             if self.tasks & {"captioning", "loop"}:
-                [rollout] = self.captioner.roll_out([batch], [features], use_references=False)
-                for record, written, reason in zip(records, rollout.greedy, rollout.rejected, strict=True):
-                    assert written is not None  # greedy captions were asked for
-                    record.update(caption=written.text, rejected=reason)
+                [captions] = self.captioner.write([seen], [batch], use_references=False)
+                for record, caption in zip(records, captions, strict=True):
+                    assert caption.greedy is not None  # greedy captions were asked for
+                    record.update(caption=caption.greedy.text, rejected=caption.rejected)
             if "loop" in self.tasks:
-                self._close_loop(records, samples, batch, features)
+                self._close_loop(records, samples, batch, seen)
             if "referring" in self.tasks:
-                self._refer(records, samples, batch, features)
+                self._refer(records, samples, batch, seen)
         return records
 
     def _close_loop(
-        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, features: torch.Tensor
+        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, seen: Seen
     ) -> None:
-        readable = [record["caption"] if record["rejected"] is None else "x" for record in records]
-        logits = self.answerer.segment(batch, features, readable, generated=self.protocol.seg == "generated")
+        texts = [(n, record["caption"] if record["rejected"] is None else None) for n, record in enumerate(records)]
+        logits = self.scorer.segment(batch, seen, texts, generated=self.protocol.seg == "generated")
         masks = self._masks(logits, samples)
         start = 0
         for sample in samples:
             for place in range(sample.num_regions):
                 record, mask = records[start + place], masks[start + place]
-                if record["rejected"] is not None:
-                    mask = np.zeros_like(mask)
-                areas = [overlap(mask, target) for target in sample.segmentation_masks]
-                ious = [iou_of(*area) for area in areas]
+                areas = [_overlap(mask, target) for target in sample.segmentation_masks]
+                ious = [float(iou(*area)) for area in areas]
                 intersection, union = areas[place]
                 record["cycle"] = {"intersection": intersection, "union": union, "ious": ious, "mask": encode_rle(mask)}
                 record["own"] = place
             start += sample.num_regions
 
     def _refer(
-        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, features: torch.Tensor
+        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, seen: Seen
     ) -> None:
         texts = [[self.protocol.clean(text) for text in record["references"]] for record in records]
         targets = [target for sample in samples for target in sample.segmentation_masks]
-        # Round k asks for the k-th sentence of every region that has one; the others repeat their last one unheard.
+        # Round k asks for the k-th sentence of every region that has one.
         for number in range(max((len(own) for own in texts), default=0)):
-            asked = [own[min(number, len(own) - 1)] if own else "x" for own in texts]
-            logits = self.answerer.segment(batch, features, asked, generated=self.protocol.seg == "generated")
+            asked = [(n, own[number] if number < len(own) else None) for n, own in enumerate(texts)]
+            logits = self.scorer.segment(batch, seen, asked, generated=self.protocol.seg == "generated")
             masks = self._masks(logits, samples)
             for record, own, found, mask, target in zip(records, texts, logits, masks, targets, strict=True):
                 if number < len(own):
-                    intersection, union = overlap(mask, target)
+                    intersection, union = _overlap(mask, target)
                     record["sentences"].append(
                         {
                             "text": own[number],
@@ -144,16 +143,6 @@ class RegionMeter:
         return masks
 
 
-def overlap(mask: np.ndarray, target: np.ndarray) -> tuple[int, int]:
-    """Return intersection and union of two masks (H, W) bool, in pixels."""
-    return int(np.count_nonzero(mask & target)), int(np.count_nonzero(mask | target))
-
-
-def iou_of(intersection: float, union: float) -> float:
-    """Return the IoU; empty against empty counts 1."""
-    return intersection / union if union else 1.0
-
-
 def compare_predictions(sample: RegionSample, data: str, predictions: dict[str, Record]) -> list[Record]:
     """Return records of masks that were saved before, compared with the true masks of ``sample``.
 
@@ -175,11 +164,21 @@ def compare_predictions(sample: RegionSample, data: str, predictions: dict[str, 
             mask = np.zeros(target.shape, bool)
             if number < len(saved):
                 mask = _checked(decode_rle(saved[number]["mask"], name), target, name)
-            intersection, union = overlap(mask, target)
+            intersection, union = _overlap(mask, target)
             entry = {"text": text, "num_masks": int(number < len(saved)), "intersection": intersection, "union": union}
             record["sentences"].append({**entry, "mask": encode_rle(mask)})
         records.append(record)
     return records
+
+
+def cycle_iou(record: Record) -> float:
+    """Return the IoU of the mask that the record's caption led to with the region."""
+    return float(iou(record["cycle"]["intersection"], record["cycle"]["union"]))
+
+
+def _overlap(mask: np.ndarray, target: np.ndarray) -> tuple[int, int]:
+    inner, outer = mask_overlap(mask[None], target[None])
+    return int(inner[0]), int(outer[0])
 
 
 def _checked(mask: np.ndarray, target: np.ndarray, name: str) -> np.ndarray:

@@ -164,9 +164,7 @@ class Captioner:
 
     def _written(self, token_ids: list[int]) -> WrittenCaption:
         ids, text, ended = self.prompter.read_caption(token_ids)
-        marker = self.prompter.find_marker(text)
-        is_empty = not any(character.isalnum() for character in text)
-        unreadable = "empty" if is_empty else "special_token" if marker else None
+        unreadable = self.prompter.unreadable(text)
         gate = self.gates.check(text, not ended, unreadable)
         return WrittenCaption(text, tuple(ids), gate, not ended, unreadable)
 

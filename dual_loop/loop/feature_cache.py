@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
-from dual_loop.model.grounding import GroundingFeatures
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
-from dual_loop.types import Batch
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Batch, Seen
 
 GIB = 2**30
 
@@ -42,7 +41,7 @@ class FeatureCache:
         EnvironmentProblem: the folder cannot be made.
     """
 
-    def __init__(self, model: VideoLLaVASAMModel, folder: str | Path, limit_gib: float) -> None:
+    def __init__(self, model: Sa2VA, folder: str | Path, limit_gib: float) -> None:
         encoders = {"vision": model.mllm.model.vision_tower, "grounding": model.grounding_encoder.vision_encoder}
         for name, encoder in encoders.items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
@@ -64,23 +63,16 @@ class FeatureCache:
         self.num_read = self.num_computed = self.num_not_stored = 0
 
     @torch.no_grad()
-    def vision(self, batch: Batch) -> Tensor:
-        """Return ``model.encode_vision`` of all tiles of the batch, (T, M, D_vision)."""
-        found = self._look_up("vision", batch.pixel_values, lambda x: [self.model.encode_vision(x)])
-        return found[0]
-
-    @torch.no_grad()
-    def grounding(self, batch: Batch) -> GroundingFeatures:
-        """Return ``model.encode_grounding`` of the B images."""
-        return GroundingFeatures(
-            self._look_up("grounding", batch.g_pixel_values, lambda x: self.model.encode_grounding(x).levels)
-        )
+    def see(self, batch: Batch) -> Seen:
+        """Return ``model.see(batch)``, from disk as far as it is there."""
+        [vision] = self._look_up("vision", batch.pixel_values, lambda x: [self.model.encode_vision(x)])
+        return Seen(vision, self._look_up("grounding", batch.g_pixel_values, self.model.encode_grounding))
 
     def bytes_of(self, batch: Batch) -> int:
         """Return how many bytes the features of ``batch`` take; it runs both encoders on its first image."""
         with torch.no_grad():
             tile = self.model.encode_vision(batch.pixel_values[:1])
-            levels = self.model.encode_grounding(batch.g_pixel_values[:1]).levels
+            levels = self.model.encode_grounding(batch.g_pixel_values[:1])
         image = sum(level.numel() * level.element_size() for level in levels)
         return tile.numel() * tile.element_size() * len(batch.pixel_values) + image * batch.num_images
 

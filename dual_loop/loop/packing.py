@@ -138,7 +138,8 @@ def _pack(
     tiles = [list(range(offsets[view], offsets[view] + counts[view])) for view in views]
     # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
     last_tile = torch.tensor([len(group) for group in tiles]).cumsum(0) - 1
-    prompted = [(int(last_tile[row]), turn.region) for row, turns in enumerate(rows) for turn in turns if turn.is_caption]
+    placed = [(row, turn) for row, turns in enumerate(rows) for turn in turns]
+    prompted = [(int(last_tile[row]), turn.region) for row, turn in placed if turn.is_caption]
     columns = torch.tensor(segs, dtype=torch.long).reshape(-1, 2)
     answered = torch.tensor(answers, dtype=torch.long).reshape(-1, 3)
     weights = torch.ones(batch.num_regions) if weights is None else weights

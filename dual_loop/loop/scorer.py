@@ -73,7 +73,7 @@ class Scorer:
 
         NaN for regions of other images; a rejected text's mask is empty.
         """
-        masks = union(self.segment(batch, seen, texts), self.model.mask_size)
+        masks = join_masks(self.segment(batch, seen, texts), self.model.mask_size)
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
         return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)
 
@@ -108,10 +108,12 @@ class Scorer:
         return turns
 
 
-def union(masks: Sequence[Tensor], side: int) -> Tensor:
+def join_masks(masks: Sequence[Tensor], side: int) -> Tensor:
     """Join the masks (n, Q, Q) of each text to one of logits: (R, Q, Q), far below 0 where a text has none."""
-    empty = torch.full((side, side), -1e4)
-    return torch.stack([own.amax(0) if len(own) else empty.to(own.device) for own in masks]) if masks else empty[None][:0]
+    if not masks:
+        return torch.zeros(0, side, side)
+    empty = torch.full((side, side), -1e4, device=masks[0].device)
+    return torch.stack([own.amax(0) if len(own) else empty for own in masks])
 
 
 def own_image_only(table: Tensor, regions: Tensor, region_image: Tensor) -> Tensor:

@@ -1,268 +1,210 @@
-"""The loop on one screen: mask -> caption -> mask' -> loss.
+"""The loop on one screen: mask -> caption -> mask' -> losses.
 
-The trainer calls :meth:`DualLoop.begin_window` once an optimiser step and :meth:`DualLoop.step` once a micro-batch.
+::
+
+    packed = task.prepare(window)          step 1, no graph, once an optimiser step
+    output = task(packed[i])               steps 2 and 3, once a micro-batch; what DDP wraps
+
+Options are signals (``loop.signals``): each may add turns, lessons and terms, and this file branches on none of them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dual_loop.config import LoopConfig, PolicyConfig, RewardConfig
-from dual_loop.loop.alignment import mask_prompts
-from dual_loop.loop.audit import Auditor
-from dual_loop.loop.captioner import Captioner, prompt_texts
-from dual_loop.loop.critic import Critic
-from dual_loop.loop.estimators import build_estimator
+from dual_loop.config import Config, LossConfig
+from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.cheating_probe import CheatingProbe
 from dual_loop.loop.feature_cache import FeatureCache
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.loop.judge import Judge
-from dual_loop.loop.policy import (
-    CaptionPolicy,
-    PolicyPlan,
-    add_policy_branches,
-    policy_inputs,
-    relax,
-    soft_caption_inputs,
-)
-from dual_loop.loop.rewards import RewardSet, contrasts, iou_matrix
-from dual_loop.loop.rows import Rows
-from dual_loop.loop.segmenter import RelaxedCaption, SegmentationInputs, mask_ious, segmentation_inputs, split_by
-from dual_loop.loop.teacher import MaskTeacher
-from dual_loop.model.adapters import adapters_disabled, trainable_parameters
+from dual_loop.loop.packing import pack_turns, segmentation_turns, silent, supervised_turns
+from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.signals import build_signals
+from dual_loop.loop.signals.base import RowPlan, Window
+from dual_loop.losses import dice_loss, mask_cross_entropy, point_sample, sample_points, sum_objects
+from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights
-from dual_loop.model.grounding import GroundingFeatures
-from dual_loop.model.prompts import Prompter
-from dual_loop.model.soft_captions import temperature_at
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
-from dual_loop.types import Batch, CaptionRollout, Exchange, SingleProcess, StepOutput
+from dual_loop.model.object_count import object_multiplicity
+from dual_loop.model.prompts import Prompter, prompt_texts
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import (
+    Batch,
+    LossTerm,
+    PackedBatch,
+    RankComm,
+    RegionCaption,
+    Seen,
+    Segmentation,
+    SingleProcess,
+    StepOutput,
+)
 
 logger = logging.getLogger("dual_loop")
 
 
-@dataclass
-class MicroBatch:
-    """One micro-batch after step 1: its captions, the ready inputs of step 2, and what step 1 has to report."""
+class RunState(TypedDict):
+    """Counts of generated and rejected captions, and the captions that the cheating probe remembers."""
 
-    batch: Batch
-    rollout: CaptionRollout
-    inputs: SegmentationInputs
-    metrics: dict[str, float] = field(default_factory=dict)
+    captioner: list[int]
+    auditor: dict[str, list[str]]
 
 
-class DualLoop:
-    """Runs steps 1 to 3.
+class DualLoopTask(nn.Module):
+    """Owns the model, the losses and the signals.
 
     Args:
-        model: the unwrapped model, which captions. Its weights at this moment are the frozen listener of the audits.
+        model: its weights at this moment are the starting weights, which the cheating probe listens with.
         prompter: token ids of prompts.
-        config: settings of steps 1 and 2.
-        policy, reward: what the captioner learns from, and what captions earn.
-        exchange: sums and texts of all ranks; None for one process.
+        config: the settings ``loop``, ``policy``, ``reward``, ``loss`` and ``speed`` are read.
+        average: the weight average: the teacher, and the listener ``average``; None where neither is asked for.
+        comm: sums and texts of all ranks; None for one process.
         judge: asked by the caption reward, if there is one.
+        num_images: of an epoch, for the feature cache's announcement.
     """
 
     def __init__(
         self,
-        model: VideoLLaVASAMModel,
+        model: Sa2VA,
         prompter: Prompter,
-        config: LoopConfig,
-        policy: PolicyConfig | None = None,
-        reward: RewardConfig | None = None,
-        exchange: Exchange | None = None,
+        config: Config,
+        average: ExponentialMovingAverage | None = None,
+        comm: RankComm | None = None,
         judge: Judge | None = None,
+        num_images: int = 0,
     ) -> None:
-        self.model, self.prompter, self.config = model, prompter, config
-        self.policy_config, self.reward_config = policy or PolicyConfig(), reward or RewardConfig()
-        self.estimator = build_estimator(self.policy_config, self.reward_config)
-        gates = CaptionGates(self.reward_config.gates, prompter.find_marker, prompt_texts())
-        self.captioner = Captioner(model, prompter, config, gates, self.policy_config.temperature)
-        exchange = exchange or SingleProcess()
-        self.policy = CaptionPolicy(
-            self.estimator,
-            RewardSet(self.reward_config, judge),
-            Critic(model, prompter, config),
-            exchange,
-            config,
-            self.policy_config,
-            self._listening,
-        )
-        self.teacher = MaskTeacher(model, None, model.loss_config)
-        speed = model.speed
-        self.num_images = 0  # of an epoch, where the caller knows it: what the feature cache announces
-        self.cache: FeatureCache | None = None
-        if speed.feature_cache is not None:
-            self.cache = FeatureCache(model, speed.feature_cache, speed.feature_cache_gib)
-        is_seldom_read = self.reward_config.listener != "frozen"
-        self.starting = StartingWeights(trainable_parameters(model), speed.start_on_disk and is_seldom_read)
-        self.auditor = Auditor(model, prompter, config, self.starting, exchange)
+        super().__init__()
+        self.model, self.prompter, self.config, self.average = model, prompter, config, average
+        self.num_images, comm = num_images, comm or SingleProcess()
+        gates = CaptionGates(config.reward.gates, prompt_texts())
+        self.captioner = Captioner(model, prompter, config.loop, gates, config.policy.temperature)
+        self.scorer = Scorer(model, prompter, config.loop)
+        self.signals = build_signals(model, prompter, config, average, comm, judge)
+        is_seldom_read = config.reward.listener != "frozen"
+        self.starting = StartingWeights(trainable_parameters(model), config.speed.start_on_disk and is_seldom_read)
+        self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm)
+        folder = config.speed.feature_cache
+        self.cache = None if folder is None else FeatureCache(model, folder, config.speed.feature_cache_gib)
 
-    def use_average(self, average: ExponentialMovingAverage) -> None:
-        """Take ``average`` as the teacher of ``loss.distill_weight`` and the listener ``average``."""
-        self.teacher.average = average
+    # ---- step 1: image + mask -> caption -----------------------------------------------------------------------------
 
-    def _listening(self) -> AbstractContextManager[None]:
-        """Lend the model the weights that score captions (``reward.listener``)."""
-        if self.reward_config.listener == "frozen":
-            return self.starting.swapped()
-        if self.reward_config.listener == "average":
-            if self.teacher.average is None:
-                raise RuntimeError("the weight average is to listen: call DualLoop.use_average first")
-            return self.teacher.average.swapped()
-        return nullcontext()
-
-    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[MicroBatch]:
-        """Step 1 for all micro-batches of an optimiser step; the parameters do not change inside it.
-
-        The frozen vision tower runs here, once an image; step 2 uses the same features.
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[PackedBatch]:
+        """Caption all micro-batches of an optimiser step, and pack the rows that step 2 reads.
 
         Args:
-            batches: the accumulation window of this rank.
+            batches: the accumulation window of this rank; the parameters do not change inside it.
             progress: share of the run that is done, 0..1, for schedules.
-            audit: also measure the anti-cheat panel.
+            audit: also measure the cheating probe.
         """
-        if self.cache is not None and not self.cache.is_announced:
-            logger.info("%s", self.cache.announcement(batches[0], self.num_images))
-        is_shared = self.model.speed.share_towers
-        needs_more = audit or self.policy.needs_scores or self.estimator.is_relaxed
-        features = [self._vision(batch) if is_shared or needs_more else None for batch in batches]
-        plain = [feature.detach() for feature in features if feature is not None]
-        draws = self.estimator.draws
-        seen: list[Tensor | None] = [*plain] if is_shared else [None] * len(batches)
-        rollouts = self.captioner.roll_out(batches, seen, greedy=draws.greedy, num_samples=draws.samples)
-        self.auditor.remember(rollouts)
-        grounding = [self._grounding(batch, audit) for batch in batches]
-        plans = self.policy.plan(batches, plain, rollouts, grounding)
-        read = features if is_shared else [None] * len(batches)
-        parts = zip(batches, rollouts, read, plans, grounding, strict=True)
-        micros = [self._micro_batch(*part, progress) for part in parts]
-        inputs = [micro.inputs for micro in micros]
-        for micro, metrics in zip(micros, self.teacher.teach(batches, inputs), strict=True):
-            micro.metrics.update(metrics)
+        seen = [self.see(batch) for batch in batches]
+        samples = max((signal.num_samples for signal in self.signals), default=0)
+        replaced = any(signal.reads_samples for signal in self.signals)
+        greedy = not replaced or any(signal.needs_greedy for signal in self.signals)
+        captions = self.captioner.write(seen, batches, greedy=greedy, num_samples=samples)
+        self.probe.remember(captions)
+        plans = [RowPlan.for_captions(own) for own in captions]
+        asked = [
+            list(dict.fromkeys(text for signal in self.signals for text in signal.asks(batch, own)))
+            for batch, own in zip(batches, captions, strict=True)
+        ]
+        with self.scoring_weights() if any(asked) else nullcontext():
+            tables = [self.scorer.score(*part) for part in zip(batches, seen, asked, strict=True)]
+        scores = [dict(zip(texts, table, strict=True)) for texts, table in zip(asked, tables, strict=True)]
+        window = Window(batches, seen, captions, plans, scores, progress)
+        for signal in self.signals:
+            signal.plan(window)
+        packed = [self.pack(*part) for part in zip(batches, seen, captions, plans, strict=True)]
+        for signal in self.signals:
+            signal.lessons(window, packed)
         if audit:
-            micros[0].metrics.update(self.auditor.audit(batches, plain, rollouts, inputs))
-        return micros
+            packed[0].metrics.update(self.probe.measure(seen, packed))
+        return packed
 
-    def step(self, wrapped_model: Any, micro: MicroBatch) -> StepOutput:
-        """Steps 2 and 3: segment every caption and compare mask' with mask.
+    def see(self, batch: Batch) -> Seen:
+        """Run both frozen image encoders, once an image; or read what they computed before."""
+        if self.cache is None:
+            return self.model.see(batch)
+        if not self.cache.is_announced:
+            logger.info("%s", self.cache.announcement(batch, self.num_images))
+        return self.cache.see(batch)
 
-        Args:
-            wrapped_model: the model as the trainer wraps it (DDP), so that gradients are shared.
-        """
-        output = wrapped_model(micro.inputs.data, mode="terms")
-        metrics = {**self._metrics(micro, output["segmentation"].mask_logits), **micro.metrics}
-        return StepOutput(output["terms"], metrics, output["segmentation"], micro.rollout.captions)
+    def pack(self, batch: Batch, seen: Seen, captions: list[RegionCaption], plan: RowPlan) -> PackedBatch:
+        """Put the turns about each image into one row: what signals add, [SEG] of every region, supervised captions."""
+        loop = self.config.loop
+        turns = segmentation_turns(batch, captions, plan.weights, self.prompter, loop)
+        for region, turn in plan.segmentation.items():
+            turn.turn = silent(turn.turn) if plan.weights[region] == 0.0 else turn.turn
+            turns[region] = turn
+        turns = [*plan.turns, *turns, *supervised_turns(batch, captions, self.prompter, loop)]
+        weights, num_objects = plan.weights, self.config.loss.num_objects
+        if num_objects is not None:
+            image = batch.region_image.cpu()
+            weights = weights * object_multiplicity(image, batch.num_images, num_objects, batch.region_seeds)
+        vision = None if self.model.trains_vision else seen.vision
+        packed = pack_turns(batch, captions, turns, self.prompter, vision=vision, levels=seen.levels, weights=weights)
+        packed.metrics = plan.metrics
+        return packed
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of this rank, as JSON values."""
+    def scoring_weights(self) -> AbstractContextManager[None]:
+        """Lend the model the weights that score captions (``reward.listener``)."""
+        listener = self.config.reward.listener
+        if listener == "average":
+            if self.average is None:
+                raise ValueError("the weight average is to listen, and there is none")
+            return self.average.swapped()
+        return self.starting.swapped() if listener == "frozen" else nullcontext()
+
+    # ---- steps 2 and 3: image + caption -> mask' -> losses -----------------------------------------------------------
+
+    def forward(self, packed: PackedBatch) -> StepOutput:
+        """Segment every caption and compare mask' with mask; every term is a sum and a count."""
+        embeds = self.model.embed(packed)
+        for signal in self.signals:
+            embeds = signal.edit(self.model, embeds, packed)
+        hidden = self.model.read(embeds, packed)
+        masks = self.model.segment(hidden, packed)
+        terms = plain_terms(self.model, hidden, masks, packed, self.config.loss)
+        for signal in self.signals:
+            terms.update(signal.terms(self.model, hidden, masks, packed))
+        return StepOutput(terms, masks)
+
+    # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
+
+    def run_state(self) -> RunState:
+        """Return what a resumed run needs of this rank's task, as JSON values."""
         counts = [self.captioner.num_generated, self.captioner.num_rejected]
-        return {"captioner": counts, "auditor": self.auditor.state_dict()}
+        return {"captioner": counts, "auditor": {"recent": list(self.probe.recent)}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_run_state(self, state: RunState) -> None:
+        """Continue from :meth:`run_state`."""
         self.captioner.num_generated, self.captioner.num_rejected = state["captioner"]
-        self.auditor.load_state_dict(state["auditor"])
-
-    # ---- inside a window -------------------------------------------------------------------------------------------
-
-    def _vision(self, batch: Batch) -> Tensor:
-        """Run the vision tower on all tiles of the batch, or read what it computed before."""
-        return self.cache.vision(batch) if self.cache is not None else self.model.encode_vision(batch.pixel_values)
-
-    @torch.no_grad()
-    def _grounding(self, batch: Batch, audit: bool) -> GroundingFeatures | None:
-        """Run SAM 2's frozen encoder once, where more than one pass will read its features."""
-        encoder = self.model.grounding_encoder.vision_encoder
-        is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
-        if not self.model.speed.share_towers:
-            return None
-        if self.cache is not None:
-            return self.cache.grounding(batch)
-        several = audit or self.policy.needs_scores or self.model.loss_config.distill_weight > 0
-        return self.model.encode_grounding(batch.g_pixel_values) if is_frozen and several else None
-
-    def _micro_batch(
-        self,
-        batch: Batch,
-        rollout: CaptionRollout,
-        features: Tensor | None,
-        plan: PolicyPlan,
-        grounding: GroundingFeatures | None,
-        progress: float,
-    ) -> MicroBatch:
-        rows, question = (
-            Rows(batch, self.prompter, is_packed=self.model.speed.pack_branches),
-            self.config.caption_question,
-        )
-        places = add_policy_branches(rows, plan.captions, question)
-        relaxed = self._relaxed(rollout, plan.metrics) if self.estimator.is_relaxed else []
-        num_objects = self.model.loss_config.num_objects
-        prompts = (self.prompter, self.config, num_objects)
-        inputs = segmentation_inputs(batch, rollout, features, *prompts, plan.region_weights, relaxed, rows)
-        if grounding is not None:
-            inputs.data["grounding_features"] = grounding
-        if relaxed:
-            config = self.policy_config
-            temperature = temperature_at(progress, config.gumbel_temperature, config.gumbel_temperature_end)
-            inputs.data["captioning"] = soft_caption_inputs(rows, relaxed, features, question, config, temperature)
-        if self.estimator.is_rewarded:
-            policy = policy_inputs(rows, plan.captions, places, question, self.policy_config)
-            self._add_policy(inputs, policy)
-        if self.model.loss_config.align_weight > 0:
-            inputs.data["align_targets"] = mask_prompts(self.model, batch.target_masks)
-            inputs.counts["align_loss"] = inputs.counts["mask_loss"]
-        return MicroBatch(batch, rollout, inputs, plan.metrics)
-
-    def _add_policy(self, inputs: SegmentationInputs, policy: dict[str, Any]) -> None:
-        inputs.counts["policy_loss"] = float(len(policy["targets"]))
-        if policy["kl_weight"] > 0:
-            inputs.counts["kl_loss"] = inputs.counts["policy_loss"]
-            with torch.no_grad(), evaluating(self.model), adapters_disabled(self.model):
-                hidden = self.model.hidden_states({k: v for k, v in inputs.data.items() if k != "captioning"})
-                policy["reference_log_probs"] = self.model.token_log_probs(hidden, policy)
-        inputs.data["policy"] = policy
-
-    def _relaxed(self, rollout: CaptionRollout, metrics: dict[str, float]) -> list[RelaxedCaption]:
-        found, missed = [], 0
-        for region, samples in enumerate(rollout.samples):
-            if rollout.from_reference[region] or rollout.rejected[region] or not rollout.keep[region]:
-                continue
-            caption = relax(self.prompter, region, samples[0])
-            missed += caption is None
-            found += [caption] if caption is not None else []
-        metrics["gumbel/not_aligned"] = float(missed)
-        return found
-
-    @torch.no_grad()
-    def _metrics(self, micro: MicroBatch, mask_logits: Tensor) -> dict[str, float]:
-        batch, rollout = micro.batch, micro.rollout
-        own = torch.arange(batch.num_regions, device=mask_logits.device)
-        ious = mask_ious(mask_logits, batch.target_masks)
-        matrix = iou_matrix(mask_logits, own, batch.target_masks, batch.region_image.to(mask_logits.device))
-        unique = contrasts(matrix, own)
-        generated = torch.tensor([not given for given in rollout.from_reference], device=unique.device)
-        unique = unique[generated & ~unique.isnan()]
-        reference, cycle = split_by(ious.tolist(), rollout.from_reference)
-        pairs = list(zip(rollout.token_ids, rollout.captions, rollout.from_reference, strict=True))
-        lengths = [len(ids) for ids, _, given in pairs if not given]
-        words = [len(text.split()) for _, text, given in pairs if not given]
-        return {
-            "regions": float(len(ious)),
-            "tokens": float(micro.inputs.data["input_ids"].numel()),
-            **_ratio("cycle_iou", cycle),
-            **_ratio("reference_iou", reference),
-            **_ratio("uniqueness", unique.tolist()),
-            **_ratio("caption_tokens", lengths),
-            **_ratio("caption_words", words),
-            "caption/rejected": float(rollout.num_rejected),
-            "prompt/grid_rescued": float(batch.grid_rescued.sum()),
-        }
+        self.probe.recent.extend(state["auditor"]["recent"])
 
 
-def _ratio(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{name}/sum": float(sum(values)), f"{name}/count": float(len(values))}
+def plain_terms(
+    model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch, loss: LossConfig
+) -> dict[str, LossTerm]:
+    """Return the losses of the plain loop: cross-entropy and dice of mask' against mask, and language.
+
+    Masks are compared at sampled points or (``num_points`` 0) at all pixels. Logits of the vocabulary are computed
+    where a token of an answer carries loss, and nowhere else.
+    """
+    logits, targets, weights = masks.mask_logits, packed.batch.target_masks, packed.region_weights
+    if loss.num_points > 0:
+        ratios = (loss.oversample_ratio, loss.importance_sample_ratio)
+        points = sample_points(logits, packed.batch.region_seeds, loss.num_points, *ratios)
+        logits, targets = point_sample(logits, points), point_sample(targets, points)
+    rows, columns = packed.answer_positions
+    language = model.token_loss(hidden[rows, columns], packed.answer_ids) * loss.language_weight
+    return {
+        "mask_loss": sum_objects(mask_cross_entropy(logits, targets), loss.mask_weight, weights),
+        "dice_loss": sum_objects(dice_loss(logits, targets), loss.dice_weight, weights),
+        "llm_loss": LossTerm(language, packed.counts["llm_loss"]),
+    }

@@ -32,7 +32,7 @@ from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
 from dual_loop.model.recompute import checkpoint_first, requested_layers
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 TINY_ASSETS = Path(str(files("dual_loop") / "assets" / "tiny"))
 TINY_WEIGHTS = TINY_ASSETS / "model.safetensors"
@@ -98,7 +98,9 @@ def build_prompter(config: Config, tokenizer: Any) -> Prompter:
     return Prompter(tokenizer, config.model.template, geometry(config).grid_size ** 2)
 
 
-def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_imported: bool = True) -> nn.Module:
+def build_model(
+    config: Config, tokenizer: Any, *, device: str = "cpu", weights_imported: bool = True
+) -> VideoLLaVASAMModel:
     """Build the model with LoRA and freeze policy; weights are random (on ``meta``: not even that).
 
     Args:
@@ -124,10 +126,9 @@ def build_model(config: Config, tokenizer: Any, *, device: str = "cpu", weights_
             image_context_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
             image_mean=IMAGENET_MEAN,
             image_std=IMAGENET_STD,
-            loss=config.loss,
-            speed=config.speed,
             single_mask=settings.single_mask,
         )
+        model.loss_config = config.loss
     groups = list(settings.trainable)
     mode = settings.train_embeddings
     if mode == "auto":

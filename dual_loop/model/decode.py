@@ -177,9 +177,9 @@ class Decoder:
             tiles = [tile for image in self.prompts.tiles[part] for tile in image]
             no_masks = torch.zeros(0, self.side, self.side, dtype=torch.bool, device=ids.device)
             embeds = self.model.embed_prompt(ids[part], self.image_features[tiles], none, no_masks)
-            cache = Cache(layers=[GrowingLayer(0) for _ in range(self.model.num_layers)])
-            self._forward(embeds, valid[part], cache)
-            layers.append([layer.contents() for layer in cache.layers])
+            own = [GrowingLayer(0) for _ in range(self.model.num_layers)]
+            self._forward(embeds, valid[part], Cache(layers=list(own)))
+            layers.append([layer.contents() for layer in own])
         joined = [tuple(torch.cat(same) for same in zip(*parts, strict=True)) for parts in zip(*layers, strict=True)]
         return [(keys, values) for keys, values in joined], valid
 

@@ -7,25 +7,12 @@ are never replaced where the object score is not positive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dual_loop.types import Segmentation
-
-
-@dataclass
-class GroundingFeatures:
-    """Frozen features of B images, before the layers that train.
-
-    Attributes:
-        levels: three maps (B, C0, 4Q', 4Q'), (B, C1, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before
-            ``conv_s0`` and ``conv_s1``. C0 and C1 are :meth:`GroundingDecoder.level_width`.
-    """
-
-    levels: list[Tensor]
 
 
 class GroundingDecoder:
@@ -42,18 +29,22 @@ class GroundingDecoder:
         self.sam = sam
         self.single_mask = single_mask
 
-    def encode(self, pixels: Tensor) -> GroundingFeatures:
-        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels before the trained convolutions."""
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels, before the layers that train.
+
+        They are (B, C0, 4Q', 4Q'), (B, C1, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before ``conv_s0``
+        and ``conv_s1``. C0 and C1 are :meth:`level_width`.
+        """
         encoder = self.sam.vision_encoder
         trains = any(parameter.requires_grad for parameter in encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             maps = encoder(pixels, return_dict=True).fpn_hidden_states
-        return GroundingFeatures(list(maps))
+        return list(maps)
 
-    def finish(self, features: GroundingFeatures) -> list[Tensor]:
+    def finish(self, levels: list[Tensor]) -> list[Tensor]:
         """Apply ``conv_s0``, ``conv_s1`` (they belong to the trained decoder) and add the no-memory embedding."""
         decoder = self.sam.mask_decoder
-        fine, middle, coarse = features.levels
+        fine, middle, coarse = levels
         coarse = coarse + self.sam.no_memory_embedding.reshape(1, -1, 1, 1)
         return [decoder.conv_s0(fine), decoder.conv_s1(middle), coarse]
 

@@ -324,6 +324,12 @@ class Prompter:
         text, ended = self.decode_caption(ids)
         return ids, clean_caption(text), ended
 
+    def unreadable(self, text: str) -> str | None:
+        """Return why step 2 cannot read a caption: ``empty``, ``special_token``, or None where it can."""
+        if not any(character.isalnum() for character in text):
+            return "empty"
+        return "special_token" if self.find_marker(text) else None
+
     def ends_turn(self, token_ids: Sequence[int]) -> bool:
         """Tell whether generated ids end with a stop text, however the tokenizer cuts it.
 

@@ -12,7 +12,7 @@ It knows no loss weight, no reward and no teacher; those belong to ``loop``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,8 @@ class Sa2VA(nn.Module):
         grounding_encoder: ``Sam2Model``. grounding: runs it.
         text_hidden_fcs: Linear, ReLU, Linear from the language width D to the SAM 2 prompt width C.
         new_token_rows: trained rows of the new tokens, or None.
+        group_rows: whether rows of unlike length may take several passes (not where layers are sharded).
+        after_loading: what :meth:`finish` runs.
 
     Args:
         mllm, grounding_encoder, text_hidden_fcs: the parts.
@@ -68,10 +70,20 @@ class Sa2VA(nn.Module):
         self.grounding_encoder: Any = grounding_encoder
         self.text_hidden_fcs = text_hidden_fcs
         self.new_token_rows: NewTokenRows | None = None
+        self.group_rows = True
+        self.after_loading: list[Callable[[torch.device], str | None]] = []
         self.seg_id, self.image_context_id = seg_id, image_context_id
         self.grounding = GroundingDecoder(grounding_encoder, single_mask)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+
+    def finish(self, device: torch.device) -> list[str]:
+        """Do what waits for loaded weights and for ``device``, where they are; return lines to print.
+
+        Frozen matrices may be no parameters any more after it.
+        """
+        lines = [run(device) for run in self.after_loading]
+        return [line for line in lines if line is not None]
 
     @property
     def device(self) -> torch.device:

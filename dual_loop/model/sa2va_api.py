@@ -1,7 +1,7 @@
 """``VideoLLaVASAMModel``: Sa2VA behind the names and the data dict of the original's code.
 
-A thin adapter: it brings what the original's collate function hands over into tensors, and asks ``Sa2VA``. The package's
-own loop does not pass through it.
+A thin adapter: it brings what the original's collate function hands over into tensors, and asks ``Sa2VA``. The loop of
+this package does not pass through it.
 """
 
 from __future__ import annotations
@@ -198,8 +198,9 @@ class VideoLLaVASAMModel(Sa2VA):
                 raise PromptError(explain("grounding images differ in form", "g_pixel_values", seen, expected))
             frames = torch.stack(parts)
         if frames.dim() != 4 or tuple(frames.shape[1:]) != (3, side, side):
-            seen, expected = tuple(frames.shape), f"(frames, 3, {side}, {side}), pixels of 0..255"
-            raise PromptError(explain("grounding images have the wrong size", "g_pixel_values", seen, expected))
+            expected = f"(frames, 3, {side}, {side}), pixels of 0..255"
+            what, where = "grounding images have the wrong size", "g_pixel_values"
+            raise PromptError(explain(what, where, tuple(frames.shape), expected))
         return frames.to(self.device)
 
     def _region_prompts(self, data: Mapping[str, Any], holds_image: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,8 +210,8 @@ class VideoLLaVASAMModel(Sa2VA):
         masks = [] if given is None else [mask.to(self.device).bool() for mask in _tensors(given, "prompt_masks")]
         masks = [mask[None] if mask.dim() == 2 else mask for mask in masks]
         if any(mask.dim() != 3 or mask.shape[1:] != (side, side) for mask in masks):
-            seen, expected = [tuple(mask.shape) for mask in masks], f"(regions, {side}, {side}) each"
-            raise PromptError(explain("region prompts have the wrong size", "prompt_masks", seen, expected))
+            shapes, expected = [tuple(mask.shape) for mask in masks], f"(regions, {side}, {side}) each"
+            raise PromptError(explain("region prompts have the wrong size", "prompt_masks", shapes, expected))
         if not masks:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             return none, torch.zeros(0, side, side, dtype=torch.bool, device=self.device)
@@ -266,7 +267,8 @@ class VideoLLaVASAMModel(Sa2VA):
             seen = [tuple(part.shape) for part in parts]
             raise PromptError(explain("target masks have a wrong form", "masks", seen, "(objects, H, W) each"))
         side = self.mask_size
-        return torch.cat([F.interpolate(p[None].float(), (side, side), mode="nearest")[0] for p in parts]).to(self.device)
+        resized = [F.interpolate(part[None].float(), (side, side), mode="nearest")[0] for part in parts]
+        return torch.cat(resized).to(self.device)
 
     def _mask_losses(
         self, data: Mapping[str, Any], ids: Tensor, hidden: Tensor, levels: list[Tensor]
@@ -287,7 +289,8 @@ class VideoLLaVASAMModel(Sa2VA):
         points = data.get("point_coords")
         if points is None and config.num_points > 0:
             ratios = config.oversample_ratio, config.importance_sample_ratio
-            points = sample_points(masks.mask_logits, _different(seeds[order.to(seeds.device)]), config.num_points, *ratios)
+            own = _different(seeds[order.to(seeds.device)])
+            points = sample_points(masks.mask_logits, own, config.num_points, *ratios)
         return original_mask_losses(masks.mask_logits, targets[order], config, points)
 
     def _zero_losses(self, hidden: Tensor) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from dual_loop.data.prepare import collate as collate_samples
 from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng
 from dual_loop.errors import DualLoopError, SampleError
 from dual_loop.loop.captioner import Captioner
-from dual_loop.loop.segmenter import compute_segmentation_loss
+from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import trainable_parameters, trainable_table
 from dual_loop.model.build import build_tokenizer, geometry
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va import Sa2VA
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.types import RegionSample, RegionSource
 
@@ -64,7 +64,7 @@ def check_trains(model: torch.nn.Module) -> Iterator[Finding]:
 
 
 def check_batch(
-    model: VideoLLaVASAMModel, prompter: Prompter, config: Config, sources: Sequence[RegionSource]
+    model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[RegionSource]
 ) -> Iterator[Finding]:
     """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
     sizes = geometry(config)
@@ -77,11 +77,9 @@ def check_batch(
         captioner = Captioner(model, prompter, config.loop, is_silent=True)
         autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
         with autocast:
-            with torch.no_grad():
-                features = model.encode_vision(batch.pixel_values)
-            [rollout] = captioner.roll_out([batch], [features])
-            output = compute_segmentation_loss(model, batch, rollout, prompter, config.loop, features)
-        loss = torch.stack([term.mean for term in output["terms"].values()]).sum()
+            [captions] = captioner.write([model.see(batch)], [batch])
+            output = compute_segmentation_loss(model, batch, captions, prompter, config.loop, config.loss)
+        loss = torch.stack([term.mean for term in output.terms.values()]).sum()
         loss.backward()
         value = float(loss.detach())
         gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
@@ -89,12 +87,12 @@ def check_batch(
         model.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         figures = f"loss {value:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s"
-        text = f"{name}: caption {rollout.captions[0]!r}, {figures}"
+        text = f"{name}: caption {captions[0].text!r}, {figures}"
         if not (math.isfinite(value) and math.isfinite(norm)):
             yield Finding(PROBLEM, "one batch", text, "check the weights and the precision")
-        elif rollout.num_rejected:
+        elif any(caption.rejected for caption in captions):
             fix = "check that the weights are trained ones, and --max_new_tokens"
-            yield Finding(WARNING, "one batch", f"{text}; {rollout.rejected[0]} caption", fix)
+            yield Finding(WARNING, "one batch", f"{text}; {captions[0].rejected} caption", fix)
         else:
             yield Finding(OK, "one batch", text)
 

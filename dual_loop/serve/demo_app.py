@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.data.masks_dir import read_mask_file
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain
+from dual_loop.metrics import iou_table
 from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
-from dual_loop.serve.predictor import Predictor, iou_table
+from dual_loop.serve.predictor import Predictor
 
 SIDE = 440
 SAME_IMAGE = 4.0
@@ -59,7 +61,10 @@ class Session:
 
     def matrix(self) -> np.ndarray:
         """Return the IoU (N, N) of every mask that came back with every given mask."""
-        return iou_table(np.stack(self.back), np.stack(self.masks)) if self.masks else np.zeros((0, 0))
+        if not self.masks:
+            return np.zeros((0, 0))
+        back, given = (torch.from_numpy(np.stack(masks)) for masks in (self.back, self.masks))
+        return iou_table(back, given).double().numpy()
 
 
 class DemoLogic:

@@ -20,7 +20,7 @@ from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
 
 
@@ -111,7 +111,7 @@ def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.train.seed)
-        model = cast(VideoLLaVASAMModel, build_model(config, tokenizer, weights_imported=embeddings))
+        model = build_model(config, tokenizer, weights_imported=embeddings)
     if sources:
         load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
     return model, build_prompter(config, tokenizer)

@@ -23,12 +23,13 @@ from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.evaluate import resize_logits
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.answers import Answerer
 from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.scorer import Scorer, join_masks
+from dual_loop.metrics import iou_table
 from dual_loop.model.build import geometry
-from dual_loop.model.video_llava_sam import evaluating
+from dual_loop.model.sa2va import evaluating
 from dual_loop.serve.loading import LoadedModel, load_trained
-from dual_loop.types import Batch, RegionSample
+from dual_loop.types import Batch, RegionSample, Seen
 
 ImageLike: TypeAlias = "np.ndarray | Image.Image"
 IMAGES_AT_ONCE = 8
@@ -171,8 +172,8 @@ class Predictor:
         """:meth:`caption` for many images, eight at a time."""
         found: list[list[str]] = []
         for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
-            batch, features = self._encode(chunk)
-            captions, _ = self._write(batch, features)
+            batch, seen = self._encode(chunk)
+            captions, _ = self._write(batch, seen)
             found += _by_sample(captions, chunk)
         return found
 
@@ -182,7 +183,7 @@ class Predictor:
     ) -> list[list[SegmentedText]]:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
-        answerer = Answerer(self.model, self.prompter, self.settings)
+        scorer = Scorer(self.model, self.prompter, self.settings)
         for part in in_chunks(items, IMAGES_AT_ONCE):
             # A text needs no region; a whole image stands in for one, so that one path serves all.
             samples = [_texts_sample(to_array(image), texts) for image, texts in part]
@@ -190,9 +191,9 @@ class Predictor:
             if not flat:
                 found += [[] for _ in part]
                 continue
-            batch, features = self._encode([sample for sample in samples if sample is not None])
+            batch, seen = self._encode([sample for sample in samples if sample is not None])
             with self.loaded.autocast():
-                logits = answerer.segment(batch, features, flat, generated=generated)
+                logits = scorer.segment(batch, seen, list(enumerate(flat)), generated=generated)
             start = 0
             for image, texts in part:
                 own = logits[start : start + len(texts)]
@@ -205,36 +206,38 @@ class Predictor:
     def loop_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[LoopResult]:
         """:meth:`loop` for many images, eight at a time."""
         results: list[LoopResult] = []
-        answerer = Answerer(self.model, self.prompter, self.settings)
+        scorer = Scorer(self.model, self.prompter, self.settings)
         for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
-            batch, features = self._encode(chunk)
-            captions, rejected = self._write(batch, features)
-            readable = [text if reason is None else "x" for text, reason in zip(captions, rejected, strict=True)]
+            batch, seen = self._encode(chunk)
+            captions, rejected = self._write(batch, seen)
+            pairs = zip(captions, rejected, strict=True)
+            readable = [(n, text if reason is None else None) for n, (text, reason) in enumerate(pairs)]
             with self.loaded.autocast():
-                logits = answerer.segment(batch, features, readable, generated=False)
+                logits = join_masks(scorer.segment(batch, seen, readable), self.model.mask_size)
             start = 0
             for sample in chunk:
                 part = slice(start, start + sample.num_regions)
                 start += sample.num_regions
-                masks = torch.cat(logits[part]).float()
-                predicted = self._at_size(masks, sample.image.shape) > 0
-                usable = np.array([reason is None for reason in rejected[part]])
-                results.append(_loop_result(captions[part], rejected[part], predicted & usable[:, None, None], sample))
+                predicted = self._at_size(logits[part], sample.image.shape) > 0
+                table = iou_table(torch.from_numpy(predicted), torch.from_numpy(sample.masks)).double().numpy()
+                answer = (captions[part], rejected[part], predicted, table.diagonal().copy(), table)
+                results.append(LoopResult(*answer))
         return results
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _encode(self, samples: Sequence[RegionSample]) -> tuple[Batch, torch.Tensor]:
+    def _encode(self, samples: Sequence[RegionSample]) -> tuple[Batch, Seen]:
         batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
         with evaluating(self.model), self.loaded.autocast(), torch.no_grad():
-            return batch, self.model.encode_vision(batch.pixel_values)
+            return batch, self.model.see(batch)
 
-    def _write(self, batch: Batch, features: torch.Tensor) -> tuple[list[str], list[str | None]]:
+    def _write(self, batch: Batch, seen: Seen) -> tuple[list[str], list[str | None]]:
         captioner = Captioner(self.model, self.prompter, self.settings, is_silent=True)
         with self.loaded.autocast():
-            [rollout] = captioner.roll_out([batch], [features], use_references=False)
+            [captions] = captioner.write([seen], [batch], use_references=False)
         # The words themselves, also where step 2 could not read them.
-        return [caption.text for caption in rollout.greedy if caption is not None], rollout.rejected
+        texts = [caption.greedy.text for caption in captions if caption.greedy is not None]
+        return texts, [caption.rejected for caption in captions]
 
     def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
         size = (int(shape[0]), int(shape[1]))
@@ -302,23 +305,6 @@ def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
         raise SampleError("empty_mask", explain("a mask is empty", f"mask {empty[0]}", "0 pixels", "1 or more"))
     names = tuple(str(number) for number in range(len(stack)))
     return RegionSample("given", "image", pixels, np.ascontiguousarray(stack), names, ((),) * len(stack))
-
-
-def iou_table(predicted: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Return the IoU of every pair: (P, H, W) and (N, H, W) bool -> (P, N) float64; two empty masks count 1."""
-    first = predicted.reshape(len(predicted), -1).astype(np.float64)
-    second = given.reshape(len(given), -1).astype(np.float64)
-    intersection = first @ second.T
-    union = first.sum(1)[:, None] + second.sum(1)[None] - intersection
-    ious: np.ndarray = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-    return ious
-
-
-def _loop_result(
-    captions: Sequence[str], rejected: Sequence[str | None], masks: np.ndarray, sample: RegionSample
-) -> LoopResult:
-    matrix = iou_table(masks, sample.masks)
-    return LoopResult(list(captions), list(rejected), masks, matrix.diagonal().copy(), matrix)
 
 
 def _texts_sample(pixels: np.ndarray, texts: Sequence[str]) -> RegionSample | None:

@@ -15,9 +15,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
+from dual_loop.model.shards import is_sharded
 
 LET_GO_SECONDS = 0.5
 
@@ -94,6 +96,9 @@ def is_sharding(config: Config, accelerator: Accelerator) -> bool:
 
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
+    # Shards are exchanged by their own layers.
+    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     with warnings.catch_warnings():
         # Its successor is unknown to the older torch versions that are supported too.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)

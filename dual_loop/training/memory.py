@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from dual_loop.config import Config, caption_gradient
 from dual_loop.model.build import geometry
-from dual_loop.model.grounding import GroundingDecoder, GroundingFeatures
+from dual_loop.model.grounding import GroundingDecoder
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.training.devices import precision
 from dual_loop.training.guard import gather_objects
@@ -362,7 +362,7 @@ class _MaskDecoding(nn.Module):
         self.sam, self.grounding = grounding.sam, grounding
 
     def forward(self, embeds: Tensor, levels: list[Tensor], index: Tensor) -> Tensor:
-        finished = self.grounding.finish(GroundingFeatures(levels))
+        finished = self.grounding.finish(levels)
         return self.grounding.decode_candidates(self.grounding.sparse_prompts(embeds), finished, index)[0]
 
 

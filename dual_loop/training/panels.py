@@ -6,15 +6,15 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from dual_loop.metrics import iou, mask_overlap
 from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, dejavu_font, overlay
-from dual_loop.types import RegionSample, StepOutput
+from dual_loop.types import PackedBatch, RegionSample, Segmentation
 
 PANEL_SIDE = 320
 GAP = 8
@@ -48,9 +48,9 @@ class Panel:
     iou: float
 
 
-def make_panel(micro: Any, output: StepOutput, samples: Sequence[RegionSample], region: int) -> Panel:
+def make_panel(packed: PackedBatch, masks: Segmentation, samples: Sequence[RegionSample], region: int) -> Panel:
     """Collect what is drawn of one region (its position in the micro-batch)."""
-    batch, rollout = micro.batch, micro.rollout
+    batch, caption = packed.batch, packed.captions[region]
     image = int(batch.region_image[region])
     first = int((batch.region_image < image).sum())
     sample, position = samples[image], region - first
@@ -58,20 +58,19 @@ def make_panel(micro: Any, output: StepOutput, samples: Sequence[RegionSample], 
     if name != batch.region_names[region]:
         raise RuntimeError(f"the panel of {batch.region_names[region]} would show {name}: the data changed on the disk")
     target = sample.segmentation_masks[position]
-    assert output.segmentation is not None  # panels are only drawn of steps that segmented
-    predicted = mask_at_size(output.segmentation.mask_logits[region], *target.shape)
-    union = int((predicted | target).sum())
-    origin = "reference" if rollout.from_reference[region] else "rejected" if rollout.rejected[region] else "generated"
+    predicted = mask_at_size(masks.mask_logits[region], *target.shape)
+    overlap = mask_overlap(predicted[None], target[None])
+    origin = "reference" if caption.is_reference else "rejected" if caption.rejected else "generated"
     return Panel(
         name=name,
         image=sample.image,
         mask=sample.masks[position],
-        caption=rollout.captions[region],
+        caption=caption.text,
         origin=origin,
         target_image=sample.segmentation_image,
         target_mask=target,
         predicted_mask=predicted,
-        iou=int((predicted & target).sum()) / union if union else 1.0,
+        iou=float(iou(*overlap)[0]),
     )
 
 

@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-from dual_loop.model.shards import is_sharded
 
 
 def shard_language_model(accelerator: Accelerator, model: Any) -> int:
@@ -36,8 +33,6 @@ def shard_language_model(accelerator: Accelerator, model: Any) -> int:
     for layer in layers:
         layer.to(accelerator.device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     # Every pass is a collective: all ranks must take as many as each other, however long their rows are.
     model.group_rows = False
     return len(layers)

@@ -9,18 +9,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng, save_run_checkpoint
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.loop.step_metrics import step_metrics
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import map_tensors, place_like, whole
@@ -47,51 +48,11 @@ from dual_loop.training.panels import choose_regions, make_panel, save_panels
 from dual_loop.training.run_folder import RunFolder
 from dual_loop.training.sharding import clip_gradients
 from dual_loop.training.state import Progress, fill_parameters, find_checkpoint, load_checkpoint
+from dual_loop.training.stream import DataStream
 from dual_loop.training.window_parts import Part, images_at_once, split_window
-from dual_loop.types import Batch, RegionSample, SkippedSample, StepOutput
+from dual_loop.types import Batch, LossTerm, PackedBatch, RegionSample, Segmentation, SkippedSample, StepOutput
 
 TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "stop"
-
-
-class TrainingData(Protocol):
-    """What the trainer needs of the data: an endless stream of micro-batches with a position."""
-
-    steps_per_epoch: int
-    source_names: Sequence[str]
-
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Return this rank's micro-batches from optimiser step ``first_step`` (0-based) on."""
-        ...
-
-    def samples(self, step: int, micro_step: int) -> list[RegionSample]:
-        """Return the samples of one micro-batch again, for panels."""
-        ...
-
-    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
-        """Count samples of all ranks; raises SampleError where too many were skipped."""
-        ...
-
-    def counters(self) -> dict[str, int]: ...
-
-    def state_dict(self, step: int) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Loop(Protocol):
-    """What the trainer needs of the loop; see ``dual_loop.loop.dual_loop.DualLoop``."""
-
-    def use_average(self, average: ExponentialMovingAverage) -> None: ...
-
-    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[Any]: ...
-
-    def step(self, wrapped_model: Any, micro: Any) -> StepOutput: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state as JSON values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -116,8 +77,8 @@ class Trainer:
 
     Args:
         config: the whole configuration.
-        model: the unwrapped model with its freeze policy applied.
-        loop: steps 1 to 3.
+        task: steps 1 to 3; what DDP wraps.
+        average: the weight average, on its device.
         data: micro-batches of this rank.
         accelerator: processes, device and precision.
         folder: where records and panels go; writes on rank 0 only.
@@ -128,24 +89,20 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
-        loop: Loop,
-        data: TrainingData,
+        task: DualLoopTask,
+        average: ExponentialMovingAverage,
+        data: DataStream,
         accelerator: Accelerator,
         folder: RunFolder,
         report: Callable[[str], None] = print,
         pace: AbstractContextManager[Any] | None = None,
     ) -> None:
-        self.config, self.model, self.loop, self.data = config, model, loop, data
+        self.config, self.task, self.ema, self.data = config, task, average, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
         self.pace = pace or contextlib.nullcontext()
-        self.wrapped = wrap_model(accelerator, model)
-        self.parameters = trainable_parameters(model)
-        self.optimizer = build_optimizer(self.parameters, config.train, config.speed.fused_optimizer)
-        self.ema = ExponentialMovingAverage(
-            self.parameters, config.train.ema_decay, is_fused=config.speed.fused_optimizer
-        )
-        loop.use_average(self.ema)
+        self.wrapped = wrap_model(accelerator, task)
+        self.parameters = trainable_parameters(task.model)
+        self.optimizer = build_optimizer(self.parameters, config.train)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
         epochs = config.train.num_epochs
         self.total_steps = config.train.max_steps or data.steps_per_epoch * epochs
@@ -157,7 +114,7 @@ class Trainer:
 
     def fit(self) -> FitResult:
         """Train to the end, or until a signal; write a checkpoint at the end in both cases."""
-        self.model.train()
+        self.task.train()
         self.folder.open_logs(self.progress.step)
         feed = self._feed()
         with StopRequest() as stop, self._progress_bar() as bar:
@@ -224,21 +181,21 @@ class Trainer:
             window = [part.batch for part in parts]
         with attention_kernel(self.config, self.accelerator.device):
             with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
-                micros = self.loop.begin_window(window, self.progress.step / self.total_steps, is_audited)
+                packed = self.task.prepare(window, self.progress.step / self.total_steps, is_audited)
             if number < self.total_steps:
                 with timer.phase("data"):
                     feed.start_next()
-            counts = self._global_counts(micros, window)
-            outputs = self._accumulate(micros, counts, timer)
+            counts = self._global_counts(packed, window)
+            outputs = self._accumulate(packed, counts, timer)
         with timer.phase("optimiser"):
             rate = learning_rate_at(self.progress.step, self.total_steps, self.config.train)
             grad_norm = self._update(outputs, window, rate, number)
-        sums = self._global_sums(outputs, stop)
+        sums = self._global_sums(packed, outputs, stop)
         self._advance(sums, timer)
         if is_logged:
             self._log(sums, counts, grad_norm, rate, timer)
         if number == self.total_steps or number == 1 or number % self.config.train.panel_interval == 0:
-            self._save_panels(micros, outputs, parts)
+            self._save_panels(packed, outputs, parts)
         return sums[STOP] > 0
 
     def _is_audited(self, number: int) -> bool:
@@ -246,7 +203,7 @@ class Trainer:
         interval = self.config.train.audit_interval
         return number % interval == 0 or (number == self.total_steps and self.total_steps > interval)
 
-    def _global_counts(self, micros: Sequence[Any], window: Sequence[Batch]) -> dict[str, float]:
+    def _global_counts(self, packed: Sequence[PackedBatch], window: Sequence[Batch]) -> dict[str, float]:
         """Return the items of every loss term over all micro-batches and ranks, before any backward pass.
 
         Samples consumed and skipped travel in the same all-reduce.
@@ -257,8 +214,8 @@ class Trainer:
         for batch in window:
             for name in batch.sources:
                 sums[f"{SOURCE}{name}"] += 1.0
-        for micro in micros:
-            add_into(sums, micro.inputs.counts, COUNT)
+        for rows in packed:
+            add_into(sums, rows.counts, COUNT)
         sums = reduce_sums(self.accelerator, sums)
         self._record_samples(sums, skipped)
         return {name.removeprefix(COUNT): value for name, value in sums.items() if name.startswith(COUNT)}
@@ -273,15 +230,17 @@ class Trainer:
         for name, count in consumed.items():
             self.progress.samples[name] += count
 
-    def _accumulate(self, micros: Sequence[Any], counts: Mapping[str, float], timer: PhaseTimer) -> list[StepOutput]:
+    def _accumulate(
+        self, packed: Sequence[PackedBatch], counts: Mapping[str, float], timer: PhaseTimer
+    ) -> list[StepOutput]:
         """Run steps 2 and 3 with backward for every micro-batch; DDP exchanges gradients in the last one only."""
         outputs = []
-        for index, micro in enumerate(micros):
-            is_last = index == len(micros) - 1
+        for index, rows in enumerate(packed):
+            is_last = index == len(packed) - 1
             waits = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
             with waits:
                 with timer.phase("forward"), self.accelerator.autocast():
-                    output = self.loop.step(self.wrapped, micro)
+                    output: StepOutput = self.wrapped(rows)
                     loss = self._loss(output, counts)
                 with timer.phase("backward"):
                     loss.backward()
@@ -311,12 +270,14 @@ class Trainer:
         self.ema.update()
         return grad_norm
 
-    def _global_sums(self, outputs: Sequence[StepOutput], stop: StopRequest) -> dict[str, float]:
+    def _global_sums(
+        self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], stop: StopRequest
+    ) -> dict[str, float]:
         """Return loss sums and metric sums over all micro-batches and ranks, and how many ranks want to stop."""
         sums = {STOP: float(stop.requested)}
-        for output in outputs:
+        for rows, output in zip(packed, outputs, strict=True):
             add_into(sums, {name: float(term.total) for name, term in output.terms.items()}, TERM)
-            add_into(sums, output.metrics)
+            add_into(sums, step_metrics(rows, output.masks))
         return reduce_sums(self.accelerator, sums)
 
     def _advance(self, sums: Mapping[str, float], timer: PhaseTimer) -> None:
@@ -350,15 +311,17 @@ class Trainer:
         self.folder.log(record)
         self.report(console_line(record, self.total_steps))
 
-    def _save_panels(self, micros: Sequence[Any], outputs: Sequence[StepOutput], parts: Sequence[Part]) -> None:
+    def _save_panels(
+        self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], parts: Sequence[Part]
+    ) -> None:
         """Draw some regions of this step (rank 0), one a source first; the images are read again."""
         if not self.accelerator.is_main_process:
             return
-        places = [(index, region) for index, micro in enumerate(micros) for region in range(micro.batch.num_regions)]
-        sources = [micros[index].batch.region_names[region].split("/")[0] for index, region in places]
+        places = [(index, region) for index, rows in enumerate(packed) for region in range(rows.batch.num_regions)]
+        sources = [packed[index].batch.region_names[region].split("/")[0] for index, region in places]
         chosen = [places[p] for p in choose_regions(sources, self.config.train.panels_per_save)]
         samples = {index: self._samples(parts[index]) for index, _ in chosen}
-        panels = [make_panel(micros[i], outputs[i], samples[i], region) for i, region in chosen]
+        panels = [make_panel(packed[i], outputs[i].masks, samples[i], region) for i, region in chosen]
         save_panels(panels, self.folder.path / "panels", self.progress.step)
 
     def _samples(self, part: Part) -> list[RegionSample]:
@@ -376,7 +339,7 @@ class Trainer:
             "ema_updates": ema["num_updates"],
             "total_steps": self.total_steps,
         }
-        own = {"rng": capture_rng(), "loop": self.loop.state_dict()}
+        own = {"rng": capture_rng(), "loop": self.task.run_state()}
         path = save_run_checkpoint(
             self.folder.path,
             self.progress.step,
@@ -413,7 +376,7 @@ class Trainer:
         self.progress = Progress.from_state(saved.state["progress"])
         if saved.rng_states is not None:
             self._rng = saved.rng_states["rng"]
-            self.loop.load_state_dict(saved.rng_states["loop"])
+            self.task.load_run_state(saved.rng_states["loop"])
         self._saved = (saved.step, str(path))
         self.report(f"Resumed from {path} at step {saved.step}")
         if saved.state["total_steps"] != self.total_steps:
@@ -438,11 +401,7 @@ class Trainer:
 
 def detach_output(output: StepOutput) -> StepOutput:
     """Return ``output`` without its graph, so that the memory of one micro-batch is free before the next."""
-    terms = {name: type(term)(term.total.detach(), term.count) for name, term in output.terms.items()}
-    segmentation = output.segmentation
-    if segmentation is not None:
-        segmentation.mask_logits = segmentation.mask_logits.detach()
-        segmentation.predicted_iou = segmentation.predicted_iou.detach()
-        segmentation.object_score_logits = segmentation.object_score_logits.detach()
-        segmentation.seg_embeds = None if segmentation.seg_embeds is None else segmentation.seg_embeds.detach()
-    return StepOutput(terms, output.metrics, segmentation, output.captions)
+    terms = {name: LossTerm(term.total.detach(), term.count) for name, term in output.terms.items()}
+    masks = output.masks
+    kept = (masks.mask_logits, masks.predicted_iou, masks.chosen, masks.object_score_logits)
+    return StepOutput(terms, Segmentation(*(tensor.detach() for tensor in kept)))

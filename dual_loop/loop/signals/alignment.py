@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dual_loop.losses import sum_objects
 from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.losses import full_precision, sum_objects
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import LossTerm, PackedBatch, Segmentation
 
@@ -54,7 +54,7 @@ def latent_alignment(
     Raises:
         ValueError: the shapes differ.
     """
-    difference = seg_embeds.float() - target_embeds.detach().float()
+    difference = full_precision(seg_embeds) - full_precision(target_embeds.detach())
     return sum_objects(difference.square().mean(dim=1), weight, object_weights)
 
 

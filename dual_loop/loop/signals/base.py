@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dual_loop.loop.scorer import RegionText
+from dual_loop.loop.step_metrics import caption_metrics
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, RegionTurn, Seen, Segmentation
 
@@ -32,6 +34,12 @@ class RowPlan:
     turns: list[RegionTurn] = field(default_factory=list)
     segmentation: dict[int, RegionTurn] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def for_captions(cls, captions: Sequence[RegionCaption]) -> RowPlan:
+        """Return the plan that a micro-batch begins with: weight 0 for captions that are left out of step 2."""
+        weights = torch.tensor([caption.is_kept for caption in captions], dtype=torch.float32)
+        return cls(weights, metrics=caption_metrics(captions))
 
 
 @dataclass

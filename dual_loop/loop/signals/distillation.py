@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dual_loop.config import LossConfig
-from dual_loop.losses import full_precision, sum_objects
 from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.losses import full_precision, sum_objects
 from dual_loop.metrics import iou_table
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.sa2va import Sa2VA

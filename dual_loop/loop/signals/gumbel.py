@@ -1,5 +1,8 @@
 """Straight-through Gumbel captions: discrete in the forward pass, with a gradient to the logits that chose them.
 
+Step 2 reads embeddings whose values are those of the sampled tokens and whose gradient goes to the captioner, so the
+mask loss itself teaches step 1.
+
 Sources: Gumbel-softmax and Concrete (1611.01144, 1611.00712), straight-through captions for a listener (1706.01554,
 PSST 1907.11565), noise conditioned on what was sampled (REBAR 1703.07370, RELAX 1711.00123). Differs from those: the
 tokens were sampled before, in a batched roll-out without graph, so the noise is drawn from its posterior given the
@@ -8,12 +11,198 @@ token instead of being remembered; and gradient reaches only the most likely tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 from torch import Tensor
 
+from dual_loop.config import LoopConfig, PolicyConfig
 from dual_loop.errors import explain
+from dual_loop.loop.captioner import sample_seed
+from dual_loop.loop.packing import pack_turns, silent
+from dual_loop.loop.signals.base import RowPlan, Signal, Window
+from dual_loop.model.prompts import Prompter, clean_caption
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, WrittenCaption
 
+NOISE_DRAW = 1_000_003
+"""Number of the draw whose seed gives a straight-through caption its Gumbel noise; no sample has it."""
 _TINY = 1e-12
+
+
+@dataclass
+class StraightThroughCaption:
+    """A caption that step 2 reads through straight-through embeddings.
+
+    Attributes:
+        region: its region.
+        token_ids: generated ids, up to and with the end of the turn.
+        first, last: the part of ``token_ids`` that is the caption, ``[first, last)``.
+        reading_ids: the ids that step 2 reads in place of that part.
+        turn, offset: the turn of step 2 that holds them, and where in it; set when the turn is built.
+    """
+
+    region: int
+    token_ids: tuple[int, ...]
+    first: int
+    last: int
+    reading_ids: tuple[int, ...]
+    turn: RegionTurn | None = None
+    offset: int = 0
+
+
+@dataclass
+class CaptioningRows:
+    """The captioning turns of straight-through captions, and the P tokens that step 2 reads of them.
+
+    Attributes:
+        packed: the turns in rows of their own.
+        positions: (2, P) int64, rows and columns of the hidden states that predict the tokens.
+        targets: (P,) int64, the tokens.
+        into: (2, P) int64, rows and columns of step 2 that read them.
+        is_first: (P,) bool, tokens that are read with a space before them.
+        uniform: (P, top_k + 1) random numbers of each region's own seed.
+        temperature: of the softmax.
+    """
+
+    packed: PackedBatch
+    positions: Tensor
+    targets: Tensor
+    into: Tensor
+    is_first: Tensor
+    uniform: Tensor
+    temperature: float
+
+
+class GumbelCaptions(Signal):
+    """Lets step 2 read the first sample of each region through straight-through embeddings.
+
+    Args:
+        prompter: builds the turns.
+        loop, policy: questions and answers; temperatures and how many tokens gradient reaches.
+    """
+
+    name = "gumbel"
+    num_samples = 1
+    reads_samples = True
+
+    def __init__(self, prompter: Prompter, loop: LoopConfig, policy: PolicyConfig) -> None:
+        self.prompter, self.loop, self.policy = prompter, loop, policy
+        self.captions: list[list[StraightThroughCaption]] = []
+        self.spaced: Tensor | None = None
+
+    def plan(self, window: Window) -> None:
+        parts = zip(window.batches, window.captions, window.plans, strict=True)
+        self.captions = [self._plan(*part) for part in parts]
+
+    def _plan(
+        self, batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan
+    ) -> list[StraightThroughCaption]:
+        found, missed, seen = [], 0, set[int]()
+        names, seeds = (self.loop.segment_question, self.loop.segment_answer), batch.region_seeds.tolist()
+        for region, (image, caption) in enumerate(zip(batch.region_image.tolist(), captions, strict=True)):
+            continues = self.loop.segment_form == "turns" and image in seen
+            seen.add(image)
+            if caption.is_reference or caption.rejected or not caption.is_kept:
+                continue
+            own = straight_through(self.prompter, region, caption.samples[0])
+            if own is None:
+                missed += 1
+                continue
+            ids = (own.reading_ids, *names, seeds[region], not continues)
+            turn, own.offset = self.prompter.straight_through_turn(*ids)
+            own.turn = RegionTurn(region, turn, continues=continues)
+            plan.segmentation[region] = own.turn
+            found.append(own)
+        plan.metrics["gumbel/not_aligned"] = float(missed)
+        return found
+
+    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+        start, end = self.policy.gumbel_temperature, self.policy.gumbel_temperature_end
+        temperature = temperature_at(window.progress, start, end)
+        for rows, own, seen in zip(packed, self.captions, window.seen, strict=True):
+            if own:
+                rows.lessons[self.name] = self._captioning(rows, own, seen.vision, temperature)
+
+    def _captioning(
+        self, rows: PackedBatch, own: Sequence[StraightThroughCaption], vision: Tensor, temperature: float
+    ) -> CaptioningRows:
+        batch, device = rows.batch, rows.input_ids.device
+        cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
+        turns = []
+        for one in own:
+            place = (cells[one.region], one.token_ids, self.loop.caption_question, seeds[one.region])
+            turns.append(RegionTurn(one.region, silent(self.prompter.sampled_turn(*place)), is_caption=True))
+        shared = None if rows.vision is None else vision
+        packed = pack_turns(batch, rows.captions, turns, self.prompter, vision=shared, segments=False)
+        index: list[tuple[int, int, int, int]] = []
+        targets: list[int] = []
+        is_first: list[bool] = []
+        uniform: list[Tensor] = []
+        for one, turn in zip(own, turns, strict=True):
+            assert one.turn is not None
+            # The turn leaves its last id out; the state before an id predicts it.
+            start = turn.start + len(turn.turn.input_ids) - len(one.token_ids)
+            into, count = one.turn.start + one.offset, one.last - one.first
+            index += [(turn.row, start + one.first + k, one.turn.row, into + k) for k in range(count)]
+            targets += one.token_ids[one.first : one.last]
+            is_first += [k == 0 for k in range(count)]
+            generator = torch.Generator().manual_seed(sample_seed(seeds[one.region], NOISE_DRAW))
+            uniform.append(torch.rand(count, self.policy.gumbel_top_k + 1, generator=generator))
+        places = torch.tensor(index, dtype=torch.long, device=device).reshape(-1, 4).T
+        return CaptioningRows(
+            packed,
+            places[:2],
+            torch.tensor(targets, dtype=torch.long, device=device),
+            places[2:],
+            torch.tensor(is_first, device=device),
+            torch.cat(uniform).to(device),
+            temperature,
+        )
+
+    def edit(self, model: Sa2VA, embeds: Tensor, packed: PackedBatch) -> Tensor:
+        if self.name not in packed.lessons:
+            return embeds
+        captioning = cast(CaptioningRows, packed.lessons[self.name])
+        rows, columns = captioning.into
+        return embeds.index_put((rows, columns), self.soft_captions(model, captioning).to(embeds.dtype))
+
+    def soft_captions(self, model: Sa2VA, captioning: CaptioningRows) -> Tensor:
+        """Run captioning rows with graph and return straight-through embeddings of their P tokens: (P, D).
+
+        The values are those of the tokens' own embeddings; the gradient goes to the logits that chose the tokens.
+        """
+        hidden = model.read(model.embed(captioning.packed), captioning.packed)
+        rows, columns = captioning.positions
+        logits = model.answer_logits(hidden[rows, columns])
+        settings = (captioning.uniform, captioning.temperature, self.policy.gumbel_top_k)
+        ids, weights = straight_through_weights(logits, captioning.targets, *settings)
+        if self.spaced is None:
+            self.spaced = torch.tensor(self.prompter.with_space(), dtype=torch.long)
+        table = self.spaced.to(ids.device)
+        read = torch.where(captioning.is_first[:, None], table[ids.clamp_max(len(table) - 1)], ids)
+        return soft_embeddings(model.mllm.get_input_embeddings().weight.detach(), read, weights)
+
+
+def straight_through(prompter: Prompter, region: int, caption: WrittenCaption) -> StraightThroughCaption | None:
+    """Find the part of generated ids that is the caption; None where cleaning changed more than its ends."""
+    ids = caption.token_ids
+
+    def text_of(start: int, end: int) -> str:
+        return prompter.decode_caption(list(ids[start:end]))[0]
+
+    last = next((n for n in range(1, len(ids) + 1) if clean_caption(text_of(0, n)) == caption.text), None)
+    if last is None or not caption.text:
+        return None
+    first = 0
+    while clean_caption(text_of(first + 1, last)) == caption.text:
+        first += 1
+    if text_of(first, last).strip() != caption.text:
+        return None
+    table = prompter.with_space()
+    return StraightThroughCaption(region, ids, first, last, (table[ids[first]], *ids[first + 1 : last]))
 
 
 def conditioned_perturbation(logits: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:

@@ -1,170 +1,199 @@
-"""From sampled captions to what the captioner learns: rewards, advantages, and the model inputs of both estimators.
+"""The policy signal: captions are sampled, scored, and raised or lowered by what they were worth.
 
-The order inside one optimiser step: the critic segments the captions that need a score, the rewards are taken, the
-estimator turns them into advantages, and captions with an advantage become captioning branches of the training rows.
+============  ==========================================================
+name          advantage of a sampled caption
+============  ==========================================================
+scst          reward minus the greedy caption's reward (1612.00563)
+grpo          reward minus the mean of the group (2402.03300)
+============  ==========================================================
+
+Both make one update a roll-out, so the policy that is updated is the one that sampled: no importance ratio, no
+clipping, unlike PPO and GRPO as published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from dual_loop.config import GATES, LoopConfig, PolicyConfig
-from dual_loop.loop.captioner import clean_caption, sample_seed
-from dual_loop.loop.critic import AskedCaption, Critic
-from dual_loop.loop.estimators import Estimator, GroupAdvantages, combine_advantages
+from dual_loop.config import PolicyConfig
 from dual_loop.loop.rewards import RewardSet
-from dual_loop.loop.rows import Place, Rows
-from dual_loop.loop.segmenter import RelaxedCaption
-from dual_loop.model.grounding import GroundingFeatures
+from dual_loop.loop.scorer import RegionText
+from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.losses import full_precision
+from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.prompts import Prompter
-from dual_loop.types import Batch, CaptionRollout, Exchange, WrittenCaption
+from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.types import (
+    Batch,
+    LossTerm,
+    PackedBatch,
+    RankComm,
+    RegionCaption,
+    RegionTurn,
+    Segmentation,
+    WrittenCaption,
+)
 
-NOISE_DRAW = 1_000_003
-"""Number of the draw whose seed gives a relaxed caption its Gumbel noise; no sample has it."""
+_EPSILON = 1e-6
+
+Center = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+"""(rewards (N, K), greedy captions' rewards (N,), takes part (N, K)) -> (advantages (N, K), takes part (N, K))."""
 
 
 @dataclass
-class PolicyCaption:
-    """A sampled caption with an advantage: what the policy loss is taken of."""
-
-    region: int
-    token_ids: tuple[int, ...]
-    advantage: float
-
-
-@dataclass
-class PolicyPlan:
-    """What one micro-batch teaches beside its masks.
+class GroupAdvantages:
+    """Advantages of the N x K samples of one micro-batch.
 
     Attributes:
-        captions: sampled captions that earned an advantage other than 0.
-        region_weights: (N,) float in 0..1 of the cycle filter, None without one.
-        metrics: sums and counts for the records.
+        values: objective -> (N, K) float32, 0 where a caption does not take part.
+        takes_part: objective -> (N, K) bool.
+        num_groups: regions with at least one caption that takes part.
+        num_zero_variance: groups among these whose advantages are 0 in every objective: they teach nothing.
     """
 
-    captions: list[PolicyCaption] = field(default_factory=list)
-    region_weights: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Tensor]
+    takes_part: dict[str, Tensor]
+    num_groups: int
+    num_zero_variance: int
 
 
-class CaptionPolicy:
-    """Scores captions and turns scores into plans.
+@dataclass
+class SampledTokens:
+    """The P tokens of the captions with an advantage, and what they earned.
+
+    Attributes:
+        turns: the captioning turns that hold them, one a caption.
+        advantages: for each caption its advantage. token_ids: its generated ids.
+        positions: (2, P) int64, rows and columns of the hidden states that predict them; set once rows are packed.
+        targets: (P,) int64, the tokens. token_advantages: (P,) float32.
+        reference: (P,) log-probabilities without the adapter, None without a divergence.
+    """
+
+    turns: list[RegionTurn] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    token_ids: list[tuple[int, ...]] = field(default_factory=list)
+    positions: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.long))
+    targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    token_advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    reference: Tensor | None = None
+
+
+class CaptionPolicy(Signal):
+    """Teaches the captioner by rewards.
 
     Args:
-        estimator: how rewards become advantages.
+        model, prompter: the model and its prompts.
+        name: ``scst`` or ``grpo``.
+        config: samples, temperature and weights. question: name of the captioning question.
         rewards: what captions earn.
-        critic: segments captions.
-        exchange: sums over ranks.
-        loop, policy: settings.
-        listener: puts the weights that score captions into the model for the length of a ``with`` block.
+        comm: sums over ranks.
     """
+
+    name = "policy"
 
     def __init__(
         self,
-        estimator: Estimator,
+        model: Sa2VA,
+        prompter: Prompter,
+        name: str,
+        config: PolicyConfig,
+        question: str,
         rewards: RewardSet,
-        critic: Critic,
-        exchange: Exchange,
-        loop: LoopConfig,
-        policy: PolicyConfig,
-        listener: Callable[[], AbstractContextManager[None]] = nullcontext,
+        comm: RankComm,
     ) -> None:
-        self.estimator, self.rewards, self.critic, self.exchange = estimator, rewards, critic, exchange
-        self.loop, self.policy, self.listener = loop, policy, listener
+        self.model, self.prompter, self.config, self.question = model, prompter, config, question
+        self.rewards, self.comm = rewards, comm
+        group = against_scaled_group if config.advantage_scale == "group" else against_group
+        self.center: Center = against_greedy if name == "scst" else group
+        self.num_samples, self.needs_greedy = config.captions_per_region, name == "scst"
+        self.tokens: list[SampledTokens] = []
 
-    @property
-    def needs_scores(self) -> bool:
-        """Whether captions are segmented before training on them."""
-        return self.estimator.is_rewarded or self.loop.cycle_keep is not None
+    def asks(self, batch: Batch, captions: Sequence[RegionCaption]) -> Iterable[RegionText]:
+        return [(n, one.text) for n, own in enumerate(captions) for one in own.written if one.gate is None]
 
-    def plan(
-        self,
-        batches: Sequence[Batch],
-        features: Sequence[Tensor],
-        rollouts: Sequence[CaptionRollout],
-        grounding: Sequence[GroundingFeatures | None],
-    ) -> list[PolicyPlan]:
-        """Return a plan for each micro-batch of an optimiser step; every rank must call this once a step."""
-        plans = [PolicyPlan(metrics=self._gate_metrics(rollout)) for rollout in rollouts]
-        asked_before = dict(self.rewards.judge.counters) if self.rewards.judge else {}
-        all_scores: list[dict[AskedCaption, Tensor]] = [{} for _ in batches]
-        if self.needs_scores:
-            with self.listener():
-                parts = zip(batches, features, rollouts, grounding, strict=True)
-                all_scores = [self._scores(*part) for part in parts]
-        groups = []
-        for plan, batch, rollout, scores in zip(plans, batches, rollouts, all_scores, strict=True):
-            plan.region_weights = self._filter(batch, rollout, scores, plan.metrics)
-            groups.append(self._advantages(batch, rollout, scores, plan.metrics))
-        if self.estimator.is_rewarded:
-            combined = combine_advantages(groups, self.rewards.weights, self.exchange.reduce)
-            for plan, rollout, values in zip(plans, rollouts, combined, strict=True):
-                plan.captions = _taught(rollout, values)
-        if self.rewards.judge is not None:
-            now = self.rewards.judge.counters
-            plans[0].metrics.update({name: float(now[name] - asked_before[name]) for name in now})
-        return plans
+    def plan(self, window: Window) -> None:
+        judge = self.rewards.judge
+        asked_before = dict(judge.counters) if judge else {}
+        groups = [
+            self._advantages(batch, captions, scores, plan.metrics)
+            for batch, captions, scores, plan in zip(
+                window.batches, window.captions, window.scores, window.plans, strict=True
+            )
+        ]
+        combined = combine_advantages(groups, self.rewards.weights, self.comm.reduce)
+        self.tokens = []
+        for batch, captions, plan, values in zip(window.batches, window.captions, window.plans, combined, strict=True):
+            found = SampledTokens()
+            cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
+            for region, (caption, own) in enumerate(zip(captions, values.tolist(), strict=True)):
+                for sample, advantage in zip(caption.samples, own, strict=True):
+                    if advantage != 0.0 and sample.token_ids:
+                        place = (cells[region], sample.token_ids, self.question, seeds[region])
+                        found.turns.append(RegionTurn(region, self.prompter.sampled_turn(*place), is_caption=True))
+                        found.advantages.append(advantage)
+                        found.token_ids.append(sample.token_ids)
+            plan.turns += found.turns
+            self.tokens.append(found)
+        if judge is not None:
+            window.plans[0].metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
 
-    def _scores(
-        self, batch: Batch, features: Tensor, rollout: CaptionRollout, grounding: GroundingFeatures | None
-    ) -> dict[AskedCaption, Tensor]:
-        """Return the row of the IoU matrix (N,) of every caption that the filter or the rewards ask for."""
-        asked = []
-        if self.loop.cycle_keep is not None:
-            asked += [AskedCaption(n, text) for n, text in enumerate(rollout.captions) if not rollout.from_reference[n]]
-        if self.estimator.is_rewarded:
-            for region in range(batch.num_regions):
-                written = [rollout.greedy[region], *rollout.samples[region]]
-                asked += [AskedCaption(region, c.text) for c in written if c is not None and c.gate is None]
-        matrix = self.critic.score(batch, features, asked, grounding)
-        return dict(zip(asked, matrix, strict=True))
+    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+        for rows, found in zip(packed, self.tokens, strict=True):
+            device = rows.input_ids.device
+            positions = [
+                (turn.row, turn.start + len(turn.turn.input_ids) - len(ids) + number)
+                for turn, ids in zip(found.turns, found.token_ids, strict=True)
+                for number in range(len(ids))
+            ]
+            found.positions = torch.tensor(positions, dtype=torch.long, device=device).reshape(-1, 2).T
+            flat = [token for ids in found.token_ids for token in ids]
+            found.targets = torch.tensor(flat, dtype=torch.long, device=device)
+            pairs = zip(found.advantages, found.token_ids, strict=True)
+            repeated = [advantage for advantage, ids in pairs for _ in ids]
+            found.token_advantages = torch.tensor(repeated, dtype=torch.float32, device=device)
+            rows.lessons[self.name] = found
+            rows.counts["policy_loss"] = float(len(flat))
+            if self.config.kl_weight > 0:
+                rows.counts["kl_loss"] = float(len(flat))
+                with torch.no_grad(), evaluating(self.model), adapters_disabled(self.model):
+                    hidden = self.model.read(self.model.embed(rows), rows)
+                    found.reference = self.log_probs(self.model, hidden, found)
 
-    def _filter(
-        self,
-        batch: Batch,
-        rollout: CaptionRollout,
-        scores: Mapping[AskedCaption, Tensor],
-        metrics: dict[str, float],
-    ) -> Tensor | None:
-        """Return the weight of each region's caption in step 2: by its cycle IoU, 1 for reference captions."""
-        keep, drop = self.loop.cycle_keep, self.loop.cycle_drop
-        if keep is None:
-            return None
-        weights = torch.ones(batch.num_regions)
-        for region, text in enumerate(rollout.captions):
-            if not rollout.from_reference[region]:
-                iou = float(scores[AskedCaption(region, text)][region])
-                weights[region] = min(1.0, max(0.0, (iou - drop) / (keep - drop)))
-        own = [float(w) for w, given in zip(weights.tolist(), rollout.from_reference, strict=True) if not given]
-        metrics.update({"filter_weight/sum": sum(own), "filter_weight/count": float(len(own))})
-        metrics["caption/filtered"] = float(sum(weight == 0.0 for weight in own))
-        return weights
+    def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
+        found = cast(SampledTokens, packed.lessons[self.name])
+        log_probs = self.log_probs(model, hidden, found)
+        terms = {"policy_loss": policy_loss(log_probs, found.token_advantages, self.config.weight)}
+        if found.reference is not None:
+            terms["kl_loss"] = kl_divergence(log_probs, found.reference, self.config.kl_weight)
+        return terms
+
+    def log_probs(self, model: Sa2VA, hidden: Tensor, found: SampledTokens) -> Tensor:
+        """Return the log-probabilities (P,) float32 of the sampled tokens, at the temperature of their sampling."""
+        rows, columns = found.positions
+        logits = model.answer_logits(hidden[rows, columns]).float() / self.config.temperature
+        return logits.log_softmax(-1).gather(1, found.targets[:, None])[:, 0]
 
     def _advantages(
         self,
         batch: Batch,
-        rollout: CaptionRollout,
-        scores: Mapping[AskedCaption, Tensor],
+        captions: Sequence[RegionCaption],
+        scores: Mapping[RegionText, Tensor],
         metrics: dict[str, float],
     ) -> GroupAdvantages:
         """Return the advantages of the N x K samples of one micro-batch."""
-        if not self.estimator.is_rewarded:
-            return GroupAdvantages({}, {}, 0, 0)
-        num_samples = self.estimator.draws.samples
-        sampled = [(n, caption) for n, captions in enumerate(rollout.samples) for caption in captions]
-        rewards = self._reward(batch, sampled, scores)
-        by_group = {name: value.reshape(-1, num_samples) for name, value in rewards.items()}
-        greedy = [(n, caption) for n, caption in enumerate(rollout.greedy) if caption is not None]
-        baseline = self._reward(batch, greedy, scores) if greedy else {}
-        truncated = torch.tensor([caption.truncated for _, caption in sampled]).reshape(-1, num_samples)
-        usable = ~truncated if self.policy.mask_truncated else torch.ones_like(truncated)
-        advantages = self.estimator.advantages(by_group, baseline, usable)
+        sampled = [(region, caption) for region, own in enumerate(captions) for caption in own.samples]
+        rewards = self._rewards(batch, sampled, scores)
+        greedy = [(region, own.greedy) for region, own in enumerate(captions) if own.greedy is not None]
+        baseline = self._rewards(batch, greedy, scores) if greedy else {}
+        truncated = torch.tensor([caption.truncated for _, caption in sampled]).reshape(-1, self.num_samples)
+        usable = ~truncated if self.config.mask_truncated else torch.ones_like(truncated)
+        by_group = {name: value.reshape(-1, self.num_samples) for name, value in rewards.items()}
+        advantages = center_rewards(self.center, by_group, baseline, usable)
         for name, value in rewards.items():
             applies = value[~value.isnan()]
             metrics[f"reward_{name}/sum"], metrics[f"reward_{name}/count"] = float(applies.sum()), float(len(applies))
@@ -172,155 +201,144 @@ class CaptionPolicy:
         metrics["zero_variance/count"] = float(advantages.num_groups)
         return advantages
 
-    def _reward(
-        self,
-        batch: Batch,
-        captions: Sequence[tuple[int, WrittenCaption]],
-        scores: Mapping[AskedCaption, Tensor],
+    def _rewards(
+        self, batch: Batch, captions: Sequence[tuple[int, WrittenCaption]], scores: Mapping[RegionText, Tensor]
     ) -> dict[str, Tensor]:
         """Return what (region, caption) pairs earn: objective -> (R,)."""
         regions = torch.tensor([region for region, _ in captions], dtype=torch.long)
         images = batch.region_image.cpu()
         nothing = torch.zeros(len(captions), batch.num_regions)
-        matrix = nothing.masked_fill(images[regions][:, None] != images[None], float("nan"))
+        table = nothing.masked_fill(images[regions][:, None] != images[None], float("nan"))
         for row, (region, caption) in enumerate(captions):
             if caption.gate is None:
-                matrix[row] = scores[AskedCaption(region, caption.text)]
+                table[row] = scores[region, caption.text]
         references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
-        return self.rewards.score(
-            [caption.text for _, caption in captions],
-            regions,
-            matrix,
-            references,
-            [caption.gate for _, caption in captions],
-            [batch.region_names[region] for region, _ in captions],
-        )
-
-    def _gate_metrics(self, rollout: CaptionRollout) -> dict[str, float]:
-        written = rollout.written
-        metrics = {f"gate/{name}": float(sum(c.gate == name for c in written)) for name in GATES}
-        metrics["gated/sum"] = float(sum(caption.gate is not None for caption in written))
-        metrics["truncated/sum"] = float(sum(caption.truncated for caption in written))
-        metrics["gated/count"] = metrics["truncated/count"] = float(len(written))
-        return metrics
+        texts, gates = [caption.text for _, caption in captions], [caption.gate for _, caption in captions]
+        names = [batch.region_names[region] for region, _ in captions]
+        return self.rewards.score(texts, regions, table, references, gates, names)
 
 
-def _taught(rollout: CaptionRollout, advantages: Tensor) -> list[PolicyCaption]:
+def against_greedy(reward: Tensor, baseline: Tensor | None, takes_part: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-critical advantages (SCST, 1612.00563): reward minus that of the greedy caption of the same region.
+
+    Differs from the published form in using K samples a region instead of one, and in its token-level average.
+    """
+    if baseline is None:
+        raise ValueError("self-critical advantages need the greedy captions' rewards")
+    return reward - baseline[:, None], takes_part & ~baseline.isnan()[:, None]
+
+
+def against_group(reward: Tensor, baseline: Tensor | None, takes_part: Tensor) -> tuple[Tensor, Tensor]:
+    """Group-relative advantages (GRPO, 2402.03300): reward minus the group's mean, so that they sum to 0.
+
+    As in Dr.GRPO (2503.20783) not divided by the group's deviation, which favours groups that are nearly solved. A
+    group with fewer than two captions teaches nothing.
+    """
+    takes_part = takes_part & (takes_part.sum(1, keepdim=True) > 1)
+    known = torch.where(takes_part, reward, 0.0)
+    count = takes_part.sum(1, keepdim=True).clamp_min(1)
+    centred = torch.where(takes_part, reward - known.sum(1, keepdim=True) / count, 0.0)
+    # Equal rewards give exactly 0, whatever the rounding of their mean.
+    low = torch.where(takes_part, reward, float("inf")).amin(1, keepdim=True)
+    high = torch.where(takes_part, reward, float("-inf")).amax(1, keepdim=True)
+    return torch.where(high > low, centred, 0.0), takes_part
+
+
+def against_scaled_group(reward: Tensor, baseline: Tensor | None, takes_part: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`against_group`, divided by the group's standard deviation as GRPO was published."""
+    centred, takes_part = against_group(reward, baseline, takes_part)
+    count = takes_part.sum(1, keepdim=True).clamp_min(1)
+    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return centred / (deviation + _EPSILON), takes_part
+
+
+def center_rewards(
+    center: Center, rewards: Mapping[str, Tensor], baseline: Mapping[str, Tensor], usable: Tensor
+) -> GroupAdvantages:
+    """Turn rewards into advantages, objective by objective.
+
+    Args:
+        center: :func:`against_greedy`, :func:`against_group` or :func:`against_scaled_group`.
+        rewards: objective -> (N, K) float32, NaN where the objective does not apply.
+        baseline: objective -> (N,) float32, what the greedy captions earned; empty where none were written.
+        usable: (N, K) bool, False for captions that must not take part (truncated).
+    """
+    values, parts = {}, {}
+    for name, reward in rewards.items():
+        advantage, takes_part = center(reward, baseline.get(name), usable & ~reward.isnan())
+        values[name], parts[name] = torch.where(takes_part, advantage, 0.0), takes_part
+    any_part = torch.stack([part.any(1) for part in parts.values()]).any(0)
+    teaches = torch.stack([(value != 0).any(1) for value in values.values()]).any(0)
+    return GroupAdvantages(values, parts, int(any_part.sum()), int((any_part & ~teaches).sum()))
+
+
+def combine_advantages(
+    groups: Sequence[GroupAdvantages],
+    weights: Mapping[str, float],
+    reduce: Callable[[Mapping[str, float]], dict[str, float]],
+) -> list[Tensor]:
+    """Add the advantages of all objectives, each brought to the same size first.
+
+    With several objectives each is divided by the root mean square of its advantages over all captions that take part,
+    of all micro-batches and ranks: else the objective with the widest range rules (reward-decoupled normalisation, as
+    in BalCapRL 2605.07394; there over groups, here over the step). All are then multiplied by the weighted mean of
+    these root mean squares, so that a second objective does not change the size of the policy gradient against the
+    other losses: with advantages of size 1 the policy loss drowned the mask losses (docs/experiments.md). A single
+    objective keeps its values.
+
+    Args:
+        groups: one for each micro-batch.
+        weights: objective -> weight.
+        reduce: adds sums over ranks; called exactly once, with keys that depend on ``weights`` alone, where there are
+            several objectives.
+
+    Returns:
+        For each micro-batch (N, K) float32.
+    """
+    scales = dict.fromkeys(weights, 1.0)
+    if len(weights) > 1:
+        sums: dict[str, float] = {}
+        for name in weights:
+            sums[f"{name}/square"] = sum(float(group.values[name].double().square().sum()) for group in groups)
+            sums[f"{name}/count"] = float(sum(int(group.takes_part[name].sum()) for group in groups))
+        total = reduce(sums)
+        sizes = {n: (total[f"{n}/square"] / max(total[f"{n}/count"], 1.0)) ** 0.5 for n in weights}
+        common = sum(weights[name] * sizes[name] for name in weights) / sum(weights.values())
+        scales = {name: common / max(sizes[name], _EPSILON) for name in weights}
     return [
-        PolicyCaption(region, caption.token_ids, value)
-        for region, captions in enumerate(rollout.samples)
-        for caption, value in zip(captions, advantages[region].tolist(), strict=True)
-        if value != 0.0 and caption.token_ids
+        torch.stack([group.values[name] * (weight * scales[name]) for name, weight in weights.items()]).sum(0)
+        for group in groups
     ]
 
 
-# ---- inputs of the model ---------------------------------------------------------------------------------------------
+def policy_loss(log_probs: Tensor, advantages: Tensor, weight: float = 1.0) -> LossTerm:
+    """Score-function loss of sampled tokens: ``-sum(A * log p)``, whose gradient raises what earned an advantage.
 
+    REINFORCE with one update a roll-out: the importance ratio of PPO and GRPO is 1, so there is nothing to clip. The
+    average is over tokens, as in DAPO (2503.14476), not over sequences first.
 
-def add_policy_branches(rows: Rows, captions: Sequence[PolicyCaption], question: str) -> list[Place]:
-    """Add one captioning branch a caption to ``rows`` and return their places."""
-    return [rows.add_captioning(c.region, _sampled_branch(rows, c.region, c.token_ids, question)) for c in captions]
-
-
-def policy_inputs(
-    rows: Rows, captions: Sequence[PolicyCaption], places: Sequence[Place], question: str, config: PolicyConfig
-) -> dict[str, Any]:
-    """Return where the P tokens of all captions are predicted, what they are, and their advantages.
+    Args:
+        log_probs: (P,) float, log-probability of each sampled token, with graph.
+        advantages: (P,) float, that of the token's caption; gets no gradient.
+        weight: factor of the whole term.
 
     Returns:
-        ``rows, columns, targets`` (P,) int64: the hidden state at (row, column) predicts ``targets``;
-        ``advantages`` (P,) float32; ``temperature``, ``weight``, ``kl_weight``.
+        Count: P. No token at all gives a zero with graph.
     """
-    positions: list[tuple[int, int]] = []
-    targets: list[int] = []
-    advantages: list[float] = []
-    for caption, place in zip(captions, places, strict=True):
-        first = rows.start_of(place) + _question_length(rows, caption.region, question) - 1
-        positions += [(place.row, first + number) for number in range(len(caption.token_ids))]
-        targets += caption.token_ids
-        advantages += [caption.advantage] * len(caption.token_ids)
-    index = torch.tensor(positions, dtype=torch.long).reshape(-1, 2)
-    return {
-        "rows": index[:, 0],
-        "columns": index[:, 1],
-        "targets": torch.tensor(targets, dtype=torch.long),
-        "advantages": torch.tensor(advantages, dtype=torch.float32),
-        "temperature": config.temperature,
-        "weight": config.weight,
-        "kl_weight": config.kl_weight,
-    }
+    values = full_precision(log_probs)
+    return LossTerm(-(values * advantages.detach().to(values)).sum() * weight, float(log_probs.numel()))
 
 
-def relax(prompter: Prompter, region: int, caption: WrittenCaption) -> RelaxedCaption | None:
-    """Find the part of generated ids that is the caption; None where cleaning changed more than its ends."""
-    ids = caption.token_ids
+def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, weight: float = 1.0) -> LossTerm:
+    """Divergence from a reference at sampled tokens: ``exp(r - p) - (r - p) - 1``, summed.
 
-    def text_of(start: int, end: int) -> str:
-        return prompter.decode_caption(list(ids[start:end]))[0]
+    The estimator called k3 (J. Schulman, "Approximating KL divergence", 2020): never negative, exactly 0 where both
+    agree, unbiased for samples of the policy. Exponents are cut at 20, where float32 still holds the square.
 
-    last = next((n for n in range(1, len(ids) + 1) if clean_caption(text_of(0, n)) == caption.text), None)
-    if last is None or not caption.text:
-        return None
-    first = 0
-    while clean_caption(text_of(first + 1, last)) == caption.text:
-        first += 1
-    if text_of(first, last).strip() != caption.text:
-        return None
-    table = prompter.with_space()
-    return RelaxedCaption(region, ids, first, last, (table[ids[first]], *ids[first + 1 : last]))
-
-
-def soft_caption_inputs(
-    rows: Rows,
-    relaxed: Sequence[RelaxedCaption],
-    vision_features: Tensor | None,
-    question: str,
-    config: PolicyConfig,
-    temperature: float,
-) -> dict[str, Any]:
-    """Return the captioning rows of relaxed captions, and where their embeddings go in the rows of step 2.
-
-    Returns:
-        The model's inputs of rows that hold the captioning turns alone, with ``rows, columns, targets`` (P,) as in
-        :func:`policy_inputs`; ``is_first`` (P,) bool, tokens that are read with a space before them;
-        ``into_rows, into_columns`` (P,) int64 in the rows of step 2; ``uniform`` (P, top_k + 1) random numbers of each
-        region's own seed; ``temperature, top_k``.
+    Args:
+        log_probs: (P,) float, with graph. reference_log_probs: (P,) float, without.
+        weight: factor of the whole term.
     """
-    own = Rows(rows.batch, rows.prompter, captions_only=True)
-    index: list[tuple[int, int, int, int]] = []
-    targets: list[int] = []
-    is_first: list[bool] = []
-    uniform: list[Tensor] = []
-    places = [own.add_captioning(c.region, _sampled_branch(own, c.region, c.token_ids, question)) for c in relaxed]
-    for caption, place in zip(relaxed, places, strict=True):
-        assert caption.place is not None  # set when the branch of step 2 was built
-        start = own.start_of(place) + _question_length(own, caption.region, question) - 1
-        into = rows.start_of(caption.place) + caption.offset
-        count = caption.last - caption.first
-        index += [(place.row, start + caption.first + k, caption.place.row, into + k) for k in range(count)]
-        targets += caption.token_ids[caption.first : caption.last]
-        is_first += [k == 0 for k in range(count)]
-        seed = sample_seed(int(rows.batch.region_seeds[caption.region]), NOISE_DRAW)
-        generator = torch.Generator().manual_seed(seed)
-        uniform.append(torch.rand(count, config.gumbel_top_k + 1, generator=generator))
-    positions = torch.tensor(index, dtype=torch.long).reshape(-1, 4)
-    return {
-        **own.pack(vision_features),
-        **dict(zip(("rows", "columns", "into_rows", "into_columns"), positions.unbind(1), strict=True)),
-        "targets": torch.tensor(targets, dtype=torch.long),
-        "is_first": torch.tensor(is_first, dtype=torch.bool),
-        "with_space": torch.tensor(rows.prompter.with_space(), dtype=torch.long),
-        "uniform": torch.cat(uniform),
-        "temperature": temperature,
-        "top_k": config.gumbel_top_k,
-    }
-
-
-def _sampled_branch(rows: Rows, region: int, token_ids: Sequence[int], question: str) -> Any:
-    cells, seed = int(rows.batch.prompt_masks[region].sum()), int(rows.batch.region_seeds[region])
-    return rows.prompter.sampled_branch(cells, token_ids, question, seed)
-
-
-def _question_length(rows: Rows, region: int, question: str) -> int:
-    cells, seed = int(rows.batch.prompt_masks[region].sum()), int(rows.batch.region_seeds[region])
-    return len(rows.prompter.caption_question(cells, question, seed))
+    values = full_precision(log_probs)
+    difference = (reference_log_probs.detach().to(values) - values).clamp(max=20.0)
+    return LossTerm((difference.exp() - difference - 1.0).sum() * weight, float(log_probs.numel()))
