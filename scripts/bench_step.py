@@ -1,16 +1,15 @@
 """Whole optimiser steps of the real trainer with random weights and generated batches: where the time goes.
 
     python scripts/bench_step.py --preset mid --plain
-    python scripts/bench_step.py --preset mid --regions_per_image 4 --off share_prefix --off share_towers
+    python scripts/bench_step.py --preset mid --regions_per_image 4 --off fused_lora --off lean_sam2
     python scripts/bench_step.py --preset mid --off all --json levers.json
     python scripts/bench_step.py --preset 4b --batch 8 --accumulation 1 --new_tokens 16 --on pack_weights
 
 Every variant is a process of its own; their steps are taken in turn, so that a slow moment of the machine meets all of
 them. Printed are medians, ratios, and beside each phase its floor: what the counted operations need at the speed of a
 matrix product of the step's own shape, or what the operands of its products need at the speed of a memory copy,
-whichever is more; both speeds are measured in the same call. ``--plain`` is the straightforward flow: captions one by
-one, both image encoders again for every use and region, a row for every region, all hidden states and logits kept,
-whole embedding tables trained.
+whichever is more; both speeds are measured in the same call. ``--plain`` is the flow without levers: the layers of the libraries
+as they are, all images of a micro-batch at once, whole embedding tables trained.
 """
 
 from __future__ import annotations
@@ -143,7 +142,6 @@ def summary(
         "flops": counted["flops"],
         "bytes": counted["bytes"],
         "captions": counted["captions"],
-        # transformers' generate, in the plain flow, is not split up.
         "caption_share": sum(phases[name] for name in CAPTIONING) / sum(phases.values()) if rows else None,
         "decode_step": {
             "rows": rows,
@@ -229,7 +227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_tokens", type=int, metavar="N", help="tokens of an image tile, a square number")
     parser.add_argument("--vocabulary", type=int, metavar="N", help="size of the vocabulary")
     parser.add_argument("--spread", action="store_true", help="let captions end at different lengths")
-    parser.add_argument("--plain", action="store_true", help="measure the straightforward flow too")
+    parser.add_argument("--plain", action="store_true", help="measure the flow without any lever too")
     choices = [*LEVERS, NEW_TOKEN_ROWS]
     parser.add_argument("--off", action="append", default=[], choices=[*choices, "all"], help="measure without a lever")
     parser.add_argument("--on", action="append", default=[], metavar="LEVER", help="measure with an optional lever")

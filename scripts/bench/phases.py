@@ -128,9 +128,7 @@ def _formulas() -> dict[Any, Callable[..., float]]:
 _FORMULAS = _formulas()
 
 
-def watch(
-    owner: Any, name: str, clock: Callable[[], PhaseClock], phase: str | Callable[..., str]
-) -> Callable[[], None]:
+def watch(owner: Any, name: str, clock: Callable[[], PhaseClock], phase: str | Callable[..., str]) -> Undo:
     """Let every call of ``owner.name`` be booked under ``phase`` (a name, or a function of the arguments).
 
     Returns:
@@ -153,19 +151,19 @@ def watch(
     return undo
 
 
-def watch_model(
-    model: Any, clock: Callable[[], PhaseClock], decoded: Callable[[int], None]
-) -> list[Callable[[], None]]:
-    """Book what the loop asks of ``model`` under its phases; return what ends the watches.
+def watch_task(task: Any, clock: Callable[[], PhaseClock], decoded: Callable[[int], None]) -> list[Undo]:
+    """Book what a step asks of ``task`` and its model under its phases; return what ends the watches.
 
     Args:
-        model: ``VideoLLaVASAMModel``.
+        task: ``DualLoopTask``.
         clock: gives the clock of the moment.
         decoded: told the rows of every decoding step.
     """
-    from dual_loop.loop import decoding, generation
+    from dual_loop.model.decode import Decoder
 
-    def of_columns(_model: Any, embeds: torch.Tensor, *_: Any) -> str:
+    model = task.model
+
+    def of_columns(embeds: torch.Tensor, *_: Any) -> str:
         if embeds.shape[1] > 1:
             return "prompt prefill"
         decoded(len(embeds))
@@ -175,13 +173,13 @@ def watch_model(
         watch(owner, name, clock, phase)
         for owner, name, phase in (
             (model, "encode_vision", "vision tower"),
-            (decoding, "_forward", of_columns),
-            (generation, "decode_rows", "decode"),
+            (model, "step_language", of_columns),
+            (Decoder, "write", "decode"),
             (model, "run_language", "language forward"),
             (model, "project_vision", "language forward"),
-            (model.grounding, "encode", "SAM 2 encoder"),
+            (model, "encode_grounding", "SAM 2 encoder"),
             (model.grounding, "finish", "mask decoder"),
             (model.grounding, "decode", "mask decoder"),
-            (model, "_loss_terms", "losses"),
+            (task, "forward", "losses"),  # what is left of steps 2 and 3
         )
     ]

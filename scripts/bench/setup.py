@@ -26,37 +26,19 @@ IMAGE_SIZE = (480, 640)
 NEW_TOKEN_ROWS = "new_token_rows"
 """The lever besides those of SpeedConfig: off, whole embedding tables train."""
 
-PLAIN = SpeedConfig(
-    share_towers=False,
-    pack_branches=False,
-    batch_rollout=False,
-    share_prefix=False,
-    sort_by_length=False,
-    drop_finished=False,
-    last_hidden_only=False,
-    trim_last_layer=False,
-    split_uneven_rows=False,
-    loss_positions_only=False,
-    cross_entropy_chunk=0,
-    fused_lora=False,
-    grouped_attention=False,
-    merge_adapters=False,
-    lean_sam2=False,
-    keep_heap=False,
-    start_on_disk=False,
-    own_decoder=False,
-    lean_decoding=False,
-    pack_weights="off",
-    accelerate=False,
-    fused_optimizer=False,
-    bucket_view=False,
-    images_at_once="all",
-)
-LEVERS = tuple(
-    field.name
-    for field in dataclasses.fields(SpeedConfig)
-    if getattr(PLAIN, field.name) != getattr(SpeedConfig(), field.name)
-)
+OFF = {
+    "accelerate": False,
+    "fused_lora": False,
+    "trim_last_layer": False,
+    "lean_sam2": False,
+    "pack_weights": "off",
+    "start_on_disk": False,
+    "images_at_once": "all",
+}
+"""The value of each lever that does nothing."""
+
+LEVERS = tuple(field.name for field in dataclasses.fields(SpeedConfig) if field.name in OFF)
+PLAIN = SpeedConfig(**{name: OFF[name] for name in LEVERS})
 
 
 @dataclass(frozen=True)
@@ -166,7 +148,7 @@ def generated_samples(count: int, regions: int, seed: int = 0) -> list[RegionSam
 
 
 class GeneratedData:
-    """``trainer.TrainingData`` over generated images: prepared again for every micro-batch, by the real code."""
+    """What the trainer asks of a ``DataStream``: generated images, prepared for every micro-batch by the real code."""
 
     steps_per_epoch = 1_000_000
     source_names = ("sa1b",)
@@ -198,7 +180,9 @@ class GeneratedData:
 
 def build_trainer(config: Config, setting: Setting) -> Any:
     """Return the real trainer around a model with random weights, and generated data."""
-    from dual_loop.loop.dual_loop import DualLoop
+    from dual_loop.loop.task import DualLoopTask
+    from dual_loop.model.adapters import trainable_parameters
+    from dual_loop.model.ema import ExponentialMovingAverage
     from dual_loop.training.devices import build_accelerator
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
@@ -213,7 +197,9 @@ def build_trainer(config: Config, setting: Setting) -> Any:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.02)
+    average = ExponentialMovingAverage(trainable_parameters(model.to(accelerator.device)), config.train.ema_decay)
+    task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
     model.finish(accelerator.device)
-    loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
-    data = GeneratedData(setting, geometry(config))
-    return Trainer(config, model, loop, data, accelerator, RunFolder(folder, writes=False), report=lambda line: None)
+    data: Any = GeneratedData(setting, geometry(config))
+    files = RunFolder(folder, writes=False)
+    return Trainer(config, task, average, data, accelerator, files, report=lambda line: None)

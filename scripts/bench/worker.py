@@ -6,15 +6,17 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dual_loop.loop import generation
+from dual_loop.model.decode import Decoder
+from dual_loop.model.prompts import Prompter
 from dual_loop.training.guard import StopRequest
 
-from bench.phases import PhaseClock, ProductCounter, watch, watch_model
+from bench.phases import PhaseClock, ProductCounter, watch, watch_task
 from bench.setup import Setting, build_config, build_trainer
 
 MIB = 2**20
@@ -32,7 +34,7 @@ class Variant:
         self.captions: list[list[int]] = []
         self.feed = self.trainer._feed()
         self._watch()
-        self.trainer.model.train()
+        self.trainer.task.train()
         self.stop = StopRequest()
 
     def step(self, counted: bool = False) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Variant:
         self.clock.stop()
 
     def end(self) -> dict[str, Any]:
-        parameters = [*self.trainer.model.parameters()]
+        parameters = [*self.trainer.task.model.parameters()]
         return {
             "peak_mb": peak_mb(),
             "imports_mb": self.imports_mb,
@@ -69,30 +71,28 @@ class Variant:
             return self.clock
 
         def remembered(*args: Any, **options: Any) -> list[list[int]]:
-            written: list[list[int]] = decode(*args, **options)
+            written = write(*args, **options)
             self.captions += written
             return written
 
-        trainer, decode = self.trainer, generation.decode_rows
-        generation.decode_rows = remembered
-        watch_model(trainer.model, clock, lambda rows: self.decode_rows.append(rows))
+        write = Decoder.write
+        Decoder.write = remembered  # type: ignore[method-assign]
+        watch_task(self.trainer.task, clock, lambda rows: self.decode_rows.append(rows))
         watch(self.feed, "take", clock, "data")
         watch(self.feed, "start_next", clock, "data")
         watch(torch.Tensor, "backward", clock, "backward")
-        watch(trainer, "_update", clock, "optimiser")
-        watch(trainer.ema, "update", clock, "EMA")
+        watch(self.trainer.optimizer, "step", clock, "optimiser")
+        watch(self.trainer.ema, "update", clock, "EMA")
 
 
 def spread_ends(new_tokens: int) -> None:
     """Let the k-th row of every generation end after a share of ``new_tokens``, evenly spread."""
-    from dual_loop.loop import generation
 
-    def ended(self: Any, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def ended(_: Prompter, ids: Sequence[int]) -> bool:
         # The first id of a row is different enough from row to row with random weights to spread the ends.
-        ends = input_ids[:, 0] * 2654435761 % new_tokens + 1
-        return input_ids.shape[1] >= ends
+        return len(ids) >= ids[0] * 2654435761 % new_tokens + 1
 
-    generation.StopOnText.__call__ = ended  # type: ignore[method-assign]
+    Prompter.ends_turn = ended  # type: ignore[method-assign,assignment]
 
 
 def product_shape(variant: Variant) -> list[Any]:
