@@ -8,8 +8,8 @@
 Every variant is a process of its own; their steps are taken in turn, so that a slow moment of the machine meets all of
 them. Printed are medians, ratios, and beside each phase its floor: what the counted operations need at the speed of a
 matrix product of the step's own shape, or what the operands of its products need at the speed of a memory copy,
-whichever is more; both speeds are measured in the same call. ``--plain`` is the flow without levers: the layers of the libraries
-as they are, all images of a micro-batch at once, whole embedding tables trained.
+whichever is more; both speeds are measured in the same call. ``--plain`` is the flow without levers: the libraries'
+layers as they are, all images of a micro-batch at once, whole embedding tables trained.
 """
 
 from __future__ import annotations

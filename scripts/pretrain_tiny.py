@@ -147,7 +147,7 @@ def main() -> None:
     captioned = ScenePool.generate("tiny/captioned", args.captioned_scenes, args.seed, sizes)
     print(f"captioned pool: {len(captioned)} scenes, {captioned.num_objects} objects", flush=True)
     build_frozen(model)
-    common = (model, prompter, config.loop, captioned)
+    common = (model, prompter, config.loop, config.loss, captioned)
     stage(
         *(args, "captions", model),
         lambda: stages.train_together(*common, args.caption_steps, 8, 1e-3, args.seed, align_weight=0, segment=False),

@@ -33,7 +33,7 @@ def padded_share(rows: Sequence[int], size: int) -> float:
 
 
 def split_share(rows: Sequence[int], size: int) -> float:
-    """Return the share where every ``size`` rows in turn run in groups of like length (``speed.split_uneven_rows``)."""
+    """Return the share where every ``size`` rows in turn run in groups of like length."""
     total = 0
     for start in range(0, len(rows), size):
         own = rows[start : start + size]
@@ -67,9 +67,9 @@ def measure(side: int, captioned: float, batch: int, accumulation: int) -> dict[
     for _ in range(IMAGES):
         length, has_captions, own = prefix, draw.random() < captioned, []
         for caption, cells in draw.sample(pool, draw.randint(1, MOST_REGIONS)):
-            length += len(prompter.segment_branch(caption, "segment", "sure", 0, True).input_ids)
+            length += len(prompter.segment_turn(caption, "segment", "sure", 0, True).input_ids)
             if has_captions:
-                length += len(prompter.caption_branch(cells, caption, "short", 0).input_ids)
+                length += len(prompter.caption_turn(cells, caption, "short", 0).input_ids)
             else:
                 own.append(len(prompter.caption_question(cells, "short", 0)))
         lengths.append(length)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,17 +21,17 @@ from torch import Tensor
 from dual_loop.config import Config
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import ConfigError, explain
-from dual_loop.loop import generation
-from dual_loop.loop.dual_loop import DualLoop, MicroBatch
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, geometry
+from dual_loop.model.decode import Decoder
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.recompute import checkpoint_first
 from dual_loop.training.devices import precision
 from dual_loop.training.memory import MemoryEstimator
-from dual_loop.types import Batch, RegionSample
+from dual_loop.types import Batch, PackedBatch, RegionSample
 
-from bench.phases import PHASES, PhaseClock, ProductCounter, watch_model
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch_task
 from plan.fake_tensors import HollowMode
 
 REGION_SHARE = 0.05
@@ -133,16 +133,12 @@ def plan_config(config: Config) -> Config:
     """Return ``config`` with what cannot be counted, or would write to disk, switched off.
 
     Raises:
-        ConfigError: a plan does not cover this way of decoding or sharing the model.
+        ConfigError: a plan does not cover this way of sharing the model.
     """
-    speed, problem = config.speed, ""
-    if speed.static_cache or not speed.own_decoder:
-        problem = "speed.static_cache and speed.own_decoder=False"
-    elif config.train.parallel != "ddp":
+    if config.train.parallel != "ddp":
         problem = f"train.parallel={config.train.parallel}"
-    if problem:
         raise ConfigError(explain("a plan does not cover this", problem, expected="the default", fix="leave it out"))
-    return replace(config, speed=replace(speed, pack_weights="off", feature_cache=None, start_on_disk=False))
+    return replace(config, speed=replace(config.speed, pack_weights="off", feature_cache=None, start_on_disk=False))
 
 
 def generated_window(config: Config) -> list[Batch]:
@@ -197,20 +193,21 @@ def count_step(
         if parameter.requires_grad:
             parameter.grad = mode.reserve(parameter)  # counted as state
     model.train()
-    loop = DualLoop(model, build_prompter(config, tokenizer), config.loop, config.policy, config.reward)
-    loop.use_average(ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay))
+    average = ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay)
+    task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = CountedStep(state, trained, batches)
-    with _watched(model, clock), _planned_decoding(clock, writer), _quiet(), mode, ProductCounter() as clock.counter:
+    with _watched(task, clock), _planned_decoding(task, clock, writer), _quiet(), mode, ProductCounter() as counter:
+        clock.counter = counter
         clock.start()
         with _autocast(config):
-            micros = loop.begin_window(batches)
+            packed = task.prepare(batches)
         clock.stop()
         step.captioning, step.captions = dict(mode.at_peak), writer.num_written
-        run = _Pass(config, model, loop, clock, mode)
-        _run_micro_batches(run, micros, step, is_alike=window is None)
+        run = _Pass(config, task, clock, mode)
+        _run_micro_batches(run, packed, step, is_alike=window is None)
         if compare_checkpointing:
-            step.language_activations.update([_other_checkpointing(run, micros[0])])
+            step.language_activations.update([_other_checkpointing(run, packed[0])])
     return step
 
 
@@ -219,32 +216,31 @@ class _Pass:
     """What steps 2 and 3 are run with."""
 
     config: Config
-    model: Any
-    loop: DualLoop
+    task: DualLoopTask
     clock: PhaseClock
     mode: HollowMode
 
-    def forward(self, micro: MicroBatch) -> Tensor:
+    def forward(self, rows: PackedBatch) -> Tensor:
         with _autocast(self.config):
-            output = self.loop.step(self.model, micro)
+            output = self.task(rows)
             return torch.stack([term.total.float() for term in output.terms.values()]).sum()
 
 
-def _run_micro_batches(run: _Pass, micros: Sequence[MicroBatch], step: CountedStep, is_alike: bool) -> None:
+def _run_micro_batches(run: _Pass, packed: Sequence[PackedBatch], step: CountedStep, is_alike: bool) -> None:
     """Run forward and backward of every micro-batch, or of one, which then counts for all."""
     run.mode.reset_peak()
     before = {phase: (run.clock.flops[phase], run.clock.bytes[phase]) for phase in PHASES}
-    for micro in micros[:1] if is_alike else micros:
+    for rows in packed[:1] if is_alike else packed:
         run.clock.start()
-        loss = run.forward(micro)
+        loss = run.forward(rows)
         step.language_activations[_setting(run.config)] = float(run.mode.owned.get(LANGUAGE, 0))
         with run.clock.phase("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         run.clock.stop()
         del loss
     step.training = dict(run.mode.at_peak)
-    step.row_tokens = [micro.inputs.data["input_ids"].numel() for micro in micros]
-    repeats = len(micros) - 1 if is_alike else 0
+    step.row_tokens = [rows.input_ids.numel() for rows in packed]
+    repeats = len(packed) - 1 if is_alike else 0
     for phase, (flops, moved) in before.items():
         step.flops[phase] = run.clock.flops[phase] + (run.clock.flops[phase] - flops) * repeats
         step.bytes[phase] = run.clock.bytes[phase] + (run.clock.bytes[phase] - moved) * repeats
@@ -256,57 +252,63 @@ def _setting(config: Config) -> str:
     return "on" if config.model.gradient_checkpointing else "off"
 
 
-def _other_checkpointing(run: _Pass, micro: MicroBatch) -> tuple[str, float]:
+def _other_checkpointing(run: _Pass, rows: PackedBatch) -> tuple[str, float]:
     """Return the other setting of gradient checkpointing, and the bytes that the language model keeps under it."""
     is_on = run.config.model.gradient_checkpointing
-    layers = run.model.mllm.model.language_model.layers
-    checkpoint_first(run.model, 0 if is_on else len(layers))
-    loss = run.forward(micro)
+    model = run.task.model
+    checkpoint_first(model, 0 if is_on else model.num_layers)
+    loss = run.forward(rows)
     kept = float(run.mode.owned.get(LANGUAGE, 0))
     del loss
     return "off" if is_on else "on", kept
 
 
 @contextmanager
-def _watched(model: Any, clock: PhaseClock) -> Iterator[None]:
+def _watched(task: DualLoopTask, clock: PhaseClock) -> Iterator[None]:
     with ExitStack() as stack:
-        for undo in watch_model(model, lambda: clock, lambda rows: None):
+        for undo in watch_task(task, lambda: clock, lambda rows: None):
             stack.callback(undo)
         yield
 
 
 @contextmanager
-def _planned_decoding(clock: PhaseClock, writer: PlannedCaptions) -> Iterator[None]:
+def _planned_decoding(task: DualLoopTask, clock: PhaseClock, writer: PlannedCaptions) -> Iterator[None]:
     """Let step 1 run the first decoding steps of a generation, count the others, and take its captions from elsewhere.
 
-    It lies over the watch of ``decode_rows``, so that what is added belongs to the phase "decode".
+    It lies over the watches, so that what is added belongs to the phase "decode".
     """
-    module: Any = generation  # its imported name is what the captioner calls
-    decode = module.decode_rows
+    decoder, model = cast(Any, Decoder), cast(Any, task.model)
+    write, step_language = decoder.write, model.step_language
+    marks: list[tuple[float, float]] = []
 
-    def planned(model: Any, rows: Any, max_new_tokens: int, **options: Any) -> list[list[int]]:
-        marks: list[tuple[float, float]] = []
-
-        def choose(alive: Tensor, logits: Tensor) -> Tensor:
+    def marked(embeds: Tensor, *rest: Any) -> Tensor:
+        if embeds.shape[1] == 1:
             assert clock.counter is not None
             marks.append((clock.counter.flops, clock.counter.bytes))
             if len(marks) > DECODED_STEPS:
                 raise _Seen
-            return torch.zeros(len(alive), dtype=torch.long)
+        return cast(Tensor, step_language(embeds, *rest))
 
-        options.update(eos_token_id=None, stop=_never, choose=choose, drop_finished=False)
+    def planned(own: Decoder, rows: Sequence[int], *_: Any) -> list[list[int]]:
+        marks.clear()
         with clock.phase("decode"):
             try:
-                decode(model, rows, max_new_tokens, **options)
+                write(own, rows)
+                assert len(marks) == own.max_new_tokens - 1, "a hollow caption ended early"
             except _Seen:
-                _add_steps(clock.counter, marks, max_new_tokens - 1)
-        return [writer.write(max_new_tokens) for _ in range(len(rows.embeds))]
+                _add_steps(clock.counter, marks, own.max_new_tokens - 1)
+        return [writer.write(own.max_new_tokens) for _ in rows]
 
-    module.decode_rows = planned
+    was_own = "step_language" in vars(model)
+    decoder.write, model.step_language = planned, marked
     try:
         yield
     finally:
-        module.decode_rows = decode
+        decoder.write = write
+        if was_own:
+            model.step_language = step_language
+        else:
+            del model.step_language
 
 
 def _add_steps(counter: ProductCounter | None, marks: Sequence[tuple[float, float]], total: int) -> None:
@@ -317,10 +319,6 @@ def _add_steps(counter: ProductCounter | None, marks: Sequence[tuple[float, floa
         missing = total - DECODED_STEPS
         added = missing * second + (second - first) * missing * (missing + 1) / 2
         setattr(counter, name, getattr(counter, name) + added)
-
-
-def _never(ids: Tensor, logits: Any) -> Tensor:
-    return torch.zeros(len(ids), dtype=torch.bool)
 
 
 def _autocast(config: Config) -> AbstractContextManager[Any]:

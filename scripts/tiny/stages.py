@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dual_loop.losses import latent_alignment
-from dual_loop.types import Batch, CaptionRollout
+from dual_loop.loop.packing import pack_turns, supervised_turns
+from dual_loop.loop.segmentation_loss import compute_segmentation_loss
+from dual_loop.loop.signals.alignment import latent_alignment
+from dual_loop.metrics import iou_table
+from dual_loop.types import Batch, RegionCaption
 
 from tiny.scenes import COLOUR_NAMES, SHAPES, ScenePool, class_maps
 
@@ -107,7 +110,7 @@ def train_sam(model: Any, pool: ScenePool, steps: int, batch_size: int, learning
         losses, true_ious = candidate_losses(masks, batch.target_masks)
         mask_loss = losses.mean()
         auxiliary = torch.zeros(())
-        for level in features.levels[1:]:
+        for level in features[1:]:
             small = F.interpolate(batch.target_masks[None].float(), size=level.shape[-2:], mode="area")[0] > 0.4
             for head, classes in zip(heads, (shapes, colours), strict=True):
                 auxiliary = auxiliary + F.cross_entropy(head(level), class_maps(batch, small, classes))
@@ -179,6 +182,7 @@ def train_together(
     model: Any,
     prompter: Any,
     loop_config: Any,
+    loss_config: Any,
     pool: ScenePool,
     steps: int,
     batch_size: int,
@@ -190,33 +194,33 @@ def train_together(
     encoder_scale: float = 1.0,
 ) -> None:
     """Stage 3; with ``segment`` false only captions are learned."""
-    from dual_loop.loop.segmenter import mask_ious, segmentation_inputs
-
     sam, grounding = model.grounding_encoder, model.grounding
     side = sam.prompt_encoder.input_image_size
     cell_prompts = grid_prompts(grounding, side, pool.prepared[0].prompt_masks.shape[-1])
 
     def loss_of(indices: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch, _, _ = pool.batch(indices)
-        captions = [caption or "" for caption in batch.captions]
-        count = len(captions)
-        rollout = CaptionRollout(captions, [[]] * count, [None] * count, [True] * count, [segment] * count)
-        features = model.encode_vision(batch.pixel_values)
-        inputs = segmentation_inputs(batch, rollout, features, prompter, loop_config)
+        captions = [RegionCaption(caption or "", is_reference=True) for caption in batch.captions]
         if not segment:
-            term = model.language_loss(model.hidden_states(inputs.data), inputs.data["labels"])
-            return term.mean, {"llm": float(term.mean.detach())}
-        output = model(inputs.data, mode="terms")
-        terms, segmentation = output["terms"], output["segmentation"]
-        loss = sum(term.mean for term in terms.values())
-        figures = {name.split("_")[0]: float(term.mean.detach()) for name, term in terms.items()}
+            turns = supervised_turns(batch, captions, prompter, loop_config)
+            vision = model.encode_vision(batch.pixel_values)
+            packed = pack_turns(batch, captions, turns, prompter, vision=vision, segments=False)
+            rows, columns = packed.answer_positions
+            hidden = model.read(model.embed(packed), packed)[rows, columns]
+            loss = model.token_loss(hidden, packed.answer_ids) / packed.counts["llm_loss"]
+            return loss, {"llm": float(loss.detach())}
+        output = compute_segmentation_loss(model, batch, captions, prompter, loop_config, loss_config)
+        loss = torch.stack([term.mean for term in output.terms.values()]).sum()
+        figures = {name.split("_")[0]: float(term.mean.detach()) for name, term in output.terms.items()}
+        embeds = output.masks.seg_embeds
         if align_weight > 0:
             target = grounding.point_prompts(region_centres(batch, side))[:, 0, 0].detach()
-            align = latent_alignment(segmentation.seg_embeds, target, align_weight).mean
-            cells = cell_cross_entropy(segmentation.seg_embeds, cell_prompts, batch.prompt_masks)
+            align = latent_alignment(embeds, target, align_weight).mean
+            cells = cell_cross_entropy(embeds, cell_prompts, batch.prompt_masks)
             loss = loss + align + cells
             figures.update(align=float(align.detach()), cells=float(cells.detach()))
-        figures["iou"] = float(mask_ious(segmentation.mask_logits.detach(), batch.target_masks).mean())
+        overlaps = iou_table(output.masks.mask_logits.detach() > 0, batch.target_masks > 0).diagonal()
+        figures["iou"] = float(overlaps.mean())
         return loss, figures
 
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from dual_loop.config import load_config, resolve_config_path
-from dual_loop.errors import ConfigError
-from dual_loop.loop import generation
 from dual_loop.model.build import build_model, build_tokenizer, geometry
+from dual_loop.model.decode import Decoder
 from dual_loop.training.guard import StopRequest
 from dual_loop.training.memory import MemoryEstimator
 
-from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_model
+from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_task
 from bench.setup import GeneratedData, Setting, build_config, build_trainer
 from plan.fake_tensors import HollowMode
 from plan.report import (
@@ -30,7 +29,7 @@ from plan.report import (
     report,
     steps_of,
 )
-from plan.step import CountedStep, PlannedCaptions, count_step, plan_config
+from plan.step import CountedStep, PlannedCaptions, count_step
 
 SETTING = Setting("tiny", batch=2, accumulation=1, new_tokens=8, regions=2)
 COUNTED = ("vision tower", "prompt prefill", "decode", "language forward", "SAM 2 encoder", "mask decoder", "backward")
@@ -58,26 +57,26 @@ def _count_real_step(setting: Setting) -> tuple[PhaseClock, list[list[int]]]:
     """Take a real step with real numbers, as ``bench_step.py`` does in a process of its own; with its captions."""
     config = build_config(setting, "default")
     trainer = build_trainer(config, setting)
-    clock, undo, decode, captions = PhaseClock(), [], generation.decode_rows, []
+    clock, undo, write, captions = PhaseClock(), [], Decoder.write, []
 
     def remembered(*args: Any, **options: Any) -> list[list[int]]:
-        written = decode(*args, **options)
+        written = write(*args, **options)
         captions.extend(written)
         return written
 
     try:
-        generation.decode_rows = remembered
-        undo += watch_model(trainer.model, lambda: clock, lambda rows: None)
+        Decoder.write = remembered
+        undo += watch_task(trainer.task, lambda: clock, lambda rows: None)
         undo.append(watch(torch.Tensor, "backward", lambda: clock, "backward"))
         with ProductCounter() as clock.counter:
             clock.start()
-            trainer.model.train()
+            trainer.task.train()
             trainer._one_step(trainer._feed(), StopRequest())
             clock.stop()
     finally:
         for end in reversed(undo):
             end()
-        generation.decode_rows = decode
+        Decoder.write = write
     return clock, captions
 
 
@@ -211,11 +210,6 @@ def test_a_file_without_its_setting_is_refused(tmp_path: Path, capsys: pytest.Ca
     path.write_text(json.dumps({"variants": {}, "floor": {}}))
     assert plan_run.main(["--check", str(path)]) == 2
     assert "run scripts/bench_step.py --json again" in capsys.readouterr().err
-
-
-def test_other_ways_of_decoding_are_refused() -> None:
-    with pytest.raises(ConfigError, match="own_decoder"):
-        plan_config(load_config(resolve_config_path("tiny_cpu"), {"speed.own_decoder": False}))
 
 
 def _filled(mode: HollowMode, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
