@@ -10,11 +10,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -169,10 +166,3 @@ def _mean_of(values: Sequence[float | None]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def write_results(path: Path, results: Sequence[RegionResult]) -> None:
-    """Write one JSON line a region."""
-    with open(path, "w", encoding="utf-8") as handle:
-        for result in results:
-            handle.write(json.dumps(dataclasses.asdict(result)) + "\n")
