@@ -8,11 +8,9 @@ elastic launcher where another machine left and the run is to go on without it.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,12 +22,7 @@ if __name__ == "__main__":  # before the imports below, so that --help answers w
 
     sys.exit(main())
 
-import torch
-from accelerate import Accelerator
-
-from dual_loop.checkpoint.importer import load_weights
 from dual_loop.checkpoint.store import capture_rng, restore_rng
-from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.commands.train import main as main
 from dual_loop.config import Config
 from dual_loop.config import load_config as load_config
@@ -37,28 +30,18 @@ from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, explain
-from dual_loop.evaluation.evaluate import Listener, RegionResult, evaluate_held_out, held_out_source, summarise
+from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, held_out_source, summarise
 from dual_loop.evaluation.honesty import find_flags
 from dual_loop.evaluation.protocol import PRESETS
-from dual_loop.evaluation.regions import RegionMeter
+from dual_loop.evaluation.regions import Listener, RegionMeter
 from dual_loop.iteration import evenly_spread
-from dual_loop.loop.judge import Judge
-from dual_loop.loop.task import DualLoopTask
 from dual_loop.metrics import paired_bootstrap
-from dual_loop.model.adapters import trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.model.prompts import Prompter
-from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import build_accelerator, end_processes, is_sharding, share_out_batch
+from dual_loop.training.devices import end_processes
 from dual_loop.training.dry_run import dry_run as dry_run
-from dual_loop.training.guard import RankExchange, gather_objects
-from dual_loop.training.memory import MemoryEstimator
+from dual_loop.training.guard import gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
-from dual_loop.training.run_folder import RunFolder, check_free
-from dual_loop.training.sharding import Pace, shard_language_model
-from dual_loop.training.stream import DataStream, build_stream
+from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
 from dual_loop.training.trainer import FitResult, Trainer
 
 TO_BE_CONTINUED = 75
@@ -90,77 +73,24 @@ def train(config: Config) -> FitResult:
     """
     check_paths(config)
     warned = require_ready(config)
-    accelerator = build_accelerator(config)
-    config = share_out_batch(config, accelerator.num_processes)
-    report = Reporter(accelerator.is_main_process)
-    report.set_up_logging()
+    run = start(config)
     for warning in warned:
-        report(f"{warning}")
-    folder = prepare_folder(config, accelerator)
-    torch.manual_seed(config.train.seed)
-    model, prompter = prepare_model(config, folder, report)
-    memory = MemoryEstimator(config, model, accelerator.device.type)
-    stream = prepare_data(config, accelerator, report)
-    pace: Pace | None = None
-    if is_sharding(config, accelerator):
-        report(
-            f"Sharding {shard_language_model(accelerator, model)} decoder layers over {accelerator.num_processes} ranks"
-        )
-        pace = Pace(accelerator, model)
-    # The feature cache of the task names frozen weights, and the average lives on the device of its parameters.
-    average = ExponentialMovingAverage(trainable_parameters(model.to(accelerator.device)), config.train.ema_decay)
-    comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
-    judge = build_judge(config, accelerator)
-    task = DualLoopTask(model, prompter, config, average, comm, judge, stream.num_samples)
-    for line in model.finish(accelerator.device):
-        report(line)
-    trainer = Trainer(config, task, average, stream, accelerator, folder, report, pace)
-    # From here on ranks draw differently (dropout); everything before had to be the same on all.
-    torch.manual_seed(config.train.seed + accelerator.process_index)
-    trainer.restore()
-    plan = memory.apply(accelerator, trainer.optimizer)
-    report(plan.line())
-    evaluator = Evaluator(config, model, prompter, accelerator, folder, report, task.starting.swapped, pace)
+        run.report(f"{warning}")
+    built = build(run)
+    loaded = load(run, built)
+    stream = open_data(run)
+    placed = place(run, loaded)
+    ready = wire(run, placed, stream)
+    trainer, folder = ready.trainer, run.folder
+    evaluator = Evaluator(run, placed, ready.task.starting.swapped)
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
-    summary = {**trainer.summary(), "checkpointing": asdict(plan), **evaluation_summary(before, after)}
+    summary = {**trainer.summary(), "checkpointing": asdict(ready.layers), **evaluation_summary(before, after)}
     folder.write_summary(summary)
-    report(closing_line(result, summary, folder.path))
-    end_processes(accelerator)
+    run.report(closing_line(result, summary, folder.path))
+    end_processes(run.accelerator)
     return result
-
-
-class Reporter:
-    """Prints lines on rank 0, above the progress bar where there is one."""
-
-    def __init__(self, is_main: bool) -> None:
-        self.is_main = is_main
-
-    def __call__(self, line: str) -> None:
-        if self.is_main:
-            from tqdm import tqdm
-
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def set_up_logging(self) -> None:
-        """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
-        logger = logging.getLogger("dual_loop")
-        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
-            logger.addHandler(LineHandler())
-        logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
-        if not self.is_main:
-            warnings.simplefilter("ignore")
-
-
-class LineHandler(logging.Handler):
-    """Writes messages to the standard error of the moment, above the progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def check_paths(config: Config) -> None:
@@ -187,81 +117,13 @@ def check_paths(config: Config) -> None:
         raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")
 
 
-def prepare_folder(config: Config, accelerator: Accelerator) -> RunFolder:
-    """Make the run folder on rank 0, after every rank found it free."""
-    folder = RunFolder(config.train.output_dir, accelerator.is_main_process)
-    resuming = config.train.resume is not None
-    check_free(folder.path, resuming)
-    accelerator.wait_for_everyone()
-    extra = {
-        "device": str(accelerator.device),
-        "world_size": accelerator.num_processes,
-        "precision": str(accelerator.mixed_precision),
-        "num_threads": torch.get_num_threads(),
-    }
-    folder.create(config.to_dict(), extra, resuming)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def prepare_model(config: Config, folder: RunFolder, report: Reporter) -> tuple[VideoLLaVASAMModel, Prompter]:
-    """Build the model and load its weights, saying so line by line."""
-    report("Building VideoLLaVASAMModel...")
-    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
-    sources = weights_sources(config)
-    model = build_model(config, tokenizer, weights_imported=brings_embeddings(sources, len(tokenizer)))
-    report(f"✓ Model built\n{trainable_table(model)}")
-    if not sources:
-        report("No pretrained weights: starting from random initialisation")
-    else:
-        allowed = config.train.allow_missing
-        imported = load_weights(model, sources, tokenizer=tokenizer, allow_missing=allowed, hash_files=report.is_main)
-        folder.write_import(imported.to_dict())
-        report(f"✓ Pretrained weights loaded\n{imported}")
-    return model, build_prompter(config, tokenizer)
-
-
-def build_judge(config: Config, accelerator: Accelerator) -> Judge | None:
-    """Return the judge that is named; it is asked one question first, so that a wrong address shows now.
-
-    Raises:
-        JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
-    """
-    if config.reward.judge_url is None or config.reward.caption_weight <= 0:
-        return None
-    judge = Judge(config.reward)
-    if accelerator.is_main_process:
-        judge.check()
-    return judge
-
-
-def prepare_data(config: Config, accelerator: Accelerator, report: Reporter) -> DataStream:
-    """Open the data sets and the stream of this rank's micro-batches."""
-    stream = build_stream(config, geometry(config), accelerator)
-    report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
-    num_batches = stream.steps_per_epoch * config.train.gradient_accumulation_steps
-    report(f"✓ Dataloader created: {num_batches} batches")
-    return stream
-
-
 class Evaluator:
     """Measures the held-out set before and after training, spread over the ranks."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: VideoLLaVASAMModel,
-        prompter: Prompter,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        report: Reporter,
-        frozen_listener: Listener | None = None,
-        pace: AbstractContextManager[Any] | None = None,
-    ) -> None:
-        self.config, self.model, self.prompter = config, model, prompter
-        self.accelerator, self.folder, self.report = accelerator, folder, report
-        self.frozen_listener = frozen_listener
-        self.pace = pace or nullcontext()
+    def __init__(self, run: Start, placed: Placed, frozen_listener: Listener) -> None:
+        self.config, self.accelerator, self.folder, self.report = run.config, run.accelerator, run.folder, run.report
+        self.model, self.prompter, self.frozen_listener = placed.model, placed.prompter, frozen_listener
+        self.pace: AbstractContextManager[Any] = placed.pace or nullcontext()
 
     def before(self, step: int) -> list[RegionResult] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""

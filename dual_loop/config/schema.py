@@ -316,54 +316,21 @@ class SpeedConfig:
     accelerate: bool = setting(
         True, "replace layers of the libraries by ones that compute the same faster; off, no library is patched"
     )
-    share_towers: bool = setting(True, "run the frozen towers once an image, for both steps and all regions")
-    pack_branches: bool = setting(
-        True, "let all branches about an image share its prefix in one row; off, every branch has its own row"
-    )
-    batch_rollout: bool = setting(True, "caption the whole accumulation window together; off, one caption at a time")
-    share_prefix: bool = setting(True, "compute an image's prefix once for all its regions and samples in step 1")
-    sort_by_length: bool = setting(True, "put prompts of like length into one generation")
-    drop_finished: bool = setting(True, "let finished rows leave the generation")
-    last_hidden_only: bool = setting(True, "keep the language model's last hidden state alone")
     trim_last_layer: bool = setting(
-        True, "leave positions that nobody reads out of the last decoder layer, but for their keys and values (Qwen2; "
-        "takes effect with last_hidden_only)"
-    )
-    split_uneven_rows: bool = setting(
-        True, "take rows of unlike length in groups, without padding to the longest (not where the model is sharded)"
-    )
-    loss_positions_only: bool = setting(True, "compute vocabulary logits only where a label is")
-    cross_entropy_chunk: int = setting(
-        1024, "most positions whose logits exist at once, computed again in the backward pass; 0: all", at_least=0
+        True, "leave positions that nobody reads out of the last decoder layer, but for their keys and values (Qwen2)"
     )
     fused_lora: bool = setting(True, "run each adapter as two products that add into the frozen one's output")
-    grouped_attention: bool = setting(
-        True, "on a CPU, let the query heads of a group share keys and values while decoding, and take bfloat16 "
-        "attention in float32 where that is faster"
-    )
     pack_weights: str = setting(
         "auto", "on a CPU, keep frozen matrices in the blocked layout of oneDNN; auto leaves float32 ones as they are "
         "on Intel's processors, whose stock products are as fast", choices=("auto", "on", "off")
     )
-    merge_adapters: bool = setting(
-        True, "add the adapters to float32 matrices for step 1 (in bfloat16 the sum would be another model's)"
-    )
     lean_sam2: bool = setting(True, "skip what transformers' SAM 2 encoder computes and nobody reads")
-    keep_heap: bool = setting(True, "on a CPU with glibc, keep freed memory for the next tensor")
     start_on_disk: bool = setting(
         True, "keep the weights that training started from in a temporary file instead of in memory (1 GiB a process "
         "for the 4B model); not where they listen at every step"
     )
-    own_decoder: bool = setting(True, "decode with this package's loop; off, with transformers' generate")
-    lean_decoding: bool = setting(
-        True, "in that loop, leave out what transformers does around each layer of a Qwen2 language model"
-    )
-    fused_optimizer: bool = setting(True, "AdamW and the weight average as fused or foreach operations")
-    bucket_view: bool = setting(True, "let gradients be views of DDP's buckets")
     feature_cache: str | None = setting(None, "folder of an on-disk cache of the frozen towers' features", "DIR")
     feature_cache_gib: float = setting(20.0, "most that the cache may hold", "GIB", at_least=0)
-    static_cache: bool = setting(False, "decode with transformers' static cache (needed by compile_decode)")
-    compile_decode: bool = setting(False, "compile the decoding step (GPUs)")
     checkpoint_layers: str = setting(
         "auto", "first decoder layers that are recomputed in the backward pass where model.gradient_checkpointing is "
         "on; auto: as few as the memory allows (training.memory)", "LAYERS", choices=("auto", "all", "none"),
@@ -493,5 +460,25 @@ SETTINGS: Mapping[str, Setting] = dict(_collect())
 RENAMED: dict[str, str] = {}
 """Old dotted key, or old flag (``--old``), to the dotted key of today; read with a warning that names it."""
 
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "speed.share_towers": "the image encoders always run once an image",
+    "speed.pack_branches": "turns about an image always share its row",
+    "speed.batch_rollout": "the captions of a window are always written together",
+    "speed.share_prefix": "an image's prefix is always read once",
+    "speed.sort_by_length": "prompts of like length always share a generation",
+    "speed.drop_finished": "finished rows always leave the generation",
+    "speed.last_hidden_only": "only the last hidden state is kept",
+    "speed.loss_positions_only": "logits are computed where a label is",
+    "speed.cross_entropy_chunk": "1,024 positions at once (losses.LOGITS_AT_ONCE)",
+    "speed.split_uneven_rows": "part of speed.accelerate",
+    "speed.own_decoder": "transformers' generate serves the public adapter alone",
+    "speed.lean_decoding": "part of speed.accelerate",
+    "speed.grouped_attention": "part of speed.accelerate",
+    "speed.merge_adapters": "float32 adapters are always merged for step 1",
+    "speed.keep_heap": "part of speed.accelerate",
+    "speed.fused_optimizer": "always on where nothing is sharded",
+    "speed.bucket_view": "always on",
+    "speed.static_cache": "there is one way to decode",
+    "speed.compile_decode": "there is one way to decode",
+}
 """Old dotted key, or old flag (``--old``), to the reason why it is gone; ignored with a warning."""

@@ -10,30 +10,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from dual_loop.config import Config
-from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, explain
+from dual_loop.evaluation.protocol import PRESETS
+from dual_loop.evaluation.regions import Listener, Record, RegionMeter, uniqueness
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.captioner import Captioner
-from dual_loop.loop.rewards import own_and_margin
-from dual_loop.loop.scorer import Scorer, join_masks, own_image_only
-from dual_loop.metrics import caption_exact, distinct_ngrams, iou, iou_table, mask_overlap
-from dual_loop.model.build import geometry
+from dual_loop.metrics import caption_exact, distinct_ngrams, iou
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import Batch, RegionCaption, RegionSample
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import RegionSample
 
 IMAGES_PER_BATCH = 8
 
@@ -50,7 +41,7 @@ class RegionResult:
         intersection, union: pixels, with the region's own caption, one entry a sentence.
         cycle_intersection, cycle_union: pixels, with the model's caption.
         frozen_intersection, frozen_union: the same with the starting weights as the listener; None where not measured.
-        uniqueness, frozen_uniqueness: own IoU minus the best IoU with another region of the image, at mask resolution;
+        uniqueness, frozen_uniqueness: own IoU minus the best IoU with another region of the image, at the image's size;
             None where the image has no other region, or where not measured.
     """
 
@@ -96,10 +87,6 @@ def held_out_source(config: Config) -> RefCoco:
     )
 
 
-Listener = Callable[[], AbstractContextManager[None]]
-"""Puts other weights into the model for the length of a ``with`` block (``StartingWeights.swapped``)."""
-
-
 def evaluate_held_out(
     model: Sa2VA,
     prompter: Prompter,
@@ -124,102 +111,32 @@ def evaluate_samples(
     samples: Iterable[RegionSample],
     frozen_listener: Listener | None = None,
 ) -> list[RegionResult]:
-    """Measure every region of every sample; greedy captions, [SEG] given in the answer.
+    """Measure every region of every sample as the command ``evaluate`` does, with [SEG] given in the answer.
 
     ``frozen_listener`` lends other weights to the model; the captions that were just written are then segmented once
     more with those.
     """
-    # Rejections are part of what is measured here, never a reason to stop.
-    greedy = dataclasses.replace(config.loop, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0)
-    results: list[RegionResult] = []
-    sizes, scorer = geometry(config), Scorer(model, prompter, greedy)
-    with evaluating(model), torch.no_grad():
-        for chunk in in_chunks(samples, IMAGES_PER_BATCH):
-            batch = batch_from_samples(chunk, sizes, seed=config.train.seed).to(model.device)
-            seen = model.see(batch)
-            [written] = Captioner(model, prompter, greedy, is_silent=True).write([seen], [batch], use_references=False)
-            texts = [None if caption.rejected else caption.text for caption in written]
-            rounds = [texts, *_reference_rounds(chunk)]
-            areas, uniqueness = [], []
-            for number, own in enumerate(rounds):
-                logits = join_masks(scorer.segment(batch, seen, list(enumerate(own))), model.mask_size)
-                areas.append(_compare(logits, batch, chunk))
-                if number == 0:
-                    uniqueness = _uniqueness(logits, batch)
-            part = _collect(batch, chunk, written, areas, uniqueness)
-            if frozen_listener is not None:
-                with frozen_listener():
-                    logits = join_masks(scorer.segment(batch, seen, list(enumerate(texts))), model.mask_size)
-                _add_frozen(part, _compare(logits, batch, chunk), _uniqueness(logits, batch))
-            results += part
-    return results
+    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=frozen_listener)
+    chunks = in_chunks(samples, IMAGES_PER_BATCH)
+    return [_result(record) for chunk in chunks for record in meter.measure(chunk, config.data.eval_split)]
 
 
-def _add_frozen(
-    results: Sequence[RegionResult], areas: Sequence[tuple[float, float]], uniqueness: Sequence[float | None]
-) -> None:
-    for result, (intersection, union), unique in zip(results, areas, uniqueness, strict=True):
-        result.frozen_intersection, result.frozen_union, result.frozen_uniqueness = intersection, union, unique
-
-
-def _uniqueness(mask_logits: torch.Tensor, batch: Batch) -> list[float | None]:
-    own = torch.arange(len(mask_logits))
-    table = own_image_only(iou_table(mask_logits > 0, batch.target_masks > 0).cpu(), own, batch.region_image)
-    return [None if value != value else value for value in own_and_margin(table, own)[1].tolist()]
-
-
-def _reference_rounds(chunk: Sequence[RegionSample]) -> list[list[str | None]]:
-    """One round a sentence number: round k segments the k-th sentence of every region (its last, where fewer)."""
-    captions = [expressions for sample in chunk for expressions in sample.captions]
-    rounds = max((len(expressions) for expressions in captions), default=0)
-    return [[e[min(k, len(e) - 1)] if e else None for e in captions] for k in range(rounds)]
-
-
-def _compare(mask_logits: torch.Tensor, batch: Batch, chunk: Sequence[RegionSample]) -> list[tuple[float, float]]:
-    """Resize logits (N, Q, Q) to each image's size and return (intersection, union) in pixels for each region."""
-    areas: list[tuple[float, float]] = []
-    start = 0
-    for sample in chunk:
-        logits = mask_logits[start : start + sample.num_regions].float()
-        start += sample.num_regions
-        target = torch.from_numpy(np.ascontiguousarray(sample.segmentation_masks))
-        predicted = resize_logits(
-            logits, (target.shape[-2], target.shape[-1]), batch_side=batch.g_pixel_values.shape[-1]
-        )
-        inner, outer = mask_overlap(predicted.cpu() > 0, target)
-        areas += list(zip(inner.tolist(), outer.tolist(), strict=True))
-    return areas
-
-
-def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:
-    """Bring mask logits (N, Q, Q) to (N, H, W) as Sa2VA predicts: bilinear to S x S, then bilinear to the image."""
-    full = F.interpolate(logits[:, None], size=(batch_side, batch_side), mode="bilinear", align_corners=False)
-    return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def _collect(
-    batch: Batch,
-    chunk: Sequence[RegionSample],
-    written: Sequence[RegionCaption],
-    areas: list[list[tuple[float, float]]],
-    uniqueness: Sequence[float | None],
-) -> list[RegionResult]:
-    expressions = [e for sample in chunk for e in sample.captions]
-    images = [f"{sample.source}/{sample.sample_id}" for sample in chunk for _ in sample.captions]
-    results = []
-    for region, name in enumerate(batch.region_names):
-        own = [areas[1 + k][region] for k in range(len(expressions[region]))]
-        cycle = areas[0][region]
-        caption = written[region].text
-        exact = caption_exact(caption, expressions[region]) if expressions[region] else None
-        results.append(
-            RegionResult(
-                *(name, images[region], caption, exact),
-                *([a for a, _ in own], [b for _, b in own], cycle[0], cycle[1]),
-                uniqueness=uniqueness[region],
-            )
-        )
-    return results
+def _result(record: Record) -> RegionResult:
+    cycle, frozen, references = record["cycle"], record.get("frozen"), record["references"]
+    return RegionResult(
+        name=record["name"],
+        image=record["image"],
+        caption=record["caption"],
+        exact=caption_exact(record["caption"], references) if references else None,
+        intersection=[float(sentence["intersection"]) for sentence in record["sentences"]],
+        union=[float(sentence["union"]) for sentence in record["sentences"]],
+        cycle_intersection=float(cycle["intersection"]),
+        cycle_union=float(cycle["union"]),
+        frozen_intersection=None if frozen is None else float(frozen["intersection"]),
+        frozen_union=None if frozen is None else float(frozen["union"]),
+        uniqueness=uniqueness(record),
+        frozen_uniqueness=None if frozen is None else uniqueness(record, "frozen"),
+    )
 
 
 def summarise(results: Sequence[RegionResult]) -> dict[str, float]:
@@ -249,10 +166,3 @@ def _mean_of(values: Sequence[float | None]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def write_results(path: Any, results: Sequence[RegionResult]) -> None:
-    """Write one JSON line a region."""
-    with open(path, "w", encoding="utf-8") as handle:
-        for result in results:
-            handle.write(json.dumps(dataclasses.asdict(result)) + "\n")

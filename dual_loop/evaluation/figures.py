@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dual_loop.evaluation.caption_scores import score_captions
-from dual_loop.evaluation.regions import Record, cycle_iou
+from dual_loop.evaluation.regions import Record, cycle_iou, uniqueness
 from dual_loop.metrics import PRECISION_THRESHOLDS, SegmentationSums, bootstrap_ratio, distinct_ngrams, iou
 
 Figure = dict[str, float | None]
@@ -102,13 +102,6 @@ def loop_figures(records: Sequence[Record]) -> dict[str, Any]:
         found["uniqueness"] = _figure(float(margins.mean()), margins, np.ones(len(margins)), company)
         found["picks_own"] = _figure(float((margins > 0).mean()), margins > 0, np.ones(len(margins)), company)
     return found
-
-
-def uniqueness(record: Record) -> float | None:
-    """Return own IoU minus the best IoU with another region of the image; None where there is no other."""
-    ious, own = record["cycle"]["ious"], record["own"]
-    others = [value for place, value in enumerate(ious) if place != own]
-    return ious[own] - max(others) if others else None
 
 
 def _figure(value: float, numerators: Any, denominators: Any, images: Sequence[str]) -> Figure:

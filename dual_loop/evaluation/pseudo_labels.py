@@ -25,8 +25,7 @@ from PIL import Image
 
 from dual_loop.data.masks import encode_rle
 from dual_loop.errors import ConfigError, explain
-from dual_loop.evaluation.figures import uniqueness
-from dual_loop.evaluation.regions import Record, cycle_iou
+from dual_loop.evaluation.regions import Record, cycle_iou, uniqueness
 from dual_loop.evaluation.runner import MeasuredData
 from dual_loop.metrics import normalise_caption
 from dual_loop.types import RegionSample

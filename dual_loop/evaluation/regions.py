@@ -14,18 +14,18 @@ A record holds everything that figures are made of, so figures can be computed a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dual_loop.config import Config
 from dual_loop.data.masks import decode_rle, encode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
-from dual_loop.evaluation.evaluate import resize_logits
 from dual_loop.evaluation.protocol import Protocol
 from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.scorer import Scorer
@@ -36,6 +36,8 @@ from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionSample, Seen
 
 Record = dict[str, Any]
+Listener = Callable[[], AbstractContextManager[None]]
+"""Puts other weights into the model for the length of a ``with`` block (``StartingWeights.swapped``)."""
 
 
 class RegionMeter:
@@ -46,6 +48,8 @@ class RegionMeter:
         protocol: how sentences are asked for.
         tasks: some of ``referring``, ``captioning``, ``loop``.
         autocast: the precision to compute in.
+        frozen_listener: lends other weights to the model; captions are then segmented with those as well, for the
+            entry ``frozen`` of a record, which has the form of ``cycle``.
     """
 
     def __init__(
@@ -56,9 +60,10 @@ class RegionMeter:
         protocol: Protocol,
         tasks: Sequence[str] = ("referring", "captioning", "loop"),
         autocast: AbstractContextManager[Any] | None = None,
+        frozen_listener: Listener | None = None,
     ) -> None:
         self.model, self.prompter, self.config, self.protocol = model, prompter, config, protocol
-        self.tasks, self.autocast = set(tasks), autocast or nullcontext()
+        self.tasks, self.autocast, self.frozen_listener = set(tasks), autocast or nullcontext(), frozen_listener
         self.geometry = geometry(config)
         self.settings = dataclasses.replace(
             config.loop,
@@ -84,13 +89,16 @@ class RegionMeter:
                     assert caption.greedy is not None  # greedy captions were asked for
                     record.update(caption=caption.greedy.text, rejected=caption.rejected)
             if "loop" in self.tasks:
-                self._close_loop(records, samples, batch, seen)
+                self._close_loop(records, samples, batch, seen, "cycle")
+                if self.frozen_listener is not None:
+                    with self.frozen_listener():
+                        self._close_loop(records, samples, batch, seen, "frozen")
             if "referring" in self.tasks:
                 self._refer(records, samples, batch, seen)
         return records
 
     def _close_loop(
-        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, seen: Seen
+        self, records: list[Record], samples: Sequence[RegionSample], batch: Batch, seen: Seen, name: str
     ) -> None:
         texts = [(n, record["caption"] if record["rejected"] is None else None) for n, record in enumerate(records)]
         logits = self.scorer.segment(batch, seen, texts, generated=self.protocol.seg == "generated")
@@ -102,7 +110,7 @@ class RegionMeter:
                 areas = [_overlap(mask, target) for target in sample.segmentation_masks]
                 ious = [float(iou(*area)) for area in areas]
                 intersection, union = areas[place]
-                record["cycle"] = {"intersection": intersection, "union": union, "ious": ious, "mask": encode_rle(mask)}
+                record[name] = {"intersection": intersection, "union": union, "ious": ious, "mask": encode_rle(mask)}
                 record["own"] = place
             start += sample.num_regions
 
@@ -169,6 +177,19 @@ def compare_predictions(sample: RegionSample, data: str, predictions: dict[str, 
             record["sentences"].append({**entry, "mask": encode_rle(mask)})
         records.append(record)
     return records
+
+
+def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:
+    """Bring mask logits (N, Q, Q) to (N, H, W) as Sa2VA predicts: bilinear to S x S, then bilinear to the image."""
+    full = F.interpolate(logits[:, None], size=(batch_side, batch_side), mode="bilinear", align_corners=False)
+    return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def uniqueness(record: Record, listener: str = "cycle") -> float | None:
+    """Return own IoU minus the best IoU with another region of the image; None where there is no other."""
+    ious, own = record[listener]["ious"], record["own"]
+    others = [value for place, value in enumerate(ious) if place != own]
+    return ious[own] - max(others) if others else None
 
 
 def cycle_iou(record: Record) -> float:

@@ -51,7 +51,7 @@ def build_accelerator(config: Config) -> Accelerator:
             explain("no GPU is visible", "train.device", "cuda", "a CUDA device", "set --device cpu or auto")
         )
     # Buffers are constants here; sending them before every forward pass would only cost time.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=config.speed.bucket_view)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     use_cpu = device_type(config) == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from dual_loop.config import Config, caption_gradient
+from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.grounding import GroundingDecoder
 from dual_loop.model.recompute import checkpoint_first, requested_layers
@@ -180,7 +181,7 @@ class MemoryEstimator:
             language=0,
             layer_gradients=self.layer.kept,
             mask_decoder=measure_mask_decoder(model, train.batch_size, objects, precision(config) == "bf16"),
-            logits=3 * min(tokens, config.speed.cross_entropy_chunk or tokens) * vocabulary * 4,
+            logits=3 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * sizes.mask_size**2 * 4,
             features=window * cells * 4,
             captioning=column * (window * prefix + rows * row) + 4 * rows * vocabulary,
@@ -260,8 +261,6 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     with_graph = captions_with_graph(config)
     image, text = image_tokens(config) + TEXT_TOKENS, TEXT_TOKENS + config.loop.max_new_tokens
     branches = data.regions_per_image * (1 + with_graph)
-    if not config.speed.pack_branches:
-        return images * branches, image + text + (cells if with_graph else 0)
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
     return images * (2 if has_pairs else 1), image + branches * text + with_graph * cells
@@ -406,5 +405,5 @@ def still_to_come(config: Config, accelerator: Accelerator, optimizer: torch.opt
     own = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
     size = float(sum(parameter.numel() * parameter.element_size() for parameter in own))
     # With several ranks gradients live in DDP's buckets, which exist already.
-    gradients = 0.0 if accelerator.num_processes > 1 and config.speed.bucket_view else size
+    gradients = 0.0 if accelerator.num_processes > 1 else size
     return gradients + (0.0 if optimizer.state else 2 * size)

@@ -1,0 +1,227 @@
+"""Start-up as a chain of types, so that a wrong order does not type-check: Start -> Built -> Loaded -> Placed -> Ready.
+
+::
+
+    start   processes, device, run folder
+    build   the model with random weights, and its prompts
+    load    pretrained weights in it
+    place   on its device, sharded where that is asked for, with its weight average
+    wire    the task, the trainer, and what a checkpoint brings back
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dual_loop.checkpoint.importer import load_weights
+from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
+from dual_loop.config import Config
+from dual_loop.loop.judge import Judge
+from dual_loop.loop.task import DualLoopTask
+from dual_loop.model.adapters import trainable_parameters, trainable_table
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.ema import ExponentialMovingAverage
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
+from dual_loop.training.devices import build_accelerator, is_sharding, share_out_batch
+from dual_loop.training.guard import RankExchange
+from dual_loop.training.memory import LayerPlan, MemoryEstimator
+from dual_loop.training.run_folder import RunFolder, check_free
+from dual_loop.training.sharding import Pace, shard_language_model
+from dual_loop.training.stream import DataStream, build_stream
+from dual_loop.training.trainer import Trainer
+
+
+class Reporter:
+    """Prints lines on rank 0, above the progress bar where there is one."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+
+    def __call__(self, line: str) -> None:
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def set_up_logging(self) -> None:
+        """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
+        logger = logging.getLogger("dual_loop")
+        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
+            logger.addHandler(LineHandler())
+        logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
+        if not self.is_main:
+            warnings.simplefilter("ignore")
+
+
+class LineHandler(logging.Handler):
+    """Writes messages to the standard error of the moment, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run computes and what it writes to; ``config`` as it was written to the run folder."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: RunFolder
+    report: Reporter
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with random weights; ``sources`` are the weights that are to be loaded."""
+
+    model: VideoLLaVASAMModel
+    prompter: Prompter
+    sources: list[Path]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with the weights that training starts from, and what its layers will need."""
+
+    model: VideoLLaVASAMModel
+    prompter: Prompter
+    memory: MemoryEstimator
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model on its device, with its weight average; ``pace`` where ranks share its layers."""
+
+    model: VideoLLaVASAMModel
+    prompter: Prompter
+    memory: MemoryEstimator
+    average: ExponentialMovingAverage
+    pace: Pace | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A trainer that may start or go on."""
+
+    task: DualLoopTask
+    trainer: Trainer
+    layers: LayerPlan
+    pace: AbstractContextManager[Any] | None
+
+
+def start(config: Config) -> Start:
+    """Join the processes and make the run folder."""
+    accelerator = build_accelerator(config)
+    config = share_out_batch(config, accelerator.num_processes)
+    report = Reporter(accelerator.is_main_process)
+    report.set_up_logging()
+    return Start(config, accelerator, _prepare_folder(config, accelerator), report)
+
+
+def build(run: Start) -> Built:
+    """Build the model, the same on every rank."""
+    config = run.config
+    torch.manual_seed(config.train.seed)
+    run.report("Building VideoLLaVASAMModel...")
+    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
+    sources = weights_sources(config)
+    model = build_model(config, tokenizer, weights_imported=brings_embeddings(sources, len(tokenizer)))
+    run.report(f"✓ Model built\n{trainable_table(model)}")
+    return Built(model, build_prompter(config, tokenizer), sources)
+
+
+def load(run: Start, built: Built) -> Loaded:
+    """Load the weights that training starts from, and write down what they were."""
+    model, config = built.model, run.config
+    if not built.sources:
+        run.report("No pretrained weights: starting from random initialisation")
+    else:
+        names = {"tokenizer": built.prompter.tokenizer, "allow_missing": config.train.allow_missing}
+        imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
+        run.folder.write_import(imported.to_dict())
+        run.report(f"✓ Pretrained weights loaded\n{imported}")
+    # Layers are measured as they were built: neither packed nor sharded.
+    return Loaded(model, built.prompter, MemoryEstimator(config, model, run.accelerator.device.type))
+
+
+def open_data(run: Start) -> DataStream:
+    """Open the data sets and the stream of this rank's micro-batches."""
+    stream = build_stream(run.config, geometry(run.config), run.accelerator)
+    run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
+    num_batches = stream.steps_per_epoch * run.config.train.gradient_accumulation_steps
+    run.report(f"✓ Dataloader created: {num_batches} batches")
+    return stream
+
+
+def place(run: Start, loaded: Loaded) -> Placed:
+    """Bring the model to its device; shard it where ranks are to share its layers."""
+    model, accelerator, pace = loaded.model, run.accelerator, None
+    if is_sharding(run.config, accelerator):
+        count = shard_language_model(accelerator, model)
+        run.report(f"Sharding {count} decoder layers over {accelerator.num_processes} ranks")
+        pace = Pace(accelerator, model)
+    model.to(accelerator.device)
+    average = ExponentialMovingAverage(trainable_parameters(model), run.config.train.ema_decay)
+    return Placed(model, loaded.prompter, loaded.memory, average, pace)
+
+
+def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
+    """Put task and trainer together, and continue from a checkpoint where there is one."""
+    config, accelerator, model, pace = run.config, run.accelerator, placed.model, placed.pace
+    comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
+    judge = _build_judge(config, accelerator)
+    # The task's feature cache names frozen weights, which may be no parameters any more after ``finish``.
+    task = DualLoopTask(model, placed.prompter, config, placed.average, comm, judge, stream.num_samples)
+    for line in model.finish(accelerator.device):
+        run.report(line)
+    trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, pace)
+    # From here on ranks draw differently (dropout); everything before had to be the same on all.
+    torch.manual_seed(config.train.seed + accelerator.process_index)
+    trainer.restore()
+    layers = placed.memory.apply(accelerator, trainer.optimizer)
+    run.report(layers.line())
+    return Ready(task, trainer, layers, pace)
+
+
+def _prepare_folder(config: Config, accelerator: Accelerator) -> RunFolder:
+    """Make the run folder on rank 0, after every rank found it free."""
+    folder = RunFolder(config.train.output_dir, accelerator.is_main_process)
+    resuming = config.train.resume is not None
+    check_free(folder.path, resuming)
+    accelerator.wait_for_everyone()
+    extra = {
+        "device": str(accelerator.device),
+        "world_size": accelerator.num_processes,
+        "precision": str(accelerator.mixed_precision),
+        "num_threads": torch.get_num_threads(),
+    }
+    folder.create(config.to_dict(), extra, resuming)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _build_judge(config: Config, accelerator: Accelerator) -> Judge | None:
+    """Return the judge that is named; it is asked one question first, so that a wrong address shows now.
+
+    Raises:
+        JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
+    """
+    if config.reward.judge_url is None or config.reward.caption_weight <= 0:
+        return None
+    judge = Judge(config.reward)
+    if accelerator.is_main_process:
+        judge.check()
+    return judge
