@@ -30,7 +30,7 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
 
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 from parity.case import FULL, TRAINABLE, Case, load_case
 from parity.data_checks import check_data

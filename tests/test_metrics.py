@@ -14,7 +14,7 @@ from dual_loop.metrics import (
     PRECISION_THRESHOLDS,
     SegmentationSums,
     caption_exact,
-    mask_iou,
+    mask_overlap,
     normalise_caption,
     paired_bootstrap,
 )
@@ -35,7 +35,7 @@ def _six_pairs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_intersection_and_union_by_hand():
-    intersection, union = mask_iou(*_six_pairs())
+    intersection, union = mask_overlap(*_six_pairs())
     assert intersection.tolist() == [4, 3, 0, 0, 0, 5]
     assert union.tolist() == [4, 5, 10, 0, 10, 10]
 
@@ -43,14 +43,14 @@ def test_intersection_and_union_by_hand():
 def test_torch_and_numpy_agree():
     pred, target = _six_pairs()
     for array, tensor in zip(
-        mask_iou(pred, target), mask_iou(torch.from_numpy(pred), torch.from_numpy(target)), strict=True
+        mask_overlap(pred, target), mask_overlap(torch.from_numpy(pred), torch.from_numpy(target)), strict=True
     ):
         assert isinstance(tensor, torch.Tensor)
         assert array.tolist() == tensor.tolist()
 
 
 def test_no_pairs_are_allowed():
-    intersection, union = mask_iou(np.zeros((0, 3, 3), bool), np.zeros((0, 3, 3), bool))
+    intersection, union = mask_overlap(np.zeros((0, 3, 3), bool), np.zeros((0, 3, 3), bool))
     assert intersection.shape == union.shape == (0,)
     sums = SegmentationSums()
     sums.update(intersection, union)
@@ -61,20 +61,20 @@ def test_no_pairs_are_allowed():
 def test_masks_that_are_not_boolean_are_refused(dtype: type):
     masks = np.zeros((1, 2, 2), dtype)
     with pytest.raises(ValueError, match="not boolean"):
-        mask_iou(masks, masks)
+        mask_overlap(masks, masks)
     with pytest.raises(ValueError, match="not boolean"):
-        mask_iou(torch.from_numpy(masks), torch.zeros(1, 2, 2, dtype=torch.bool))
+        mask_overlap(torch.from_numpy(masks), torch.zeros(1, 2, 2, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (2, 2)])
 def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="cannot be compared"):
-        mask_iou(np.zeros(shape, bool), np.zeros((1, 2, 2) if len(shape) == 3 else shape, bool))
+        mask_overlap(np.zeros(shape, bool), np.zeros((1, 2, 2) if len(shape) == 3 else shape, bool))
 
 
 def test_averages_by_hand_with_empty_masks():
     sums = SegmentationSums()
-    sums.update(*mask_iou(*_six_pairs()))
+    sums.update(*mask_overlap(*_six_pairs()))
     # IoUs: 1, 0.6, 0, 1 (both empty), 0 (empty against full), 0.5
     assert sums.as_dict() == pytest.approx(
         {

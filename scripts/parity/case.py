@@ -19,7 +19,7 @@ from dual_loop.config import Config
 from dual_loop.data.prepare import Geometry
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 FULL, TRAINABLE = "checkpoint_full.pth", "checkpoint_trainable.pth"
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from dual_loop.data.image_files import read_image
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import Geometry, choose_tile_grid, grounding_image, image_to_tiles
-from dual_loop.model.packing import left_pad
+from dual_loop.model.decode import left_pad
 from dual_loop.model.prompts import (
     CAPTION_QUESTIONS,
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
-    Branch,
     Prompter,
     list_regions,
 )
+from dual_loop.types import Turn
 
 from .case import Case
 from .report import Report
@@ -112,14 +112,14 @@ def check_loss_prompts(case: Case, report: Report) -> None:
         text = expand(short)
         tiles = case.tiles_per_sample()[sample]
         written = (conversation(case.prompter, text, tiles, stock) for stock in (False, True))
-        branch = next((found for found in written if found is not None), None)
-        if branch is None:
+        turn = next((found for found in written if found is not None), None)
+        if turn is None:
             used = case.inputs["attention_mask"][sample].bool()
             expected = case.inputs["input_ids"][sample][used].tolist()
             report.same(f"loss_texts.{sample}, encoded as one text", case.prompter.encode(text), expected)
             continue
-        rows.append(list(branch.input_ids))
-        labels.append(list(branch.labels))
+        rows.append(list(turn.input_ids))
+        labels.append(list(turn.labels))
     if rows and len(rows) == len(texts):
         pad = int(case.notes.get("loss_pad_token_id", 0))
         report.same("input_ids, by the prompter", padded(rows, pad), case.inputs["input_ids"])
@@ -128,7 +128,7 @@ def check_loss_prompts(case: Case, report: Report) -> None:
         report.same("attention_mask, by the prompter", mask, case.inputs["attention_mask"].bool())
 
 
-def conversation(prompter: Prompter, text: str, num_tiles: int, stock: bool) -> Branch | None:
+def conversation(prompter: Prompter, text: str, num_tiles: int, stock: bool) -> Turn | None:
     """Take a conversation apart and let the prompter write it; None where it has another form than ours."""
     template = prompter.template
     before, after = (template.caption_turn if stock else template.segment_turn).split("{question}")
@@ -159,10 +159,10 @@ def check_caption_prompts(case: Case, report: Report) -> None:
     for sample, short in enumerate(case.notes.get("caption_texts", [])):
         rows.append(caption_ids(case.prompter, expand(short), tiles[sample]))
     if rows:
-        ids, mask = left_pad(rows, case.tokenizer.pad_token_id)
+        ids, mask = left_pad(rows, case.tokenizer.pad_token_id, torch.device("cpu"))
         report.same("caption_input_ids, by the prompter", ids, case.inputs["caption_input_ids"])
         expected = case.inputs["caption_attention_mask"].bool()
-        report.same("caption_attention_mask, by the prompter", mask.bool(), expected)
+        report.same("caption_attention_mask, by the prompter", mask, expected)
 
 
 def caption_ids(prompter: Prompter, text: str, num_tiles: int) -> list[int]:

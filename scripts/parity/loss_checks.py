@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
+from dual_loop.model.sa2va import evaluating
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 from .case import Case
 from .report import Report, Row

@@ -11,7 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from dual_loop.data.prepare import resize_targets
 from dual_loop.evaluation.evaluate import resize_logits
 from dual_loop.model.object_count import object_order
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel, evaluating
+from dual_loop.model.sa2va import evaluating
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.types import Segmentation
 
 from .case import Case
@@ -58,7 +59,7 @@ def check_grounding(
     raw = model.encode_grounding(case.inputs["g_pixel_values"])
     finished = model.grounding.finish(raw)
     # The third level is recorded before the no-memory embedding is added to it.
-    for level, seen in enumerate((finished[0], finished[1], raw.levels[2])):
+    for level, seen in enumerate((finished[0], finished[1], raw[2])):
         _close(case, report, f"fpn_{level}", seen)
     embeds = torch.as_tensor(segmentation.seg_embeds)[order]
     _close(case, report, "language_embd", embeds[:, None])
@@ -134,9 +135,10 @@ def check_generation(
         report.failed("caption_generated_ids", "the reference was sampled; only greedy texts can be compared")
         return
     recorder = RecordLogits()
-    seen = model.generate(
-        embeds,
-        mask,
+    model.sync_new_tokens()
+    seen = model.mllm.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
         max_new_tokens=int(settings.get("max_new_tokens", ids.shape[1])),
         do_sample=False,
         pad_token_id=case.tokenizer.pad_token_id,

@@ -10,7 +10,7 @@ import torch
 from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights
 from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, file_name, place, sources_of
 from dual_loop.model.adapters import trainable_parameters, without_mask_gradient
-from dual_loop.model.video_llava_sam import VideoLLaVASAMModel
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 from .case import FULL, TRAINABLE, Case
 from .report import Report

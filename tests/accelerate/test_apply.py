@@ -19,7 +19,7 @@ from dual_loop.accelerate.lora import FusedLora
 from dual_loop.accelerate.qwen2 import TrimmedLayer
 from dual_loop.accelerate.sam2 import LeanNeck
 from dual_loop.config import Config, LoopConfig
-from dual_loop.loop.dual_loop import DualLoop
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 
 from small_model import scene_samples, small_batch, small_config, small_model
@@ -44,16 +44,17 @@ def step(is_on: bool, dtype: torch.dtype, autocast: bool = False) -> tuple[Any, 
                     parameter.mul_(6.0 if not autocast else 1.0)
     model.to(dtype)
     batch = small_batch(config, scene_samples(3, captions=False))
-    loop = DualLoop(model, prompter, LoopConfig(max_new_tokens=6, max_rejected_grace=10_000))
+    loop = LoopConfig(max_new_tokens=6, max_rejected_grace=10_000)
+    task = DualLoopTask(model, prompter, dataclasses.replace(config, loop=loop))
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        [micro] = loop.begin_window([batch])
-        output = loop.step(model, micro)
+        [packed] = task.prepare([batch])
+        output = task(packed)
         torch.stack([term.total for term in output.terms.values()]).sum().backward()
     terms = {name: float(term.total.detach()) for name, term in output.terms.items()}
     gradients = {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
     assert len(gradients) > 20
-    return micro.rollout.token_ids, terms, gradients
+    return [caption.token_ids for caption in packed.captions], terms, gradients
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-2)])

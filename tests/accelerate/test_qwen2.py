@@ -11,7 +11,8 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.cache_utils import DynamicCache
 
 from dual_loop.accelerate.qwen2 import TrimmedLayer, make_trimmable, restore_columns, trimming
-from dual_loop.model.packing import additive_mask, branch_attention_mask
+from dual_loop.loop.packing import conversation_mask
+from dual_loop.model.sa2va import additive_mask
 
 ROWS, LENGTH, WIDTH, READ_FROM = 2, 9, 16, 5
 
@@ -24,10 +25,10 @@ def language_model() -> Any:
 
 def inputs() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    branches = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 1, 1, 2, -1]])
+    conversations = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 1, 1, 2, -1]])
     embeds = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64)
     positions = torch.arange(LENGTH).expand(ROWS, -1)
-    mask = additive_mask(branch_attention_mask(branches), embeds.dtype)
+    mask = additive_mask(conversation_mask(conversations), embeds.dtype)
     return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
 
 

@@ -46,7 +46,7 @@ def test_the_levels_and_the_gradients_of_their_convolutions_are_the_stock_ones()
 def test_open_levels_come_out_as_narrow_as_the_trunk() -> None:
     stock, lean, batch = models()
     shapes = [
-        [level.shape[1] for level in model.encode_grounding(batch.g_pixel_values).levels] for model in (stock, lean)
+        [level.shape[1] for level in model.encode_grounding(batch.g_pixel_values)] for model in (stock, lean)
     ]
     assert shapes == [[32, 32, 32], [8, 16, 32]]
     widths = [[model.grounding.level_width(level) for level in range(3)] for model in (stock, lean)]
@@ -75,5 +75,5 @@ def test_under_autocast_a_level_is_rounded_once_and_its_matrices_are_multiplied_
     with torch.autocast("cpu", torch.bfloat16):
         features = lean.encode_grounding(batch.g_pixel_values)
         seen = lean.grounding.finish(features)[level]
-    assert features.levels[level].dtype in (torch.bfloat16, torch.float32)  # float32 where the CPU is faster so
+    assert features[level].dtype in (torch.bfloat16, torch.float32)  # float32 where the CPU is faster so
     assert (seen.double() - exact).abs().max() <= 0.03 * exact.abs().max()

@@ -25,7 +25,7 @@ from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import grounding_image, image_to_tiles, resize_targets
 from dual_loop.model.adapters import group_of
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.model.packing import left_pad
+from dual_loop.model.decode import left_pad
 from dual_loop.model.prompts import CAPTION_QUESTIONS, NEW_TOKENS, SEG, list_regions
 
 ORDER = [0, 1, 0, 5, 2, 4, 6, 6, 6]
@@ -140,11 +140,11 @@ class Maker:
     def make_prompts(self) -> None:
         template, before = self.prompter.template, "<|user|>\n"
         self.notes.update(loss_texts=[], caption_texts=[])
-        branches, captions = [], []
+        whole, captions = [], []
         for sample, count in enumerate(OBJECTS):
             cells, num_image = self.cells(f"prompt_masks.{sample}"), self.prompter.image_tokens_per_tile * TILES[sample]
             turns = [(f"Please segment thing {k} in this image.", f"Sure, {SEG}.") for k in range(count)]
-            branches.append(self.prompter.conversation(turns, TILES[sample], cells))
+            whole.append(self.prompter.conversation(turns, TILES[sample], cells))
             head = f"{before}<img>{{{num_image} x <IMG_CONTEXT>}}</img>\n"
             body = "".join(f"{template.segment_turn.format(question=q)}{a}<|end|>" for q, a in turns)
             body = body.removeprefix(before)
@@ -153,15 +153,15 @@ class Maker:
             tail = f"{list_regions(cells)}\n\n{CAPTION_QUESTIONS['short']}<|end|>\n<|assistant|>\n"
             self.notes["caption_texts"].append(head + tail)
             captions.append(self.prompter.image_prefix(TILES[sample]) + self.prompter.encode("\n" + tail))
-        length = max(len(branch.input_ids) for branch in branches)
+        length = max(len(turn.input_ids) for turn in whole)
         for name, fill in (("input_ids", 0), ("labels", -100)):
-            rows = [list(getattr(branch, name)) for branch in branches]
+            rows = [list(getattr(turn, name)) for turn in whole]
             self.inputs[name] = torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-        sizes = torch.tensor([len(branch.input_ids) for branch in branches])
+        sizes = torch.tensor([len(turn.input_ids) for turn in whole])
         self.inputs["attention_mask"] = torch.arange(length)[None] < sizes[:, None]
         self.inputs["position_ids"] = torch.arange(length).expand(3, -1)
-        ids, mask = left_pad(captions, self.tokenizer.pad_token_id)
-        self.inputs.update(caption_input_ids=ids, caption_attention_mask=mask.bool())
+        ids, mask = left_pad(captions, self.tokenizer.pad_token_id, torch.device("cpu"))
+        self.inputs.update(caption_input_ids=ids, caption_attention_mask=mask)
 
     def batch(self) -> dict[str, Any]:
         data: dict[str, Any] = dict(self.inputs)
@@ -182,7 +182,7 @@ class Maker:
         out["sparse_prompt_embeddings"] = model.grounding.sparse_prompts(out["seg_embeds"])[:1, 0]
         levels = model.encode_grounding(data["g_pixel_values"])
         out["fpn_0"], out["fpn_1"], _ = model.grounding.finish(levels)
-        out["fpn_2"] = levels.levels[2]
+        out["fpn_2"] = levels[2]
         found = model(data, mode="predict")["segmentation"]
         out["multimask_ious"], out["multimask_best"] = found.predicted_iou[ORDER], found.chosen[ORDER]
         out["object_score_logits"] = found.object_score_logits[ORDER]
