@@ -14,8 +14,8 @@ from dual_loop.errors import ConfigError, SampleError
 from dual_loop.evaluation.caption_scores import score_captions, words
 from dual_loop.evaluation.figures import captioning_figures, figures_of, loop_figures, markdown_table, referring_figures
 from dual_loop.evaluation.protocol import PRESETS, choose_protocol
-from dual_loop.evaluation.regions import compare_predictions, overlap
-from dual_loop.metrics import bootstrap_ratio
+from dual_loop.evaluation.regions import compare_predictions
+from dual_loop.metrics import bootstrap_ratio, mask_overlap
 from dual_loop.types import RegionSample
 
 SIDE = 10
@@ -64,7 +64,7 @@ def test_saved_predictions_count_as_by_hand() -> None:
     ],
 )
 def test_empty_and_full(predicted: np.ndarray, target: np.ndarray, iou: float) -> None:
-    intersection, union = overlap(predicted, target)
+    intersection, union = (int(area[0]) for area in mask_overlap(predicted[None], target[None]))
     sentence = {"num_masks": 1, "intersection": intersection, "union": union}
     figures = referring_figures([{"image": "a", "sentences": [sentence]}])
     assert figures["gIoU"]["value"] == iou

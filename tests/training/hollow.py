@@ -1,4 +1,4 @@
-"""A hollow loop and data stream: everything that the trainer needs, in milliseconds.
+"""A hollow task and data stream: everything that the trainer needs, in milliseconds.
 
 The "model" is two linear layers; a region's loss depends on its own number alone, so every split of a global batch must
 give the same gradient.
@@ -7,8 +7,6 @@ give the same gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +14,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from dual_loop.config import Config, load_config
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.training.run_folder import RunFolder
 from dual_loop.training.trainer import Trainer
-from dual_loop.types import Batch, LossTerm, RegionSample, Segmentation, SkippedSample, StepOutput
+from dual_loop.types import (
+    Batch,
+    LossTerm,
+    PackedBatch,
+    RegionCaption,
+    RegionSample,
+    Segmentation,
+    SkippedSample,
+    StepOutput,
+)
 
 WIDTH = 4
 
@@ -34,48 +43,57 @@ class HollowModel(torch.nn.Module):
         return self.frozen(self.second(torch.tanh(self.first(inputs))))
 
 
-@dataclass
-class HollowLoop:
+class HollowTask(torch.nn.Module):
     """Loss terms with different counts, as the real ones; ``spoil`` turns one region's loss into NaN."""
 
-    spoil: str = ""
-    noise: float = 0.0
-    fail: Exception | None = None
-    num_generated: int = 0
+    def __init__(self, spoil: str = "", noise: float = 0.0, fail: Exception | None = None) -> None:
+        super().__init__()
+        self.model = HollowModel()
+        self.spoil, self.noise, self.fail, self.num_generated = spoil, noise, fail, 0
 
-    def use_average(self, average: Any) -> None:
-        self.average = average
-
-    def state_dict(self) -> dict[str, Any]:
+    def run_state(self) -> dict[str, Any]:
         return {"num_generated": self.num_generated}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_run_state(self, state: Mapping[str, Any]) -> None:
         self.num_generated = state["num_generated"]
 
-    def begin_window(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[Any]:
+    def prepare(self, batches: Sequence[Batch], progress: float = 0.0, audit: bool = False) -> list[PackedBatch]:
         self.num_generated += sum(batch.num_regions for batch in batches)
-        return [self._micro(batch) for batch in batches]
+        return [self._pack(batch) for batch in batches]
 
-    def _micro(self, batch: Batch) -> Any:
+    def _pack(self, batch: Batch) -> PackedBatch:
         # Regions with odd seeds have no tokens: ranks and micro-batches get uneven counts.
-        counts = {"mask_loss": 1.0, "dice_loss": 1.0, "llm_loss": 3.0}
-        number = batch.num_regions
-        tokens = sum(counts["llm_loss"] for seed in batch.region_seeds.tolist() if seed % 2 == 0)
-        inputs = SimpleNamespace(counts={"mask_loss": number, "dice_loss": number, "llm_loss": tokens})
-        count = batch.num_regions
-        rollout = SimpleNamespace(captions=["a star"] * count, from_reference=[False] * count, rejected=[None] * count)
-        return SimpleNamespace(batch=batch, inputs=inputs, rollout=rollout)
+        number, nothing = batch.num_regions, torch.zeros(0)
+        tokens = 3.0 * sum(seed % 2 == 0 for seed in batch.region_seeds.tolist())
+        return PackedBatch(
+            batch=batch,
+            captions=[RegionCaption("a star") for _ in range(number)],
+            input_ids=nothing,
+            position_ids=nothing,
+            attention_mask=nothing,
+            row_lengths=[],
+            read_from=0,
+            row_tiles=[],
+            region_tile=nothing,
+            prompt_masks=nothing,
+            seg_positions=nothing,
+            answer_positions=nothing,
+            answer_ids=nothing,
+            region_weights=torch.ones(number),
+            counts={"mask_loss": float(number), "dice_loss": float(number), "llm_loss": tokens},
+            metrics={"caption/rejected": 1.0},
+        )
 
-    def step(self, wrapped_model: Any, micro: Any) -> StepOutput:
+    def forward(self, packed: PackedBatch) -> StepOutput:
         if self.fail is not None:
             raise self.fail
-        seeds = micro.batch.region_seeds
+        seeds = packed.batch.region_seeds
         inputs = torch.sin(seeds[:, None] * torch.arange(1.0, WIDTH + 1))
         if self.noise:
             inputs = inputs + self.noise * torch.randn_like(inputs)
-        out = wrapped_model(inputs)
+        out = self.model(inputs)
         if self.spoil:
-            factors = [float("nan") if name == self.spoil else 1.0 for name in micro.batch.region_names]
+            factors = [float("nan") if name == self.spoil else 1.0 for name in packed.batch.region_names]
             out = out * torch.tensor(factors)[:, None]
         even = (seeds % 2 == 0).float()
         terms = {
@@ -83,16 +101,10 @@ class HollowLoop:
             "dice_loss": LossTerm(out[:, 1].cos().sum(), float(len(seeds))),
             "llm_loss": LossTerm(((out - 1).square().mean(1) * even * 3).sum(), float(3 * even.sum())),
         }
-        metrics = {
-            "regions": float(len(seeds)),
-            "cycle_iou/sum": 0.5 * len(seeds),
-            "cycle_iou/count": float(len(seeds)),
-            "caption/rejected": 1.0,
-        }
-        logits = torch.ones(len(seeds), 2, 2)
+        # Half of each target, which is all of its image.
+        logits = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]).repeat(len(seeds), 1, 1)
         scores = torch.ones(len(seeds), 1)
-        segmentation = Segmentation(logits, scores, torch.zeros(len(seeds), dtype=torch.int64), scores)
-        return StepOutput(terms, metrics, segmentation, micro.rollout.captions)
+        return StepOutput(terms, Segmentation(logits, scores, torch.zeros(len(seeds), dtype=torch.int64), scores))
 
 
 class HollowData:
@@ -162,7 +174,7 @@ class HollowData:
 
 def make_trainer(
     output_dir: Any,
-    loop: HollowLoop | None = None,
+    task: HollowTask | None = None,
     lines: list[str] | None = None,
     images_at_once: str = "all",
     **train: Any,
@@ -182,4 +194,6 @@ def make_trainer(
     folder.create(config.to_dict(), {}, resuming=config.train.resume is not None)
     data = HollowData(config, accelerator.process_index, accelerator.num_processes)
     report = (lines if lines is not None else []).append
-    return Trainer(config, HollowModel(), loop or HollowLoop(), data, accelerator, folder, report)
+    task = task or HollowTask()
+    average = ExponentialMovingAverage(trainable_parameters(task.model), config.train.ema_decay)
+    return Trainer(config, task, average, data, accelerator, folder, report)

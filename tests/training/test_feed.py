@@ -105,14 +105,14 @@ def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) ->
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.config = dataclasses.replace(trainer.config, speed=SpeedConfig(sdpa_kernel="math"))
     seen: list[tuple[str, tuple[bool, bool]]] = []
-    parts = {"begin_window": trainer.loop.begin_window, "step": trainer.loop.step}
+    parts = {"prepare": trainer.task.prepare, "forward": trainer.task.forward}
     for name, original in parts.items():
 
         def watched(*args: Any, name: str = name, original: Any = original) -> Any:
             seen.append((name, enabled()))
             return original(*args)
 
-        setattr(trainer.loop, name, watched)
+        setattr(trainer.task, name, watched)
     backward = torch.Tensor.backward
 
     def watched_backward(self: torch.Tensor, *args: Any) -> None:
@@ -122,7 +122,7 @@ def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", watched_backward)
         trainer.fit()
-    assert {name for name, _ in seen} == {"begin_window", "step", "backward"}
+    assert {name for name, _ in seen} == {"prepare", "forward", "backward"}
     assert {state for _, state in seen} == {(False, True)}
     assert enabled() == (True, True)
 

@@ -18,7 +18,7 @@ from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.training.guard import NonFiniteError
 from dual_loop.training.trainer import Trainer
 
-from hollow import HollowLoop, make_trainer
+from hollow import HollowTask, make_trainer
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.task.model.state_dict().items()}
 
 
 def _assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -68,17 +68,15 @@ def test_summary_and_counters_add_up(tmp_path: Path) -> None:
     assert summary["steps"] == 5
     assert summary["sources"] == {"sav": 5, "sa1b": 5}
     assert summary["effective_batch"] == 2
-    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2}
+    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2, "prompt/grid_rescued": 0}
     assert summary["peak_memory_mb"] > 10
     assert summary["seconds"] > 0
 
 
 def test_the_reported_loss_is_the_global_mean_and_its_gradient_is_the_one_used(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, learning_rate=0.0)
-    loop, data = HollowLoop(), trainer.data
-    stream = data.batches(0)
-    micros = loop.begin_window([next(stream), next(stream)])
-    outputs = [loop.step(trainer.model, micro) for micro in micros]
+    stream = trainer.data.batches(0)
+    outputs = [trainer.task(packed) for packed in trainer.task.prepare([next(stream), next(stream)])]
     expected = {
         name: sum(o.terms[name].total for o in outputs) / sum(o.terms[name].count for o in outputs)
         for name in outputs[0].terms
@@ -106,7 +104,7 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path: Path) -> None:
 
 
 def test_a_non_finite_loss_stops_before_anything_changes(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, HollowLoop(spoil="sa1b/3#0"))
+    trainer = make_trainer(tmp_path, HollowTask(spoil="sa1b/3#0"))
     states = []
     original = trainer._update
 
@@ -126,7 +124,7 @@ def test_a_non_finite_loss_stops_before_anything_changes(tmp_path: Path) -> None
 
 
 def test_out_of_memory_names_flags(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, HollowLoop(fail=torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")))
+    trainer = make_trainer(tmp_path, HollowTask(fail=torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")))
     with pytest.raises(EnvironmentProblem, match="--batch_size"):
         trainer.fit()
 
@@ -151,9 +149,9 @@ def test_clipping_bounds_the_gradient_and_zero_turns_it_off(tmp_path: Path) -> N
 
 def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     """Noise in the loop makes the random states matter; both runs have the same number of steps in all."""
-    straight = make_trainer(tmp_path / "straight", HollowLoop(noise=0.1), max_steps=6)
+    straight = make_trainer(tmp_path / "straight", HollowTask(noise=0.1), max_steps=6)
     straight.fit()
-    broken = make_trainer(tmp_path / "broken", HollowLoop(noise=0.1), max_steps=6, save_interval=3)
+    broken = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), max_steps=6, save_interval=3)
     original = broken.folder.log
 
     def stop_at_five(record: Any) -> None:
@@ -167,10 +165,10 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     assert len(_records(tmp_path / "broken")) == 5
     torch.manual_seed(99)
     lines: list[str] = []
-    resumed = make_trainer(tmp_path / "broken", HollowLoop(noise=0.1), lines, max_steps=6, resume="auto")
+    resumed = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), lines, max_steps=6, resume="auto")
     assert resumed.restore()
     assert resumed.progress.step == 3
-    assert resumed.loop.num_generated == 6
+    assert resumed.task.num_generated == 6
     resumed.fit()
     _assert_equal(_weights(straight), _weights(resumed))
     _assert_equal(straight.ema.state_dict()["averages"], resumed.ema.state_dict()["averages"])
@@ -236,15 +234,15 @@ def test_a_signal_saves_and_ends_after_the_step(tmp_path: Path, number: signal.S
 RANKS = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from hollow import HollowLoop, make_trainer
+from hollow import HollowTask, make_trainer
 import torch
 from dual_loop.training.devices import end_processes
-trainer = make_trainer(sys.argv[1], HollowLoop(spoil=sys.argv[3]), batch_size=1, gradient_accumulation_steps=2)
+trainer = make_trainer(sys.argv[1], HollowTask(spoil=sys.argv[3]), batch_size=1, gradient_accumulation_steps=2)
 trainer.fit()
 summary = trainer.summary()
 if trainer.accelerator.is_main_process:
     import json, os
-    torch.save(trainer.model.state_dict(), os.path.join(sys.argv[1], "weights.pt"))
+    torch.save(trainer.task.model.state_dict(), os.path.join(sys.argv[1], "weights.pt"))
     json.dump(summary, open(os.path.join(sys.argv[1], "summary.json"), "w"))
 end_processes(trainer.accelerator)
 """
@@ -289,16 +287,16 @@ def test_a_non_finite_loss_on_one_rank_stops_both_with_its_name(tmp_path: Path) 
 
 def test_audits_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
     def audited(name: str, max_steps: int, interval: int) -> list[int]:
-        loop, steps = HollowLoop(), []
-        trainer = make_trainer(tmp_path / name, loop, max_steps=max_steps, audit_interval=interval, log_interval=100)
-        original = loop.begin_window
+        task, steps = HollowTask(), []
+        trainer = make_trainer(tmp_path / name, task, max_steps=max_steps, audit_interval=interval, log_interval=100)
+        original = task.prepare
 
-        def begin_window(batches: Any, progress: float = 0.0, audit: bool = False) -> Any:
+        def prepare(batches: Any, progress: float = 0.0, audit: bool = False) -> Any:
             assert progress == pytest.approx(trainer.progress.step / max_steps)
             steps.extend([trainer.progress.step + 1] if audit else [])
             return original(batches, progress, audit)
 
-        loop.begin_window = begin_window  # type: ignore[method-assign]
+        task.prepare = prepare  # type: ignore[method-assign]
         trainer.fit()
         assert {record["step"] for record in _records(tmp_path / name)} == {1, max_steps, *steps}
         return steps

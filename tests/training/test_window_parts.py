@@ -79,7 +79,7 @@ def test_a_run_in_parts_is_the_run(tmp_path: Path, choice: str) -> None:
     for images in ("all", choice):
         trainer = make_trainer(tmp_path / images, images_at_once=images, batch_size=4)
         trainer.fit()
-        runs.append(({k: v.clone() for k, v in trainer.model.state_dict().items()}, trainer.summary()))
+        runs.append(({k: v.clone() for k, v in trainer.task.model.state_dict().items()}, trainer.summary()))
     for name, tensor in runs[0][0].items():
         torch.testing.assert_close(runs[1][0][name], tensor, rtol=1e-5, atol=1e-6)
     for key in ("sources", "effective_batch"):
