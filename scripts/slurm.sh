@@ -24,7 +24,9 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 
 NNODES=$SLURM_JOB_NUM_NODES
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Read whole, then cut: with a pipe into head, scontrol may meet a closed pipe and end the job (pipefail).
+HOSTS_OF_JOB=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${HOSTS_OF_JOB%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-8}}
 export NNODES MASTER_ADDR MASTER_PORT NPROC
