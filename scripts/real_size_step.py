@@ -111,14 +111,15 @@ def run_entry(arguments: Sequence[str], lora_b: str) -> int:
     import importlib
 
     entry: Any = importlib.import_module("dual_loop.train_dual_loop")
-    build = entry.build_model
+    setup: Any = importlib.import_module("dual_loop.training.setup")
+    build = setup.build_model
 
     def build_and_draw(*args: Any, **options: Any) -> Any:
         model = build(*args, **options)
         draw_weights(model, lora_b)
         return model
 
-    entry.build_model = build_and_draw
+    setup.build_model = build_and_draw
     return int(entry.main(arguments))
 
 
