@@ -13,7 +13,7 @@ import pytest
 import dual_loop
 from dual_loop import errors
 from dual_loop.errors import DualLoopError, SampleError, explain
-from dual_loop.types import Batch, CaptionRollout, LossTerm, RegionSample
+from dual_loop.types import Batch, LossTerm, RegionCaption, RegionSample, WrittenCaption
 
 HEAVY = ("torch", "transformers", "mmengine", "matplotlib")
 
@@ -91,9 +91,14 @@ def test_a_loss_term_divides_by_its_count_and_never_by_zero() -> None:
     assert LossTerm(torch.tensor(0.0), 0).mean.item() == 0.0
 
 
-def test_a_rollout_counts_its_rejections() -> None:
-    rollout = CaptionRollout(["a", "b", "c"], [[1], [2], []], [None, "too_long", "empty"], [False] * 3, [True] * 3)
-    assert rollout.num_rejected == 2
+def test_captions_say_what_was_rejected_and_list_what_was_written() -> None:
+    greedy, first, second = (WrittenCaption(text, (1,), None, False) for text in "abc")
+    captions = [RegionCaption("a"), RegionCaption("b", rejected="special_token"), RegionCaption("c", rejected="empty")]
+    assert sum(caption.rejected is not None for caption in captions) == 2
+    assert all(caption.is_kept and not caption.is_reference for caption in captions)
+    assert captions[0].written == ()
+    assert RegionCaption("a", greedy=greedy, samples=(first, second)).written == (greedy, first, second)
+    assert RegionCaption("a", samples=(first, second)).written == (first, second)
 
 
 def test_a_batch_moves_every_tensor_and_nothing_else() -> None:

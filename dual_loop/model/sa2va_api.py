@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,10 +89,9 @@ class VideoLLaVASAMModel(Sa2VA):
             objects = self._objects(data, ids, len(levels[0]))
             embeds = self.seg_embeds(hidden[objects.row, objects.column])
             return {"segmentation": self.decode_masks(embeds, levels, objects.frame)}
-        labels = _tensor(data, "labels", ids.device)
-        if labels.shape != ids.shape:
-            raise PromptError(explain("labels do not fit input_ids", "labels", tuple(labels.shape), tuple(ids.shape)))
+        labels = _beside(ids, data, "labels")
         carries = labels[:, 1:] != -100
+        self._check_vocabulary(labels[:, 1:][carries], "labels")
         total = self.token_loss(hidden[:, :-1][carries], labels[:, 1:][carries])
         llm_loss = total * (self.loss_config.language_weight / max(int(carries.sum()), 1))
         if not has_masks:
@@ -123,23 +123,19 @@ class VideoLLaVASAMModel(Sa2VA):
             PromptError: as in :meth:`forward`.
         """
         data = {"input_ids": input_ids, "pixel_values": pixel_values, "prompt_masks": prompt_masks}
+        data |= {"attention_mask": attention_mask, "vp_overall_mask": vp_overall_mask}
         ids = self._ids(data)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device).long()
+        mask = torch.ones_like(ids) if attention_mask is None else _beside(ids, data, "attention_mask").long()
         self.sync_new_tokens()
-        embeds = self.input_embeddings({**data, "vp_overall_mask": vp_overall_mask})
+        embeds = self.input_embeddings(data)
         output = self.mllm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
         return torch.as_tensor(getattr(output, "sequences", output))
 
     def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
         """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
         ids = self._ids(data)
-        given = data.get("attention_mask")
-        mask = torch.ones_like(ids) if given is None else _tensor(data, "attention_mask", ids.device)
-        positions = None if data.get("position_ids") is None else _tensor(data, "position_ids", ids.device)
-        for name, value in (("attention_mask", mask), ("position_ids", positions)):
-            if value is not None and value.shape != ids.shape:
-                seen, expected = tuple(value.shape), f"{tuple(ids.shape)}, as input_ids"
-                raise PromptError(explain(f"{name} does not fit input_ids", name, seen, expected))
+        mask = torch.ones_like(ids) if data.get("attention_mask") is None else _beside(ids, data, "attention_mask")
+        positions = None if data.get("position_ids") is None else _beside(ids, data, "position_ids")
         return self.run_language(self.input_embeddings(data), mask, positions)
 
     def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
@@ -162,14 +158,18 @@ class VideoLLaVASAMModel(Sa2VA):
         if not isinstance(data, Mapping):
             raise PromptError(explain("the model takes a dict", "data", type(data).__name__, "a dict of tensors"))
         ids = _tensor(data, "input_ids", self.device)
-        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
-            seen = f"{tuple(ids.shape)} {ids.dtype}"
-            raise PromptError(explain("token ids have a wrong form", "input_ids", seen, "(B, L) int64"))
-        size = self.mllm.get_input_embeddings().num_embeddings
-        if int(ids.min()) < 0 or int(ids.max()) >= size:
-            seen = f"{int(ids.min())} to {int(ids.max())}"
-            raise PromptError(explain("a token id is outside of the vocabulary", "input_ids", seen, f"0 to {size - 1}"))
+        if ids.dim() != 2 or not ids.numel():
+            raise PromptError(explain("token ids have a wrong form", "input_ids", tuple(ids.shape), "(B, L) int64"))
+        self._check_vocabulary(ids, "input_ids")
         return ids
+
+    def _check_vocabulary(self, ids: Tensor, name: str) -> None:
+        size = self.mllm.get_input_embeddings().num_embeddings
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise PromptError(explain("token ids have a wrong form", name, ids.dtype, "int64"))
+        if bool(((ids < 0) | (ids >= size)).any()):
+            seen = f"{int(ids.min())} to {int(ids.max())}"
+            raise PromptError(explain("a token id is outside of the vocabulary", name, seen, f"0 to {size - 1}"))
 
     def _tiles(self, pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor:
         """Return the tiles of all samples, (T, 3, I, I), in order; none at all where no image is given."""
@@ -177,13 +177,12 @@ class VideoLLaVASAMModel(Sa2VA):
         if pixel_values is None:
             return torch.zeros(0, 3, *side, device=self.device)
         if isinstance(pixel_values, Tensor):
-            return (pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values).to(self.device)
-        parts = [part[None] if part.dim() == 3 else part for part in _tensors(pixel_values, "pixel_values")]
-        shapes = sorted({tuple(part.shape[1:]) for part in parts})
-        if len(shapes) > 1 or any(part.dim() != 4 for part in parts):
-            seen = [tuple(part.shape) for part in parts]
-            expected = f"(tiles, 3, {side[0]}, {side[1]}) each"
-            raise PromptError(explain("image tiles have different forms", "pixel_values", seen, expected))
+            parts = [pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values]
+        else:
+            parts = [part[None] if part.dim() == 3 else part for part in _tensors(pixel_values, "pixel_values")]
+        if any(part.dim() != 4 or tuple(part.shape[1:]) != (3, *side) for part in parts):
+            seen, expected = [tuple(part.shape) for part in parts], f"(tiles, 3, {side[0]}, {side[1]}) each"
+            raise PromptError(explain("image tiles have the wrong size", "pixel_values", seen, expected))
         return torch.cat(parts).to(self.device) if parts else torch.zeros(0, 3, *side, device=self.device)
 
     def _frames(self, g_pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
@@ -233,7 +232,9 @@ class VideoLLaVASAMModel(Sa2VA):
         listed = data.get("frames_per_batch")
         frames = [1] * (num_frames if listed is None else 0)
         if listed is not None:
-            frames = [int(count) for count in (listed.tolist() if isinstance(listed, Tensor) else listed)]
+            frames = listed.tolist() if isinstance(listed, Tensor) else listed
+            if not isinstance(frames, (list, tuple)) or not all(isinstance(count, Integral) for count in frames):
+                raise PromptError(explain("frames are no numbers", "frames_per_batch", listed, "a list of integers"))
         if len(frames) == len(ids) != len(samples):
             samples = list(range(len(ids)))  # a sample without [SEG] may bring an image all the same
         if len(frames) != len(samples) or sum(frames) != num_frames or min(frames, default=1) < 1:
@@ -268,26 +269,42 @@ class VideoLLaVASAMModel(Sa2VA):
             raise PromptError(explain("target masks have a wrong form", "masks", seen, "(objects, H, W) each"))
         side = self.mask_size
         resized = [F.interpolate(part[None].float(), (side, side), mode="nearest")[0] for part in parts]
-        return torch.cat(resized).to(self.device)
+        return torch.cat(resized).to(self.device) if parts else torch.zeros(0, side, side, device=self.device)
 
     def _mask_losses(
         self, data: Mapping[str, Any], ids: Tensor, hidden: Tensor, levels: list[Tensor]
     ) -> dict[str, Tensor]:
+        if data.get("region_weights") is not None:
+            what, fix = "the original weighs no regions", "use loop.task.DualLoopTask"
+            raise PromptError(explain(what, "region_weights", "a value", "nothing", fix))
         objects, config = self._objects(data, ids, len(levels[0])), self.loss_config
-        targets, seeds = objects.targets, data.get("region_seeds")
+        targets = objects.targets
         assert targets is not None
-        if not len(targets):
+        count = len(targets)
+        if not count:
             return self._zero_losses(hidden)
-        seeds = torch.arange(len(targets)) if seeds is None else torch.as_tensor(seeds)
-        order = torch.arange(len(targets), device=self.device)
+        seeds = torch.arange(count)
+        if data.get("region_seeds") is not None:
+            seeds = _tensor(data, "region_seeds", self.device)
+            if tuple(seeds.shape) != (count,):
+                raise PromptError(explain("one seed an object is needed", "region_seeds", tuple(seeds.shape), (count,)))
+        order = torch.arange(count, device=self.device)
         if config.num_objects is not None:
             order = object_order(objects.frame, len(levels[0]), config.num_objects, seeds)
         if data.get("object_order") is not None:
-            order = torch.as_tensor(data["object_order"]).to(self.device)
+            order = _tensor(data, "object_order", self.device)
+            if order.dim() != 1 or bool(((order < 0) | (order >= count)).any()) or not len(order):
+                expected = f"numbers of objects, 0 to {count - 1}"
+                raise PromptError(explain("no such object", "object_order", order.tolist(), expected))
         embeds = self.seg_embeds(hidden[objects.row, objects.column])
         masks: Segmentation = self.decode_masks(embeds[order], levels, objects.frame[order])
-        points = data.get("point_coords")
-        if points is None and config.num_points > 0:
+        points = None
+        if data.get("point_coords") is not None:
+            points = _tensor(data, "point_coords", self.device)
+            if points.dim() != 3 or (len(points), points.shape[2]) != (len(order), 2):
+                seen, expected = tuple(points.shape), f"({len(order)}, points, 2)"
+                raise PromptError(explain("points do not fit the objects", "point_coords", seen, expected))
+        elif config.num_points > 0:
             ratios = config.oversample_ratio, config.importance_sample_ratio
             own = _different(seeds[order.to(seeds.device)])
             points = sample_points(masks.mask_logits, own, config.num_points, *ratios)
@@ -310,8 +327,16 @@ def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def _beside(ids: Tensor, data: Mapping[str, Any], name: str) -> Tensor:
+    value = _tensor(data, name, ids.device)
+    if value.shape != ids.shape:
+        seen, expected = tuple(value.shape), f"{tuple(ids.shape)}, as input_ids"
+        raise PromptError(explain(f"{name} does not fit input_ids", name, seen, expected))
+    return value
+
+
 def _tensors(values: Any, name: str) -> list[Tensor]:
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and values.dim():
         return list(values)
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor) for value in values):
         raise PromptError(explain("an input of the model has a wrong kind", name, type(values).__name__, "tensors"))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from dual_loop.config import LoopConfig, LossConfig, load_config
 from dual_loop.errors import ConfigError, PromptError
-from dual_loop.loop.dual_loop import DualLoop
-from dual_loop.loop.segmenter import compute_segmentation_loss
+from dual_loop.loop.segmentation_loss import compute_segmentation_loss
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.losses import original_mask_losses
 from dual_loop.model.object_count import object_multiplicity, object_order
-from dual_loop.types import CaptionRollout
+from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
@@ -66,7 +66,7 @@ def batch_data(prompter, batch):
         ids = prompter.image_prefix(1)
         for caption, owner in zip(batch.captions, batch.region_image.tolist(), strict=True):
             if owner == image:
-                ids = [*ids, *prompter.segment_branch(caption, "segment").input_ids]
+                ids = [*ids, *prompter.segment_turn(caption, "segment").input_ids]
         rows.append(ids)
     length = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -107,23 +107,23 @@ def test_the_loss_of_repeated_objects():
 def test_training_weighs_objects_as_the_repetition_would():
     model, prompter, config = small_model()
     batch = small_batch(config, scene_samples(2))
-    count = len(batch.captions)
-    rollout = CaptionRollout(list(batch.captions), [[]] * count, [None] * count, [True] * count, [True] * count)
+    captions = [RegionCaption(caption, is_reference=True) for caption in batch.captions]
     counts = torch.bincount(batch.region_image).tolist()
     repeats = object_multiplicity(batch.region_image, 2, 4, batch.region_seeds)
-    model.loss_config = dataclasses.replace(config.loss, num_objects=4)
+    loss = dataclasses.replace(config.loss, num_objects=4)
     with torch.no_grad():
-        output = compute_segmentation_loss(model, batch, rollout, prompter, LoopConfig())
-        logits = output["segmentation"].mask_logits
+        output = compute_segmentation_loss(model, batch, captions, prompter, LoopConfig(), loss)
+        logits = output.masks.mask_logits
         order = object_order(batch.region_image, 2, 4, batch.region_seeds)
-        expected = original_mask_losses(logits[order], batch.target_masks[order], model.loss_config)
+        expected = original_mask_losses(logits[order], batch.target_masks[order], loss)
     assert len(logits) == sum(counts)
-    assert float(repeats.sum()) == output["terms"]["mask_loss"].count == 8.0
-    torch.testing.assert_close(output["terms"]["mask_loss"].mean, expected["loss_mask"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(output["terms"]["dice_loss"].mean, expected["loss_dice"], atol=1e-6, rtol=1e-5)
-    (micro,) = DualLoop(model, prompter, LoopConfig()).begin_window([batch])
-    assert micro.inputs.counts["mask_loss"] == 8.0
-    assert torch.equal(micro.inputs.data["region_weights"], repeats)
+    assert float(repeats.sum()) == output.terms["mask_loss"].count == 8.0
+    torch.testing.assert_close(output.terms["mask_loss"].mean, expected["loss_mask"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output.terms["dice_loss"].mean, expected["loss_dice"], atol=1e-6, rtol=1e-5)
+    task = DualLoopTask(model, prompter, dataclasses.replace(config, loop=LoopConfig(), loss=loss))
+    [packed] = task.prepare([batch])
+    assert packed.counts["mask_loss"] == 8.0
+    assert torch.equal(packed.region_weights, repeats)
 
 
 def test_weights_of_regions_are_no_part_of_the_originals_loss():

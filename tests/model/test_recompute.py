@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.segmenter import segmentation_inputs
+from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.recompute import (
@@ -18,7 +18,7 @@ from dual_loop.model.recompute import (
     requested_layers,
 )
 from dual_loop.training.memory import measure_layer, measure_mask_decoder
-from dual_loop.types import CaptionRollout
+from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
@@ -30,10 +30,8 @@ def config_of(**model_changes: Any) -> Any:
     return small_config(text={**base, "num_hidden_layers": LAYERS}, lora_dropout=0.1, **model_changes)
 
 
-def rollout_of(batch: Any) -> CaptionRollout:
-    count = batch.num_regions
-    captions = [caption or "a star" for caption in batch.captions]
-    return CaptionRollout(captions, [[]] * count, [None] * count, [True] * count, [True] * count)
+def captions_of(batch: Any) -> list[RegionCaption]:
+    return [RegionCaption(caption or "a star", is_reference=True) for caption in batch.captions]
 
 
 def step(model: Any, prompter: Any, config: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -41,11 +39,8 @@ def step(model: Any, prompter: Any, config: Any) -> tuple[dict[str, float], dict
     batch = small_batch(config, scene_samples(2))
     model.train()
     model.zero_grad()
-    with torch.no_grad():
-        features = model.encode_vision(batch.pixel_values)
-    inputs = segmentation_inputs(batch, rollout_of(batch), features, prompter, LoopConfig())
     torch.manual_seed(5)
-    terms = model(inputs.data, mode="terms")["terms"]
+    terms = compute_segmentation_loss(model, batch, captions_of(batch), prompter, LoopConfig(), config.loss).terms
     torch.stack([term.total for term in terms.values()]).sum().backward()
     gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
     return {name: float(term.total.detach()) for name, term in terms.items()}, gradients

@@ -8,30 +8,28 @@ import torch
 from dual_loop.config import LoopConfig
 from dual_loop.errors import CheckpointError, ConfigError, PromptError
 from dual_loop.loop.captioner import generate_caption_from_mask
-from dual_loop.loop.segmenter import compute_segmentation_loss
+from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import group_of, trainable_parameters, trainable_table
 from dual_loop.model.build import build_model, build_tokenizer, sam2_config
-from dual_loop.types import CaptionRollout
+from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
 
 def given(captions):
-    count = len(captions)
-    return CaptionRollout(list(captions), [[]] * count, [None] * count, [True] * count, [True] * count)
+    return [RegionCaption(caption, is_reference=True) for caption in captions]
 
 
 def loss_of(model, prompter, config, batch, **changes):
-    rollout = given(batch.captions)
-    return compute_segmentation_loss(model, batch, rollout, prompter, LoopConfig(**changes))
+    return compute_segmentation_loss(model, batch, given(batch.captions), prompter, LoopConfig(**changes), config.loss)
 
 
 def test_every_trained_parameter_gets_gradient_and_no_frozen_one():
     model, prompter, config = small_model()
     model.train()
     output = loss_of(model, prompter, config, small_batch(config, scene_samples(6)))
-    sum(term.mean for term in output["terms"].values()).backward()
-    chosen = set(output["segmentation"].chosen.tolist())
+    sum(term.mean for term in output.terms.values()).backward()
+    chosen = set(output.masks.chosen.tolist())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert parameter.grad is None, name
@@ -49,7 +47,7 @@ def test_single_mask_option_trains_candidate_zero():
     assert any("output_hypernetworks_mlps.0." in name for name in names)
     assert not any("output_hypernetworks_mlps.1." in name for name in names)
     output = loss_of(model, prompter, config, small_batch(config, scene_samples(2)))
-    assert output["segmentation"].predicted_iou.shape[1] == 1
+    assert output.masks.predicted_iou.shape[1] == 1
 
 
 def test_vision_tower_and_language_backbone_are_frozen_and_the_table_says_so():
@@ -68,50 +66,15 @@ def test_new_token_rows_train_alone_and_reach_the_tables():
     assert not any("embed_tokens" in name or "lm_head" in name for name in names)
     batch = small_batch(config, scene_samples(2))
     output = loss_of(model, prompter, config, batch)
-    sum(term.mean for term in output["terms"].values()).backward()
+    sum(term.mean for term in output.terms.values()).backward()
     assert model.new_token_rows.input_rows.grad.abs().sum() > 0
-    before = float(output["terms"]["llm_loss"].total)
+    before = float(output.terms["llm_loss"].total)
     with torch.no_grad():
         model.new_token_rows.output_rows[0] += 1.0
-    assert float(loss_of(model, prompter, config, batch)["terms"]["llm_loss"].total) != pytest.approx(before)
+    assert float(loss_of(model, prompter, config, batch).terms["llm_loss"].total) != pytest.approx(before)
     model.sync_new_tokens()
     first = model.new_token_rows.first_id
     assert torch.equal(model.mllm.lm_head.weight[first], model.new_token_rows.output_rows[0])
-
-
-def test_forward_with_the_missions_names():
-    model, prompter, config = small_model()
-    batch = small_batch(config, scene_samples(1))
-    branch = prompter.segment_branch(batch.captions[0], "segment")
-    ids = torch.tensor([[*prompter.image_prefix(1), *branch.input_ids]])
-    labels = torch.tensor([[-100] * len(prompter.image_prefix(1)) + list(branch.labels)])
-    data = {
-        "pixel_values": [batch.pixel_values],
-        "g_pixel_values": batch.g_pixel_values,
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(ids.shape[1])[None],
-        "labels": labels,
-        "masks": [torch.from_numpy(batch.samples[0].masks[:1]).float()],
-        "prompt_masks": [],
-        "vp_overall_mask": torch.zeros(1),
-        "frames_per_batch": [1],
-    }
-    losses = model(data, mode="loss")
-    assert set(losses) == {"loss_mask", "loss_dice", "llm_loss"}
-    five_d = model({**data, "pixel_values": batch.pixel_values[None]}, mode="loss")
-    assert torch.equal(losses["loss_mask"], five_d["loss_mask"])
-    packed = compute_segmentation_loss(
-        model,
-        small_batch(config, scene_samples(1)),
-        given(batch.captions),
-        prompter,
-        LoopConfig(caption_supervision=False),
-    )
-    first = packed["segmentation"].mask_logits[0]
-    torch.testing.assert_close(model(data, mode="predict")["segmentation"].mask_logits[0], first, atol=1e-4, rtol=1e-4)
-    with pytest.raises(PromptError, match="every \\[SEG\\] needs one mask"):
-        model({**data, "masks": [torch.zeros(2, 8, 8)]}, mode="loss")
 
 
 def test_images_of_another_size_are_refused():
@@ -126,9 +89,9 @@ def test_batched_left_padded_generation_equals_one_by_one():
     loop = LoopConfig(max_new_tokens=5, max_rejected_fraction=1.0)
     together = generate_caption_from_mask(model, prompter, batch, loop)
     alone = generate_caption_from_mask(model, prompter, batch, LoopConfig(**{**loop.__dict__, "rollout_batch_size": 1}))
-    assert len({len(ids) for ids in together.token_ids}) >= 1
-    shortened = [ids[: len(other)] for ids, other in zip(together.token_ids, alone.token_ids, strict=True)]
-    assert shortened == alone.token_ids
+    assert len(together) == batch.num_regions
+    assert all(caption.token_ids for caption in together)
+    assert [caption.token_ids for caption in together] == [caption.token_ids for caption in alone]
 
 
 def test_unknown_config_names_are_refused():

@@ -1,0 +1,124 @@
+"""Many prompts continued at once: what transformers' generate would write, whatever rows stand beside each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dual_loop.model.decode import CPU_TOKENS, IMAGES_AT_ONCE, Decoder, Prompts, Sampling, left_pad, prefixes_at_once
+
+from small_model import scene_samples, small_batch, small_model
+
+NEW = 6
+
+
+def test_left_padding():
+    ids, mask = left_pad([[1], [2, 3]], 9, torch.device("cpu"))
+    assert ids.tolist() == [[9, 1], [2, 3]]
+    assert mask.tolist() == [[False, True], [True, True]]
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
+
+
+def test_a_cpu_reads_as_many_prefixes_as_keep_it_busy_and_a_gpu_a_fixed_number():
+    assert [prefixes_at_once(length, "cpu") for length in (1, CPU_TOKENS // 4, CPU_TOKENS, 10 * CPU_TOKENS)] == [
+        IMAGES_AT_ONCE, 4, 1, 1
+    ]  # fmt: skip
+    assert prefixes_at_once(0, "cpu") == prefixes_at_once(10 * CPU_TOKENS, "cuda") == IMAGES_AT_ONCE
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A model whose texts differ from region to region, four images, and the prompts of all their regions."""
+    model, prompter, config = small_model()
+    with torch.no_grad():
+        for module in (model.mllm.model.language_model, model.mllm.model.multi_modal_projector):
+            for parameter in module.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(6.0)
+    model.double()
+    batch = small_batch(config, scene_samples(4, captions=False))
+    cells = batch.prompt_masks.flatten(1).sum(1).tolist()
+    prompts = Prompts(
+        questions=[prompter.caption_question(count, "any", seed) for seed, count in enumerate(cells)],
+        images=batch.region_image.tolist(),
+        prefixes=[prompter.image_prefix(1)] * 4,
+        tiles=[[image] for image in range(4)],
+        masks=list(batch.prompt_masks),
+    )
+    with torch.no_grad():
+        features = model.project_vision(model.encode_vision(batch.pixel_values))
+    return model, prompter, batch, prompts, features
+
+
+def decoder_of(scene):
+    model, prompter, _, prompts, features = scene
+    return Decoder(model, prompter, prompts, features, NEW)
+
+
+def test_greedy_texts_are_those_of_transformers_on_whole_prompts(scene):
+    model, prompter, batch, prompts, features = scene
+    written = decoder_of(scene).write(range(batch.num_regions))
+    assert len({tuple(ids) for ids in written}) > 2
+    end = prompter.tokenizer.eos_token_id
+    for row, ids in enumerate(written):
+        image = prompts.images[row]
+        whole = torch.tensor([[*prompts.prefixes[image], *prompts.questions[row]]])
+        masks = batch.prompt_masks[row][None]
+        embeds = model.embed_prompt(whole, features[image : image + 1], torch.zeros(1, dtype=torch.long), masks)
+        expected = model.mllm.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=prompter.tokenizer.pad_token_id,
+        )[0].tolist()
+        # What ends a turn as text is no single token, so transformers may go on behind it.
+        assert ids == expected[: len(ids)]
+        assert len(ids) == NEW or ids[-1] == end or prompter.ends_turn(ids)
+
+
+def test_a_text_does_not_depend_on_the_rows_beside_it(scene):
+    count = scene[2].num_regions
+    decoder = decoder_of(scene)
+    sampling = [Sampling(1.0, seed=100 + row, top_p=0.9 if row % 2 else 1.0) for row in range(count)]
+    together = decoder.write(range(count), sampling)
+    for size in (1, 3):
+        parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        split = [ids for rows in parts for ids in decoder.write(rows, [sampling[row] for row in rows])]
+        assert split == together
+    assert decoder.write(list(reversed(range(count))), sampling[::-1]) == together[::-1]
+    others = decoder.write(range(count), [Sampling(1.0, seed=900 + row) for row in range(count)])
+    assert others != together
+
+
+def test_temperature_zero_is_greedy_beside_sampled_rows(scene):
+    decoder = decoder_of(scene)
+    greedy = decoder.write([0, 1])
+    mixed = decoder.write([0, 0, 1], [Sampling(0.0), Sampling(1.0, seed=3), Sampling(0.0)])
+    assert [mixed[0], mixed[2]] == greedy
+
+
+def test_images_of_unlike_size_share_a_generation(scene):
+    """Prefixes of one and of two tiles are padded, and each text is that of its image alone."""
+    model, prompter, batch, prompts, features = scene
+    tiles = [[0], [1, 2], [3]]
+    rows = [batch.region_image.tolist().index(image) for image in (0, 2, 3)]
+    mixed = Prompts(
+        questions=[prompts.questions[row] for row in rows],
+        images=[0, 1, 2],
+        prefixes=[prompter.image_prefix(len(group)) for group in tiles],
+        tiles=tiles,
+        masks=[prompts.masks[row] for row in rows],
+    )
+    together = Decoder(model, prompter, mixed, features, NEW).write(range(3))
+    for number, group in enumerate(tiles):
+        alone = Prompts([mixed.questions[number]], [0], [mixed.prefixes[number]], [group], [mixed.masks[number]])
+        assert Decoder(model, prompter, alone, features, NEW).write([0])[0] == together[number]
+
+
+def test_a_question_without_a_region_is_answered_too(scene):
+    model, prompter, _, _, features = scene
+    question = prompter.segment_question("the red star", "segment")
+    prompts = Prompts([question], [0], [prompter.image_prefix(1)], [[0]], [None])
+    assert 1 <= len(Decoder(model, prompter, prompts, features, NEW).write([0])[0]) <= NEW
