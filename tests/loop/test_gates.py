@@ -14,7 +14,6 @@ from dual_loop.model.prompts import prompt_texts
 
 from small_model import small_config
 
-
 PROMPTER = build_prompter(small_config(), build_tokenizer(small_config().model))
 
 
