@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from dual_loop.config import Config, PolicyConfig, RewardConfig
+from dual_loop.config import PolicyConfig, RewardConfig
 from dual_loop.loop.signals import build_signals
 from dual_loop.loop.signals.base import RowPlan, Signal
 from dual_loop.loop.signals.gumbel import GumbelCaptions
-from dual_loop.loop.signals.policy import CaptionPolicy, against_greedy
+from dual_loop.loop.signals.policy import CaptionPolicy, against_greedy, against_group, against_scaled_group
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.types import RegionCaption, SingleProcess
 
@@ -56,13 +56,31 @@ def test_what_each_asks_for(parts, monkeypatch, name, expected):
 
 def test_a_reward_beside_the_cycle_brings_its_own_learner(parts):
     def built(reward: RewardConfig):
-        config: Config = dataclasses.replace(small_config(), policy=PolicyConfig(), reward=reward)
+        config = dataclasses.replace(small_config(), policy=PolicyConfig(), reward=reward)
         return build_signals(parts[0], parts[1], config, None, SingleProcess())
 
     assert built(RewardConfig()) == []
     (signal,) = built(RewardConfig(caption_weight=0.1))
     assert isinstance(signal, CaptionPolicy)
     assert signal.center is against_greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "center"),
+    [
+        ("scst", "none", against_greedy),
+        ("scst", "group", against_greedy),
+        ("gumbel+scst", "none", against_greedy),
+        ("grpo", "none", against_group),
+        ("grpo", "group", against_scaled_group),
+        ("gumbel+grpo", "none", against_group),
+    ],
+)
+def test_what_each_compares_a_reward_with(parts, name, scale, center):
+    config = dataclasses.replace(parts[2], policy=PolicyConfig(caption_gradient=name, advantage_scale=scale))
+    built = build_signals(parts[0], parts[1], config, None, SingleProcess())
+    (signal,) = [one for one in built if isinstance(one, CaptionPolicy)]
+    assert signal.center is center
 
 
 def test_a_plan_begins_with_the_captions_that_are_kept():
