@@ -25,16 +25,20 @@ def files(folder: Path) -> list[Path]:
 def test_what_is_read_is_what_was_computed(parts, tmp_path, monkeypatch):
     model, _, config = parts
     batch = small_batch(config, scene_samples(3))
-    expected = model.encode_vision(batch.pixel_values), model.encode_grounding(batch.g_pixel_values).levels
+    expected = model.encode_vision(batch.pixel_values), model.encode_grounding(batch.g_pixel_values)
     first = FeatureCache(model, tmp_path, 1.0)
-    assert torch.equal(first.vision(batch), expected[0])
-    assert all(map(torch.equal, first.grounding(batch).levels, expected[1]))
+    seen = first.see(batch)
+    assert torch.equal(seen.vision, expected[0])
+    assert len(seen.levels) == len(expected[1])
+    assert all(map(torch.equal, seen.levels, expected[1]))
     assert (first.num_read, first.num_computed) == (0, 6)
     second = FeatureCache(model, tmp_path, 1.0)
     monkeypatch.setattr(model, "encode_vision", None)
     monkeypatch.setattr(model, "encode_grounding", None)
-    assert torch.equal(second.vision(batch), expected[0])
-    assert all(map(torch.equal, second.grounding(batch).levels, expected[1]))
+    seen = second.see(batch)
+    assert torch.equal(seen.vision, expected[0])
+    assert len(seen.levels) == len(expected[1])
+    assert all(map(torch.equal, seen.levels, expected[1]))
     assert (second.num_read, second.num_computed) == (6, 0)
     assert second.used == sum(path.stat().st_size for path in files(tmp_path))
 
@@ -43,35 +47,38 @@ def test_other_images_and_other_weights_are_not_mistaken(parts, tmp_path):
     model, _, config = parts
     first, second = (small_batch(config, scene_samples(2)[k : k + 1]) for k in range(2))
     cache = FeatureCache(model, tmp_path, 1.0)
-    cache.vision(first)
-    cache.vision(second)
-    assert cache.num_computed == 2
+    cache.see(first)
+    cache.see(second)
+    assert (cache.num_read, cache.num_computed) == (0, 4)
     with torch.no_grad():
         next(model.mllm.model.vision_tower.parameters()).add_(1.0)
     changed = FeatureCache(model, tmp_path, 1.0)
-    assert torch.equal(changed.vision(first), model.encode_vision(first.pixel_values))
-    assert changed.num_computed == 1
+    assert torch.equal(changed.see(first).vision, model.encode_vision(first.pixel_values))
+    assert (changed.num_read, changed.num_computed) == (1, 1), "SAM 2's weights are the same"
 
 
 def test_nothing_is_written_over_the_limit_and_everything_is_still_right(parts, tmp_path):
     model, _, config = parts
     batch = small_batch(config, scene_samples(2))
     cache = FeatureCache(model, tmp_path, 0.0)
-    assert torch.equal(cache.vision(batch), model.encode_vision(batch.pixel_values))
+    assert torch.equal(cache.see(batch).vision, model.encode_vision(batch.pixel_values))
     assert files(tmp_path) == []
-    assert cache.num_not_stored == 2
+    assert cache.num_not_stored == 4
 
 
 def test_a_damaged_file_is_computed_and_written_again(parts, tmp_path):
     model, _, config = parts
     batch = small_batch(config, scene_samples(1))
-    FeatureCache(model, tmp_path, 1.0).vision(batch)
-    [path] = files(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    cache = FeatureCache(model, tmp_path, 1.0)
-    assert torch.equal(cache.vision(batch), model.encode_vision(batch.pixel_values))
-    assert path.read_bytes() == whole
+    expected = FeatureCache(model, tmp_path, 1.0).see(batch)
+    whole = {path: path.read_bytes() for path in files(tmp_path)}
+    assert len(whole) == 2
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    found = FeatureCache(model, tmp_path, 1.0).see(batch)
+    assert torch.equal(found.vision, expected.vision)
+    assert torch.equal(found.vision, model.encode_vision(batch.pixel_values))
+    assert all(map(torch.equal, found.levels, expected.levels))
+    assert {path: path.read_bytes() for path in files(tmp_path)} == whole
 
 
 def test_an_encoder_that_trains_is_refused(parts, tmp_path):
@@ -96,6 +103,5 @@ def test_the_size_is_announced_before_anything_is_written(parts, tmp_path):
     assert "1,000,000 images" in line
     assert "computed anew" in line
     cache = FeatureCache(model, tmp_path, 1.0)
-    cache.vision(batch)
-    cache.grounding(batch)
+    cache.see(batch)
     assert cache.used == pytest.approx(cache.bytes_of(batch), rel=0.05)

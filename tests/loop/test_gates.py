@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 
 from dual_loop.config import GATES
 from dual_loop.errors import ConfigError
-from dual_loop.loop.captioner import prompt_texts
 from dual_loop.loop.gates import CaptionGates
+from dual_loop.model.build import build_prompter, build_tokenizer
+from dual_loop.model.prompts import prompt_texts
+
+from small_model import small_config
+
+PROMPTER = build_prompter(small_config(), build_tokenizer(small_config().model))
 
 
-def find_marker(text: str) -> str | None:
-    return next((marker for marker in ("[SEG]", "<vp>", "<|end|>") if marker in text), None)
-
-
-def gates(names=GATES) -> CaptionGates:
-    return CaptionGates(names, find_marker, prompt_texts())
+def check(text: str, truncated: bool = False, names=GATES) -> str | None:
+    return CaptionGates(names, prompt_texts()).check(text, truncated, PROMPTER.unreadable(text))
 
 
 ORDINARY = (
@@ -65,34 +66,41 @@ CLOSED = {
 
 @pytest.mark.parametrize("caption", ORDINARY)
 def test_ordinary_captions_pass(caption):
-    assert gates().check(caption, truncated=False) is None
+    assert check(caption) is None
 
 
 @pytest.mark.parametrize(("name", "caption"), [(name, text) for name, texts in CLOSED.items() for text in texts])
 def test_each_gate_closes_and_can_be_switched_off(name, caption):
-    assert gates().check(caption, truncated=False) == name
-    assert gates([name]).check(caption, truncated=False) == name
-    assert gates([other for other in GATES if other != name]).check(caption, truncated=False) != name
-    assert gates(()).check(caption, truncated=True) is None
+    assert check(caption) == name
+    assert check(caption, names=[name]) == name
+    others = CaptionGates([other for other in GATES if other != name], prompt_texts())
+    assert others.check(caption, False, None) != name
+    assert CaptionGates((), prompt_texts()).check(caption, True, None) is None
+
+
+@pytest.mark.parametrize(("name", "caption"), [(name, CLOSED[name][0]) for name in ("special_token", "empty")])
+def test_what_step_two_cannot_read_earns_nothing_whichever_gates_are_on(name, caption):
+    assert check(caption, names=()) == name
+    assert check(caption, names=[other for other in GATES if other != name]) == name
 
 
 def test_truncated_captions_earn_nothing():
-    assert gates().check("red circle", truncated=True) == "truncated"
-    assert gates(["empty"]).check("red circle", truncated=True) is None
+    assert check("red circle", truncated=True) == "truncated"
+    assert check("red circle", truncated=True, names=["empty"]) is None
 
 
 def test_an_unknown_gate_is_named():
     with pytest.raises(ConfigError, match="no_such"):
-        gates(["no_such"])
+        CaptionGates(["no_such"], prompt_texts())
 
 
 @given(st.text(max_size=80), st.booleans())
 def test_any_text_gets_one_answer(text, truncated):
-    found = gates().check(text, truncated)
+    found = check(text, truncated)
     assert found is None or found in GATES
     assert (found is None) <= (not truncated)
 
 
 @given(st.lists(st.sampled_from(["red", "blue", "circle", "star", "left", "big"]), min_size=1, max_size=6, unique=True))
 def test_different_plain_words_pass(words):
-    assert gates().check(" ".join(words), truncated=False) is None
+    assert check(" ".join(words)) is None

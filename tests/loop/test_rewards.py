@@ -1,4 +1,4 @@
-"""Rewards: IoU matrices by hand and against a plain loop, contrasts, lengths, references, errors."""
+"""Rewards: IoU and margin by hand, lengths, references, errors."""
 
 from __future__ import annotations
 
@@ -15,50 +15,21 @@ from dual_loop.loop.rewards import (
     RewardError,
     RewardSet,
     combined_caption_reward,
-    contrasts,
-    cycle_ious,
-    iou_matrix,
     length_rewards,
-    picks_own,
+    own_and_margin,
 )
 from dual_loop.metrics import meteor_exact_stem
 
 
-def test_iou_matrix_equals_a_plain_loop():
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.rand(5, 9, 9, generator=generator) > 0.6
-    logits = torch.randn(130, 9, 9, generator=generator)
-    caption_region = torch.randint(0, 5, (130,), generator=generator)
-    region_image = torch.tensor([0, 0, 1, 1, 1])
-    matrix = iou_matrix(logits, caption_region, targets, region_image)
-    for row in range(130):
-        for region in range(5):
-            value = float(matrix[row, region])
-            if region_image[caption_region[row]] != region_image[region]:
-                assert math.isnan(value)
-                continue
-            mask = logits[row] > 0
-            expected = float((mask & targets[region]).sum()) / float((mask | targets[region]).sum())
-            assert value == pytest.approx(expected, abs=1e-6)
-
-
-def test_empty_masks():
-    nothing = torch.zeros(1, 4, 4)
-    matrix = iou_matrix(nothing - 1, torch.tensor([0]), nothing, torch.tensor([0]))
-    assert float(matrix) == 1.0
-    no_region = torch.zeros(0, dtype=torch.long)
-    assert iou_matrix(torch.zeros(0, 4, 4), no_region, nothing, torch.tensor([0])).shape == (0, 1)
-
-
-def test_contrasts_by_hand():
+def test_own_iou_and_margin_by_hand():
     nan = float("nan")
     matrix = torch.tensor([[0.8, 0.3, nan], [0.6, 0.5, nan], [nan, nan, 0.9], [0.4, 0.4, nan]])
     regions = torch.tensor([0, 1, 2, 0])
-    assert cycle_ious(matrix, regions).tolist() == pytest.approx([0.8, 0.5, 0.9, 0.4])
-    found = contrasts(matrix, regions)
+    own, found = own_and_margin(matrix, regions)
+    assert own.tolist() == pytest.approx([0.8, 0.5, 0.9, 0.4])
     assert found[[0, 1, 3]].tolist() == pytest.approx([0.5, -0.1, 0.0])
     assert math.isnan(float(found[2]))
-    assert picks_own(matrix, regions)[[0, 1, 3]].tolist() == [1.0, 0.0, 0.0]
+    assert (found > 0)[[0, 1, 3]].tolist() == [True, False, False]
 
 
 def test_lengths():

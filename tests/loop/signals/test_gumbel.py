@@ -9,12 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_loop.model.soft_captions import (
+from dual_loop.loop.signals.gumbel import (
     conditioned_perturbation,
     soft_embeddings,
+    straight_through,
     straight_through_weights,
     temperature_at,
 )
+from dual_loop.types import WrittenCaption
+
+from loop_settings import MASK_TERMS, build, captioner_rows, gradients, masks_only, setting
+from small_model import small_batch, small_model
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 30.0, 1000.0]))
@@ -106,3 +111,36 @@ def test_wrong_arguments():
 
 def test_temperature_schedule():
     assert [temperature_at(p, 1.0, 0.25) for p in (-1, 0, 0.5, 1, 2)] == pytest.approx([1, 1, 0.5, 0.25, 0.25])
+
+
+def test_straight_through_captions_carry_the_mask_loss_to_the_captioner():
+    model, _ = gradients(setting("gumbel"), [masks_only()], MASK_TERMS)
+    assert (captioner_rows(model) > 0).all()
+
+
+def test_straight_through_captions_give_the_masks_of_the_discrete_ones():
+    config = setting("gumbel")
+    model, task = build(config)
+    (signal,) = task.signals
+    (packed,) = task.prepare([small_batch(config, masks_only())])
+    captioning = packed.lessons["gumbel"]
+    assert len(captioning.targets) > 0
+    with torch.no_grad():
+        soft = task(packed).masks.mask_logits
+        hard = model.predict(packed).mask_logits
+        values = signal.soft_captions(model, captioning)
+        ids = packed.input_ids[captioning.into[0], captioning.into[1]]
+        looked_up = model.mllm.get_input_embeddings()(ids)
+    torch.testing.assert_close(values, looked_up, atol=1e-6, rtol=0)
+    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
+
+
+def test_straight_through_ids_read_as_the_caption():
+    _, prompter, _ = small_model()
+    ids = prompter.encode(' "red circle".<|end|>')
+    caption = WrittenCaption("red circle", tuple(ids), None, False)
+    found = straight_through(prompter, 0, caption)
+    assert found is not None
+    assert prompter.decode_caption(list(found.reading_ids))[0] == " red circle"
+    other = WrittenCaption("red circle", tuple(prompter.encode("red  circle")), None, False)
+    assert straight_through(prompter, 0, other) is None
