@@ -1,4 +1,4 @@
-"""Every lever of ``settings.SpeedConfig`` changes what a step costs, and neither captions nor losses nor gradients."""
+"""Every lever of ``config.SpeedConfig`` changes what a step costs, and neither captions nor losses nor gradients."""
 
 from __future__ import annotations
 
@@ -9,36 +9,17 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig, PolicyConfig, SpeedConfig
-from dual_loop.loop import generation
-from dual_loop.loop.dual_loop import DualLoop
+from dual_loop.loop.task import DualLoopTask
+from dual_loop.losses import token_cross_entropy
+from dual_loop.model import decode, sa2va
 from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.prompts import Prompter
 from dual_loop.training.window_parts import split_window
 
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
 PLAIN = SpeedConfig(
-    share_towers=False,
-    pack_branches=False,
-    batch_rollout=False,
-    share_prefix=False,
-    sort_by_length=False,
-    drop_finished=False,
-    last_hidden_only=False,
-    trim_last_layer=False,
-    split_uneven_rows=False,
-    loss_positions_only=False,
-    cross_entropy_chunk=0,
-    fused_lora=False,
-    grouped_attention=False,
-    merge_adapters=False,
-    lean_sam2=False,
-    keep_heap=False,
-    start_on_disk=False,
-    own_decoder=False,
-    lean_decoding=False,
-    accelerate=False,
-    fused_optimizer=False,
-    bucket_view=False,
+    accelerate=False, fused_lora=False, trim_last_layer=False, lean_sam2=False, start_on_disk=False
 )
 DEFAULT = SpeedConfig()
 IN_STEP = [
@@ -59,7 +40,11 @@ def enliven(model: Any) -> None:
 
 
 def one_window(
-    speed: SpeedConfig, policy: PolicyConfig | None = None, recomputes: bool = False, images: int | None = None
+    speed: SpeedConfig,
+    policy: PolicyConfig | None = None,
+    recomputes: bool = False,
+    images: int | None = None,
+    group_rows: bool = True,
 ) -> dict[str, Any]:
     """Captions, loss sums and gradients of one window of three micro-batches: scenes, a frame pair, both, in float64.
 
@@ -68,26 +53,28 @@ def one_window(
     In double precision the roundings of another order of sums are far below the smallest tolerated difference.
     """
     config = dataclasses.replace(small_config(gradient_checkpointing=recomputes), speed=speed, loop=LOOP)
+    config = dataclasses.replace(config, policy=policy or PolicyConfig())
     model, prompter, config = small_model(config)
+    model.group_rows = group_rows
     enliven(model)
     model.double()
     batches = [small_batch(config, samples) for samples in (scene_samples(2, captions=False), pair_samples(2))]
     batches.append(small_batch(config, scene_samples(1) + pair_samples(1)))
     if images is not None:
         batches = [part.batch for part in split_window(batches, images)]
-    loop = DualLoop(model, prompter, config.loop, policy)
-    model.train()
-    micros = loop.begin_window(batches)
+    task = DualLoopTask(model, prompter, config)
+    task.train()
+    window = task.prepare(batches)
     terms: dict[str, float] = {}
-    for micro in micros:
-        output = loop.step(model, micro)
+    for packed in window:
+        output = task(packed)
         total = torch.stack([term.total for term in output.terms.values()]).sum()
         total.backward()
         for name, term in output.terms.items():
             terms[name] = terms.get(name, 0.0) + float(term.total.detach())
     gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
-    captions = [ids for micro in micros for ids in micro.rollout.token_ids]
-    samples = [[list(c.token_ids) for c in own] for micro in micros for own in micro.rollout.samples]
+    captions = [list(caption.token_ids) for packed in window for caption in packed.captions]
+    samples = [[list(c.token_ids) for c in caption.samples] for packed in window for caption in packed.captions]
     return {"captions": captions, "samples": samples, "terms": terms, "gradients": gradients}
 
 
@@ -122,8 +109,83 @@ def test_a_lever_off_changes_nothing(lever: str, default_window: dict[str, Any])
     assert_same(one_window(speed), default_window)
 
 
-def test_the_plain_flow_is_the_same(default_window: dict[str, Any]) -> None:
+def test_all_levers_off_change_nothing(default_window: dict[str, Any]) -> None:
     assert_same(one_window(PLAIN), default_window)
+
+
+def test_rows_padded_to_the_longest_change_nothing(default_window: dict[str, Any]) -> None:
+    assert_same(one_window(DEFAULT, group_rows=False), default_window)
+
+
+def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+
+@pytest.mark.parametrize("num_points", [0, 50])
+def test_the_plain_flow_of_the_original_is_the_same(num_points: int) -> None:
+    """One region a row, with transformers' ``generate`` and the model's own ``mode="loss"``, and no lever."""
+    config = dataclasses.replace(small_config(), loop=LOOP)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, num_points=num_points))
+    task, plain = (
+        DualLoopTask(*small_model(dataclasses.replace(config, speed=speed))[:2], config) for speed in (DEFAULT, PLAIN)
+    )
+    for own in (task, plain):
+        enliven(own.model)
+        own.double()
+    batch = small_batch(config, scene_samples(2, captions=False) + pair_samples(1))
+    [packed] = task.prepare([batch])
+    output = task(packed)
+    torch.stack([term.mean for term in output.terms.values()]).sum().backward()
+
+    model, prompter, image = plain.model, plain.prompter, batch.region_image
+    prefix, seeds = prompter.image_prefix(1), batch.region_seeds.tolist()
+    for region, caption in enumerate(packed.captions):
+        cells = int(batch.prompt_masks[region].sum())
+        asked = prompter.caption_question(cells, LOOP.caption_question, seeds[region])
+        ids = model.generate(
+            pixel_values=batch.pixel_values[[batch.caption_view[int(image[region])]]],
+            input_ids=torch.tensor([[*prefix, *asked]]),
+            prompt_masks=[batch.prompt_masks[region][None]],
+            vp_overall_mask=torch.ones(1),
+            max_new_tokens=LOOP.max_new_tokens,
+            do_sample=False,
+            eos_token_id=prompter.tokenizer.eos_token_id,
+        )
+        assert prompter.cut_answer(ids[0].tolist()) == list(caption.token_ids)
+    turns = [
+        prompter.segment_turn(caption.text, LOOP.segment_question, LOOP.segment_answer, seed)
+        for caption, seed in zip(packed.captions, seeds, strict=True)
+    ]
+    rows = [[*prefix, *turn.input_ids] for turn in turns]
+    views = [batch.target_view[number] for number in image.tolist()]
+    data = {
+        "input_ids": padded(rows, 0),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0),
+        "labels": padded([[-100] * len(prefix) + list(turn.labels) for turn in turns], -100),
+        "pixel_values": batch.pixel_values[views],
+        "g_pixel_values": batch.g_pixel_values[image],
+        "masks": batch.target_masks,
+        "region_seeds": batch.region_seeds,
+    }
+    losses = model(data, mode="loss")
+    torch.stack(list(losses.values())).sum().backward()
+    means = {name: float(term.mean.detach()) for name, term in output.terms.items()}
+    if num_points:
+        # The original divides a sum over points by a little more than its count (losses.original_mask_losses).
+        more = 1e-4 + torch.finfo(torch.float32).eps
+        for name, count in (("mask_loss", len(rows) * num_points), ("dice_loss", len(rows))):
+            means[name] *= count / (count + more)
+    names = {"loss_mask": "mask_loss", "loss_dice": "dice_loss", "llm_loss": "llm_loss"}
+    assert {names[name]: float(loss.detach()) for name, loss in losses.items()} == pytest.approx(means, rel=1e-5)
+    logits = model(data, mode="predict")["segmentation"].mask_logits
+    torch.testing.assert_close(logits, output.masks.mask_logits, rtol=1e-5, atol=1e-6)
+    expected = trainable_parameters(task.model)
+    for name, parameter in trainable_parameters(model).items():
+        other = expected[name].grad
+        assert (parameter.grad is None) == (other is None), name
+        if other is not None:
+            assert (parameter.grad - other).abs().max() <= 1e-4 * other.abs().max().clamp_min(1e-6), name
 
 
 @pytest.mark.parametrize("estimator", ["none", "scst", "grpo", "gumbel"])
@@ -133,23 +195,22 @@ def test_parts_of_micro_batches_add_up_to_them(estimator: str, default_window: d
     assert_same(one_window(DEFAULT, policy, images=1), whole)
 
 
-def test_small_chunks_of_the_cross_entropy_change_nothing(default_window: dict[str, Any]) -> None:
-    assert_same(one_window(dataclasses.replace(DEFAULT, cross_entropy_chunk=5)), default_window)
+def test_small_chunks_of_the_cross_entropy_change_nothing(
+    default_window: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sa2va, "token_cross_entropy", lambda *given: token_cross_entropy(*given, chunk=5))
+    assert_same(one_window(DEFAULT), default_window)
 
 
 def test_image_prefixes_in_parts_change_nothing(
     default_window: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "CPU_TOKENS", 1)
-    assert generation.prefixes_at_once(300, "cpu") == 1
+    monkeypatch.setattr(decode, "CPU_TOKENS", 1)
+    assert decode.prefixes_at_once(300, "cpu") == 1
     assert_same(one_window(DEFAULT), default_window)
     monkeypatch.undo()
     asked = ((300, "cpu"), (40, "cpu"), (5000, "cpu"), (0, "cpu"), (300, "cuda"))
-    assert [generation.prefixes_at_once(*one) for one in asked] == [3, 8, 1, 8, 8]
-
-
-def test_the_static_cache_writes_the_same(default_window: dict[str, Any]) -> None:
-    assert_same(one_window(dataclasses.replace(DEFAULT, static_cache=True)), default_window)
+    assert [decode.prefixes_at_once(*one) for one in asked] == [3, 8, 1, 8, 8]
 
 
 def test_the_attention_kernels_of_a_cpu_are_the_same(default_window: dict[str, Any]) -> None:
@@ -167,53 +228,58 @@ def test_recomputed_layers_change_nothing(choice: str, default_window: dict[str,
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gumbel"])
-def test_sampled_captions_are_the_same_in_the_plain_flow(estimator: str) -> None:
+def test_sampled_captions_are_the_same_without_levers(estimator: str) -> None:
     policy = PolicyConfig(caption_gradient=estimator, captions_per_region=2)
     first, second = one_window(DEFAULT, policy), one_window(PLAIN, policy)
-    assert any(own for micro in first["samples"] for own in micro)
+    assert any(own for region in first["samples"] for own in region)
     assert_same(second, first)
 
 
-def test_finished_rows_leave_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dual_loop.loop import decoding
+def finishing_window(
+    monkeypatch: pytest.MonkeyPatch, rollout_batch_size: int
+) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """Captions of three scenes whose rows end where their ids sum to a multiple of three: at different lengths.
 
-    sizes: dict[bool, list[int]] = {True: [], False: []}
-    forward = decoding._forward
-    for is_on, seen in sizes.items():
-
-        def counted(model: Any, embeds: torch.Tensor, *rest: Any, seen: list[int] = seen) -> torch.Tensor:
-            seen.append(len(embeds))
-            return forward(model, embeds, *rest)
-
-        monkeypatch.setattr(decoding, "_forward", counted)
-        written = finishing_window(dataclasses.replace(DEFAULT, drop_finished=is_on))
-        sizes[is_on].append(-len(written))
-    assert sum(sizes[True]) < sum(sizes[False])
-
-
-def finishing_window(speed: SpeedConfig) -> list[list[int]]:
-    """Captions of three scenes whose rows end where their ids sum to a multiple of three: at different lengths."""
-    from dual_loop.loop import generation
-
-    config = dataclasses.replace(small_config(), speed=speed, loop=LoopConfig(max_new_tokens=8, max_rejected_grace=99))
+    Returns their ids, and for each generation the rows of its steps.
+    """
+    loop = LoopConfig(max_new_tokens=8, max_rejected_grace=99, rollout_batch_size=rollout_batch_size)
+    config = dataclasses.replace(small_config(), loop=loop)
     model, prompter, config = small_model(config)
     enliven(model)
     batch = small_batch(config, scene_samples(3, captions=False))
-    loop = DualLoop(model, prompter, config.loop)
-    original = generation.StopOnText.__call__
+    ends_turn, forward = Prompter.ends_turn, decode.Decoder._forward
+    read_questions = decode.Decoder._read_questions
+    sizes: list[list[int]] = []
 
-    def ends_early(self: Any, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        return original(self, input_ids, scores, **options) | (input_ids.sum(1) % 3 == 0)
+    def ends_early(self: Any, token_ids: Any) -> bool:
+        return ends_turn(self, token_ids) or sum(token_ids) % 3 == 0
 
-    generation.StopOnText.__call__ = ends_early  # type: ignore[method-assign]
-    try:
-        [micro] = loop.begin_window([batch])
-    finally:
-        generation.StopOnText.__call__ = original  # type: ignore[method-assign]
-    return micro.rollout.token_ids
+    def begun(self: Any, rows: Any) -> Any:
+        sizes.append([])
+        return read_questions(self, rows)
+
+    def counted(self: Any, embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if sizes:
+            sizes[-1].append(len(embeds))
+        return forward(self, embeds, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompter, "ends_turn", ends_early)
+        patch.setattr(decode.Decoder, "_read_questions", begun)
+        patch.setattr(decode.Decoder, "_forward", counted)
+        [packed] = DualLoopTask(model, prompter, config).prepare([batch])
+    return [caption.token_ids for caption in packed.captions], sizes
 
 
-def test_rows_that_end_at_different_times_write_the_same_with_and_without_leaving() -> None:
-    kept = finishing_window(dataclasses.replace(DEFAULT, drop_finished=False))
-    assert finishing_window(DEFAULT) == kept
-    assert len({len(ids) for ids in kept}) > 1
+def test_finished_rows_leave_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, [steps] = finishing_window(monkeypatch, rollout_batch_size=99)
+    # A row takes a step for each of its tokens and none after its last.
+    assert steps == [sum(len(ids) > number for ids in written) for number in range(max(map(len, written)))]
+    assert sum(steps) < len(written) * len(steps)
+
+
+def test_rows_that_end_at_different_times_write_what_each_writes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, steps = finishing_window(monkeypatch, rollout_batch_size=1)
+    assert [sizes for sizes in steps if set(sizes) != {1}] == []
+    assert finishing_window(monkeypatch, rollout_batch_size=99)[0] == alone
+    assert len({len(ids) for ids in alone}) > 1

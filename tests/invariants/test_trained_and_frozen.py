@@ -7,7 +7,9 @@ import dataclasses
 import torch
 
 from dual_loop.config import TrainConfig
-from dual_loop.loop.dual_loop import DualLoop
+from dual_loop.loop.task import DualLoopTask
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.training.trainer import Trainer
 
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
@@ -66,7 +68,8 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tmp_path):
     accelerator = build_accelerator(config)
     folder = RunFolder(train.output_dir, True)
     folder.create(config.to_dict(), {}, False)
-    loop = DualLoop(model, prompter, config.loop)
+    task = DualLoopTask(model, prompter, config)
+    average = ExponentialMovingAverage(trainable_parameters(model), train.ema_decay)
     picked: set[int] = set()
     original = model.grounding.decode_prompts
 
@@ -76,7 +79,7 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tmp_path):
         return segmentation
 
     model.grounding.decode_prompts = remember
-    trainer = Trainer(config, model, loop, FixedData([first, second]), accelerator, folder, lambda line: None)
+    trainer = Trainer(config, task, average, FixedData([first, second]), accelerator, folder, lambda line: None)
     assert trainer.fit().step == 3
     for name, parameter in model.named_parameters():
         same = torch.equal(before[name], parameter.detach())

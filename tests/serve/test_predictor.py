@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.errors import CheckpointError, PromptError, SampleError
-from dual_loop.serve.predictor import Predictor, iou_table, region_sample
+from dual_loop.metrics import iou_table
+from dual_loop.serve.predictor import Predictor, region_sample
 
 SCENE = generate_scene(1003)
 
@@ -61,7 +63,7 @@ def test_points_and_boxes(predictor: Predictor) -> None:
     mask = np.asarray(SCENE.masks[1])
     rows, columns = np.nonzero(mask)
     drawn = predictor.region_from_point(SCENE.image, (columns.mean(), rows.mean()))
-    assert iou_table(drawn[None], mask[None])[0, 0] > 0.5
+    assert iou_table(torch.from_numpy(drawn[None]), torch.from_numpy(mask[None]))[0, 0] > 0.5
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     area = predictor.region_from_box(SCENE.image, box)
     assert area.sum() == (box[2] - box[0]) * (box[3] - box[1])
@@ -133,7 +135,7 @@ def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_p
     [text] = json.loads(capsys.readouterr().out)["images"][0]["texts"]
     mask = np.asarray(Image.open(out)) > 0
     assert text["pixels"] == mask.sum()
-    assert iou_table(mask[None], np.asarray(SCENE.masks[:1]))[0, 0] > 0.5
+    assert iou_table(torch.from_numpy(mask[None]), torch.from_numpy(np.asarray(SCENE.masks[:1])))[0, 0] > 0.5
     assert main(["segment", image, "--text", "a", "b", "--out", str(out), "--device", "cpu"]) == 2
     assert "give a folder" in capsys.readouterr().err
 
