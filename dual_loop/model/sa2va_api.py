@@ -286,15 +286,17 @@ class VideoLLaVASAMModel(Sa2VA):
         seeds = torch.arange(count)
         if data.get("region_seeds") is not None:
             seeds = _tensor(data, "region_seeds", self.device)
-            if tuple(seeds.shape) != (count,):
-                raise PromptError(explain("one seed an object is needed", "region_seeds", tuple(seeds.shape), (count,)))
+            if tuple(seeds.shape) != (count,) or seeds.dtype != torch.int64:
+                seen, expected = f"{tuple(seeds.shape)} {seeds.dtype}", f"({count},) int64"
+                raise PromptError(explain("one seed an object is needed", "region_seeds", seen, expected))
         order = torch.arange(count, device=self.device)
         if config.num_objects is not None:
             order = object_order(objects.frame, len(levels[0]), config.num_objects, seeds)
         if data.get("object_order") is not None:
             order = _tensor(data, "object_order", self.device)
-            if order.dim() != 1 or bool(((order < 0) | (order >= count)).any()) or not len(order):
-                expected = f"numbers of objects, 0 to {count - 1}"
+            is_list = order.dim() == 1 and order.dtype == torch.int64 and len(order)
+            if not is_list or bool(((order < 0) | (order >= count)).any()):
+                expected = f"numbers of objects, 0 to {count - 1}, int64"
                 raise PromptError(explain("no such object", "object_order", order.tolist(), expected))
         embeds = self.seg_embeds(hidden[objects.row, objects.column])
         masks: Segmentation = self.decode_masks(embeds[order], levels, objects.frame[order])
@@ -302,8 +304,8 @@ class VideoLLaVASAMModel(Sa2VA):
         if data.get("point_coords") is not None:
             points = _tensor(data, "point_coords", self.device)
             if points.dim() != 3 or (len(points), points.shape[2]) != (len(order), 2):
-                seen, expected = tuple(points.shape), f"({len(order)}, points, 2)"
-                raise PromptError(explain("points do not fit the objects", "point_coords", seen, expected))
+                expected = f"({len(order)}, points, 2)"
+                raise PromptError(explain("points do not fit", "point_coords", tuple(points.shape), expected))
         elif config.num_points > 0:
             ratios = config.oversample_ratio, config.importance_sample_ratio
             own = _different(seeds[order.to(seeds.device)])

@@ -68,7 +68,7 @@ def test_new_token_rows_train_alone_and_reach_the_tables():
     output = loss_of(model, prompter, config, batch)
     sum(term.mean for term in output.terms.values()).backward()
     assert model.new_token_rows.input_rows.grad.abs().sum() > 0
-    before = float(output.terms["llm_loss"].total)
+    before = float(output.terms["llm_loss"].total.detach())
     with torch.no_grad():
         model.new_token_rows.output_rows[0] += 1.0
     assert float(loss_of(model, prompter, config, batch).terms["llm_loss"].total) != pytest.approx(before)

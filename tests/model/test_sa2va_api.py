@@ -338,6 +338,8 @@ WRONG = {
     "frames as a scalar": ("frames_per_batch", torch.tensor(2), "frames_per_batch"),
     "seeds too few": ("region_seeds", torch.zeros(1).long(), "region_seeds"),
     "an object that is not there": ("object_order", torch.tensor([0, 99]), "object_order"),
+    "seeds with a fraction": ("region_seeds", torch.zeros(4), "region_seeds"),
+    "objects with a fraction": ("object_order", torch.zeros(4), "object_order"),
     "points of another number": ("point_coords", torch.zeros(1, 5, 2), "point_coords"),
 }
 
