@@ -54,7 +54,7 @@ class CountedStep:
         state: bytes of memory that a step starts with, by part.
         trained: values that train.
         images, regions: of the step. captions: written in step 1, all samples of a region counted.
-        flops, bytes: by phase of ``counting.PHASES``; bytes are those of the operands of products, and of the values
+        flops, bytes: by phase of ``bench.phases``; bytes are those of the operands of products, and of the values
             that the optimiser and the average read and write.
         training, captioning: bytes that come on top at the fullest moment of a micro-batch's forward and backward
             pass, and of step 1, by the phase that made them.
@@ -299,16 +299,11 @@ def _planned_decoding(task: DualLoopTask, clock: PhaseClock, writer: PlannedCapt
                 _add_steps(clock.counter, marks, own.max_new_tokens - 1)
         return [writer.write(own.max_new_tokens) for _ in rows]
 
-    was_own = "step_language" in vars(model)
     decoder.write, model.step_language = planned, marked
     try:
         yield
     finally:
-        decoder.write = write
-        if was_own:
-            model.step_language = step_language
-        else:
-            del model.step_language
+        decoder.write, model.step_language = write, step_language
 
 
 def _add_steps(counter: ProductCounter | None, marks: Sequence[tuple[float, float]], total: int) -> None:
