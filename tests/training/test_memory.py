@@ -127,8 +127,6 @@ def test_rows_grow_with_what_they_hold() -> None:
     assert rows == 2
     assert shape_of_rows(config_of(data__regions_per_image=4))[1] > length
     assert shape_of_rows(config_of(policy__caption_gradient="grpo"))[1] > length
-    apart = shape_of_rows(config_of(data__regions_per_image=4, speed__pack_branches=False))
-    assert apart == (8, length)
 
 
 def test_the_dry_run_prints_the_choice_for_a_stated_memory() -> None:
