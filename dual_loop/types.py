@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -388,6 +388,13 @@ class Segmentation:
     chosen: torch.Tensor
     object_score_logits: torch.Tensor
     seg_embeds: torch.Tensor | None = None
+
+
+class RunState(TypedDict):
+    """What a resumed run needs of a rank's task: counts of generated and rejected captions, and remembered captions."""
+
+    captioner: list[int]
+    auditor: dict[str, list[str]]
 
 
 class RankComm(Protocol):

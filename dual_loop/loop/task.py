@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from dual_loop.types import (
     PackedBatch,
     RankComm,
     RegionCaption,
+    RunState,
     Seen,
     Segmentation,
     SingleProcess,
@@ -47,13 +47,6 @@ from dual_loop.types import (
 )
 
 logger = logging.getLogger("dual_loop")
-
-
-class RunState(TypedDict):
-    """Counts of generated and rejected captions, and the captions that the cheating probe remembers."""
-
-    captioner: list[int]
-    auditor: dict[str, list[str]]
 
 
 class DualLoopTask(nn.Module):
@@ -82,12 +75,12 @@ class DualLoopTask(nn.Module):
         super().__init__()
         self.model, self.prompter, self.config, self.average = model, prompter, config, average
         self.num_images, comm = num_images, comm or SingleProcess()
-        gates = CaptionGates(config.reward.gates, prompt_texts())
-        self.captioner = Captioner(model, prompter, config.loop, gates, config.policy.temperature)
+        gates, temperature = CaptionGates(config.reward.gates, prompt_texts()), config.policy.temperature
+        self.captioner = Captioner(model, prompter, config.loop, gates, temperature)
         self.scorer = Scorer(model, prompter, config.loop)
         self.signals = build_signals(model, prompter, config, average, comm, judge)
-        is_seldom_read = config.reward.listener != "frozen"
-        self.starting = StartingWeights(trainable_parameters(model), config.speed.start_on_disk and is_seldom_read)
+        on_disk = config.speed.start_on_disk and config.reward.listener != "frozen"  # else read at every step
+        self.starting = StartingWeights(trainable_parameters(model), on_disk)
         self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm)
         folder = config.speed.feature_cache
         self.cache = None if folder is None else FeatureCache(model, folder, config.speed.feature_cache_gib)
@@ -156,8 +149,7 @@ class DualLoopTask(nn.Module):
         """Lend the model the weights that score captions (``reward.listener``)."""
         listener = self.config.reward.listener
         if listener == "average":
-            if self.average is None:
-                raise ValueError("the weight average is to listen, and there is none")
+            assert self.average is not None, "the weight average is to listen, and there is none"
             return self.average.swapped()
         return self.starting.swapped() if listener == "frozen" else nullcontext()
 
@@ -174,8 +166,6 @@ class DualLoopTask(nn.Module):
         for signal in self.signals:
             terms.update(signal.terms(self.model, hidden, masks, packed))
         return StepOutput(terms, masks)
-
-    # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
 
     def run_state(self) -> RunState:
         """Return what a resumed run needs of this rank's task, as JSON values."""
