@@ -1,6 +1,4 @@
-"""The loop on one screen: mask -> caption -> mask' -> losses.
-
-::
+"""The loop on one screen: mask -> caption -> mask' -> losses::
 
     packed = task.prepare(window)          step 1, no graph, once an optimiser step
     output = task(packed[i])               steps 2 and 3, once a micro-batch; what DDP wraps
@@ -11,6 +9,7 @@ Options are signals (``loop.signals``): each may add turns, lessons and terms, a
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -175,7 +174,7 @@ class DualLoopTask(nn.Module):
     def load_run_state(self, state: RunState) -> None:
         """Continue from :meth:`run_state`."""
         self.captioner.num_generated, self.captioner.num_rejected = state["captioner"]
-        self.probe.recent.extend(state["auditor"]["recent"])
+        self.probe.recent = deque(state["auditor"]["recent"], self.probe.recent.maxlen)
 
 
 def plain_terms(
