@@ -22,7 +22,6 @@ FORMAT_VERSION = 1
 MODEL_NAME = "model.safetensors"
 EMA_NAME = "ema.safetensors"
 OPTIMIZER_NAME = "optimizer.pt"
-SCHEDULER_NAME = "scheduler.pt"
 STATE_NAME = "state.json"
 
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -93,7 +92,7 @@ def _find_manifest_problem(manifest: Any) -> str:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "no list of files"
-    absent = {MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, STATE_NAME} - files.keys()
+    absent = {MODEL_NAME, OPTIMIZER_NAME, STATE_NAME} - files.keys()
     if absent:
         return f"it does not list {', '.join(sorted(absent))}"
     for name, entry in files.items():

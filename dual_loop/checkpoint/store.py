@@ -6,14 +6,14 @@ Layout, below the run folder::
         model.safetensors    the trainable tensors
         ema.safetensors      their averages (absent where the run keeps none)
         optimizer.pt         optimiser state
-        scheduler.pt         learning-rate schedule state
         state.json           counters, sampler position, whatever else the trainer keeps
         rng_0.pt, rng_1.pt   random states, one file a rank
         manifest.json        size and SHA-256 of every file above; written last
 
 Everything is written to ``checkpoints/.tmp-step_00000012`` and synced to disk, and the folder gets its name only when
 the manifest is there. So a folder called ``step_*`` with a manifest is whole, whenever the process was killed. The
-``.pt`` files hold tensors, numbers, strings and plain containers only and are read with ``weights_only=True``.
+``.pt`` files hold tensors, numbers, strings and plain containers only and are read with ``weights_only=True``. The
+learning rate is a function of the step; the ``scheduler.pt`` of older checkpoints is verified and not read.
 
 The checkpoint folder must lie on a file system that all ranks share.
 """
@@ -43,7 +43,6 @@ from dual_loop.checkpoint.manifest import (
     EMA_NAME,
     MODEL_NAME,
     OPTIMIZER_NAME,
-    SCHEDULER_NAME,
     STATE_NAME,
     read_manifest,
     rng_name,
@@ -74,7 +73,7 @@ class RunCheckpoint:
         world_size: number of ranks that saved.
         model_tensors: names to tensors, as given when saving.
         ema_tensors: the same of the averages, None where none were saved.
-        optimizer_state, scheduler_state: as given when saving.
+        optimizer_state: as given when saving.
         state: what ``state.json`` holds.
         rng_states: the random states of this rank, None when there are none that fit.
         rng_restored: True where ``rng_states`` belong to this rank of a run with the same number of ranks.
@@ -86,7 +85,6 @@ class RunCheckpoint:
     model_tensors: dict[str, torch.Tensor]
     ema_tensors: dict[str, torch.Tensor] | None
     optimizer_state: dict[str, Any]
-    scheduler_state: dict[str, Any]
     state: dict[str, Any]
     rng_states: dict[str, Any] | None
     rng_restored: bool
@@ -99,17 +97,15 @@ class _Content:
     model_tensors: Mapping[str, torch.Tensor]
     ema_tensors: Mapping[str, torch.Tensor] | None
     optimizer_state: dict[str, Any]
-    scheduler_state: dict[str, Any]
     state: dict[str, Any]
 
     def check(self) -> None:
         """Raise CheckpointError for anything that could not be read back, before a byte is written."""
         _check_plain(self.optimizer_state, "optimizer_state")
-        _check_plain(self.scheduler_state, "scheduler_state")
         _check_plain(self.state, "state", for_json=True)
 
     def num_bytes(self) -> int:
-        tensors = [self.model_tensors, self.ema_tensors or {}, self.optimizer_state, self.scheduler_state]
+        tensors = [self.model_tensors, self.ema_tensors or {}, self.optimizer_state]
         return sum(_count_bytes(value) for value in tensors) + len(json.dumps(self.state))
 
     def write(self, folder: Path) -> None:
@@ -117,7 +113,6 @@ class _Content:
         if self.ema_tensors is not None:
             _save_tensors(self.ema_tensors, folder / EMA_NAME)
         _save_plain(self.optimizer_state, folder / OPTIMIZER_NAME)
-        _save_plain(self.scheduler_state, folder / SCHEDULER_NAME)
         write_text(folder / STATE_NAME, json.dumps(self.state, indent=1))
 
 
@@ -128,7 +123,6 @@ def save_run_checkpoint(
     model_tensors: Mapping[str, torch.Tensor],
     ema_tensors: Mapping[str, torch.Tensor] | None,
     optimizer_state: Mapping[str, Any],
-    scheduler_state: Mapping[str, Any],
     state: Mapping[str, Any],
     rng_states: Mapping[str, Any],
     rank: int = 0,
@@ -145,7 +139,7 @@ def save_run_checkpoint(
         root: the run folder.
         step: optimiser steps done. A checkpoint of the same step is replaced.
         model_tensors, ema_tensors: names to tensors on any device; read on rank 0 only (others may give empty ones).
-        optimizer_state, scheduler_state: as ``state_dict()`` returns them; tensors, numbers, strings, containers.
+        optimizer_state: as ``state_dict()`` returns it; tensors, numbers, strings, containers.
         state: anything that JSON keeps unchanged.
         rng_states: the random states of this rank, see :func:`capture_rng`.
         rank, world_size: this process and the number of processes.
@@ -167,7 +161,7 @@ def save_run_checkpoint(
     folder = Path(root) / CHECKPOINT_DIR
     final = folder / f"step_{step:08d}"
     temporary = folder / f"{_TEMPORARY_PREFIX}{final.name}"
-    content = _Content(model_tensors, ema_tensors, dict(optimizer_state), dict(scheduler_state), dict(state))
+    content = _Content(model_tensors, ema_tensors, dict(optimizer_state), dict(state))
     rng_states = dict(rng_states)
     _check_plain(rng_states, "rng_states")
     if rank == 0:
@@ -230,7 +224,6 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int | None 
         model_tensors=_load_tensors(path / MODEL_NAME),
         ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in files else None,
         optimizer_state=_load_plain(path / OPTIMIZER_NAME),
-        scheduler_state=_load_plain(path / SCHEDULER_NAME),
         state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
         rng_states=_load_plain(path / rng_name(rank)) if fits else None,
         rng_restored=fits,

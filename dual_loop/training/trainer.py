@@ -346,7 +346,6 @@ class Trainer:
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
             ema_tensors={name: whole(average) for name, average in ema["averages"].items()},
             optimizer_state=map_tensors(self.optimizer.state_dict(), whole),
-            scheduler_state={},
             state=state,
             rng_states=own,
             rank=self.accelerator.process_index,

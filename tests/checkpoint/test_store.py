@@ -25,7 +25,7 @@ from dual_loop.checkpoint.store import (
 )
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "scheduler.pt", "state.json", "rng_0.pt")
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "rng_0.pt")
 
 
 class Killed(BaseException):
@@ -36,15 +36,12 @@ def _content(value: float = 1.0) -> dict[str, Any]:
     torch.manual_seed(int(value))
     layer = torch.nn.Linear(3, 2).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
-    scheduler.step()
     return {
         "model_tensors": {name: tensor.detach() for name, tensor in layer.named_parameters()},
         "ema_tensors": {name: tensor.detach().float() * 0.5 for name, tensor in layer.named_parameters()},
         "optimizer_state": optimizer.state_dict(),
-        "scheduler_state": scheduler.state_dict(),
         "state": {"epoch": 2, "best": None, "value": value, "seen": ["a", 1.5, True]},
         "rng_states": capture_rng(),
     }
@@ -129,6 +126,15 @@ def test_the_manifest_lists_sizes_and_hashes(tmp_path: Path):
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_an_older_checkpoint_with_a_schedule_is_read_and_still_verified(tmp_path: Path):
+    path = _save(tmp_path, 4)
+    _forge(path, "scheduler.pt", b"last_epoch")
+    assert load_run_checkpoint(path).step == 4
+    (path / "scheduler.pt").write_bytes(b"last_eposh")
+    with pytest.raises(CheckpointError, match=r"SHA-256.*scheduler\.pt"):
+        load_run_checkpoint(path)
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------
@@ -344,7 +350,7 @@ def test_a_malformed_manifest_is_refused(tmp_path: Path, key: str, value: Any):
     ("part", "value", "where"),
     [
         ("optimizer_state", {"groups": [{"fn": print}]}, r"optimizer_state\['groups'\]\[0\]\['fn'\]"),
-        ("scheduler_state", {"lr": np.float64(1.0)}, r"scheduler_state\['lr'\].*numpy"),
+        ("optimizer_state", {"lr": np.float64(1.0)}, r"optimizer_state\['lr'\].*numpy"),
         ("rng_states", {"x": {1, 2}}, r"rng_states\['x'\].*set"),
         ("state", {"pair": (1, 2)}, r"state\['pair'\].*tuple"),
         ("state", {"by_id": {3: "x"}}, "key cannot be saved"),
