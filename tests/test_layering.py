@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 
 # From the ground up. A unit is a module or a package directly under dual_loop/.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "pages", "pictures", "iteration"),
+    ("types", "errors", "html", "drawing", "iteration"),
     ("config",),
     ("data", "losses", "metrics"),
     ("model", "accelerate", "checkpoint"),
@@ -127,7 +127,7 @@ def test_the_package_is_seen() -> None:
         ("losses.py", "import_module('dual_loop.training.trainer')\n", "'losses' imports 'training'"),
         ("model/build.py", "from dual_loop.checkpoint import store\n", "'model' imports 'checkpoint'"),
         ("training/trainer.py", "from dual_loop.evaluation import evaluate\n", "'training' imports 'evaluation'"),
-        ("pages.py", "from dual_loop.pictures import x\n", "'pages' imports 'pictures', which is beside it"),
+        ("html.py", "from dual_loop.drawing import x\n", "'html' imports 'drawing', which is beside it"),
         ("model/grounding.py", "from dual_loop import accelerate\n", "'accelerate', which is beside it"),
         ("loop/x.py", "from dual_loop.accelerate import lora\n", "only model/build.py may import it"),
         ("helpers.py", "from dual_loop.errors import explain\n", "'helpers' is in no layer"),

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from dual_loop.drawing import dejavu_font
 from dual_loop.errors import ConfigError, explain
-from dual_loop.pictures import dejavu_font
 
 GENERATOR_VERSION = 2
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dual_loop.data.masks import decode_rle
+from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
 from dual_loop.evaluation.regions import Record, cycle_iou, uniqueness
-from dual_loop.pages import Figure, Page
-from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
+from dual_loop.html import Figure, Page
 from dual_loop.types import RegionSample
 
 PICTURE_SIDE = 300

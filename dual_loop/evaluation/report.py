@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from dual_loop.drawing import data_uri
 from dual_loop.errors import CheckpointError, explain
-from dual_loop.pages import Figure, Page, line_chart
-from dual_loop.pictures import data_uri
+from dual_loop.html import Figure, Page, line_chart
 
 LOSSES = ("loss", "mask_loss", "dice_loss", "llm_loss")
 CHARTS: Mapping[str, tuple[str, ...]] = {

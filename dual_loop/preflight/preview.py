@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.drawing import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.errors import SampleError
+from dual_loop.html import Figure, Page
 from dual_loop.iteration import evenly_spread
-from dual_loop.pages import Figure, Page
-from dual_loop.pictures import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.types import RegionSample, RegionSource
 
 SIDE = 260

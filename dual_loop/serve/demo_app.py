@@ -19,9 +19,9 @@ import torch
 
 from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.data.masks_dir import read_mask_file
+from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain
 from dual_loop.metrics import iou_table
-from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.serve.predictor import Predictor
 
 SIDE = 440

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, dejavu_font, overlay
 from dual_loop.metrics import iou, mask_overlap
-from dual_loop.pictures import GIVEN_COLOUR, PREDICTED_COLOUR, dejavu_font, overlay
 from dual_loop.types import PackedBatch, RegionSample, Segmentation
 
 PANEL_SIDE = 320
