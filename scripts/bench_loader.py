@@ -130,7 +130,7 @@ def whole_loads(source: Any, order: Sequence[int]) -> float:
 
 
 def prepare_image(source: Any, geometry: Any, index: int, is_reduced: bool) -> Any:
-    from dual_loop.data.image_files import load_sample
+    from dual_loop.data.images import load_sample
     from dual_loop.data.prepare import prepare_sample
 
     needed = geometry.needed_size if is_reduced else None
@@ -303,10 +303,10 @@ def measure_gzip(args: argparse.Namespace, sources: dict[str, Any], count: int) 
 
 def measure_spacing(folder: Path, spacing: int) -> dict[str, float]:
     """Return seconds to list, to open again and to read an entry (median), and the bytes of the points."""
-    from dual_loop.data import tar_index
+    from dual_loop.data import tar
     from dual_loop.data.sa1b import Sa1b
 
-    tar_index.point_spacing = lambda num_bytes: spacing
+    tar.point_spacing = lambda num_bytes: spacing
     index_dir = folder / f"index_{spacing}"
     start = time.perf_counter()
     Sa1b(folder / "gzipped", regions_per_image=REGIONS, index_dir=index_dir)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dual_loop.config import Config, load_config
-from dual_loop.data.demo_scenes import generate_scene, pool_seed
 from dual_loop.data.prepare import Geometry
 from dual_loop.model.build import TINY_ASSETS, build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.testing.scenes import generate_scene, pool_seed
 
 from tiny import stages
 from tiny.scenes import ScenePool, scene_sample

@@ -368,7 +368,7 @@ def training_arguments(args: argparse.Namespace, folder: Path) -> list[str]:
 def dry_run(args: argparse.Namespace, folder: Path) -> list[str]:
     """Make data and tokenizer in ``folder``, take the step, print the report; return what was wrong."""
     from dual_loop.config import load_config, resolve_config_path
-    from dual_loop.data.demo import write_demo_data
+    from dual_loop.testing.demo_data import write_demo_data
 
     start = time.monotonic()
     config = load_config(resolve_config_path(args.config), {"loop.max_new_tokens": args.max_new_tokens})

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from dual_loop.config import Config, LossConfig, load_config, resolve_config_path
-from dual_loop.data.demo_scenes import generate_pair, generate_scene
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.testing.scenes import generate_pair, generate_scene
 from dual_loop.types import Batch, RegionSample
 
 

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data", "losses", "metrics"),
     ("model", "accelerate", "checkpoint"),
-    ("loop",),
+    ("loop", "testing"),
     ("training", "evaluation"),
     ("preflight", "serve"),
     ("cli", "commands", "train_dual_loop", "__main__"),
@@ -65,6 +65,8 @@ def _imported_modules(tree: ast.Module, package_of_file: list[str]) -> Iterator[
 
 # Whoever else imports it could not run without it, and it must be possible to delete it.
 ACCELERATES = Path("model/build.py")
+# Generated data: only what writes or shows demo data needs it.
+USES_TESTING = ("testing", "preflight", "serve", "commands")
 
 
 def _problem(importer: str, imported: str) -> str | None:
@@ -72,6 +74,8 @@ def _problem(importer: str, imported: str) -> str | None:
     for unit in (importer, imported):
         if unit not in LEVEL:
             return f"{unit!r} is in no layer; add it to LAYERS in tests/test_layering.py"
+    if imported == "testing" and importer not in USES_TESTING:
+        return f"{importer!r} imports {imported!r}; only {', '.join(USES_TESTING[1:])} may import it"
     is_below = LEVEL[imported] < LEVEL[importer] and imported != "accelerate"
     if importer == imported or is_below or (importer, imported) in NEIGHBOURS:
         return None
@@ -130,6 +134,8 @@ def test_the_package_is_seen() -> None:
         ("html.py", "from dual_loop.drawing import x\n", "'html' imports 'drawing', which is beside it"),
         ("model/grounding.py", "from dual_loop import accelerate\n", "'accelerate', which is beside it"),
         ("loop/x.py", "from dual_loop.accelerate import lora\n", "only model/build.py may import it"),
+        ("training/x.py", "from dual_loop.testing import scenes\n", "only preflight, serve, commands may import it"),
+        ("data/x.py", "from dual_loop.testing import scenes\n", "only preflight, serve, commands may import it"),
         ("helpers.py", "from dual_loop.errors import explain\n", "'helpers' is in no layer"),
         ("loop/x.py", "from dual_loop import nonsense\n", "'nonsense' is in no layer"),
     ],
@@ -149,6 +155,8 @@ def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected:
         ("training/trainer.py", "from dual_loop import checkpoint, losses, metrics\nfrom dual_loop.data import sav\n"),
         ("commands/train.py", "from dual_loop.train_dual_loop import main\n"),
         ("model/build.py", "def f():\n    from dual_loop import accelerate\n"),
+        ("testing/demo_data.py", "from dual_loop.data.masks import encode_rle\n"),
+        ("serve/demo_app.py", "from dual_loop.testing.scenes import generate_scene\n"),
         ("accelerate/sam2.py", "from dual_loop.model.grounding import GroundingDecoder\n"),
     ],
 )

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from dual_loop import train_dual_loop
-from dual_loop.data.demo import demo_directories, write_demo_data
 from dual_loop.errors import ConfigError
 from dual_loop.evaluation.evaluate import RegionResult
+from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, evaluation_summary, exit_status, gain, main
 from dual_loop.training.trainer import FitResult
 

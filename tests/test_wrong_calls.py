@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dual_loop.cli import main
-from dual_loop.data.demo import write_demo_data
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.preflight import machine
+from dual_loop.testing.demo_data import write_demo_data
+from dual_loop.testing.scenes import generate_scene
 
 SCENE = generate_scene(1003)
 

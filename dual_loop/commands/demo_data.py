@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captioned", type=int, default=None, help="RefCOCO training images (default: as --images)")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all four")
     args = parser.parse_args(argv)
-    from dual_loop.data.demo import demo_directories, write_demo_data
+    from dual_loop.testing.demo_data import demo_directories, write_demo_data
 
     try:
         counts = write_demo_data(

@@ -150,12 +150,12 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     """Caption one region of a generated image, and segment it by a fixed text."""
     import torch
 
-    from dual_loop.data.demo_scenes import generate_scene
     from dual_loop.data.prepare import batch_from_samples
     from dual_loop.loop.captioner import Captioner
     from dual_loop.loop.segmentation_loss import compute_segmentation_loss
     from dual_loop.model.build import geometry
     from dual_loop.model.sa2va import evaluating
+    from dual_loop.testing.scenes import generate_scene
 
     scene = generate_scene(123)
     sizes = geometry(config)

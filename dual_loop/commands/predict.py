@@ -239,7 +239,7 @@ def _image_paths(path: Path) -> list[Path]:
 
 
 def _open_images(paths: Sequence[Path], report: _Report) -> Iterator[tuple[Path, np.ndarray]]:
-    from dual_loop.data.image_files import read_image
+    from dual_loop.data.images import read_image
 
     for path in paths:
         try:

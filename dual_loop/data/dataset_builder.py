@@ -25,10 +25,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.image_files import load_sample
+from dual_loop.data.images import load_sample
 from dual_loop.data.leakage import guard
+from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
 from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample, region_seed, sample_rng
-from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
 from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch, RegionSample, RegionSource, SkippedSample
@@ -219,7 +219,7 @@ def build_draw_stream(sources: Sequence[RegionSource], data: DataConfig, seed: i
     """Return the stream over ``sources`` with the repeats and weights of ``data`` (1 pass, no weight for others).
 
     Raises:
-        ConfigError: the shares are impossible, see :func:`dual_loop.data.sampler.compute_quotas`.
+        ConfigError: the shares are impossible, see :func:`dual_loop.data.mixture.compute_quotas`.
     """
     shares = []
     for source in sources:

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.config import DataConfig
-from dual_loop.data.image_files import load_sample
-from dual_loop.data.index_store import StringTable
+from dual_loop.data.images import load_sample
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.refcoco import held_out_images
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks

@@ -34,16 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.image_files import foreground_of, open_image_file, read_picture
-from dual_loop.data.index_cache import (
-    StringTable,
-    TreeListing,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-    watch_files,
-)
+from dual_loop.data.images import foreground_of, open_image_file, read_picture
+from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.index_file import StringTable, watch_files
 from dual_loop.data.masks import (
     check_mask,
     decode_rle,
@@ -51,6 +44,7 @@ from dual_loop.data.masks import (
     fit_mask,
     safe_join,
 )
+from dual_loop.data.reader import check_root, choose_capped, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -74,7 +68,7 @@ class MasksDir:
         regions_per_image: most regions of one sample.
         min_area, max_area: limits on the share of the image that a mask covers, 0..1.
         images: folder that the images' names are looked up in; None looks below ``root``.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the root holds none of the three layouts, or two of them; a file of it has another structure.

@@ -27,17 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.image_files import Picture, read_mask_png, read_picture
-from dual_loop.data.index_build import progress_bar
-from dual_loop.data.index_cache import (
-    StringTable,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-    watch_files,
-)
+from dual_loop.data.images import Picture, read_mask_png, read_picture
+from dual_loop.data.index import load_or_build, progress_bar
+from dual_loop.data.index_file import StringTable, watch_files
 from dual_loop.data.masks import resize_mask, safe_join
+from dual_loop.data.reader import check_root, choose_capped, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
 from dual_loop.types import NeededSize, RegionSample
@@ -72,7 +66,7 @@ class OpenImages:
         max_samples: keep this many images, drawn with a fixed seed; None keeps all.
         regions_per_image: most regions of one sample.
         csv, classes, images, masks: where a part is elsewhere: a path that exists, or a path below ``root``.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: a part is missing, the CSV has another header or a broken row, or it has no row.

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dual_loop.data.image_files import Picture
+from dual_loop.data.images import Picture
 from dual_loop.data.masks import pool_mask_to_grid
-from dual_loop.data.permutation import stable_hash
+from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import Batch, RegionSample, SkippedSample
 

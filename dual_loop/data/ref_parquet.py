@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dual_loop.data.image_files import read_image
+from dual_loop.data.images import read_image
 from dual_loop.data.masks import (
     check_mask,
     decode_segmentation,

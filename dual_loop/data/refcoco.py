@@ -34,15 +34,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dual_loop.data.image_files import read_picture
-from dual_loop.data.index_cache import (
-    StringTable,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-    watch_files,
-)
+from dual_loop.data.images import read_picture
+from dual_loop.data.index import load_or_build
+from dual_loop.data.index_file import StringTable, watch_files
 from dual_loop.data.masks import (
     check_mask,
     decode_segmentation,
@@ -50,6 +44,7 @@ from dual_loop.data.masks import (
     fit_mask,
     safe_join,
 )
+from dual_loop.data.reader import check_root, choose_capped, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -76,7 +71,7 @@ class RefCoco:
         max_samples: keep this many entries, drawn with a fixed seed; None keeps all.
         regions_per_image: most references of one sample.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
         polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.masks.decode_summed_polygons`), for comparison alone.
 
     Raises:

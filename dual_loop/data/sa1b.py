@@ -5,7 +5,7 @@ Layout (Kirillov et al. 2023, arXiv 2304.02643), any of the four, also mixed and
     root/sa_<id>.jpg     root/img/sa_<id>.jpg      root/<shard>/sa_<id>.jpg      root/sa_<shard>.tar
     root/sa_<id>.json    root/js/sa_<id>.json      root/<shard>/sa_<id>.json     (as released, gzipped or not)
 
-Archives are read in place (:mod:`~dual_loop.data.tar_index`).
+Archives are read in place (:mod:`~dual_loop.data.tar`).
 
 Image and JSON belong together when their stems agree and their folders agree once parts named ``img`` and ``js`` are
 taken out. The index holds the union: an image without JSON, or JSON without image, is a bad sample when it is loaded.
@@ -30,18 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.image_files import read_picture
-from dual_loop.data.index_build import build_in_parts, default_index_dir, join_parts
-from dual_loop.data.index_cache import (
-    StringTable,
-    TreeListing,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-)
+from dual_loop.data.images import read_picture
+from dual_loop.data.index import TreeListing, build_in_parts, default_index_dir, join_parts, load_or_build
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import check_mask, decode_rle, fit_mask
-from dual_loop.data.tar_index import TAR_SUFFIXES, TarShelf, list_tar
+from dual_loop.data.reader import check_root, choose_capped, layout_error
+from dual_loop.data.tar import TAR_SUFFIXES, TarShelf, list_tar
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -73,7 +67,7 @@ class Sa1b:
         min_area, max_area: limits on the share of the image that a mask covers, 0..1.
         min_predicted_iou, min_stability_score: limits on the two scores of an annotation; above 0, an annotation
             without the score does not pass.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist or holds no image.

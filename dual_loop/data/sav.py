@@ -25,15 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.index_cache import (
-    StringTable,
-    TreeListing,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-)
+from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import check_mask
+from dual_loop.data.reader import check_root, choose_capped, layout_error
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import RegionSample
 
@@ -58,7 +53,7 @@ class SavPairs:
     Args:
         root: folder that holds the files at any depth.
         max_samples: keep this many files, drawn with a fixed seed; None keeps all.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist or holds no pair.

@@ -29,16 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.index_build import build_in_parts, join_parts
-from dual_loop.data.index_cache import (
-    StringTable,
-    TreeListing,
-    check_root,
-    choose_capped,
-    layout_error,
-    load_or_build,
-)
+from dual_loop.data.index import TreeListing, build_in_parts, join_parts, load_or_build
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import decode_rle
+from dual_loop.data.reader import check_root, choose_capped, layout_error
 from dual_loop.data.video_frames import VideoFrames
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import RegionSample
@@ -65,7 +59,7 @@ class SavVideos:
         masklets: ``both``, ``manual`` or ``auto``.
         min_seconds, max_seconds: distance of the two frames of a pair.
         min_area: least share of the frame that an object must cover in both, 0..1.
-        index_dir: see :func:`~dual_loop.data.index_cache.load_or_build`.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist, or holds no masklet with two visible frames.

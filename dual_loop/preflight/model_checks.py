@@ -11,7 +11,6 @@ import torch
 
 from dual_loop.checkpoint.weights_plan import tokenizer_folder, weights_sources
 from dual_loop.config import Config
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.data.prepare import collate as collate_samples
 from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng
 from dual_loop.errors import DualLoopError, SampleError
@@ -22,6 +21,7 @@ from dual_loop.model.build import build_tokenizer, geometry
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, Prompter
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
+from dual_loop.testing.scenes import generate_scene
 from dual_loop.types import RegionSample, RegionSource
 
 
@@ -63,9 +63,7 @@ def check_trains(model: torch.nn.Module) -> Iterator[Finding]:
         yield Finding(NOTE, "what trains", line.strip())
 
 
-def check_batch(
-    model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[RegionSource]
-) -> Iterator[Finding]:
+def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[RegionSource]) -> Iterator[Finding]:
     """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
     sizes = geometry(config)
     for name, sample in _one_of_each(sources):

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.data.masks_dir import read_mask_file
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain
 from dual_loop.metrics import iou_table
 from dual_loop.serve.predictor import Predictor
+from dual_loop.testing.scenes import generate_scene
 
 SIDE = 440
 SAME_IMAGE = 4.0

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config
 from dual_loop.data.dataset_builder import DualLoopDataset, SkipLedger, build_dataset, build_loader, describe
+from dual_loop.data.mixture import WindowedBatchSampler
 from dual_loop.data.prepare import Geometry
-from dual_loop.data.sampler import WindowedBatchSampler
 from dual_loop.types import Batch, RegionSample, SkippedSample
 
 

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from dual_loop.data.demo import write_demo_data  # noqa: E402
+from dual_loop.testing.demo_data import write_demo_data  # noqa: E402
 from experiments.arms import ALL, ARMS, CAPTIONED, MASKS  # noqa: E402
 from experiments.table import markdown, read_runs, rows_of  # noqa: E402
 

@@ -15,10 +15,10 @@ import torch
 
 from dual_loop.accelerate.qwen2 import row_groups
 from dual_loop.config import load_config, resolve_config_path
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.iteration import in_chunks
 from dual_loop.model.build import build_tokenizer
 from dual_loop.model.prompts import Prompter
+from dual_loop.testing.scenes import generate_scene
 
 IMAGES, MOST_REGIONS, ROLLOUT = 640, 8, 32
 Region = tuple[str, int]

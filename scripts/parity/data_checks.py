@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dual_loop.data.image_files import read_image
+from dual_loop.data.images import read_image
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import Geometry, choose_tile_grid, grounding_image, image_to_tiles
 from dual_loop.model.decode import left_pad

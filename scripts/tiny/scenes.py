@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dual_loop.data.demo_scenes import COLOURS, GLYPHS, Scene, SceneOptions, generate_scene, pool_seed
 from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample
+from dual_loop.testing.scenes import COLOURS, GLYPHS, Scene, SceneOptions, generate_scene, pool_seed
 from dual_loop.types import Batch, RegionSample
 
 SHAPES = list(GLYPHS)[:8]

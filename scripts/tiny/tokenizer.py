@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dual_loop.data.demo_scenes import generate_scene, pool_seed
 from dual_loop.model import prompts
+from dual_loop.testing.scenes import generate_scene, pool_seed
 
 VOCABULARY = 512
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dual_loop.commands.demo_data import main
-from dual_loop.data.demo import demo_directories
+from dual_loop.testing.demo_data import demo_directories
 
 
 def test_the_command_writes_and_names_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dual_loop.checkpoint import exporter
 from dual_loop.checkpoint.importer import guess_load_checkpoint
 from dual_loop.cli import main as cli
-from dual_loop.data.demo import write_demo_data
+from dual_loop.testing.demo_data import write_demo_data
 from dual_loop.train_dual_loop import main as train
 
 from end_to_end import BASE, data_flags

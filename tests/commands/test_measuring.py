@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dual_loop.cli import main
-from dual_loop.data.demo import write_demo_data
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.evaluation.runner import PARTS, REGIONS, read_regions
+from dual_loop.testing.demo_data import write_demo_data
 
 pytestmark = pytest.mark.slow
 IMAGES = 20  # three chunks

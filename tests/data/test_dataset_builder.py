@@ -28,10 +28,10 @@ from dual_loop.data.dataset_builder import (
     build_sources,
     describe,
 )
-from dual_loop.data.demo import write_demo_data
+from dual_loop.data.mixture import DrawKey, WindowedBatchSampler
 from dual_loop.data.prepare import Geometry, region_seed
-from dual_loop.data.sampler import DrawKey, WindowedBatchSampler
 from dual_loop.errors import CheckpointError, ConfigError, DualLoopError, SampleError
+from dual_loop.testing.demo_data import write_demo_data
 from dual_loop.types import Batch, RegionSample, SkippedSample
 
 GEOMETRY = Geometry(vision_image_size=28, grid_size=4, grounding_size=32, mask_size=16)
@@ -333,7 +333,7 @@ CRASH = """
 from dual_loop.config import Config
 from dual_loop.data.dataset_builder import build_dataset, build_loader
 from dual_loop.data.prepare import Geometry
-from dual_loop.data.sampler import WindowedBatchSampler
+from dual_loop.data.mixture import WindowedBatchSampler
 
 class Crashing:
     name = "mine"

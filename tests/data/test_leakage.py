@@ -15,8 +15,7 @@ from PIL import Image
 
 from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import build_sources, build_training_sources
-from dual_loop.data.demo import write_demo_data
-from dual_loop.data.index_store import StringTable
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.leakage import (
     HeldOutImage,
     coco_id_of_name,
@@ -27,6 +26,7 @@ from dual_loop.data.leakage import (
 )
 from dual_loop.data.masks import encode_rle
 from dual_loop.errors import ConfigError
+from dual_loop.testing.demo_data import write_demo_data
 
 
 @pytest.fixture(scope="module")

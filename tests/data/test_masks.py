@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dual_loop.data.image_files import read_image, read_mask_png
+from dual_loop.data.images import read_image, read_mask_png
 from dual_loop.data.masks import (
     MAX_PIXELS,
     check_mask,

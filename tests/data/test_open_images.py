@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dual_loop.data import open_images
-from dual_loop.data.index_store import StringTable
+from dual_loop.data.index_file import StringTable
 from dual_loop.data.open_images import OpenImages
 from dual_loop.errors import ConfigError, SampleError
 

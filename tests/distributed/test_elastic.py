@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dual_loop.data.demo import write_demo_data
+from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, ROOT, data_flags, environment, parameters, records, summary, train
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dual_loop.data.demo import write_demo_data
+from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, data_flags, parameters, records, summary, train
 

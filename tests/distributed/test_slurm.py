@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dual_loop.data.demo import write_demo_data
 from dual_loop.model.build import TINY_WEIGHTS
+from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, ROOT, environment, records, summary
 from slurm_stand_in import job, put_stand_ins

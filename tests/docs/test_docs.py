@@ -19,8 +19,8 @@ from PIL import Image
 
 from dual_loop.cli import COMMANDS, main
 from dual_loop.config import CONFIG_DIR, SETTINGS
-from dual_loop.data.demo import write_demo_data
-from dual_loop.data.demo_scenes import generate_scene
+from dual_loop.testing.demo_data import write_demo_data
+from dual_loop.testing.scenes import generate_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dual_loop.data.demo import write_demo_data
+from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, data_flags, run, summary, train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dual_loop.data.demo import write_demo_data
+from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, command, data_flags, environment, parameters, records, summary, train
 

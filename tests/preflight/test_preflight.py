@@ -14,11 +14,11 @@ from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.config import CONFIG_DIR, Config, load_config, resolve_config_path
-from dual_loop.data.demo import write_demo_data
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.preflight import data_checks, machine, model_checks
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text
 from dual_loop.preflight.preview import preview_page
+from dual_loop.testing.demo_data import write_demo_data
 
 
 @pytest.fixture(scope="module")

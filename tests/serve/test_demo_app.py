@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from dual_loop.cli import main
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError
 from dual_loop.serve.demo_app import (
     MAX_REGIONS,
@@ -25,6 +24,7 @@ from dual_loop.serve.demo_app import (
     read_uploads,
 )
 from dual_loop.serve.predictor import Predictor
+from dual_loop.testing.scenes import generate_scene
 
 SCENE = generate_scene(1003)
 MASKS = [np.asarray(mask) for mask in SCENE.masks]

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dual_loop.cli import main
-from dual_loop.data.demo_scenes import generate_scene
 from dual_loop.errors import CheckpointError, PromptError, SampleError
 from dual_loop.metrics import iou_table
 from dual_loop.serve.predictor import Predictor, region_sample
+from dual_loop.testing.scenes import generate_scene
 
 SCENE = generate_scene(1003)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dual_loop.config import Config, load_config
-from dual_loop.data.sampler import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
 from dual_loop.errors import ConfigError
 from dual_loop.training.devices import share_out_batch
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.index_build import Arrays
-from dual_loop.data.index_store import StringTable, watch_files
+from dual_loop.data.index import Arrays
+from dual_loop.data.index_file import StringTable, watch_files
 from dual_loop.errors import EnvironmentProblem, SampleError, explain
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

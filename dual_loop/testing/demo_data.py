@@ -10,7 +10,7 @@ a download::
     OUT/demo.json                                    seed, options and counts; written last
 
 Masks are stored as drawn, never derived from a JPEG. The same arguments give the same bytes. Scene seeds come from
-named pools (:func:`~dual_loop.data.demo_scenes.pool_seed`), so no two sources or splits share a scene.
+named pools (:func:`~dual_loop.testing.scenes.pool_seed`), so no two sources or splits share a scene.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dual_loop.data.demo_scenes import (
+from dual_loop.data.masks import encode_rle
+from dual_loop.errors import ConfigError, explain
+from dual_loop.testing.scenes import (
     GENERATOR_VERSION,
     Scene,
     SceneObject,
@@ -37,8 +39,6 @@ from dual_loop.data.demo_scenes import (
     movable_objects,
     pool_seed,
 )
-from dual_loop.data.masks import encode_rle
-from dual_loop.errors import ConfigError, explain
 from dual_loop.types import SOURCES
 
 __all__ = ["SceneOptions", "demo_directories", "pool_seed", "write_demo_data"]

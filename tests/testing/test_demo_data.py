@@ -1,4 +1,4 @@
-"""The generated data set: scenes are deterministic, captions exact, masks true, files in the documented formats."""
+"""The generated data sets: files in the documented formats, deterministic, and read back by the readers."""
 
 from __future__ import annotations
 
@@ -12,198 +12,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dual_loop.data import demo
-from dual_loop.data.demo_scenes import (
-    CLEAR_SIZE_RATIO,
-    COLOURS,
-    GLYPHS,
-    POSITION_WORDS,
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.errors import ConfigError
+from dual_loop.testing import demo_data
+from dual_loop.testing.scenes import (
     Scene,
-    SceneOptions,
     generate_pair,
     generate_scene,
     movable_objects,
-    paraphrases,
     pool_seed,
 )
-from dual_loop.data.refcoco import RefCoco
-from dual_loop.errors import ConfigError
 
-SEEDS = st.integers(0, 2**63 - 1)
-TWINS = SceneOptions(twin_probability=1.0)
 NUM_IMAGES = 6
-GOLDEN_SHAPE = (160, 128, 3)
-GOLDEN_CAPTIONS = ("the purple star", "the blue cross", "the green cross", "the yellow star")
-GOLDEN_AREAS = [476, 795, 577, 298]
-
-
-def describe(scene: Scene, index: int) -> str:
-    """Write the caption of an object anew, from shape, colour, size and centre alone."""
-    item = scene.objects[index]
-    twins = [o for i, o in enumerate(scene.objects) if i != index and (o.shape, o.colour) == (item.shape, item.colour)]
-    if not twins:
-        return f"the {item.colour} {item.shape}"
-    (twin,) = twins
-    if max(item.size, twin.size) / min(item.size, twin.size) >= CLEAR_SIZE_RATIO:
-        return f"the {'large' if item.size > twin.size else 'small'} {item.colour} {item.shape}"
-    height, width = scene.image.shape[:2]
-    offset_x, offset_y = (item.centre[0] - twin.centre[0]) / width, (item.centre[1] - twin.centre[1]) / height
-    if abs(offset_x) > abs(offset_y):
-        return f"the {item.colour} {item.shape} on the {'right' if offset_x > 0 else 'left'}"
-    return f"the {item.colour} {item.shape} at the {'bottom' if offset_y > 0 else 'top'}"
-
-
-class TestScenes:
-    @settings(max_examples=40, deadline=None)
-    @given(seed=SEEDS, twins=st.booleans())
-    def test_captions_are_true_and_unique_and_masks_disjoint_and_visible(self, seed: int, twins: bool) -> None:
-        scene = generate_scene(seed, TWINS if twins else SceneOptions())
-        assert 2 <= len(scene.objects) <= 4
-        assert scene.image.dtype == np.uint8
-        assert scene.image.shape[0] in (128, 144, 160)
-        assert scene.image.shape[1] in (128, 144, 160)
-        assert scene.masks.dtype == bool
-        assert scene.masks.shape == (len(scene.objects), *scene.image.shape[:2])
-        assert scene.captions == tuple(describe(scene, i) for i in range(len(scene.objects)))
-        assert len(set(scene.captions)) == len(scene.captions)
-        assert scene.masks.sum(axis=0).max() == 1
-        assert scene.masks.sum(axis=(1, 2)).min() >= 60
-        assert all(0.45 <= item.visible_fraction <= 1 for item in scene.objects)
-
-    def test_the_same_seed_gives_the_same_scene_and_another_seed_another(self) -> None:
-        first, again, other = generate_scene(7), generate_scene(7), generate_scene(8)
-        np.testing.assert_array_equal(first.image, again.image)
-        np.testing.assert_array_equal(first.masks, again.masks)
-        assert first.captions == again.captions
-        assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
-
-    def test_the_generator_still_draws_what_its_version_drew(self) -> None:
-        """Captions and layout of version 2; a change of the drawing order has to raise GENERATOR_VERSION."""
-        scene = generate_scene(3)
-        assert scene.image.shape == GOLDEN_SHAPE
-        assert scene.captions == GOLDEN_CAPTIONS
-        # Glyph outlines may differ by a few pixels between FreeType versions.
-        np.testing.assert_allclose(scene.masks.sum(axis=(1, 2)), GOLDEN_AREAS, rtol=0.02)
-
-    @settings(max_examples=20, deadline=None)
-    @given(seed=SEEDS)
-    def test_pixels_have_the_colour_that_the_caption_names(self, seed: int) -> None:
-        scene = generate_scene(seed)
-        names = list(COLOURS)
-        table = np.asarray([COLOURS[name] for name in names])
-        for item in scene.objects:
-            median = np.median(scene.image[item.mask], axis=0)
-            assert names[int(np.abs(table - median).sum(axis=1).argmin())] == item.colour
-
-    def test_masks_fit_the_drawn_objects_to_the_pixel(self) -> None:
-        """Saturated pixels lie inside the masks and dull ones outside, but for the blended rim and faint thin tips."""
-        for seed in range(20):
-            scene = generate_scene(seed)
-            spread = scene.image.max(axis=2).astype(int) - scene.image.min(axis=2)
-            union = scene.masks.any(axis=0)
-            grown = union.copy()
-            for axis in (0, 1):
-                grown |= np.roll(union, 1, axis) | np.roll(union, -1, axis)
-            assert (spread[~grown] > 60).sum() <= 3
-            assert np.percentile(spread[~grown], 99) <= 45
-            assert (spread[union] > 60).mean() > 0.93
-
-    def test_twins_alone_get_a_further_word_and_both_kinds_occur(self) -> None:
-        words: Counter[str] = Counter()
-        for seed in range(150):
-            words.update(item.qualifier for item in generate_scene(seed, TWINS).objects)
-        sized, placed = words["small"] + words["large"], sum(words[word] for word in POSITION_WORDS)
-        assert min(words[word] for word in ("small", "large", *POSITION_WORDS)) > 10
-        assert 0.35 < sized / (sized + placed) < 0.65
-        plain = SceneOptions(twin_probability=0.0)
-        assert not any(item.qualifier for seed in range(60) for item in generate_scene(seed, plain).objects)
-
-    def test_twins_occur_as_often_as_asked_for(self) -> None:
-        share = np.mean([any(o.qualifier for o in generate_scene(seed).objects) for seed in range(300)])
-        assert 0.06 < share < 0.18
-
-    def test_objects_share_shape_or_colour_as_often_as_asked_for(self) -> None:
-        def rate(probability: float) -> float:
-            options = SceneOptions(twin_probability=0, share_probability=probability, min_objects=2, max_objects=2)
-            scenes = [generate_scene(seed, options) for seed in range(120)]
-            return float(np.mean([a.shape == b.shape or a.colour == b.colour for a, b in (s.objects for s in scenes)]))
-
-        assert rate(0.0) == 0.0
-        assert rate(1.0) == 1.0
-        assert 0.45 < rate(0.6) < 0.75
-
-    def test_some_objects_are_partly_covered(self) -> None:
-        fractions = [item.visible_fraction for seed in range(100) for item in generate_scene(seed).objects]
-        assert 0.005 < np.mean(np.asarray(fractions) < 0.99) < 0.2
-
-    def test_every_shape_and_colour_can_be_drawn_and_shapes_differ(self) -> None:
-        outlines = []
-        for shape in GLYPHS:
-            options = SceneOptions(shapes=(shape,), colours=("orange", "pink"), max_objects=2)
-            scene = generate_scene(1, options)
-            assert {item.shape for item in scene.objects} == {shape}
-            outlines.append(scene.masks.any(axis=0).tobytes())
-        assert len(set(outlines)) == len(GLYPHS) == 16
-
-    def test_paraphrases_keep_every_word_that_tells_objects_apart(self) -> None:
-        for seed in range(40):
-            scene = generate_scene(seed, TWINS)
-            said = [text for item in scene.objects for text in (item.caption, *paraphrases(item))]
-            assert len(set(said)) == len(said)
-            for item in scene.objects:
-                for text in paraphrases(item):
-                    assert {item.colour, item.shape, *([item.qualifier] if item.qualifier else [])} <= set(text.split())
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"shapes": ("star", "blob")}, "unknown shape 'blob'"),
-            ({"colours": ("beige", "red")}, "unknown colour 'beige'"),
-            ({"shapes": ("star",), "colours": ("red",)}, "different pairs"),
-            ({"max_objects": 5}, "1..4"),
-            ({"sizes": (60.0, 40.0)}, "smallest <= largest"),
-            ({"sides": ()}, "sides"),
-            ({"twin_probability": 1.5}, "twin_probability"),
-        ],
-    )
-    def test_wrong_options_are_refused_by_name(self, change: dict, message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            generate_scene(0, SceneOptions(**change))
-
-
-class TestPairs:
-    @settings(max_examples=25, deadline=None)
-    @given(seed=SEEDS, twins=st.booleans())
-    def test_the_same_objects_move_and_a_movable_caption_is_true_in_both(self, seed: int, twins: bool) -> None:
-        first, second = generate_pair(seed, TWINS if twins else SceneOptions())
-        assert [(o.shape, o.colour) for o in first.objects] == [(o.shape, o.colour) for o in second.objects]
-        assert [o.centre for o in first.objects] != [o.centre for o in second.objects]
-        assert movable_objects(first) == movable_objects(second) != ()
-        for index in movable_objects(first):
-            assert first.captions[index] == second.captions[index] == describe(second, index)
-
-
-class TestPools:
-    def test_pools_and_seeds_are_disjoint(self) -> None:
-        pools = ("sav", "sa1b", "openimages", "refcoco/train", "refcoco/val", "pretrain/masks")
-        drawn = [pool_seed(seed, pool, index) for seed in (0, 1) for pool in pools for index in range(500)]
-        assert len(set(drawn)) == len(drawn)
-        assert all(0 <= value < 2**63 for value in drawn)
-
-    def test_a_seed_is_the_same_on_every_machine(self) -> None:
-        expected = int.from_bytes(hashlib.sha256(b"5/refcoco/val/12").digest()[:8], "big") >> 1
-        assert pool_seed(5, "refcoco/val", 12) == expected
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "data"
-    counts = demo.write_demo_data(out, NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
+    counts = demo_data.write_demo_data(out, NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
     assert counts == {
         **{"sav": NUM_IMAGES, "sa1b": NUM_IMAGES, "openimages": NUM_IMAGES},
         **{"refcoco/train": NUM_IMAGES, "refcoco/val": 3, "refcoco/testA": 2},
@@ -330,7 +159,7 @@ class TestFormats:
     def test_an_uncompressed_code_of_a_mask_that_starts_with_foreground_begins_with_zero(self) -> None:
         mask = np.zeros((4, 5), bool)
         mask[0, 0] = mask[2, 3] = True
-        code = demo._uncompressed_rle(mask)
+        code = demo_data._uncompressed_rle(mask)
         assert code["counts"] == [0, 1, 13, 1, 5]
         np.testing.assert_array_equal(decode_any_rle(code), mask)
 
@@ -362,31 +191,31 @@ class TestWriter:
         self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)
-        demo.write_demo_data(tmp_path / "again", NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
+        demo_data.write_demo_data(tmp_path / "again", NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
         assert digest(tmp_path / "again") == digest(root)
-        demo.write_demo_data(tmp_path / "other", NUM_IMAGES, seed=6, num_val=3, refcoco_splits={"testA": 2})
+        demo_data.write_demo_data(tmp_path / "other", NUM_IMAGES, seed=6, num_val=3, refcoco_splits={"testA": 2})
         assert digest(tmp_path / "other")["sa1b/sa_1.jpg"] != digest(root)["sa1b/sa_1.jpg"]
 
     def test_a_larger_data_set_begins_with_the_smaller_one(self, root: Path, tmp_path: Path) -> None:
-        demo.write_demo_data(tmp_path / "more", NUM_IMAGES + 2, seed=5, sources=("sa1b",))
+        demo_data.write_demo_data(tmp_path / "more", NUM_IMAGES + 2, seed=5, sources=("sa1b",))
         small, large = digest(root / "sa1b"), digest(tmp_path / "more" / "sa1b")
         assert len(large) == len(small) + 4
         assert small.items() <= large.items()
 
     def test_a_finished_data_set_is_kept_and_another_is_refused(self, tmp_path: Path) -> None:
         out = tmp_path / "data"
-        counts = demo.write_demo_data(out, 2, seed=1, sources=("sa1b",))
+        counts = demo_data.write_demo_data(out, 2, seed=1, sources=("sa1b",))
         times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-        assert demo.write_demo_data(out, 2, seed=1, sources=("sa1b",)) == counts
+        assert demo_data.write_demo_data(out, 2, seed=1, sources=("sa1b",)) == counts
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
         with pytest.raises(ConfigError, match="other arguments"):
-            demo.write_demo_data(out, 3, seed=1, sources=("sa1b",))
+            demo_data.write_demo_data(out, 3, seed=1, sources=("sa1b",))
         (out / "demo.json").unlink()
         with pytest.raises(ConfigError, match=r"no demo\.json"):
-            demo.write_demo_data(out, 2, seed=1, sources=("sa1b",))
+            demo_data.write_demo_data(out, 2, seed=1, sources=("sa1b",))
 
     def test_counts_can_be_given_for_each_source(self, tmp_path: Path) -> None:
-        counts = demo.write_demo_data(tmp_path / "d", 1, num_sav=2, num_sa1b=0, num_refcoco=3, num_val=0)
+        counts = demo_data.write_demo_data(tmp_path / "d", 1, num_sav=2, num_sa1b=0, num_refcoco=3, num_val=0)
         assert counts == {"sav": 2, "sa1b": 0, "openimages": 1, "refcoco/train": 3, "refcoco/val": 0}
         assert len(list((tmp_path / "d").rglob("*.npz"))) == 2
         assert not (tmp_path / "d" / "sa1b").exists()
@@ -405,7 +234,7 @@ class TestWriter:
         self, tmp_path: Path, arguments: dict, message: str
     ) -> None:
         with pytest.raises(ConfigError, match=message):
-            demo.write_demo_data(tmp_path / "d", 2, **arguments)
+            demo_data.write_demo_data(tmp_path / "d", 2, **arguments)
         assert not (tmp_path / "d").exists()
 
 
@@ -413,8 +242,8 @@ def test_pools_with_captions_and_vague_captions(tmp_path):
     """The ceiling's data set holds the mask-only scenes again; vague captions touch the train split alone."""
     options = {"sources": ("sa1b", "openimages", "refcoco"), "num_val": 3}
     plain, vague = tmp_path / "plain", tmp_path / "vague"
-    demo.write_demo_data(plain, 4, 3, captioned_pools=("sa1b", "openimages"), **options)
-    demo.write_demo_data(vague, 4, 3, captioned_pools=("sa1b", "openimages"), vague_share=0.5, **options)
+    demo_data.write_demo_data(plain, 4, 3, captioned_pools=("sa1b", "openimages"), **options)
+    demo_data.write_demo_data(vague, 4, 3, captioned_pools=("sa1b", "openimages"), vague_share=0.5, **options)
     train = RefCoco(plain / "ref_seg", datasets=("refcoco",), split="train")
     assert len(train) == 12
     copies = [train.load_all(index) for index in range(len(train))]
@@ -432,4 +261,4 @@ def test_pools_with_captions_and_vague_captions(tmp_path):
     assert 0.25 < sum(short) / len(short) < 0.75
     assert all(len(text.split()) >= 3 for text in texts("val"))
     with pytest.raises(ConfigError, match="no pool 'sav' to caption"):
-        demo.write_demo_data(tmp_path / "wrong", 2, 3, captioned_pools=("sav",))
+        demo_data.write_demo_data(tmp_path / "wrong", 2, 3, captioned_pools=("sav",))

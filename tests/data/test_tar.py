@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from dual_loop.data import tar_index
+from dual_loop.data import tar
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.errors import SampleError
 
@@ -118,7 +118,7 @@ def test_files_and_archives_together(unpacked, tmp_path):
 def test_an_archive_is_listed_once_and_again_when_it_changed(unpacked, tmp_path, monkeypatch, is_compressed):
     root = archives(unpacked, tmp_path / "tars", is_compressed)
     first = by_stem(opened(root, tmp_path / "index"))
-    monkeypatch.setattr(tar_index, "_list_members", None)
+    monkeypatch.setattr(tar, "_list_members", None)
     assert_same(by_stem(opened(root, tmp_path / "index")), first)
     monkeypatch.undo()
     pack(unpacked, root / "sa_000000.tar", range(2), "./", is_compressed)
@@ -208,7 +208,7 @@ def test_workers_open_their_own_files(unpacked, tmp_path, is_compressed):
 
 
 def test_few_files_are_open_at_a_time(unpacked, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_index, "MAX_OPEN", 2)
+    monkeypatch.setattr(tar, "MAX_OPEN", 2)
     for number in range(5):
         pack(unpacked, tmp_path / "tars" / f"sa_{number:06}.tar", range(number, number + 1))
     source = opened(tmp_path / "tars", tmp_path / "index")
@@ -231,21 +231,21 @@ def test_points_of_compressed_archives_take_little_memory(unpacked, tmp_path, mo
         pack(unpacked, archive, range(number, number + 1), is_compressed=True)
     source = opened(tmp_path / "tars", tmp_path / "index")
     sizes = [path.stat().st_size for path in (tmp_path / "index" / "gzip_points").iterdir()]
-    monkeypatch.setattr(tar_index, "MAX_POINT_BYTES", 2 * max(sizes))
+    monkeypatch.setattr(tar, "MAX_POINT_BYTES", 2 * max(sizes))
     expected = by_stem(opened(unpacked, tmp_path / "index"))
     for index in (0, 1, 2, 3, 0):
         sample = source.load(index, np.random.default_rng(7))
         assert np.array_equal(sample.image, expected[f"sa_{index}"][0])
         assert len(source._shelf._open) <= 2
     assert list(source._shelf._open) == [3, 0]
-    monkeypatch.setattr(tar_index, "MAX_POINT_BYTES", 0)
+    monkeypatch.setattr(tar, "MAX_POINT_BYTES", 0)
     source.load(1, np.random.default_rng(0))
     assert list(source._shelf._open) == [1]
 
 
 def test_large_compressed_archives_have_no_more_points_than_small_ones():
-    assert tar_index.point_spacing(1) == tar_index.point_spacing(10**9) == 2**20
+    assert tar.point_spacing(1) == tar.point_spacing(10**9) == 2**20
     for num_bytes in (3 * 10**9, 11 * 10**9, 10**12):
-        spacing = tar_index.point_spacing(num_bytes)
+        spacing = tar.point_spacing(num_bytes)
         assert spacing % 2**20 == 0
         assert 0.4 * 2500 < num_bytes / spacing <= 2500

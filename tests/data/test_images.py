@@ -13,13 +13,13 @@ from PIL import Image
 
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import build_dataset
-from dual_loop.data.image_files import Picture, load_sample, read_picture
+from dual_loop.data.images import Picture, load_sample, read_picture
 from dual_loop.data.leakage import Subset
 from dual_loop.data.masks import encode_rle
 from dual_loop.data.masks_dir import MasksDir
+from dual_loop.data.mixture import DrawKey
 from dual_loop.data.prepare import Geometry, Prepared, prepare_sample
 from dual_loop.data.sa1b import Sa1b
-from dual_loop.data.sampler import DrawKey
 from dual_loop.errors import SampleError
 from dual_loop.types import RegionSample
 

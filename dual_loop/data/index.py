@@ -1,0 +1,455 @@
+"""The on-disk index: what a reader learnt by listing its folders, stored so that the next start is quick.
+
+An index is a dict of numpy arrays in one file (:mod:`~dual_loop.data.index_file`): a second start asks for a few
+folder times, lists nothing and reads nothing but what it uses.
+
+A long build goes in parts: in parallel, with a progress bar, and resumable. A part is what one call of a function
+reads: an archive, or some folders of a tree. A finished part is stored at once beside the index, in
+``<index>.partial/``; a build that was killed goes on from there. A stored part is used only while the paths that it
+watches (:func:`~dual_loop.data.index_file.watch_files`) are unchanged. :func:`load_or_build` removes the folder once
+the whole index is stored.
+
+A reader of archives::
+
+    def _list_archive(path: str) -> dict[str, np.ndarray]:          # at the top of a module: workers import it
+        watched = watch_files([Path(path)])
+        return {**StringTable.from_strings(names_in(path)).to_arrays("name"), **watched}
+
+    def build() -> dict[str, np.ndarray]:
+        return join_parts(build_in_parts(archives, _list_archive, index_dir, key, describe="SA-1B archives"))
+
+    arrays = load_or_build(index_dir, key, build)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dual_loop.data.index_file import (
+    ANY_SIZE,
+    StringTable,
+    is_current,
+    read_arrays,
+    watched_arrays,
+    write_arrays,
+)
+from dual_loop.errors import ConfigError, EnvironmentProblem, explain
+
+INDEX_VERSION = 2
+"""Part of every key: raise it when the arrays of any reader change their meaning."""
+
+MAX_WORKERS = 8
+"""Most workers unless a number is given: more do not make one disk faster."""
+
+PATIENCE = 2.0
+"""Seconds of building in this process before others are started, unless a number of workers is given."""
+
+Arrays = dict[str, np.ndarray]
+
+MAX_WATCHED = 4096
+"""Most folders that an index checks at the next start, the upper ones first; deeper changes need a new index."""
+
+NUM_GROUPS = 64
+"""Parts that the folders of a tree are listed in."""
+
+_MANY_FOLDERS = 16
+"""As soon as a level of a tree has so many folders, they are listed in parts."""
+
+_warned_folders: set[str] = set()
+
+
+# --- storing ---------------------------------------------------------------------------------------------------------
+
+
+def load_or_build(
+    index_dir: str | Path | None, key: Mapping[str, Any], build: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the stored index for ``key``, or build and store it.
+
+    Several processes may do this at once without a lock: each writes a file of its own and moves it into place, which
+    is atomic, and all of them write the same. The arrays are memory-mapped and read-only, so that any number of
+    processes share one copy; a process that gets them by pickle opens the file itself.
+
+    Args:
+        index_dir: folder of the indexes; None takes :func:`default_index_dir`. Where it cannot be written, the index
+            is built in memory, with one warning.
+        key: reader, absolute root and options, as JSON holds them; the file's name is a hash of it.
+        build: makes the arrays; include :meth:`TreeListing.watched_arrays` or :func:`watch_files` in them. An index
+            without watched paths never becomes stale.
+    """
+    path, text = index_path(index_dir, key)
+    stored = read_arrays(path, text)
+    if stored is not None and is_current(stored):
+        return stored
+    arrays = build()
+    try:
+        write_arrays(path, arrays, text)
+    except OSError as error:
+        _warn_not_stored(path.parent, error)
+        return arrays
+    # Only now: until the index is stored, its parts are what a build that is killed goes on from.
+    shutil.rmtree(partial_folder(index_dir, key), ignore_errors=True)
+    stored = read_arrays(path, text)
+    return arrays if stored is None else stored
+
+
+def _warn_not_stored(folder: Path, error: OSError) -> None:
+    if str(folder) in _warned_folders:
+        return
+    _warned_folders.add(str(folder))
+    message = explain(
+        "the data index cannot be stored, so every start lists the data folders again",
+        str(folder),
+        f"{type(error).__name__}: {error}",
+        "a folder that can be written",
+        "set data.index_dir or $DUAL_LOOP_CACHE",
+    )
+    warnings.warn(message, stacklevel=4)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def default_index_dir() -> Path:
+    """Return ``$DUAL_LOOP_CACHE`` where it is set, else ``~/.cache/dual_loop/index``."""
+    chosen = os.environ.get("DUAL_LOOP_CACHE")
+    return Path(chosen) if chosen else Path("~/.cache/dual_loop/index").expanduser()
+
+
+def index_path(index_dir: str | Path | None, key: Mapping[str, Any]) -> tuple[Path, str]:
+    """Return where the index of ``key`` is stored, and the key as text (None: :func:`default_index_dir`)."""
+    folder = default_index_dir() if index_dir is None else Path(index_dir)
+    text = json.dumps({**key, "index_version": INDEX_VERSION}, sort_keys=True)
+    return folder / f"{key.get('kind', 'index')}-{_digest(text)}.safetensors", text
+
+
+def partial_folder(index_dir: str | Path | None, key: Mapping[str, Any]) -> Path:
+    """Return the folder of the finished parts of the index of ``key``."""
+    path, _ = index_path(index_dir, key)
+    return path.with_suffix(".partial")
+
+
+def build_in_parts(
+    parts: Sequence[str],
+    build_part: Callable[[str], Arrays],
+    index_dir: str | Path | None,
+    key: Mapping[str, Any],
+    *,
+    workers: int | None = None,
+    threads: bool = False,
+    describe: str = "index",
+    count: Callable[[Mapping[str, np.ndarray]], int] | None = None,
+) -> list[Arrays]:
+    """Return what ``build_part`` returns for each part, in the order of ``parts``; stored parts are not built again.
+
+    Several processes may build the same index at once: each takes over the parts that another has finished.
+
+    Args:
+        parts: names of the parts, each once; all that ``build_part`` needs to know beside its own constants.
+        build_part: makes the arrays of a part; include the watched paths. For processes it must be a function at
+            the top of a module, or a ``functools.partial`` of one.
+        index_dir, key: those given to :func:`load_or_build`. Where the folder cannot be
+            written, the parts are kept in memory.
+        workers: how many parts are built at once. None takes one until :data:`PATIENCE` is over, then one a core
+            (shared by the ranks of a machine, at most :data:`MAX_WORKERS`). A loader worker always takes one.
+        threads: build in threads, for work that waits for the file system; else in spawned processes.
+        describe: text before the progress bar, which is shown on a terminal by the first process of a run.
+        count: number of entries in the arrays of a part, for the bar.
+
+    Raises:
+        ValueError: a part is there twice, or ``workers`` is below 1.
+        EnvironmentProblem: a worker process was killed.
+        Exception: what ``build_part`` raises; the parts that were finished stay stored.
+    """
+    if len(set(parts)) != len(parts) or (workers is not None and workers < 1):
+        raise ValueError(f"parts must differ and workers be 1 or more, seen {len(parts)} parts, {workers=}")
+    _, text = index_path(index_dir, key)
+    folder = partial_folder(index_dir, key)
+    places = {part: (folder / f"{_digest(part)}.safetensors", f"{text}\n{json.dumps(part)}") for part in parts}
+    built = {part: arrays for part in parts if (arrays := _read_part(*places[part])) is not None}
+    missing = [part for part in parts if part not in built]
+    with progress_bar(describe, "part", total=len(parts), initial=len(built)) as bar:
+        num_entries = sum(count(arrays) for arrays in built.values()) if count else 0
+        for part, arrays in _build_missing(missing, build_part, places, workers, threads):
+            built[part] = arrays
+            if count:
+                num_entries += count(arrays)
+                bar.set_postfix_str(f"{num_entries:,} entries", refresh=False)
+            bar.update()
+    return [built[part] for part in parts]
+
+
+def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
+    """Return the parts as one: string tables (``<name>_bytes`` with ``<name>_offsets``) and arrays, end to end.
+
+    Watched paths join like any table. Arrays that count rows or bytes of their own part must be moved on before.
+
+    Raises:
+        ValueError: there is no part, or the parts have different names.
+    """
+    if not parts or any(part.keys() != parts[0].keys() for part in parts):
+        raise ValueError(f"parts must have the same arrays, seen {[sorted(part) for part in parts[:9]]}")
+    tables = [name.removesuffix("_bytes") for name in parts[0] if name.endswith("_bytes")]
+    tables = [name for name in tables if f"{name}_offsets" in parts[0]]
+    joined: Arrays = {}
+    for name in tables:
+        joined |= StringTable.join([StringTable.from_arrays(part, name) for part in parts]).to_arrays(name)
+    for name in parts[0].keys() - joined.keys():
+        joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
+    return joined
+
+
+def progress_bar(describe: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm[Any]:
+    """Return a bar on stderr, hidden where that is no terminal and in all processes of a run but the first."""
+    hidden = not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
+    return tqdm(total=total, initial=initial, desc=describe, unit=unit, unit_scale=total is None, disable=hidden)
+
+
+def default_workers() -> int:
+    """Return one worker a core of this machine, shared by its ranks, 1 to :data:`MAX_WORKERS`."""
+    try:
+        num_cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        num_cores = os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+def _build_missing(
+    missing: Sequence[str],
+    build_part: Callable[[str], Arrays],
+    places: Mapping[str, tuple[Path, str]],
+    workers: int | None,
+    threads: bool,
+) -> Iterator[tuple[str, Arrays]]:
+    """Yield parts as they are finished: the first ones from this process, the rest from workers where it takes long."""
+    pending = list(reversed(missing))
+    wanted = default_workers() if workers is None else workers
+    if multiprocessing.current_process().daemon and not threads:
+        wanted = 1  # a loader worker may not have children
+    started = time.monotonic()
+    while pending and (wanted == 1 or (workers is None and time.monotonic() - started < PATIENCE)):
+        part = pending.pop()
+        yield part, _finish(_make_part(build_part, part, *places[part]), build_part, part, *places[part])
+    if not pending:
+        return
+    pool = _pool(min(wanted, len(pending)), threads)
+    try:
+        futures = {pool.submit(_make_part, build_part, part, *places[part]): part for part in reversed(pending)}
+        for future in as_completed(futures):
+            part = futures[future]
+            yield part, _finish(future.result(), build_part, part, *places[part])
+    except BrokenProcessPool as error:
+        what = "a process that builds a data index ended unexpectedly"
+        fix = (
+            "start again: finished parts are kept. Where memory ran out, give fewer workers; in a script of your own, "
+            'start under `if __name__ == "__main__":`'
+        )
+        folder = str(next(iter(places.values()))[0].parent)
+        raise EnvironmentProblem(explain(what, folder, str(error), "an end with a result", fix)) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int, threads: bool) -> Executor:
+    if threads:
+        return ThreadPoolExecutor(workers)
+    # A forked child of a process that has threads (torch, CUDA) may hang; a spawned one starts clean.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _read_part(path: Path, key: str) -> Arrays | None:
+    arrays = read_arrays(path, key)
+    return arrays if arrays is not None and is_current(arrays) else None
+
+
+def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: str) -> Arrays | None:
+    """Build and store a part; return None, or the arrays where they cannot be stored."""
+    if _read_part(path, key) is not None:
+        return None  # another process was faster
+    arrays = build_part(part)
+    try:
+        write_arrays(path, arrays, key)
+    except OSError:
+        return arrays  # load_or_build warns when it cannot store the whole index either
+    return None
+
+
+def _finish(arrays: Arrays | None, build_part: Callable[[str], Arrays], part: str, path: Path, key: str) -> Arrays:
+    """Return the arrays of a part that was made: as they came, or from its file.
+
+    The file is gone where another process has stored the whole index meanwhile and cleared up: then it is built here.
+    """
+    if arrays is None:
+        arrays = read_arrays(path, key)
+    return build_part(part) if arrays is None else arrays
+
+
+# --- listing ---------------------------------------------------------------------------------------------------------
+
+
+class TreeListing:
+    """The files below a root, and the folders that were listed, for :meth:`watched_arrays`.
+
+    A wide tree is listed in parts (:func:`build_in_parts`), in threads, as listing waits
+    for the file system. No file is asked for its state, so a folder of a million files is one listing.
+
+    Args:
+        root: folder to list; links to folders are followed, each folder once.
+        suffixes: lower-case endings of the wanted files, with the dot. Names that begin with a dot are left out
+            (macOS writes a ``._x.jpg`` beside ``x.jpg``).
+        index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on; without a
+            key it is one walk.
+        workers: see :func:`build_in_parts`.
+
+    Attributes:
+        files: paths below the root with ``/``, sorted.
+        folders: (path, modification time in ns, :data:`~dual_loop.data.index_file.ANY_SIZE`), upper ones first.
+
+    Raises:
+        ConfigError: a folder below the root cannot be listed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        suffixes: tuple[str, ...],
+        index_dir: str | Path | None = None,
+        key: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.root = root
+        walk = _Walk(root, suffixes)
+        pending = [""]
+        while pending and (key is None or len(pending) < _MANY_FOLDERS):
+            pending = walk.list_level(pending)
+        found = [walk.as_arrays()]
+        if pending and key is not None:
+            groups: dict[int, list[str]] = {}
+            for folder in pending:
+                groups.setdefault(zlib.crc32(os.fsencode(folder)) % NUM_GROUPS, []).append(folder)
+            parts = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
+            make = functools.partial(_list_group, str(root), frozenset(walk.seen))
+            text = f"listing {root.name}"
+            found += build_in_parts(
+                parts, make, index_dir, key, workers=workers, threads=True, describe=text, count=_num_files
+            )
+        self.files, self.folders = _join_listings(root, found)
+
+    def watched_arrays(self) -> dict[str, np.ndarray]:
+        """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
+        return watched_arrays(self.folders[:MAX_WATCHED])
+
+
+class _Walk:
+    """Lists folders of one tree, each once, level by level."""
+
+    def __init__(self, root: Path, suffixes: tuple[str, ...], seen: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.root, self.suffixes, self.seen = root, suffixes, set(seen)
+        self.folders: list[str] = []
+        self.identities: list[tuple[int, int]] = []
+        self.modified: list[int] = []
+        self.num_files: list[int] = []
+        self.files: list[str] = []
+
+    def list_level(self, folders: Sequence[str]) -> list[str]:
+        """List ``folders`` (below the root) and return those in them."""
+        return [child for folder in folders for child in self._list_or_explain(folder)]
+
+    def _list_or_explain(self, folder: str) -> list[str]:
+        try:
+            return self._list(folder)
+        except OSError as error:
+            where, fix = str(self.root / folder), "make it readable, or move it out of the data set's folder"
+            raise ConfigError(explain("a data folder cannot be listed", where, str(error), fix=fix)) from error
+
+    def _list(self, folder: str) -> list[str]:
+        path = self.root / folder
+        # The time is taken before the listing: a change in between then makes the index stale, not wrong.
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in self.seen:
+            return []
+        self.seen.add((status.st_dev, status.st_ino))
+        children, num_before = [], len(self.files)
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    children.append(name)
+                elif entry.name.lower().endswith(self.suffixes):
+                    self.files.append(name)
+        self.folders.append(folder)
+        self.identities.append((status.st_dev, status.st_ino))
+        self.modified.append(status.st_mtime_ns)
+        self.num_files.append(len(self.files) - num_before)
+        return sorted(children)
+
+    def as_arrays(self) -> Arrays:
+        """Return tables ``folder`` and ``file``, and by folder ``identities``, ``modified`` (ns) and ``num_files``."""
+        return {
+            **StringTable.from_strings(self.folders).to_arrays("folder"),
+            **StringTable.from_strings(self.files).to_arrays("file"),
+            "identities": np.array(self.identities, np.uint64).reshape(-1, 2),
+            "modified": np.array(self.modified, np.int64),
+            "num_files": np.array(self.num_files, np.int64),
+        }
+
+
+def _list_group(root: str, seen: frozenset[tuple[int, int]], part: str) -> Arrays:
+    """List a part of a tree: the folders in ``part`` (JSON: folders, suffixes) and all below them."""
+    pending, suffixes = json.loads(part)
+    walk = _Walk(Path(root), tuple(suffixes), seen)
+    while pending:
+        pending = walk.list_level(pending)
+    folders = zip(walk.folders, walk.modified, strict=True)
+    return {**walk.as_arrays(), **watched_arrays([(f"{root}/{name}", time, ANY_SIZE) for name, time in folders])}
+
+
+def _num_files(arrays: Mapping[str, np.ndarray]) -> int:
+    return int(arrays["num_files"].sum())
+
+
+def _join_listings(root: Path, found: Sequence[Arrays]) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """Return all files, sorted, and all folders; one that two parts reached by links counts where it is highest."""
+    listed = []
+    for number, arrays in enumerate(found):
+        names = StringTable.from_arrays(arrays, "folder")
+        starts = np.cumsum(arrays["num_files"]) - arrays["num_files"]
+        columns = (arrays["identities"], arrays["modified"], starts, arrays["num_files"])
+        for index, (identity, modified, start, length) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            levels = names[index].split("/") if names[index] else []
+            listed.append(((len(levels), levels), tuple(identity), modified, number, start, length))
+    listed.sort(key=lambda row: row[0])
+    tables = [StringTable.from_arrays(arrays, "file") for arrays in found]
+    seen: set[tuple[int, int]] = set()
+    files: list[str] = []
+    folders = []
+    for (_, levels), identity, modified, number, start, length in listed:
+        if identity not in seen:
+            seen.add(identity)
+            folders.append((str(root / "/".join(levels)), modified, ANY_SIZE))
+            files.extend(tables[number].slice(start, start + length))
+    files.sort()
+    return files, folders
