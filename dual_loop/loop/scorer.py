@@ -73,6 +73,8 @@ class Scorer:
 
         NaN for regions of other images; a rejected text's mask is empty.
         """
+        if not texts:
+            return torch.zeros(0, batch.num_regions)
         masks = join_masks(self.segment(batch, seen, texts), self.model.mask_size)
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
         return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,3 +89,10 @@ def test_a_written_answer_has_as_many_masks_as_seg_tokens(parts, monkeypatch):
     joined = join_masks(masks, scorer.model.mask_size)
     assert not (joined[0] > 0).any()
     assert torch.equal(joined[2] > 0, (masks[2] > 0).any(0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_asked_is_an_empty_table_wherever_the_masks_lie(parts, device):
+    scorer, batch, seen = parts
+    elsewhere = replace(batch, target_masks=batch.target_masks.to(device))
+    assert scorer.score(elsewhere, seen, []).shape == (0, batch.num_regions)

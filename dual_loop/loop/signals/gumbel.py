@@ -187,14 +187,19 @@ class GumbelCaptions(Signal):
 
 
 def straight_through(prompter: Prompter, region: int, caption: WrittenCaption) -> StraightThroughCaption | None:
-    """Find the part of generated ids that is the caption; None where cleaning changed more than its ends."""
+    """Find the part of generated ids that is the caption; None where step 2 cannot read it as it is.
+
+    That is so where it holds a special token, and where cleaning changed more than its ends.
+    """
     ids = caption.token_ids
+    if caption.unreadable is not None:
+        return None
 
     def text_of(start: int, end: int) -> str:
         return prompter.decode_caption(list(ids[start:end]))[0]
 
     last = next((n for n in range(1, len(ids) + 1) if clean_caption(text_of(0, n)) == caption.text), None)
-    if last is None or not caption.text:
+    if last is None:
         return None
     first = 0
     while clean_caption(text_of(first + 1, last)) == caption.text:
