@@ -10,8 +10,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar
 
 from dual_loop.errors import CheckpointError, explain
 
@@ -24,7 +25,42 @@ EMA_NAME = "ema.safetensors"
 OPTIMIZER_NAME = "optimizer.pt"
 STATE_NAME = "state.json"
 
-_CHUNK_BYTES = 8 * 1024 * 1024
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+    def verify(self, path: Path) -> None:
+        """Compare the file at ``path`` with this entry.
+
+        Raises:
+            CheckpointError: the file is missing, or its size or hash differs; the message names it.
+        """
+        fix = "the file was damaged after it was written; copy it again or resume from another step"
+        if not path.is_file():
+            raise CheckpointError(explain("a checkpoint file is missing", str(path), fix=fix))
+        size = path.stat().st_size
+        if size != self.bytes:
+            what = "a checkpoint file has the wrong size"
+            raise CheckpointError(explain(what, str(path), f"{size} bytes", f"{self.bytes} bytes", fix))
+        digest = hash_file(path)
+        if digest != self.sha256:
+            what = "a checkpoint file differs from its SHA-256"
+            raise CheckpointError(explain(what, str(path), digest, self.sha256, fix))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says: steps done, ranks that saved, and an entry for each file by its plain name."""
+
+    step: int
+    world_size: int
+    files: Mapping[str, FileEntry]
 
 
 def rng_name(rank: int) -> str:
@@ -40,27 +76,16 @@ def write_manifest(folder: Path, step: int, world_size: int) -> None:
     """
     missing = [name for name in map(rng_name, range(world_size)) if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(
-            explain(
-                "ranks did not write their random states",
-                str(folder),
-                f"missing {', '.join(missing)}",
-                fix="check that barrier waits for all ranks and that they share the file system",
-            )
-        )
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
-    manifest = {
-        "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
-        "step": step,
-        "world_size": world_size,
-        "files": files,
-    }
-    write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
+        fix = "check that barrier waits for all ranks and that they share the file system"
+        what, seen = "ranks did not write their random states", f"missing {', '.join(missing)}"
+        raise CheckpointError(explain(what, str(folder), seen, fix=fix))
+    files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
+    head = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+    write_text(folder / MANIFEST_NAME, json.dumps({**head, **asdict(Manifest(step, world_size, files))}, indent=1))
     sync_to_disk(folder)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of ``folder`` after checking its form; file names are plain names without a path.
 
     Raises:
@@ -68,68 +93,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         what = "the manifest cannot be read" if path.exists() else "not a whole checkpoint: it has no manifest"
         fix = "the save was interrupted or this is not a checkpoint folder; resume from another step"
         raise CheckpointError(explain(what, str(path), f"{type(error).__name__}: {error}", fix=fix)) from error
-    problem = _find_manifest_problem(manifest)
-    if problem:
-        raise CheckpointError(
-            explain("the manifest is malformed", str(path), problem, f"{FORMAT_NAME} version {FORMAT_VERSION}")
-        )
-    return cast(dict[str, Any], manifest)
-
-
-def _find_manifest_problem(manifest: Any) -> str:
-    """Return what is wrong with a parsed manifest, an empty string when it is sound."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
-        return "another format"
-    if manifest.get("version") != FORMAT_VERSION:
-        return f"version {manifest.get('version')!r}"
-    if type(manifest.get("step")) is not int or type(manifest.get("world_size")) is not int:
-        return f"step {manifest.get('step')!r}, world_size {manifest.get('world_size')!r}"
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        return "no list of files"
-    absent = {MODEL_NAME, OPTIMIZER_NAME, STATE_NAME} - files.keys()
-    if absent:
-        return f"it does not list {', '.join(sorted(absent))}"
-    for name, entry in files.items():
+    try:
+        if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
+            raise ValueError(f"{content['format']!r} version {content['version']!r}")
+        files = {
+            name: FileEntry(_typed(e["bytes"], int), _typed(e["sha256"], str)) for name, e in content["files"].items()
+        }
+        absent = {MODEL_NAME, OPTIMIZER_NAME, STATE_NAME} - files.keys()
         # A name with a path could make a forged manifest read files outside of the checkpoint.
-        if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(entry, dict):
-            return f"file entry {name!r}"
-        if type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
-            return f"file entry {name!r}"
-    return ""
+        unsafe = [name for name in files if not re.fullmatch(r"\w[\w.-]*", name)]
+        if absent or unsafe:
+            raise ValueError(f"files that it does not list: {sorted(absent)}, names that are no file's: {unsafe}")
+        return Manifest(_typed(content["step"], int), _typed(content["world_size"], int), files)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        seen, expected = f"{type(error).__name__}: {error}", f"{FORMAT_NAME} version {FORMAT_VERSION}"
+        raise CheckpointError(explain("the manifest is malformed", str(path), seen, expected)) from error
 
 
-def verify_file(path: Path, entry: Mapping[str, Any]) -> None:
-    """Compare a file with its manifest entry ``{"bytes", "sha256"}``.
-
-    Raises:
-        CheckpointError: the file is missing, or its size or hash differs; the message names it.
-    """
-    fix = "the file was damaged after it was written; copy it again or resume from another step"
-    if not path.is_file():
-        raise CheckpointError(explain("a checkpoint file is missing", str(path), fix=fix))
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise CheckpointError(
-            explain("a checkpoint file has the wrong size", str(path), f"{size} bytes", f"{entry['bytes']} bytes", fix)
-        )
-    digest = hash_file(path)
-    if digest != entry["sha256"]:
-        raise CheckpointError(
-            explain("a checkpoint file differs from its SHA-256", str(path), digest, entry["sha256"], fix)
-        )
+def _typed(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
+        while chunk := stream.read(8 * 1024 * 1024):
             digest.update(chunk)
     return digest.hexdigest()
 

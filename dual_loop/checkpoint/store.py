@@ -32,12 +32,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dual_loop.checkpoint.manifest import (
     EMA_NAME,
@@ -47,11 +48,14 @@ from dual_loop.checkpoint.manifest import (
     read_manifest,
     rng_name,
     sync_to_disk,
-    verify_file,
     write_manifest,
     write_text,
 )
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+
+Plain: TypeAlias = dict[str, Any]
+"""Tensors (not in JSON), numbers, strings, None, and lists, tuples (not in JSON) and dicts of these: what comes back
+from a file unchanged. Saving anything else is refused."""
 
 CHECKPOINT_DIR = "checkpoints"
 
@@ -60,7 +64,6 @@ _REPLACED_PREFIX = ".replaced-"
 _STEP_PATTERN = re.compile(r"(?:\.replaced-)?step_(\d{8,})")
 # Headers, manifest, zip directories and file-system blocks, which the tensor sizes do not cover.
 _OVERHEAD_BYTES = 1024 * 1024
-_PLAIN_SCALARS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -75,56 +78,28 @@ class RunCheckpoint:
         ema_tensors: the same of the averages, None where none were saved.
         optimizer_state: as given when saving.
         state: what ``state.json`` holds.
-        rng_states: the random states of this rank, None when there are none that fit.
-        rng_restored: True where ``rng_states`` belong to this rank of a run with the same number of ranks.
+        rng_states: the random states of this rank, None where the run had another number of ranks.
     """
 
     path: Path
     step: int
     world_size: int
-    model_tensors: dict[str, torch.Tensor]
-    ema_tensors: dict[str, torch.Tensor] | None
-    optimizer_state: dict[str, Any]
-    state: dict[str, Any]
-    rng_states: dict[str, Any] | None
-    rng_restored: bool
-
-
-@dataclass(frozen=True)
-class _Content:
-    """The files that rank 0 writes."""
-
-    model_tensors: Mapping[str, torch.Tensor]
-    ema_tensors: Mapping[str, torch.Tensor] | None
-    optimizer_state: dict[str, Any]
-    state: dict[str, Any]
-
-    def check(self) -> None:
-        """Raise CheckpointError for anything that could not be read back, before a byte is written."""
-        _check_plain(self.optimizer_state, "optimizer_state")
-        _check_plain(self.state, "state", for_json=True)
-
-    def num_bytes(self) -> int:
-        tensors = [self.model_tensors, self.ema_tensors or {}, self.optimizer_state]
-        return sum(_count_bytes(value) for value in tensors) + len(json.dumps(self.state))
-
-    def write(self, folder: Path) -> None:
-        _save_tensors(self.model_tensors, folder / MODEL_NAME)
-        if self.ema_tensors is not None:
-            _save_tensors(self.ema_tensors, folder / EMA_NAME)
-        _save_plain(self.optimizer_state, folder / OPTIMIZER_NAME)
-        write_text(folder / STATE_NAME, json.dumps(self.state, indent=1))
+    model_tensors: dict[str, Tensor]
+    ema_tensors: dict[str, Tensor] | None
+    optimizer_state: Plain
+    state: Plain
+    rng_states: Plain | None
 
 
 def save_run_checkpoint(
     root: str | Path,
     step: int,
     *,
-    model_tensors: Mapping[str, torch.Tensor],
-    ema_tensors: Mapping[str, torch.Tensor] | None,
-    optimizer_state: Mapping[str, Any],
-    state: Mapping[str, Any],
-    rng_states: Mapping[str, Any],
+    model_tensors: Mapping[str, Tensor],
+    ema_tensors: Mapping[str, Tensor] | None,
+    optimizer_state: Plain,
+    state: Plain,
+    rng_states: Plain,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -139,7 +114,7 @@ def save_run_checkpoint(
         root: the run folder.
         step: optimiser steps done. A checkpoint of the same step is replaced.
         model_tensors, ema_tensors: names to tensors on any device; read on rank 0 only (others may give empty ones).
-        optimizer_state: as ``state_dict()`` returns it; tensors, numbers, strings, containers.
+        optimizer_state: as ``state_dict()`` returns it.
         state: anything that JSON keeps unchanged.
         rng_states: the random states of this rank, see :func:`capture_rng`.
         rank, world_size: this process and the number of processes.
@@ -161,16 +136,26 @@ def save_run_checkpoint(
     folder = Path(root) / CHECKPOINT_DIR
     final = folder / f"step_{step:08d}"
     temporary = folder / f"{_TEMPORARY_PREFIX}{final.name}"
-    content = _Content(model_tensors, ema_tensors, dict(optimizer_state), dict(state))
-    rng_states = dict(rng_states)
     _check_plain(rng_states, "rng_states")
     if rank == 0:
-        content.check()
+        _check_plain(optimizer_state, "optimizer_state")
+        _check_plain(state, "state", for_json=True)
+        num_bytes = _count_bytes([model_tensors, ema_tensors, optimizer_state]) + len(json.dumps(state))
         with _disk_errors_explained(temporary):
-            _prepare_folder(folder, temporary, content.num_bytes() + world_size * _count_bytes(rng_states))
+            _prepare_folder(folder, temporary, num_bytes + world_size * _count_bytes(rng_states))
     barrier()
+    if not temporary.is_dir():
+        fix = "put train.output_dir on a file system that all nodes share"
+        what = "a rank does not see the folder that rank 0 made"
+        raise CheckpointError(explain(what, str(temporary), f"rank {rank}", fix=fix))
     with _disk_errors_explained(temporary):
-        _write_rank_files(temporary, rank, rng_states, content)
+        _save_plain(rng_states, temporary / rng_name(rank))
+        if rank == 0:
+            _save_tensors(model_tensors, temporary / MODEL_NAME)
+            if ema_tensors is not None:
+                _save_tensors(ema_tensors, temporary / EMA_NAME)
+            _save_plain(optimizer_state, temporary / OPTIMIZER_NAME)
+            write_text(temporary / STATE_NAME, json.dumps(state, indent=1))
     barrier()
     if rank == 0:
         with _disk_errors_explained(temporary):
@@ -187,17 +172,17 @@ def find_latest(root: str | Path) -> Path | None:
     Whole means: the manifest can be read and every file it lists has its size. Hashes are checked on loading.
     """
     whole = _list_whole(Path(root) / CHECKPOINT_DIR)
-    return whole[-1] if whole else None
+    return whole[-1][1] if whole else None
 
 
-def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int | None = None) -> RunCheckpoint:
+def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) -> RunCheckpoint:
     """Read and verify the checkpoint folder ``path`` (as :func:`find_latest` returns it) for one rank.
 
     Args:
         path: the folder of one step.
         rank: whose random states to read.
-        world_size: the number of ranks now; None takes it to be the saved one. Random states of a run with another
-            number of ranks do not fit: then ``rng_restored`` is False, with a warning, and all else is loaded.
+        world_size: the number of ranks now. Random states of a run with another number of ranks do not fit: they are
+            None then, with a warning, and all else is loaded.
 
     Raises:
         CheckpointError: the folder is missing, half-written or of another format, a file is missing or differs from
@@ -205,32 +190,29 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int | None 
     """
     path = Path(path)
     manifest = read_manifest(path)
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    saved_world_size = int(manifest["world_size"])
-    fits = world_size in (None, saved_world_size) and rng_name(rank) in files
+    fits = world_size == manifest.world_size and rng_name(rank) in manifest.files
     if not fits:
         warnings.warn(
-            f"{path.name} was saved by {saved_world_size} rank(s) and is read by rank {rank} of "
-            f"{world_size or 'an unknown number'}: random states are not restored, so the run is not bit-identical",
+            f"{path.name} was saved by {manifest.world_size} rank(s) and is read by rank {rank} of {world_size}: "
+            "random states are not restored, so the run is not bit-identical",
             stacklevel=2,
         )
-    for name in files:
+    for name, entry in manifest.files.items():
         if not name.startswith("rng_") or (fits and name == rng_name(rank)):
-            verify_file(path / name, files[name])
+            entry.verify(path / name)
     return RunCheckpoint(
         path=path,
-        step=int(manifest["step"]),
-        world_size=saved_world_size,
+        step=manifest.step,
+        world_size=manifest.world_size,
         model_tensors=_load_tensors(path / MODEL_NAME),
-        ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in files else None,
+        ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
         optimizer_state=_load_plain(path / OPTIMIZER_NAME),
         state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
         rng_states=_load_plain(path / rng_name(rank)) if fits else None,
-        rng_restored=fits,
     )
 
 
-def capture_rng() -> dict[str, Any]:
+def capture_rng() -> Plain:
     """Return the states of Python's, numpy's and torch's global generators, as tensors and plain values.
 
     Of CUDA only the current device is read, so that no rank opens a context on the devices of others.
@@ -291,31 +273,10 @@ def _prepare_folder(folder: Path, temporary: Path, num_bytes: int) -> None:
             shutil.rmtree(entry)
     needed, free = num_bytes + _OVERHEAD_BYTES, shutil.disk_usage(folder).free
     if free < needed:
-        raise EnvironmentProblem(
-            explain(
-                "not enough disk space for a checkpoint",
-                str(folder),
-                f"{free:,} bytes free",
-                f"at least {needed:,} bytes",
-                "free some space, move train.output_dir, or keep fewer checkpoints (train.keep_checkpoints)",
-            )
-        )
+        fix = "free some space, move train.output_dir, or keep fewer checkpoints (train.keep_checkpoints)"
+        seen, expected = f"{free:,} bytes free", f"at least {needed:,} bytes"
+        raise EnvironmentProblem(explain("not enough disk space for a checkpoint", str(folder), seen, expected, fix))
     temporary.mkdir()
-
-
-def _write_rank_files(temporary: Path, rank: int, rng_states: dict[str, Any], content: _Content) -> None:
-    if not temporary.is_dir():
-        raise CheckpointError(
-            explain(
-                "a rank does not see the folder that rank 0 made",
-                str(temporary),
-                f"rank {rank}",
-                fix="put train.output_dir on a file system that all nodes share",
-            )
-        )
-    _save_plain(rng_states, temporary / rng_name(rank))
-    if rank == 0:
-        content.write(temporary)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -334,14 +295,14 @@ def _publish(temporary: Path, final: Path) -> None:
 def _rotate(folder: Path, step: int, keep: int) -> None:
     """Remove whole checkpoints up to ``step`` but the newest ``keep``; the one just written is always among these."""
     whole = _list_whole(folder)
-    later = [path.name for path in whole if _step_of(path) > step]
+    later = [path.name for number, path in whole if number > step]
     if later:
         warnings.warn(
             f"{folder.name} holds checkpoints of later steps than the one just saved ({step}): {', '.join(later)}; "
             "the latest of them is what automatic resuming takes, so move them away if they are not wanted",
             stacklevel=3,
         )
-    for path in [path for path in whole if _step_of(path) <= step][:-keep]:
+    for path in [path for number, path in whole if number <= step][:-keep]:
         _remove_folder(path)
 
 
@@ -352,33 +313,27 @@ def _remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _list_whole(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in ``folder``, by step; a replaced one comes before its successor."""
-    if not folder.is_dir():
-        return []
-    candidates = [path for path in folder.iterdir() if _STEP_PATTERN.fullmatch(path.name) and path.is_dir()]
-    candidates.sort(key=lambda path: (_step_of(path), not path.name.startswith(_REPLACED_PREFIX)))
-    return [path for path in candidates if _is_whole(path)]
-
-
-def _step_of(path: Path) -> int:
-    match = _STEP_PATTERN.fullmatch(path.name)
-    assert match is not None  # only called for names that were listed
-    return int(match.group(1))
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        files = read_manifest(path)["files"]
-    except CheckpointError:
-        return False
-    return all((path / name).is_file() and (path / name).stat().st_size == e["bytes"] for name, e in files.items())
+def _list_whole(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the whole checkpoints in ``folder``, by step; a replaced one before its successor."""
+    found = []
+    # ".replaced-" sorts before "step_".
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _STEP_PATTERN.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        try:
+            entries = read_manifest(path).files.items()
+        except CheckpointError:
+            continue
+        if all((path / name).is_file() and (path / name).stat().st_size == entry.bytes for name, entry in entries):
+            found.append((int(match[1]), path))
+    return sorted(found, key=lambda item: item[0])
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except RuntimeError as error:  # raised for tensors that share memory
@@ -387,22 +342,23 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     sync_to_disk(path)
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(explain("tensors cannot be read", str(path), str(error))) from error
 
 
-def _save_plain(value: dict[str, Any], path: Path) -> None:
+def _save_plain(value: Plain, path: Path) -> None:
     with path.open("wb") as stream:  # given a path, torch reports a full disk as a RuntimeError without its cause
         torch.save(value, stream)
     sync_to_disk(path)
 
 
-def _load_plain(path: Path) -> dict[str, Any]:
+def _load_plain(path: Path) -> Plain:
     try:
-        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
+        content: Plain = torch.load(path, map_location="cpu", weights_only=True)
+        return content
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
         fix = "the file was not written by this package; do not load it from a source that you do not trust"
         raise CheckpointError(
@@ -425,7 +381,7 @@ def _disk_errors_explained(path: Path) -> Iterator[None]:
 def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
     """Raise CheckpointError where ``value`` holds what ``weights_only=True`` (or JSON) would not give back."""
     kind = type(value)
-    if kind in _PLAIN_SCALARS or (isinstance(value, torch.Tensor) and not for_json):
+    if kind in (bool, int, float, str, type(None)) or (isinstance(value, Tensor) and not for_json):
         return
     if kind in (dict, OrderedDict):
         for key, item in value.items():
@@ -445,9 +401,9 @@ def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
     )
 
 
-def _count_bytes(value: Any) -> int:
+def _count_bytes(value: object) -> int:
     """Return the bytes of all tensors in a nested value, plus a few for each plain one."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
         return sum(_count_bytes(item) for item in value.values())
