@@ -38,8 +38,7 @@ def main() -> int:
     config = load_config(resolve_config_path(args.config))
     tokenizer = PlaceholderTokenizer(int(config.model.text["vocab_size"]))
     model = build_model(config, tokenizer, device="meta")
-    infos = {name: (shape, torch.float32) for name, shape in shapes.items()}
-    problems, dropped, num_filled = match_keys(model, infos)
+    problems, dropped, num_filled = match_keys(model, shapes)
     print(f"layout: {ORIGINAL.name}; {len(shapes)} keys, {num_filled} tensors of the model filled")
     for reason, count in dropped.items():
         print(f"dropped: {count} ({reason})")

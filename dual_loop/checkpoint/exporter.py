@@ -11,51 +11,55 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from dual_loop.checkpoint.hf_config import chat_config
+from dual_loop.checkpoint import FORMATS
 from dual_loop.checkpoint.key_rules import (
     HF_SA2VA,
     ORIGINAL,
     SAM,
     VIDEO,
-    Layout,
     canonical_name,
     detect_layout,
     file_name,
     iterate_export,
     place,
 )
-from dual_loop.checkpoint.sources import ADAPTER_EXTRA, is_zero_folder, open_checkpoint, split_parts
+from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import LORA_TARGETS
+from dual_loop.model.sa2va import Sa2VA
 
-FORMATS = ("original", "original-trimmed", "hf-native", "hf-sa2va", "adapter")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MERGED = ("hf-native", "hf-sa2va")
 """Formats without adapters: LoRA is always merged."""
 FILE_SUFFIXES = (".pth", ".pt", ".bin")
+TABLES = ("mllm.lm_head.", "mllm.model.language_model.embed_tokens.")
 TRIMMED_ORDER = (".lora_", "mllm.model.multi_modal_projector.", "grounding_encoder.mask_decoder.", "text_hidden_fcs.",
-                 "mllm.lm_head.", "mllm.model.language_model.embed_tokens.")  # fmt: skip
+                 *TABLES)  # fmt: skip
 """What Sa2VA's trimmed state dict holds, in its order."""
 BASE, LORA_A, LORA_B = ".base_layer.", ".lora_A.default.", ".lora_B.default."
-PEFT_WRAPPER = "base_model.model."
+LANGUAGE, PEFT_WRAPPER = "mllm.model.language_model.", "base_model.model."
 
 
 def export_weights(
-    model: nn.Module,
+    model: Sa2VA,
     out: Path,
     file_format: str,
     config: Config,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     video: Mapping[str, Tensor] | None = None,
     merge_lora: bool = False,
@@ -67,7 +71,7 @@ def export_weights(
     Args:
         model: ``VideoLLaVASAMModel``; rows of new tokens are written into its tables first.
         out: a file (``.pth``, ``.pt``, ``.bin``; the two original formats only) or a folder that does not exist.
-        file_format: one of :data:`FORMATS`.
+        file_format: one of :data:`dual_loop.checkpoint.FORMATS`.
         config, tokenizer: of the model.
         video: video-memory tensors by canonical name, added to ``original`` and ``hf-sa2va``.
         merge_lora: fold LoRA into its base for ``original`` (always so for ``hf-*``), computed in float32.
@@ -78,22 +82,26 @@ def export_weights(
         CheckpointError: the format and the path or the options do not fit.
     """
     check_target(out, file_format, merge_lora)
-    cast(Any, model).sync_new_tokens()
-    merging = merge_lora or file_format in MERGED
-    scale = config.model.lora_alpha / config.model.lora_r
+    model.sync_new_tokens()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("new_token_rows.")}
+    if file_format in ("original-trimmed", "adapter"):
+        state = {name: state[name] for part in TRIMMED_ORDER for name in state if part in name}
+    is_merged = merge_lora or file_format in MERGED
+    scale = config.model.lora_alpha / config.model.lora_r
+    tensors = _cast(merged(state, scale) if is_merged else state.items(), dtype)
     if file_format == "adapter":
-        return _write_adapter(model, state, out, config, dtype)
+        return _write_adapter(model, dict(tensors), out, config)
     if file_format == "hf-native":
-        return _write_native(model, merged(state, scale), out, tokenizer, dtype, max_shard_bytes)
-    if file_format == "original-trimmed":
-        state = trimmed(state)
+        return _write_native(model, tensors, out, tokenizer, max_shard_bytes)
     layout = HF_SA2VA if file_format == "hf-sa2va" else ORIGINAL
-    tensors = _without_adapters(merged(state, scale), layout) if merging else iterate_export(state.items(), layout)
-    extra = {} if file_format == "original-trimmed" else (video or {})
-    tensors = _cast(_chain(tensors, ((file_name(name, layout), value) for name, value in extra.items())), dtype)
+    exported = iterate_export(tensors, layout)
+    if is_merged:  # the names of a model that never had adapters
+        exported = ((name.replace(PEFT_WRAPPER, "").replace(BASE, "."), tensor) for name, tensor in exported)
+    if video and file_format != "original-trimmed":
+        extra = ((file_name(name, layout), tensor) for name, tensor in video.items())
+        exported = itertools.chain(exported, _cast(extra, dtype))
     if out.suffix in FILE_SUFFIXES:
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in exported}
         torch.save({"state_dict": content, "meta": {}}, out)
         return len(content)
     out.mkdir(parents=True)
@@ -101,7 +109,7 @@ def export_weights(
         text = json.dumps(chat_config(config, len(tokenizer)), indent=2)
         (out / "config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(out)
-    return write_shards(tensors, out, max_shard_bytes)
+    return write_shards(exported, out, max_shard_bytes)
 
 
 def check_target(out: Path, file_format: str, merge_lora: bool) -> None:
@@ -115,14 +123,8 @@ def check_target(out: Path, file_format: str, merge_lora: bool) -> None:
     if out.suffix in FILE_SUFFIXES and not file_format.startswith("original"):
         raise CheckpointError(explain(f"{file_format} is a folder, not a file", str(out), fix="give a folder's name"))
     if merge_lora and file_format in ("original-trimmed", "adapter"):
-        raise CheckpointError(
-            explain("LoRA cannot be merged there", file_format, expected="adapters kept", fix="use --format original")
-        )
-
-
-def trimmed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the native tensors of Sa2VA's trimmed state dict, in its order."""
-    return {name: state[name] for part in TRIMMED_ORDER for name in state if part in name}
+        what, fix = "LoRA cannot be merged there", "use --format original"
+        raise CheckpointError(explain(what, file_format, expected="adapters kept", fix=fix))
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
@@ -131,43 +133,39 @@ def merged(state: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Ten
         if LORA_A in name or LORA_B in name:
             continue
         down = state.get(name.replace(BASE, LORA_A)) if BASE in name else None
-        if down is None or not name.endswith(".weight"):
-            yield name, tensor
-            continue
-        up = state[name.replace(BASE, LORA_B)]
-        yield name, (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
+        if down is not None:
+            up = state[name.replace(BASE, LORA_B)]
+            tensor = (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
+        yield name, tensor
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> int:
-    """Write ``model.safetensors``, or numbered shards with ``model.safetensors.index.json``; return the count."""
+    """Write ``model.safetensors``, or numbered shards with ``model.safetensors.index.json``; return the count.
+
+    One shard is in memory at a time.
+    """
+    parts: list[list[str]] = []
     shard: dict[str, Tensor] = {}
-    names: list[list[str]] = []
     size = total = 0
     for name, tensor in tensors:
-        # Views of one storage would be refused, and a shard must not hold more than its own part of it.
-        value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = _own(tensor)
         if shard and size + value.nbytes > max_bytes:
-            names.append(_write_shard(shard, folder, len(names)))
+            parts.append(_save(shard, folder / f"part-{len(parts)}"))
             shard, size = {}, 0
         shard[name] = value
         size, total = size + value.nbytes, total + value.nbytes
-    names.append(_write_shard(shard, folder, len(names)))
-    if len(names) == 1:
+    parts.append(_save(shard, folder / f"part-{len(parts)}"))
+    if len(parts) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
-        return len(names[0])
+        return len(parts[0])
     weight_map = {}
-    for number, keys in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+    for number, keys in enumerate(parts):
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)
         weight_map.update(dict.fromkeys(keys, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return len(weight_map)
-
-
-def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
-    save_file(shard, folder / f"part-{number}", {"format": "pt"})
-    return list(shard)
 
 
 def collect_video(paths: Sequence[str | Path]) -> dict[str, Tensor]:
@@ -177,28 +175,17 @@ def collect_video(paths: Sequence[str | Path]) -> dict[str, Tensor]:
         CheckpointError: a source cannot be read.
     """
     found: dict[str, Tensor] = {}
-    for path in paths:
-        for _, part in split_parts(path):
-            if is_zero_folder(part):
-                continue
-            checkpoint = open_checkpoint(part)
-            layout = detect_layout(checkpoint.tensors)
-            if layout is None:
-                continue
-            wanted = {name for name in checkpoint.tensors if (place(name, layout) or ([], ""))[1] == VIDEO}
-            for file in checkpoint.files if wanted else ():
-                for name, tensor in checkpoint.read(file):
-                    canonical = canonical_name(name, layout)
-                    # Native video classes have other names, and no rule leads back from them.
-                    if name in wanted and canonical.startswith(SAM):
-                        found[canonical] = tensor.clone()
+    for part in (part for path in paths for _, part in open_parts(path)):
+        layout = detect_layout(part.tensors)
+        if layout is None:
+            continue
+        wanted = {name for name in part.tensors if (place(name, layout) or ([], ""))[1] == VIDEO}
+        for name, tensor in part.read() if wanted else ():
+            canonical = canonical_name(name, layout)
+            # Native video classes have other names, and no rule leads back from them.
+            if name in wanted and canonical.startswith(SAM):
+                found[canonical] = tensor.clone()
     return found
-
-
-def _without_adapters(state: Iterable[tuple[str, Tensor]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Name merged tensors as a model that never had adapters does."""
-    for name, tensor in iterate_export(state, layout):
-        yield name.replace(PEFT_WRAPPER, "").replace(BASE, "."), tensor
 
 
 def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -206,70 +193,115 @@ def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> I
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _chain(*parts: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for part in parts:
-        yield from part
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy in memory of its own: views of one storage would be refused, or write all of it."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> list[str]:
+    save_file(tensors, path, {"format": "pt"})
+    return list(tensors)
 
 
 def _write_native(
-    model: nn.Module,
-    state: Iterable[tuple[str, Tensor]],
+    model: Sa2VA,
+    tensors: Iterable[tuple[str, Tensor]],
     out: Path,
-    tokenizer: Any,
-    dtype: torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase,
     max_shard_bytes: int,
 ) -> int:
     """Write two transformers folders; built from ``state_dict()`` because ``save_pretrained`` would drop the base."""
-    whole = cast(Any, model)
-    groups: dict[str, list[tuple[str, Tensor]]] = {"mllm.": [], "grounding_encoder.": [], "text_hidden_fcs.": []}
-    for name, tensor in _cast(state, dtype):
-        prefix = next(prefix for prefix in groups if name.startswith(prefix))
-        groups[prefix].append((name.removeprefix(prefix).replace(BASE, "."), tensor))
+    state = {name.replace(BASE, "."): tensor for name, tensor in tensors}
     count = 0
     for folder, prefix, part in (
-        ("mllm", "mllm.", whole.mllm),
-        ("sam2", "grounding_encoder.", whole.grounding_encoder),
+        ("mllm", "mllm.", model.mllm),
+        ("sam2", "grounding_encoder.", model.grounding_encoder),
     ):
         (out / folder).mkdir(parents=True)
         part.config.save_pretrained(out / folder)
-        count += write_shards(groups[prefix], out / folder, max_shard_bytes)
-    fcs = {f"text_hidden_fcs.{name}": tensor.detach().cpu().clone() for name, tensor in groups["text_hidden_fcs."]}
-    save_file(fcs, out / "text_hidden_fcs.safetensors", {"format": "pt"})
+        own = ((name.removeprefix(prefix), tensor) for name, tensor in state.items() if name.startswith(prefix))
+        count += write_shards(own, out / folder, max_shard_bytes)
     for target in (out, out / "mllm"):
         tokenizer.save_pretrained(target)
-    return count + len(fcs)
+    rest = {
+        name: _own(tensor) for name, tensor in state.items() if not name.startswith(("mllm.", "grounding_encoder."))
+    }
+    return count + len(_save(rest, out / "text_hidden_fcs.safetensors"))
 
 
-def _write_adapter(
-    model: nn.Module, state: Mapping[str, Tensor], out: Path, config: Config, dtype: torch.dtype | None
-) -> int:
-    out.mkdir(parents=True)
+def _write_adapter(model: Sa2VA, state: Mapping[str, Tensor], out: Path, config: Config) -> int:
     settings = config.model
-    options: dict[str, Any] = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha}
     lora = LoraConfig(
-        **options, lora_dropout=settings.lora_dropout, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
     )
     lora.save_pretrained(str(out))
-    tensors = dict(_cast(trimmed(state).items(), dtype))
-    adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
-    beginning = "mllm.model.language_model."
-    files: dict[str, Tensor] = {}
-    for name, tensor in adapters.items():
-        key = f"{PEFT_WRAPPER}model.{name.removeprefix(beginning).replace('.default.', '.')}"
-        files[key] = tensor.detach().cpu().clone()
-    save_file(files, out / "adapter_model.safetensors", {"format": "pt"})
-    tables = _tables_train(model)
-    rest = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in adapters and (tables or not name.startswith(TRIMMED_ORDER[-2:]))
+    adapters = {
+        f"{PEFT_WRAPPER}model.{name.removeprefix(LANGUAGE).replace('.default.', '.')}": _own(tensor)
+        for name, tensor in state.items()
+        if ".lora_" in name
     }
-    other = {name: tensor.detach().cpu().clone() for name, tensor in iterate_export(rest.items(), ORIGINAL)}
-    save_file(other, out / ADAPTER_EXTRA, {"format": "pt"})
-    return len(files) + len(other)
+    # Rows of the vocabulary tables are needed only where they trained.
+    tables_train = model.new_token_rows is not None or model.mllm.lm_head.weight.requires_grad
+    left_out = (".lora_",) if tables_train else (".lora_", *TABLES)
+    kept = ((name, tensor) for name, tensor in state.items() if not any(part in name for part in left_out))
+    rest = {name: _own(tensor) for name, tensor in iterate_export(kept, ORIGINAL)}
+    return len(_save(adapters, out / "adapter_model.safetensors")) + len(_save(rest, out / ADAPTER_EXTRA))
 
 
-def _tables_train(model: nn.Module) -> bool:
-    """Tell whether rows of the vocabulary tables trained, so that an adapter needs them."""
-    whole = cast(Any, model)
-    return whole.new_token_rows is not None or bool(whole.mllm.lm_head.weight.requires_grad)
+def chat_config(config: Config, vocab_size: int) -> dict[str, object]:
+    """Return the released chat folder's ``config.json``: what its ``configuration_sa2va_chat.py`` reads.
+
+    The classes named in ``auto_map`` are files of the release's own folder and are not written here.
+    """
+    model, text, vision = config.model, dict(config.model.text), config.model.vision
+    # Sizes of an image and a patch are a number or one for each side.
+    side, patch = (
+        size[0] if isinstance(size, (list, tuple)) else size for size in (vision["image_size"], vision["patch_size"])
+    )
+    rope = text.pop("rope_parameters", {"rope_theta": text.pop("rope_theta", 10000.0)})
+    is_tied = bool(text.pop("tie_word_embeddings", False))
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return {
+        "model_type": "sa2va_chat",
+        "architectures": ["Sa2VAChatModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_sa2va_chat.Sa2VAChatConfig",
+            "AutoModel": "modeling_sa2va_chat.Sa2VAChatModel",
+            "AutoModelForCausalLM": "modeling_sa2va_chat.Sa2VAChatModel",
+        },
+        "template": model.template,
+        "downsample_ratio": model.downsample_ratio,
+        "force_image_size": side,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "dynamic_image_size": config.data.max_tiles > 1,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": max(config.data.max_tiles, 1),
+        "use_thumbnail": True,
+        "tie_word_embeddings": is_tied,
+        "torch_dtype": model.dtype,
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            **{key: vision[key] for key in sizes},
+            "image_size": side,
+            "patch_size": patch,
+            "qkv_bias": True,
+            "qk_normalization": False,
+            "norm_type": "layer_norm",
+            "layer_norm_eps": vision.get("layer_norm_eps", 1e-6),
+            "hidden_act": vision.get("hidden_act", "gelu"),
+        },
+        "llm_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "tie_word_embeddings": is_tied,
+            **text,
+            "rope_theta": rope["rope_theta"],
+            "vocab_size": vocab_size,
+        },
+    }

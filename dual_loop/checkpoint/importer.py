@@ -10,16 +10,17 @@ import difflib
 import fnmatch
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dual_loop.checkpoint.key_rules import (
     Layout,
+    Part,
     Placement,
     detect_layout,
     file_name,
@@ -28,31 +29,33 @@ from dual_loop.checkpoint.key_rules import (
     rows,
     sources_of,
 )
-from dual_loop.checkpoint.sources import (
-    Checkpoint,
-    consolidate_zero,
-    guess_load_checkpoint,
-    is_zero_folder,
-    open_checkpoint,
-    split_parts,
-)
+from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, guess_load_checkpoint, has_weights, open_parts
+from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.build import TINY_WEIGHTS
 from dual_loop.model.prompts import NEW_TOKENS
+from dual_loop.model.sa2va import Sa2VA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "ImportReport",
     "SourceReport",
     "brings_new_tokens",
-    "describe_checkpoint",
     "guess_load_checkpoint",
     "load_weights",
     "match_keys",
+    "tokenizer_folder",
+    "weights_sources",
 ]
 
 LORA = (".lora_A.", ".lora_B.")
 NEW_ROWS = "new_token_rows."
 OWN_MODULE = "text_hidden_fcs."
 TABLES = ("mllm.model.language_model.embed_tokens.weight", "mllm.lm_head.weight")
+VISION, GROUNDING = "mllm.model.vision_tower.", "grounding_encoder.vision_encoder."
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 SHOWN = 10
 
 
@@ -111,95 +114,138 @@ class ImportReport:
         missing = f", {len(self.missing)} missing by permission: {', '.join(self.missing)}" if self.missing else ""
         return "\n".join([*lines, f"  {self.num_matched:,} tensors of the model filled{fresh}{grown}{missing}"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as JSON holds them."""
-        return asdict(self)
 
-
-@dataclass
 class _Source:
-    """One opened set of weights with the place of every key."""
+    """One opened set of weights with the place of every key.
 
-    path: str
-    layout: Layout
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    places: dict[str, list[Placement]] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
-    checkpoint: Checkpoint | None = None
-    loaded: Mapping[str, Tensor] | None = None
+    Attributes:
+        checkpoint, layout: what it is.
+        places: key -> where its rows go; targets: all of these.
+        dropped: reason -> number of keys without a place.
+        vocabulary: rows of its table of token embeddings, 0 where it has none.
+        problems: what does not fit the model.
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        if self.loaded is not None:
-            yield from self.loaded.items()
-            return
-        checkpoint = cast(Checkpoint, self.checkpoint)
-        for file in checkpoint.files:
-            yield from checkpoint.read(file)
-
-    @property
-    def targets(self) -> set[str]:
-        return {placement.target for placements in self.places.values() for placement in placements}
-
-    @property
-    def extent(self) -> str:
-        if self.layout.is_base:
-            return "base"
-        has_vision = any(target.startswith("mllm.model.vision_tower.") for target in self.targets)
-        return "full" if has_vision else "trimmed"
-
-    def report(self, hash_files: bool) -> SourceReport:
-        values = sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
-        dtypes = Counter(str(dtype).removeprefix("torch.") for _, dtype in self.tensors.values())
-        hashes = self.checkpoint.hashes() if hash_files and self.checkpoint is not None else {}
-        counts = (len(self.tensors), values, dict(self.dropped), dict(dtypes), hashes)
-        return SourceReport(self.path, self.layout.name, self.extent, *counts)
-
-
-def describe_checkpoint(path: str | Path) -> list[tuple[str, set[str]]]:
-    """Return (layout name, native tensors it fills) of every set of weights behind ``path``, without loading any.
+    Args:
+        checkpoint: the weights.
+        own: the model's tensors; None asks nothing of a model.
 
     Raises:
-        CheckpointError: as :func:`load_weights`, as far as the files alone tell.
+        CheckpointError: the keys are of no known layout, or of an architecture that is not supported.
     """
-    sources = _open_all([path])
-    for source in sources:
-        _place_all(source)
-    return [(source.layout.name, source.targets) for source in sources]
+
+    def __init__(self, checkpoint: Checkpoint, own: Mapping[str, Tensor] | None = None) -> None:
+        self.checkpoint, self.layout = checkpoint, _layout_of(checkpoint)
+        self.places: dict[str, list[Placement]] = {}
+        self.targets: set[str] = set()
+        self.dropped: Counter[str] = Counter()
+        self.vocabulary = 0
+        self.problems: list[str] = []
+        taken: dict[tuple[str, Part | None], str] = {}
+        for name, info in checkpoint.tensors.items():
+            found = place(name, self.layout)
+            if found is None or (own is not None and any(p.target not in own for p in found[0])):
+                near = self._nearest(name, own or {}) if len(self.problems) < SHOWN else ""
+                self.problems.append(f"unknown key {name}{near}")
+                continue
+            self.places[name], dropped = found
+            self.dropped.update([dropped] if dropped else [])
+            for placement in self.places[name]:
+                slot = (placement.target, placement.target_part)
+                if slot in taken:
+                    self.problems.append(f"doubled key: {name} and {taken[slot]} both mean {placement.target}")
+                taken[slot] = name
+                self.targets.add(placement.target)
+                if placement.target == TABLES[0]:
+                    self.vocabulary = info.shape[0]
+                if own is not None:
+                    self._compare_shapes(name, info.shape, placement, own[placement.target])
+
+    def _nearest(self, name: str, own: Mapping[str, Tensor]) -> str:
+        known = {file_name(key, self.layout) for target in own for key, _, _ in sources_of(target, self.layout)}
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        return f" (nearest: {close[0]})" if close else ""
+
+    def _compare_shapes(self, name: str, shape: tuple[int, ...], placement: Placement, own: Tensor) -> None:
+        expected = list(own.shape)
+        if placement.target_part is not None:
+            expected[0] //= placement.target_part[1]
+        if placement.source_part is not None:
+            expected[0] *= placement.source_part[1]
+        is_table = placement.target in TABLES
+        if list(shape) == expected or (is_table and self.layout.is_base and shape[0] == expected[0] - len(NEW_TOKENS)):
+            return
+        hint = ""
+        if is_table and list(shape[1:]) == expected[1:]:
+            hint = f" (rows of the vocabulary: {shape[0]} in the file, {expected[0]} tokens in the tokenizer)"
+        elif any(part in placement.target for part in LORA):
+            hint = " (another rank? see --lora_r)"
+        self.problems.append(f"{name}: shape {shape} in the file, {tuple(expected)} in the model{hint}")
+
+    def report(self, hash_files: bool) -> SourceReport:
+        infos = self.checkpoint.tensors.values()
+        dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+        has_vision = any(target.startswith(VISION) for target in self.targets)
+        return SourceReport(
+            path=str(self.checkpoint.path),
+            layout=self.layout.name,
+            extent="base" if self.layout.is_base else "full" if has_vision else "trimmed",
+            num_tensors=len(infos),
+            num_values=sum(torch.Size(info.shape).numel() for info in infos),
+            dropped=dict(self.dropped),
+            dtypes=dict(dtypes),
+            sha256=self.checkpoint.hashes() if hash_files else {},
+        )
+
+
+# --- what a run starts from -----------------------------------------------------------------------------------------
+
+
+def weights_sources(config: Config) -> list[Path]:
+    """Return the sources of weights, base models first; empty for a random start.
+
+    ``--pretrained_pth`` (else what the config names) comes last and wins. ``--sam2_path`` and the weights in
+    ``--model_path`` are put before it, unless it brings all parts by itself, as a full Sa2VA checkpoint does.
+
+    Raises:
+        CheckpointError: a path cannot be read.
+    """
+    train, initial = config.train, config.model.initial_weights
+    if train.pretrained_pth:
+        last = [Path(train.pretrained_pth)]
+    elif initial == "tiny":
+        last = [TINY_WEIGHTS]
+    else:
+        last = [Path(initial)] if initial else []
+    targets = {target for path in last for _, part in open_parts(path) for target in _Source(part).targets}
+    if all(any(target.startswith(part) for target in targets) for part in (VISION, GROUNDING)):
+        return last
+    base = [Path(train.model_path)] if train.model_path and has_weights(train.model_path) else []
+    if train.sam2_path:
+        base.append(Path(train.sam2_path))
+    return [*base, *last]
+
+
+def tokenizer_folder(config: Config) -> str | None:
+    """Return the folder to read the tokenizer from: ``--model_path``, else a pretrained folder that has one."""
+    path = config.train.pretrained_pth
+    if config.train.model_path is None and path and any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        return path
+    return config.train.model_path
 
 
 def brings_new_tokens(paths: Sequence[str | Path], vocab_size: int) -> bool:
-    """Tell whether the vocabulary tables of ``paths`` reach ``vocab_size``, the five new tokens included."""
-    for source in _open_all(paths):
-        _place_all(source)
-        for name, placements in source.places.items():
-            if any(p.target == TABLES[0] for p in placements) and source.tensors[name][0][0] >= vocab_size:
-                return True
-    return False
+    """Tell whether the sources hold trained rows of the five new tokens; else these rows have to train."""
+    return any(_Source(part).vocabulary >= vocab_size for path in paths for _, part in open_parts(path))
 
 
-def match_keys(
-    model: nn.Module, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> tuple[list[str], dict[str, int], int]:
-    """Match names and shapes alone with ``model`` (also on ``meta``): no weights are needed or read.
-
-    Args:
-        tensors: key -> (shape, dtype) of one source.
-
-    Returns:
-        The problems, reason -> number of dropped keys, and how many of the model's tensors are filled.
-    """
-    own = dict(model.state_dict())
-    source = _Source("keys", _layout(tensors, Path("keys")), tensors)
-    problems = _place_all(source, own)
-    _, _, absent = _missing(model, [source], own, ())
-    return problems + absent, dict(source.dropped), len(source.targets & own.keys())
+# --- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_weights(
-    model: nn.Module,
+    model: Sa2VA,
     paths: str | Path | Sequence[str | Path],
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     allow_missing: Sequence[str] = (),
     hash_files: bool = False,
 ) -> ImportReport:
@@ -219,125 +265,80 @@ def load_weights(
             that does not fit the tokenizer; an architecture that is not supported. All problems are listed.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    own = dict(model.state_dict())
-    sources = _open_all(paths)
-    problems = [problem for source in sources for problem in _place_all(source, own)]
+    own: Mapping[str, Tensor] = model.state_dict()
+    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
+    problems = [problem for source in sources for problem in source.problems]
     if tokenizer is not None:
-        problems += [problem for path in paths for problem in check_tokenizer_folder(Path(path), tokenizer)]
-    new_rows = _growth(sources, own, tokenizer)
+        problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
     fresh, missing, absent = _missing(model, sources, own, allow_missing)
-    _refuse(problems + absent, paths)
+    if problems or absent:
+        raise CheckpointError(_refusal([*problems, *absent], paths))
+    filled = {target for source in sources for target in source.targets}
+    # Rows that no source fills are those of the new tokens, over a base model.
+    num_rows, given = len(own[TABLES[0]]), max(source.vocabulary for source in sources)
+    num_new = num_rows - given if given else 0
     with torch.no_grad():
         for source in sources:
-            _fill(source, own, new_rows)
-        if new_rows:
-            _draw_rows(own, new_rows)
-        _take_over_rows(model, sources)
-    filled = {target for source in sources for target in source.targets}
-    reports = [source.report(hash_files) for source in sources]
-    return ImportReport(reports, len(filled), fresh, missing, new_rows)
+            for name, tensor in source.checkpoint.read():
+                for placement in source.places[name]:
+                    target, values = (
+                        rows(own[placement.target], placement.target_part),
+                        rows(tensor, placement.source_part),
+                    )
+                    is_shorter = num_new and placement.target in TABLES and len(values) < len(target)
+                    (target[: len(values)] if is_shorter else target).copy_(values)
+        if num_new:
+            _draw_rows(own, num_new)
+        if model.new_token_rows is not None and not any(target.startswith(NEW_ROWS) for target in filled):
+            model.new_token_rows.read_tables(model.mllm.get_input_embeddings(), model.mllm.lm_head)
+    return ImportReport([source.report(hash_files) for source in sources], len(filled), fresh, missing, num_new)
 
 
-def _open_all(paths: Sequence[str | Path]) -> list[_Source]:
-    sources = []
-    for path in paths:
-        for _, part in split_parts(path):
-            if is_zero_folder(part):
-                loaded = consolidate_zero(part)
-                infos = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()}
-                sources.append(_Source(str(part), _layout(infos, part), infos, loaded=loaded))
-            else:
-                checkpoint = open_checkpoint(part)
-                infos = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
-                sources.append(_Source(str(part), _layout(infos, part), infos, checkpoint=checkpoint))
-    return sources
+def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, int], int]:
+    """Match names and shapes alone with ``model`` (also on ``meta``): no weights are needed or read.
+
+    Args:
+        model: the model.
+        shapes: key of a file -> shape.
+
+    Returns:
+        All problems (unknown, doubled and missing keys, shapes that differ), the dropped keys by reason, and how many
+        of the model's tensors are filled.
+    """
+    own: Mapping[str, Tensor] = model.state_dict()
+    infos = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
+    source = _Source(Checkpoint(Path("keys"), tensors=infos), own)
+    _, _, absent = _missing(model, [source], own, ())
+    return source.problems + absent, dict(source.dropped), len(source.targets & own.keys())
 
 
-def _layout(names: Mapping[str, Any], path: Path) -> Layout:
-    refused = find_refused(names)
-    if refused is not None:
-        raise CheckpointError(
-            explain(
-                f"the weights are of {refused[0]}, which is not supported",
-                str(path),
-                seen=f"key {refused[1]}",
-                expected="InternVL2.5 with a Qwen2 language model (Sa2VA-1B, -4B) and SAM 2",
-                fix="choose a checkpoint of Sa2VA-4B or Sa2VA-1B",
-            )
-        )
+def _layout_of(checkpoint: Checkpoint) -> Layout:
+    names, where = list(checkpoint.tensors), str(checkpoint.path)
+    if refused := find_refused(names):
+        what, seen = f"the weights are of {refused[0]}, which is not supported", f"key {refused[1]}"
+        expected = "InternVL2.5 with a Qwen2 language model (Sa2VA-1B, -4B) and SAM 2"
+        raise CheckpointError(explain(what, where, seen, expected, "choose a checkpoint of Sa2VA-4B or Sa2VA-1B"))
     layout = detect_layout(names)
     if layout is None:
-        raise CheckpointError(
-            explain(
-                "the keys belong to no known layout",
-                str(path),
-                seen=", ".join(list(names)[:3]) or "no tensors",
-                expected="Sa2VA (training or released), InternVL2.5, SAM 2, or an export of this package",
-                fix="check that the path is the right file",
-            )
-        )
+        seen = ", ".join(names[:3]) or "no tensors"
+        expected = "Sa2VA (training or released), InternVL2.5, SAM 2, or an export of this package"
+        fix = "check that the path is the right file"
+        raise CheckpointError(explain("the keys belong to no known layout", where, seen, expected, fix))
     return layout
 
 
-def _place_all(source: _Source, own: Mapping[str, Tensor] | None = None) -> list[str]:
-    """Find the place of every key; with ``own``, the model's tensors, return what does not fit."""
-    problems: list[str] = []
-    taken: dict[tuple[str, Any], str] = {}
-    for name, (shape, _) in source.tensors.items():
-        found = place(name, source.layout)
-        if found is None or (own is not None and any(p.target not in own for p in found[0])):
-            problems.append(_unknown(name, source, own or {}) if len(problems) < SHOWN else f"unknown key {name}")
-            continue
-        placements, dropped = found
-        if dropped:
-            source.dropped[dropped] += 1
-        for placement in placements:
-            slot = (placement.target, placement.target_part)
-            if slot in taken:
-                problems.append(f"doubled key: {name} and {taken[slot]} both mean {placement.target}")
-            taken[slot] = name
-            if own is not None:
-                problems += _shape_problem(name, shape, placement, own[placement.target], source.layout)
-        source.places[name] = placements
-    return problems
-
-
-def _shape_problem(name: str, shape: tuple[int, ...], placement: Placement, own: Tensor, layout: Layout) -> list[str]:
-    expected = list(own.shape)
-    for part, times in ((placement.target_part, False), (placement.source_part, True)):
-        if part is not None:
-            expected[0] = expected[0] * part[1] if times else expected[0] // part[1]
-    if list(shape) == expected:
-        return []
-    if placement.target in TABLES and layout.is_base and shape[0] == expected[0] - len(NEW_TOKENS):
-        return []
-    hint = ""
-    if placement.target in TABLES and shape[1:] == tuple(expected[1:]):
-        hint = f" (rows of the vocabulary: {shape[0]} in the file, {expected[0]} tokens in the tokenizer)"
-    elif any(part in placement.target for part in LORA):
-        hint = " (another rank? see --lora_r)"
-    return [f"{name}: shape {shape} in the file, {tuple(expected)} in the model{hint}"]
-
-
-def _unknown(name: str, source: _Source, own: Mapping[str, Tensor]) -> str:
-    known = {file_name(key, source.layout) for target in own for key, _, _ in sources_of(target, source.layout)}
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"unknown key {name}" + (f" (nearest: {close[0]})" if close else "")
-
-
 def _missing(
-    model: nn.Module, sources: Sequence[_Source], own: Mapping[str, Tensor], allow_missing: Sequence[str]
+    model: Sa2VA, sources: Sequence[_Source], own: Mapping[str, Tensor], allow_missing: Sequence[str]
 ) -> tuple[dict[str, int], list[str], list[str]]:
     """Return what starts fresh by rule (counts), what the user allows to be missing, and the other absences."""
     filled = {(p.target, p.target_part) for source in sources for places in source.places.values() for p in places}
     has_lora = any(part in target for target, _ in filled for part in LORA)
-    only_base = all(source.layout.is_base for source in sources)
-    tied = bool(cast(Any, model).mllm.config.tie_word_embeddings)
+    only_base, layout = all(source.layout.is_base for source in sources), sources[-1].layout
     fresh: Counter[str] = Counter()
     allowed, absent = [], []
     for name in own:
-        parts = {part for _, _, part in sources_of(name, sources[-1].layout)} or {None}
-        if (name, None) in filled or all((name, part) in filled for part in parts):
+        keys = sources_of(name, layout)
+        if (name, None) in filled or all((name, part) in filled for part in {part for _, _, part in keys} or {None}):
             continue
         if any(part in name for part in LORA) and not has_lora:
             fresh["LoRA"] += 1
@@ -345,26 +346,20 @@ def _missing(
             fresh["rows of new tokens, taken from the tables"] += 1
         elif name.startswith(OWN_MODULE) and only_base:
             fresh["text_hidden_fcs"] += 1
-        elif name == TABLES[1] and tied:
+        elif name == TABLES[1] and model.mllm.config.tie_word_embeddings:
             continue
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing):
             allowed.append(name)
         else:
-            absent.append(_absence(name, sources))
+            key = file_name(keys[0][0], layout) if keys else name
+            hint = f" (expected as {key})" if key != name else ""
+            if name == TABLES[1]:
+                hint += " (no head of its own: set model.text.tie_word_embeddings=True if the file's head is tied)"
+            absent.append(f"missing {name}{hint}")
     return dict(fresh), allowed, absent
 
 
-def _absence(name: str, sources: Sequence[_Source]) -> str:
-    keys = [file_name(key, sources[-1].layout) for key, _, _ in sources_of(name, sources[-1].layout)]
-    hint = f" (expected as {keys[0]})" if keys and keys[0] != name else ""
-    if name == TABLES[1]:
-        hint += " (no head of its own: set model.text.tie_word_embeddings=True if the file's head is tied)"
-    return f"missing {name}{hint}"
-
-
-def _refuse(problems: Sequence[str], paths: Sequence[str | Path]) -> None:
-    if not problems:
-        return
+def _refusal(problems: Sequence[str], paths: Sequence[str | Path]) -> str:
     shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
     missing = sum(problem.startswith("missing ") for problem in problems)
     fix = "use the config that the weights were made for"
@@ -375,30 +370,8 @@ def _refuse(problems: Sequence[str], paths: Sequence[str | Path]) -> None:
         )
     elif missing:
         fix += "; --allow_missing PATTERN leaves named tensors at their initial values"
-    where = ", ".join(str(path) for path in paths)
-    raise CheckpointError(
-        explain(f"weights do not fit the model, {len(problems)} problem(s):\n  {shown}\n", where=where, fix=fix)
-    )
-
-
-def _fill(source: _Source, own: Mapping[str, Tensor], new_rows: int) -> None:
-    for name, tensor in source.read():
-        for placement in source.places[name]:
-            target = rows(own[placement.target], placement.target_part)
-            values = rows(tensor, placement.source_part)
-            if new_rows and placement.target in TABLES and len(values) < len(target):
-                target = target[: len(values)]
-            target.copy_(values)
-
-
-def _growth(sources: Sequence[_Source], own: Mapping[str, Tensor], tokenizer: Any) -> int:
-    """Return how many vocabulary rows no source fills: those of the new tokens, over a base model."""
-    best = 0
-    for source in sources:
-        for name, placements in source.places.items():
-            if any(placement.target == TABLES[0] for placement in placements):
-                best = max(best, source.tensors[name][0][0])
-    return own[TABLES[0]].shape[0] - best if 0 < best < own[TABLES[0]].shape[0] else 0
+    what = f"weights do not fit the model, {len(problems)} problem(s):\n  {shown}\n"
+    return explain(what, ", ".join(str(path) for path in paths), fix=fix)
 
 
 def _draw_rows(own: Mapping[str, Tensor], count: int) -> None:
@@ -417,15 +390,7 @@ def _draw_rows(own: Mapping[str, Tensor], count: int) -> None:
         table[-count:].copy_(old.mean(0) + 1e-3 * noise @ centred / len(old) ** 0.5)
 
 
-def _take_over_rows(model: nn.Module, sources: Sequence[_Source]) -> None:
-    whole = cast(Any, model)
-    extra = getattr(model, "new_token_rows", None)
-    brought = any(target.startswith(NEW_ROWS) for source in sources for target in source.targets)
-    if extra is not None and not brought:
-        extra.read_tables(whole.mllm.get_input_embeddings(), whole.mllm.lm_head)
-
-
-def check_tokenizer_folder(path: Path, tokenizer: Any) -> list[str]:
+def _tokenizer_problems(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Compare the ids of the five new tokens with those in a checkpoint folder's own tokenizer files, if it has any."""
     problems = []
     for file in (path / "added_tokens.json", path / "tokenizer.json"):

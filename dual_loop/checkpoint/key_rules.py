@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -82,157 +82,132 @@ class Layout:
     is_base: bool = False
 
 
-def copy(source: str, target: str, alias: bool = False) -> Rule:
-    return Rule(source, (Placement(target),), alias=alias)
-
-
-def copies(pairs: Iterable[tuple[str, str]], source: str, target: str) -> list[Rule]:
-    """Copy rules for each (source, target) pair put behind the two prefixes, for weights and biases alike."""
-    return [copy(f"{source}{before}.{{w}}", f"{target}{after}.{{w}}") for before, after in pairs]
-
-
-def _vision_rules() -> list[Rule]:
-    source, target = "vision_model.embeddings.", "mllm.model.vision_tower.embeddings."
-    rules = [
-        copy(source + "class_embedding", target + "cls_token"),
-        copy(source + "position_embedding", target + "position_embeddings"),
-        copy(source + "patch_embedding.{w}", target + "patch_embeddings.projection.{w}"),
-    ]
-    source, target = "vision_model.encoder.layers.{i}.", "mllm.model.vision_tower.encoder.layer.{i}."
-    rules += [copy(source + f"ls{n}", target + f"lambda_{n}") for n in (1, 2)]
-    parts = [Placement(f"{target}attention.{name}_proj.{{w}}", (k, 3)) for k, name in enumerate("qkv")]
-    rules.append(Rule(source + "attn.qkv.{w}", tuple(parts)))
-    pairs = [("attn.proj", "attention.projection_layer"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after")]
-    return rules + copies([*pairs, ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")], source, target)
-
-
-def _language_rules() -> list[Rule]:
-    layer, target = "language_model.model.layers.{i}.", "mllm.model.language_model.layers.{i}."
-    return [
-        copy("language_model.model.embed_tokens.weight", "mllm.model.language_model.embed_tokens.weight"),
-        copy("language_model.model.norm.weight", "mllm.model.language_model.norm.weight"),
-        copy("language_model.lm_head.weight", "mllm.lm_head.weight"),
-        copy(layer + "{norm}.weight", target + "{norm}.weight"),
-        copy(layer + "{linear}.base_layer.{w}", target + "{linear}.base_layer.{w}"),
-        copy(layer + "{linear}.lora_{ab}.default.weight", target + "{linear}.lora_{ab}.default.weight"),
-        # Merged or never adapted, and adapters as older peft versions and its adapter files write them.
-        copy(layer + "{linear}.{w}", target + "{linear}.base_layer.{w}", alias=True),
-        copy(layer + "{linear}.lora_{ab}.weight", target + "{linear}.lora_{ab}.default.weight", alias=True),
-        Rule("language_model.model.{rest}rotary_emb.inv_freq", dropped="rotary frequencies: computed, not stored"),
-    ]
-
-
-def _projector_rules() -> list[Rule]:
-    pairs = [("0", "layer_norm"), ("1", "linear_1"), ("3", "linear_2")]
-    return [
-        *copies(pairs, "mlp1.", "mllm.model.multi_modal_projector."),
-        copy("text_hidden_fcs.{i}.{w}", "text_hidden_fcs.{i}.{w}"),
-    ]
-
-
-def _trunk_rules() -> list[Rule]:
-    source, target = SAM + "image_encoder.trunk.", "grounding_encoder.vision_encoder.backbone."
-    block = "blocks.{i}."
-    pairs = [
-        ("patch_embed.proj", "patch_embed.projection"),
-        (block + "norm1", block + "layer_norm1"),
-        (block + "norm2", block + "layer_norm2"),
-        (block + "attn.qkv", block + "attn.qkv"),
-        (block + "attn.proj", block + "attn.proj"),
-        (block + "proj", block + "proj"),
-        (block + "mlp.layers.0", block + "mlp.proj_in"),
-        (block + "mlp.layers.1", block + "mlp.proj_out"),
-    ]
-    neck = copy(SAM + "image_encoder.neck.convs.{i}.conv.{w}", "grounding_encoder.vision_encoder.neck.convs.{i}.{w}")
-    tables = [copy(source + name, target + name) for name in ("pos_embed", "pos_embed_window")]
-    return [*tables, *copies(pairs, source, target), neck]
-
-
-def _prompt_encoder_rules() -> list[Rule]:
-    source, target = SAM + "sam_prompt_encoder.", "grounding_encoder.prompt_encoder."
-    matrix = "positional_encoding_gaussian_matrix"
-    shared = (
-        Placement("grounding_encoder.shared_image_embedding.positional_embedding"),
-        Placement(target + "shared_embedding.positional_embedding"),
-    )
-    points = [
-        Rule(f"{source}point_embeddings.{k}.weight", (Placement(target + "point_embed.weight", None, (k, 4)),))
-        for k in range(4)
-    ]
-    names = [("0", "conv1"), ("1", "layer_norm1"), ("3", "conv2"), ("4", "layer_norm2"), ("6", "conv3")]
-    return [
-        copy(SAM + "no_mem_embed", "grounding_encoder.no_memory_embedding"),
-        Rule(f"{source}pe_layer.{matrix}", shared),
-        *points,
-        *(copy(f"{source}{name}.weight", f"{target}{name}.weight") for name in ("not_a_point_embed", "no_mask_embed")),
-        *copies(names, source + "mask_downscaling.", target + "mask_embed."),
-    ]
-
-
-def _mask_decoder_rules() -> list[Rule]:
-    source, target = SAM + "sam_mask_decoder.", "grounding_encoder.mask_decoder."
-    layer, final = "transformer.layers.{i}.", "transformer.final_attn_token_to_image."
-    pairs = [
-        ("{token}", "{token}"),
-        ("output_upscaling.0", "upscale_conv1"),
-        ("output_upscaling.1", "upscale_layer_norm"),
-        ("output_upscaling.3", "upscale_conv2"),
-        ("{head}.layers.0", "{head}.proj_in"),
-        # In an MLP of three layers the middle one is layers.0; in one of two, layers.1 is the last.
-        ("{head}.layers.1", "{head}.layers.0"),
-        ("{head}.layers.2", "{head}.proj_out"),
-        (layer + "mlp.layers.0", layer + "mlp.proj_in"),
-        (layer + "mlp.layers.1", layer + "mlp.proj_out"),
-        (layer + "{attn}.{qkv}", layer + "{attn}.{qkv}"),
-        (layer + "{attn}.out_proj", layer + "{attn}.o_proj"),
-        (final + "{qkv}", final + "{qkv}"),
-        (final + "out_proj", final + "o_proj"),
-        ("transformer.norm_final_attn", "transformer.layer_norm_final_attn"),
-    ]
-    pairs += [(f"{layer}norm{n}", f"{layer}layer_norm{n}") for n in (1, 2, 3, 4)]
-    return copies(pairs, source, target)
-
-
 SAM = "grounding_encoder.sam2_model."
 VIDEO = "video memory: single images do not use it"
+
+COPIES = {
+    ("vision_model.embeddings.", "mllm.model.vision_tower.embeddings."): """
+        class_embedding      cls_token
+        position_embedding   position_embeddings
+        patch_embedding.{w}  patch_embeddings.projection.{w}
+    """,
+    ("vision_model.encoder.layers.{i}.", "mllm.model.vision_tower.encoder.layer.{i}."): """
+        ls1            lambda_1
+        ls2            lambda_2
+        attn.proj.{w}  attention.projection_layer.{w}
+        norm1.{w}      layernorm_before.{w}
+        norm2.{w}      layernorm_after.{w}
+        mlp.fc1.{w}
+        mlp.fc2.{w}
+    """,
+    ("mlp1.", "mllm.model.multi_modal_projector."): """
+        0.{w}  layer_norm.{w}
+        1.{w}  linear_1.{w}
+        3.{w}  linear_2.{w}
+    """,
+    ("text_hidden_fcs.", "text_hidden_fcs."): "{i}.{w}",
+    ("language_model.", "mllm."): "lm_head.weight",
+    ("language_model.model.", "mllm.model.language_model."): """
+        embed_tokens.weight
+        norm.weight
+        layers.{i}.{norm}.weight
+        layers.{i}.{linear}.base_layer.{w}
+        layers.{i}.{linear}.lora_{ab}.default.weight
+    """,
+    (SAM, "grounding_encoder."): """
+        no_mem_embed                         no_memory_embedding
+        image_encoder.neck.convs.{i}.conv.{w}  vision_encoder.neck.convs.{i}.{w}
+    """,
+    (SAM + "image_encoder.trunk.", "grounding_encoder.vision_encoder.backbone."): """
+        pos_embed
+        pos_embed_window
+        patch_embed.proj.{w}         patch_embed.projection.{w}
+        blocks.{i}.norm1.{w}         blocks.{i}.layer_norm1.{w}
+        blocks.{i}.norm2.{w}         blocks.{i}.layer_norm2.{w}
+        blocks.{i}.attn.qkv.{w}
+        blocks.{i}.attn.proj.{w}
+        blocks.{i}.proj.{w}
+        blocks.{i}.mlp.layers.0.{w}  blocks.{i}.mlp.proj_in.{w}
+        blocks.{i}.mlp.layers.1.{w}  blocks.{i}.mlp.proj_out.{w}
+    """,
+    (SAM + "sam_prompt_encoder.", "grounding_encoder.prompt_encoder."): """
+        not_a_point_embed.weight
+        no_mask_embed.weight
+        mask_downscaling.0.{w}  mask_embed.conv1.{w}
+        mask_downscaling.1.{w}  mask_embed.layer_norm1.{w}
+        mask_downscaling.3.{w}  mask_embed.conv2.{w}
+        mask_downscaling.4.{w}  mask_embed.layer_norm2.{w}
+        mask_downscaling.6.{w}  mask_embed.conv3.{w}
+    """,
+    # In an MLP of three layers (heads) the middle one is layers.0 here; in one of two, layers.1 is the last.
+    (SAM + "sam_mask_decoder.", "grounding_encoder.mask_decoder."): """
+        {token}.{w}
+        output_upscaling.0.{w}      upscale_conv1.{w}
+        output_upscaling.1.{w}      upscale_layer_norm.{w}
+        output_upscaling.3.{w}      upscale_conv2.{w}
+        {head}.layers.0.{w}         {head}.proj_in.{w}
+        {head}.layers.1.{w}         {head}.layers.0.{w}
+        {head}.layers.2.{w}         {head}.proj_out.{w}
+    """,
+    (SAM + "sam_mask_decoder.transformer.", "grounding_encoder.mask_decoder.transformer."): """
+        layers.{i}.mlp.layers.0.{w}     layers.{i}.mlp.proj_in.{w}
+        layers.{i}.mlp.layers.1.{w}     layers.{i}.mlp.proj_out.{w}
+        layers.{i}.{attn}.{qkv}.{w}
+        layers.{i}.{attn}.out_proj.{w}  layers.{i}.{attn}.o_proj.{w}
+        layers.{i}.norm{j}.{w}          layers.{i}.layer_norm{j}.{w}
+        final_attn_token_to_image.{qkv}.{w}
+        final_attn_token_to_image.out_proj.{w}  final_attn_token_to_image.o_proj.{w}
+        norm_final_attn.{w}             layer_norm_final_attn.{w}
+    """,
+}
+"""Tensors that are copied: (beginning in the original, beginning here), then how the names go on, here too where only
+one is given."""
+
+# Merged or never adapted, and adapters as older peft versions and its adapter files write them.
+ALIASES = {
+    "{linear}.{w}": "{linear}.base_layer.{w}",
+    "{linear}.lora_{ab}.weight": "{linear}.lora_{ab}.default.weight",
+}
 VIDEO_PARTS = (
-    "memory_attention.{rest}",
-    "memory_encoder.{rest}",
-    "obj_ptr_proj.{rest}",
-    "obj_ptr_tpos_proj.{rest}",
-    "mask_downsample.{w}",
-    "maskmem_tpos_enc",
-    "no_mem_pos_enc",
-    "no_obj_ptr",
-    "no_obj_embed_spatial",
-)
+    "memory_attention.{rest}", "memory_encoder.{rest}", "obj_ptr_proj.{rest}", "obj_ptr_tpos_proj.{rest}",
+    "mask_downsample.{w}", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial",
+)  # fmt: skip
 NATIVE_VIDEO_PARTS = (
-    "memory_attention.{rest}",
-    "memory_encoder.{rest}",
-    "object_pointer_proj.{rest}",
-    "temporal_positional_encoding_projection_layer.{rest}",
-    "mask_downsample.{w}",
-    "memory_temporal_positional_encoding",
-    "no_memory_positional_encoding",
-    "no_object_pointer",
+    "memory_attention.{rest}", "memory_encoder.{rest}", "object_pointer_proj.{rest}",
+    "temporal_positional_encoding_projection_layer.{rest}", "mask_downsample.{w}",
+    "memory_temporal_positional_encoding", "no_memory_positional_encoding", "no_object_pointer",
     "occlusion_spatial_embedding_parameter",
-)
+)  # fmt: skip
 
-CANONICAL_RULES = (
-    *_vision_rules(),
-    *_language_rules(),
-    *_projector_rules(),
-    *_trunk_rules(),
-    *_prompt_encoder_rules(),
-    *_mask_decoder_rules(),
-    *(Rule(SAM + part, dropped=VIDEO) for part in VIDEO_PARTS),
-)
 
+def _canonical_rules() -> Iterator[Rule]:
+    for (source, target), names in COPIES.items():
+        for line in names.strip().splitlines():
+            before, *after = line.split()
+            yield Rule(source + before, (Placement(target + (after[0] if after else before)),))
+    layers, native = "language_model.model.layers.{i}.", "mllm.model.language_model.layers.{i}."
+    for before, name in ALIASES.items():
+        yield Rule(layers + before, (Placement(native + name),), alias=True)
+    attention = "mllm.model.vision_tower.encoder.layer.{i}.attention."
+    parts = tuple(Placement(f"{attention}{name}_proj.{{w}}", (k, 3)) for k, name in enumerate("qkv"))
+    yield Rule("vision_model.encoder.layers.{i}.attn.qkv.{w}", parts)
+    prompts, encoder = SAM + "sam_prompt_encoder.", "grounding_encoder.prompt_encoder."
+    for k in range(4):
+        yield Rule(f"{prompts}point_embeddings.{k}.weight", (Placement(f"{encoder}point_embed.weight", None, (k, 4)),))
+    shared = ("grounding_encoder.shared_image_embedding.", f"{encoder}shared_embedding.")
+    places = tuple(Placement(f"{owner}positional_embedding") for owner in shared)
+    yield Rule(f"{prompts}pe_layer.positional_encoding_gaussian_matrix", places)
+    rotary = "rotary frequencies: computed, not stored"
+    yield Rule("language_model.model.{rest}rotary_emb.inv_freq", dropped=rotary)
+    yield from (Rule(SAM + part, dropped=VIDEO) for part in VIDEO_PARTS)
+
+
+CANONICAL_RULES = tuple(_canonical_rules())
 NATIVE_RULES = (
     *(Rule("grounding_encoder." + part, dropped=VIDEO) for part in NATIVE_VIDEO_PARTS),
-    copy("mllm.model.language_model.layers.{i}.{linear}.{w}",
-         "mllm.model.language_model.layers.{i}.{linear}.base_layer.{w}", alias=True),
-    copy("{rest}", "{rest}"),
+    Rule("mllm.model.language_model.layers.{i}.{linear}.{w}",
+         (Placement("mllm.model.language_model.layers.{i}.{linear}.base_layer.{w}"),), alias=True),
+    Rule("{rest}", (Placement("{rest}"),)),
 )  # fmt: skip
 
 ORIGINAL = Layout(
@@ -290,19 +265,13 @@ REFUSED = {
 def detect_layout(names: Iterable[str]) -> Layout | None:
     """Return the layout that the names of a file tell, None when they tell none."""
     names = list(names)
-    for layout, marks in MARKS:
-        if any(name.startswith(marks) for name in names):
-            return layout
-    return None
+    return next((layout for layout, marks in MARKS if any(name.startswith(marks) for name in names)), None)
 
 
 def find_refused(names: Iterable[str]) -> tuple[str, str] | None:
     """Return (what it is, first key that says so) of an architecture that is not supported, else None."""
-    for what, pattern in REFUSED.items():
-        for name in names:
-            if re.search(pattern, name):
-                return what, name
-    return None
+    found = ((what, name) for what, pattern in REFUSED.items() for name in names if re.search(pattern, name))
+    return next(found, None)
 
 
 def canonical_name(name: str, layout: Layout) -> str:
@@ -311,7 +280,7 @@ def canonical_name(name: str, layout: Layout) -> str:
         name = name.replace(before, after)
     for before, after in layout.prefixes:
         if name.startswith(before):
-            return after + name[len(before) :]
+            return after + name.removeprefix(before)
     return name
 
 
@@ -326,23 +295,14 @@ def file_name(canonical: str, layout: Layout) -> str:
     return canonical
 
 
-def find_rule(canonical: str, layout: Layout) -> tuple[Rule, dict[str, str]] | None:
-    """Return the rule for a canonical name with the values of its placeholders, None for an unknown name."""
-    for rule in layout.rules:
-        match = _pattern(rule.source).fullmatch(canonical)
-        if match:
-            return rule, match.groupdict()
-    return None
-
-
 def place(name: str, layout: Layout) -> tuple[list[Placement], str] | None:
     """Return where a file's key goes, and why if nowhere; None when no rule knows the key."""
-    found = find_rule(canonical_name(name, layout), layout)
-    if found is None:
-        return None
-    rule, values = found
-    targets = [Placement(_fill(p.target, values), p.source_part, p.target_part) for p in rule.placements]
-    return targets, rule.dropped
+    canonical = canonical_name(name, layout)
+    for rule in layout.rules:
+        if match := _pattern(rule.source).fullmatch(canonical):
+            places = [replace(p, target=_fill(p.target, match.groupdict())) for p in rule.placements]
+            return places, rule.dropped
+    return None
 
 
 def rows(tensor: Tensor, part: Part | None) -> Tensor:
@@ -360,8 +320,7 @@ def sources_of(target: str, layout: Layout) -> list[tuple[str, Part | None, Part
         if rule.alias:
             continue
         for placement in rule.placements:
-            match = _pattern(placement.target).fullmatch(target)
-            if match:
+            if match := _pattern(placement.target).fullmatch(target):
                 name = _fill(rule.source, match.groupdict())
                 found.append((name, placement.source_part, placement.target_part))
     return found

@@ -11,8 +11,8 @@ Formats: InternVL2.5 and Sa2VA configuration files; SAM 2's ``sam2.1_hiera_l.yam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from dual_loop.config import Config, DataConfig, LossConfig, ModelConfig
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD
@@ -20,9 +20,10 @@ from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import LORA_TARGETS
 from dual_loop.model.prompts import NEW_TOKENS, TEMPLATES
 
-__all__ = ["config_from_original"]
+Tree: TypeAlias = Mapping[str, Any]
+"""JSON values by name, nested."""
 
-HIERA_LARGE: Mapping[str, Any] = {
+HIERA_LARGE: Tree = {
     "image_size": 1024,
     "hidden_dim": 256,
     "image_encoder": {
@@ -39,7 +40,7 @@ HIERA_LARGE: Mapping[str, Any] = {
 }
 """SAM 2's large model, which every released Sa2VA holds and no released ``config.json`` describes."""
 
-TRUNK_DEFAULTS: Mapping[str, Any] = {
+TRUNK_DEFAULTS: Tree = {
     "q_pool": 3,
     "q_stride": [2, 2],
     "dim_mul": 2.0,
@@ -53,7 +54,7 @@ TRUNK_DEFAULTS: Mapping[str, Any] = {
 }
 """What Hiera's constructor takes where a file is silent."""
 
-SAM_FIXED: Mapping[str, Any] = {
+SAM_FIXED: Tree = {
     "directly_add_no_mem_embed": True,
     "use_high_res_features_in_sam": True,
     "iou_prediction_use_sigmoid": True,
@@ -74,7 +75,7 @@ SAM_FIXED: Mapping[str, Any] = {
 }
 """Settings of SAM 2 that the native classes compute one way only."""
 
-FIXED: Mapping[str, Any] = {
+FIXED: Tree = {
     "ps_version": "v2",
     "select_layer": -1,
     "use_backbone_lora": 0,
@@ -95,13 +96,22 @@ FIXED: Mapping[str, Any] = {
     "arch_type": "intern_vl",
 }
 
+KNOWN = {
+    "llm_config.": ("llm_config: the language model is", ("Qwen2ForCausalLM", "qwen2")),
+    "vision_config.": ("vision_config: the vision tower is", ("InternVisionModel", "intern_vit_6b")),
+    "": ("architectures:", ("InternVLChatModel", "Sa2VAChatModel", "internvl_chat", "sa2va_chat")),
+}
+"""What ``architectures`` and ``model_type`` may say, by group."""
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+"""Of the vision tower and of the language model, under the names of the native classes."""
+
 _ABSENT = object()
 
 
 class _Reader:
     """Reads dotted keys of a nested mapping and collects what is wrong."""
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.problems: list[str] = []
 
@@ -116,7 +126,7 @@ class _Reader:
             node = node[part]
         return node
 
-    def number(self, key: str, default: Any = _ABSENT, kind: Callable[[Any], Any] = int) -> Any:
+    def number(self, key: str, default: object = _ABSENT, kind: Callable[[Any], Any] = int) -> Any:
         """:meth:`get` as an integer (or ``kind``)."""
         value = self.get(key, default)
         if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
@@ -124,7 +134,7 @@ class _Reader:
             return kind(0)
         return kind(value)
 
-    def numbers(self, key: str, default: Any = _ABSENT) -> list[int]:
+    def numbers(self, key: str, default: object = _ABSENT) -> list[int]:
         """:meth:`get` as a list of integers."""
         value = self.get(key, default)
         if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -133,7 +143,7 @@ class _Reader:
             return []
         return list(value)
 
-    def expect(self, key: str, allowed: Any, default: Any = _ABSENT) -> None:
+    def expect(self, key: str, allowed: Any, default: object = _ABSENT) -> None:
         """Note a problem where ``key`` is there with another value than ``allowed`` (one, or a tuple of several)."""
         value = self.get(key, allowed if default is _ABSENT else default)
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
@@ -141,13 +151,18 @@ class _Reader:
             expected = " or ".join(repr(choice) for choice in choices)
             self.problems.append(f"{key}: seen {value!r}, supported is {expected}")
 
-    def same(self, key: str, seen: Any, other: str, expected: Any) -> None:
+    def same(self, key: str, expected: object, other: str) -> None:
+        """Note a problem where ``key`` is there and says another thing than ``other``, a place of the file or ours."""
+        seen = self.get(key, expected)
+        self.agree(key, type(expected)(seen) if isinstance(expected, (list, tuple)) else seen, expected, other)
+
+    def agree(self, key: str, seen: object, expected: object, other: str) -> None:
         """Note a problem where two places of the file contradict each other."""
         if seen != expected:
             self.problems.append(f"{key}: seen {seen!r}, but {other} gives {expected!r}")
 
 
-def config_from_original(original: Mapping[str, Any]) -> Config:
+def config_from_original(original: Tree) -> Config:
     """Translate an original ``config.json`` (parsed) to a configuration that builds the same model.
 
     Region prompts are pooled as the original does (nearest). ``model.tokenizer`` is left None, for the caller to set;
@@ -158,65 +173,45 @@ def config_from_original(original: Mapping[str, Any]) -> Config:
         CheckpointError: a needed key is missing, two keys contradict each other, or a setting is one that the native
             classes do not compute (another pixel shuffle, InternLM2, ...); all problems are listed.
     """
-    tree = dict(original)
-    tree.update({key: value for key, value in dict(tree.get("mllm") or {}).items() if key not in original})
-    tree.setdefault("sam2", HIERA_LARGE)
-    reader = _Reader(tree)
-    _refuse_architectures(reader)
+    released = dict(original.get("mllm") or {})
+    reader = _Reader({"sam2": HIERA_LARGE, **released, **original})
+    for group, (what, known) in KNOWN.items():
+        for name in (*(reader.get(group + "architectures", None) or ()), reader.get(group + "model_type", None)):
+            if name is not None and name not in known:
+                reader.problems.append(f"{what} {name}, supported is {' or '.join(known)}")
     for key, value in FIXED.items():
         reader.expect(key, value)
-    config = Config(
-        model=_model(reader),
-        data=DataConfig(grid_pooling="nearest"),
-        loss=_loss(reader),
-    )
+    config = Config(model=_model(reader), data=DataConfig(grid_pooling="nearest"), loss=_loss(reader))
     if reader.problems:
         listing = "".join(f"\n  - {problem}" for problem in reader.problems)
-        raise CheckpointError(
-            explain(
-                f"{len(reader.problems)} problem(s) in the original's configuration:{listing}\n",
-                expected="InternVL2.5 with Qwen2 and SAM 2, as in Sa2VA-1B and Sa2VA-4B",
-                fix="choose such a checkpoint, or mend config.json where it is wrong",
-            )
-        )
+        what = f"{len(reader.problems)} problem(s) in the original's configuration:{listing}\n"
+        expected = "InternVL2.5 with Qwen2 and SAM 2, as in Sa2VA-1B and Sa2VA-4B"
+        fix = "choose such a checkpoint, or mend config.json where it is wrong"
+        raise CheckpointError(explain(what, expected=expected, fix=fix))
     return config
-
-
-def _refuse_architectures(reader: _Reader) -> None:
-    language = ("Qwen2ForCausalLM", "qwen2")
-    for name in _names(reader, "llm_config.architectures", "llm_config.model_type"):
-        if name not in language:
-            reader.problems.append(f"llm_config: the language model is {name}, supported is Qwen2ForCausalLM")
-    vision = ("InternVisionModel", "intern_vit_6b")
-    for name in _names(reader, "vision_config.architectures", "vision_config.model_type"):
-        if name not in vision:
-            reader.problems.append(f"vision_config: the vision tower is {name}, supported is InternVisionModel")
-    whole = ("InternVLChatModel", "Sa2VAChatModel", "internvl_chat", "sa2va_chat")
-    for name in _names(reader, "architectures", "model_type"):
-        if name not in whole:
-            reader.problems.append(f"architectures: {name}, supported are {', '.join(whole)}")
-
-
-def _names(reader: _Reader, architectures: str, model_type: str) -> Iterable[str]:
-    names = [*(reader.get(architectures, None) or ()), reader.get(model_type, None)]
-    return [str(name) for name in names if name is not None]
 
 
 def _model(reader: _Reader) -> ModelConfig:
     vision, text, sam2 = _vision(reader), _text(reader), _sam2(reader)
     rank = reader.number("lora.r", ModelConfig.lora_r)
-    alpha = reader.number("lora.lora_alpha", 2 * rank)
     _check_joints(reader, vision, text, sam2)
-    reader.same("special_tokens", tuple(reader.get("special_tokens", NEW_TOKENS)), "Sa2VA", NEW_TOKENS)
+    for key, own in (("special_tokens", NEW_TOKENS), ("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        reader.same(key, own, "this package")
     targets = sorted(reader.get("lora.target_modules", LORA_TARGETS))
-    reader.same("lora.target_modules", targets, "this package", sorted(LORA_TARGETS))
-    for key, own in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
-        reader.same(key, tuple(reader.get(key, own)), "this package", own)
-    trainable = [group for group in ModelConfig.trainable if group != "mask_decoder"]
-    if not reader.get("frozen_sam2_decoder", False):
-        trainable.append("mask_decoder")
+    reader.agree("lora.target_modules", targets, sorted(LORA_TARGETS), "this package")
+    template = str(reader.get("template", ModelConfig.template))
+    if template.startswith("internvl2_5"):
+        # The base model's own, over which Sa2VA trained phi3_chat.
+        template = ModelConfig.template
+    if template not in TEMPLATES:
+        reader.problems.append(f"template: seen {template!r}, supported are {', '.join(TEMPLATES)}")
+    # Whether a prompt without points takes the arg-max of three candidates, as SAM 2 decides it.
+    least, most = reader.number("sam2.multimask_min_pt_num", 0), reader.number("sam2.multimask_max_pt_num", 1)
+    best_of_three = reader.get("sam2.multimask_output_in_sam", True) and least <= 0 <= most
+    is_frozen = reader.get("frozen_sam2_decoder", False)
     dtype = str(reader.get("dtype", reader.get("torch_dtype", "float32")))
-    reader.same("dtype", dtype in ("float32", "bfloat16"), "float32 or bfloat16", True)
+    if dtype not in ("float32", "bfloat16"):
+        reader.problems.append(f"dtype: seen {dtype!r}, supported are float32 and bfloat16")
     return ModelConfig(
         name="original",
         vision=vision,
@@ -224,14 +219,14 @@ def _model(reader: _Reader) -> ModelConfig:
         downsample_ratio=reader.number("downsample_ratio", 0.5, float),
         sam2=sam2,
         text_hidden_dim=reader.number("text_hidden_fcs.hidden_dim", text["hidden_size"]),
-        template=_template(reader),
-        single_mask=not _picks_best_of_three(reader),
+        template=template,
+        single_mask=not best_of_three,
         dtype=dtype,
         attn_implementation="eager" if dtype == "float32" else "sdpa",
-        trainable=tuple(trainable),
+        trainable=tuple(part for part in ModelConfig.trainable if part != "mask_decoder" or not is_frozen),
         train_embeddings="all",
         lora_r=rank,
-        lora_alpha=alpha,
+        lora_alpha=reader.number("lora.lora_alpha", 2 * rank),
         lora_dropout=reader.number("lora.lora_dropout", ModelConfig.lora_dropout, float),
         gradient_checkpointing=False,
     )
@@ -239,14 +234,12 @@ def _model(reader: _Reader) -> ModelConfig:
 
 def _vision(reader: _Reader) -> dict[str, Any]:
     size = reader.number("vision_config.image_size")
-    reader.same("force_image_size", reader.get("force_image_size", None) or size, "vision_config.image_size", size)
-    reader.expect("vision_config.norm_type", ("layer_norm", "rms_norm"), default="layer_norm")
     patch = reader.number("vision_config.patch_size")
+    side = reader.get("force_image_size", None) or size
+    reader.agree("force_image_size", side, size, "vision_config.image_size")
+    reader.expect("vision_config.norm_type", ("layer_norm", "rms_norm"), default="layer_norm")
     return {
-        "hidden_size": reader.number("vision_config.hidden_size"),
-        "num_hidden_layers": reader.number("vision_config.num_hidden_layers"),
-        "num_attention_heads": reader.number("vision_config.num_attention_heads"),
-        "intermediate_size": reader.number("vision_config.intermediate_size"),
+        **{key: reader.number(f"vision_config.{key}") for key in SIZES},
         "image_size": [size, size],
         "patch_size": [patch, patch],
         "attention_bias": bool(reader.get("vision_config.qkv_bias", True)),
@@ -259,33 +252,26 @@ def _vision(reader: _Reader) -> dict[str, Any]:
 
 
 def _text(reader: _Reader) -> dict[str, Any]:
-    heads = reader.number("llm_config.num_attention_heads")
+    sizes = {key: reader.number(f"llm_config.{key}") for key in ("vocab_size", *SIZES)}
+    rope = {"rope_type": "default", "rope_theta": reader.number("llm_config.rope_theta", 1e6, float)}
+    # Scaling of the kinds that one factor describes is known.
+    if scaling := reader.get("llm_config.rope_scaling", None):
+        rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope["rope_type"] in ("linear", "dynamic"):
+            rope["factor"] = float(scaling.get("factor", 1.0))
+        elif rope["rope_type"] != "default":
+            seen = rope["rope_type"]
+            reader.problems.append(f"llm_config.rope_scaling: seen {seen!r}, supported are default, linear, dynamic")
     return {
-        "vocab_size": reader.number("llm_config.vocab_size"),
-        "hidden_size": reader.number("llm_config.hidden_size"),
-        "num_hidden_layers": reader.number("llm_config.num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": reader.number("llm_config.num_key_value_heads", heads),
-        "intermediate_size": reader.number("llm_config.intermediate_size"),
+        **sizes,
+        "num_key_value_heads": reader.number("llm_config.num_key_value_heads", sizes["num_attention_heads"]),
         "hidden_act": reader.get("llm_config.hidden_act", "silu"),
         "max_position_embeddings": reader.number("llm_config.max_position_embeddings", 32768),
         "rms_norm_eps": reader.number("llm_config.rms_norm_eps", 1e-6, float),
         "attention_dropout": reader.number("llm_config.attention_dropout", 0.0, float),
         "tie_word_embeddings": bool(reader.get("llm_config.tie_word_embeddings", False)),
-        "rope_parameters": _rope(reader),
+        "rope_parameters": rope,
     }
-
-
-def _rope(reader: _Reader) -> dict[str, Any]:
-    """Return the rotary embedding's parameters; scaling of the kinds that one factor describes is known."""
-    theta = reader.number("llm_config.rope_theta", 1e6, float)
-    scaling = reader.get("llm_config.rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return {"rope_type": kind, "rope_theta": theta}
-    if kind not in ("linear", "dynamic"):
-        reader.problems.append(f"llm_config.rope_scaling: seen {kind!r}, supported are default, linear, dynamic")
-    return {"rope_type": kind, "rope_theta": theta, "factor": float(scaling.get("factor", 1.0))}
 
 
 def _sam2(reader: _Reader) -> dict[str, Any]:
@@ -293,14 +279,15 @@ def _sam2(reader: _Reader) -> dict[str, Any]:
         reader.expect(f"sam2.{key}", value)
     size, width = reader.number("sam2.image_size", 1024), reader.number("sam2.image_encoder.neck.d_model")
     for key in ("hidden_dim", "prompt_encoder.embed_dim", "mask_decoder.transformer_dim"):
-        reader.same(f"sam2.{key}", reader.get(f"sam2.{key}", width), "sam2.image_encoder.neck.d_model", width)
-    backbone = _trunk(reader)
+        reader.same(f"sam2.{key}", width, "sam2.image_encoder.neck.d_model")
+    # Levels that get the next coarser one added; SAM 2 reads null as all of them.
+    levels = "sam2.image_encoder.neck.fpn_top_down_levels"
     decoder, transformer = "sam2.mask_decoder", "sam2.mask_decoder.transformer"
     return {
         "image_size": size,
         "fpn_hidden_size": width,
-        "fpn_top_down_levels": _top_down_levels(reader),
-        "backbone": backbone,
+        "fpn_top_down_levels": [0, 1, 2, 3] if reader.get(levels, None) is None else reader.numbers(levels),
+        "backbone": _trunk(reader),
         "mask_decoder": {
             "num_hidden_layers": reader.number(f"{transformer}.depth", 2),
             "mlp_dim": reader.number(f"{transformer}.mlp_dim", 2048),
@@ -313,28 +300,21 @@ def _sam2(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _top_down_levels(reader: _Reader) -> list[int]:
-    """Return the neck's levels that get the next coarser one added; SAM 2 reads null as all of them."""
-    key = "sam2.image_encoder.neck.fpn_top_down_levels"
-    return [0, 1, 2, 3] if reader.get(key, None) is None else reader.numbers(key)
-
-
 def _trunk(reader: _Reader) -> dict[str, Any]:
     """Return the arguments of ``Sam2HieraDetConfig``: a trunk of four stages that halves the side three times."""
     where = "sam2.image_encoder.trunk"
     defaults = {**TRUNK_DEFAULTS, **reader.get("sam2.trunk_defaults", {})}
     stages = reader.numbers(f"{where}.stages")
     windows = reader.numbers(f"{where}.window_spec")
-    reader.same(f"{where}.stages", len(stages), "SAM 2's neck, in number,", 4)
-    reader.same(f"{where}.window_spec", len(windows), "stages, in number,", len(stages))
+    reader.agree(f"{where}.stages", len(stages), 4, "SAM 2's neck, in number,")
+    reader.agree(f"{where}.window_spec", len(windows), len(stages), "stages, in number,")
     for key, value in (("q_pool", 3), ("q_stride", [2, 2]), ("patch_stride", [4, 4])):
         reader.expect(f"{where}.{key}", value, default=defaults[key])
     stem, heads = reader.number(f"{where}.embed_dim"), reader.number(f"{where}.num_heads")
     dim_mul = reader.number(f"{where}.dim_mul", defaults["dim_mul"], float)
     head_mul = reader.number(f"{where}.head_mul", defaults["head_mul"], float)
     widths = _growing(stem, dim_mul)
-    channels = reader.get("sam2.image_encoder.neck.backbone_channel_list", widths[::-1])
-    reader.same("sam2.image_encoder.neck.backbone_channel_list", list(channels), where, widths[::-1])
+    reader.same("sam2.image_encoder.neck.backbone_channel_list", widths[::-1], where)
     return {
         "hidden_size": stem,
         "num_attention_heads": heads,
@@ -361,39 +341,20 @@ def _growing(first: int, factor: float) -> list[int]:
     return values
 
 
-def _check_joints(reader: _Reader, vision: Mapping[str, Any], text: Mapping[str, Any], sam2: Mapping[str, Any]) -> None:
+def _check_joints(reader: _Reader, vision: Tree, text: Tree, sam2: Tree) -> None:
     """Check the sizes of what lies between the three parts: projector, ``text_hidden_fcs``, grids."""
     ratio = reader.number("downsample_ratio", 0.5, float)
     merged = round(1 / ratio) ** 2 if ratio > 0 else 0
-    joined = vision["hidden_size"] * merged
-    reader.same("mlp1.in_features", reader.get("mlp1.in_features", joined), "vision_config", joined)
+    reader.same("mlp1.in_features", vision["hidden_size"] * merged, "vision_config")
     for key in ("mlp1.hidden_features", "mlp1.out_features", "text_hidden_fcs.in_dim"):
-        reader.same(key, reader.get(key, text["hidden_size"]), "llm_config.hidden_size", text["hidden_size"])
-    width, size = sam2["fpn_hidden_size"], sam2["image_size"]
-    reader.same("text_hidden_fcs.out_dim", reader.get("text_hidden_fcs.out_dim", width), "sam2 d_model", width)
+        reader.same(key, text["hidden_size"], "llm_config.hidden_size")
+    reader.same("text_hidden_fcs.out_dim", sam2["fpn_hidden_size"], "sam2 d_model")
     side = int(vision["image_size"][0] // max(vision["patch_size"][0], 1) * ratio)
-    reader.same("grid_size", reader.get("grid_size", side), "vision_config", side)
-    reader.same("num_image_token", reader.get("num_image_token", side**2), "vision_config", side**2)
-    for key, expected in (("input_image_size", [size, size]), ("image_embedding_size", [size // 16, size // 16])):
-        name = f"sam2.prompt_encoder.{key}"
-        reader.same(name, list(reader.get(name, expected)), "sam2.image_size", expected)
-
-
-def _template(reader: _Reader) -> str:
-    """Return the chat template: ``internvl2_5`` is the base model's own, over which Sa2VA trained phi3_chat."""
-    name = str(reader.get("template", ModelConfig.template))
-    if name.startswith("internvl2_5"):
-        return ModelConfig.template
-    if name not in TEMPLATES:
-        reader.problems.append(f"template: seen {name!r}, supported are {', '.join(TEMPLATES)}")
-        return ModelConfig.template
-    return name
-
-
-def _picks_best_of_three(reader: _Reader) -> bool:
-    """Tell whether a prompt without points takes the arg-max of three candidates, as SAM 2 decides it."""
-    least, most = reader.number("sam2.multimask_min_pt_num", 0), reader.number("sam2.multimask_max_pt_num", 1)
-    return bool(reader.get("sam2.multimask_output_in_sam", True)) and least <= 0 <= most
+    reader.same("grid_size", side, "vision_config")
+    reader.same("num_image_token", side**2, "vision_config")
+    size = sam2["image_size"]
+    reader.same("sam2.prompt_encoder.input_image_size", [size, size], "sam2.image_size")
+    reader.same("sam2.prompt_encoder.image_embedding_size", [size // 16, size // 16], "sam2.image_size")
 
 
 def _loss(reader: _Reader) -> LossConfig:

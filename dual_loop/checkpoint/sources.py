@@ -11,11 +11,11 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,21 +27,25 @@ from dual_loop.errors import CheckpointError, explain
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which programs put the tensors: mmengine and xtuner, SAM 2, DeepSpeed."""
 DDP_PREFIX = "module."
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 ADAPTER_EXTRA = "trained.safetensors"
 """Beside ``adapter_model.safetensors``: what else was trained, under the original's names."""
 PARTS = ("mllm", "sam2")
 """Sub-folders of a ``hf-native`` export, each a transformers folder of its own."""
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape, dtype and file of a tensor; nothing of it is in memory."""
+class TensorInfo(NamedTuple):
+    """Shape and dtype of a tensor; nothing of it is in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    file: Path
 
 
 @dataclass
@@ -50,19 +54,23 @@ class Checkpoint:
 
     Attributes:
         path: as the user gave it.
-        files: in the order they are read.
+        files: in the order they are read; empty for a DeepSpeed ZeRO folder.
         tensors: name (without DDP's ``module.``) -> :class:`TensorInfo`.
+        loaded: the tensors themselves, of a DeepSpeed ZeRO folder, which has none to read one by one.
     """
 
     path: Path
-    files: list[Path]
+    files: list[Path] = field(default_factory=list)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
 
-    def read(self, file: Path) -> Iterator[tuple[str, Tensor]]:
-        """Yield the (name, tensor) pairs of one file; the file is closed, and its memory free, afterwards."""
-        with _opened(file) as (names, get):
-            for name in names:
-                yield _without_prefix(name), get(name)
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the (name, tensor) pairs, file by file; each is closed, and its memory free, before the next."""
+        yield from self.loaded.items()
+        for file in self.files:
+            with _opened(file) as (names, get):
+                for name in names:
+                    yield name.removeprefix(DDP_PREFIX), get(name)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every file, by its name inside ``path``."""
@@ -81,18 +89,40 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: there is nothing to load, a file is damaged or holds code, or a tensor is there twice.
     """
     path = Path(path)
-    if path.is_file():
-        return _scan(Checkpoint(path, [path]))
-    if not path.is_dir():
-        raise CheckpointError(
-            explain("weights not found", str(path), expected="a file or a folder", fix="check the path")
-        )
-    files = _files_of_folder(path)
-    if not files:
+    if not path.exists():
+        what = "weights not found"
+        raise CheckpointError(explain(what, str(path), expected="a file or a folder", fix="check the path"))
+    if is_zero_folder(path):
+        loaded = consolidate_zero(path)
+        return Checkpoint(path, [], {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in loaded.items()}, loaded)
+    checkpoint = Checkpoint(path, [path] if path.is_file() else _files_of_folder(path))
+    if not checkpoint.files:
         expected = f"{', '.join((*INDEX_NAMES, *SINGLE_NAMES))} or one .pth, .pt, .bin or .safetensors file"
         seen = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "an empty folder"
         raise CheckpointError(explain("no weights in this folder", str(path), seen, expected, "check the path"))
-    return _scan(Checkpoint(path, files))
+    origin: dict[str, str] = {}
+    for file in checkpoint.files:
+        with _opened(file, shapes_only=True) as (names, get):
+            for stored in names:
+                name, tensor = stored.removeprefix(DDP_PREFIX), get(stored)
+                if name in origin:
+                    where = f"{origin[name]} and {file.name}"
+                    raise CheckpointError(explain("a key is there twice", where, name, "every key once"))
+                checkpoint.tensors[name], origin[name] = TensorInfo(tuple(tensor.shape), tensor.dtype), file.name
+    return checkpoint
+
+
+def open_parts(path: str | Path) -> list[tuple[str, Checkpoint]]:
+    """Return (prefix, weights) of everything behind ``path``: itself, or the parts of a ``hf-native`` export.
+
+    Raises:
+        CheckpointError: as :func:`open_checkpoint`.
+    """
+    path = Path(path)
+    parts = [("", path)]
+    if all((path / part).is_dir() for part in PARTS):
+        parts = [*((f"{part}.", path / part) for part in PARTS), *(("", f) for f in sorted(path.glob("*.safetensors")))]
+    return [(prefix, open_checkpoint(part)) for prefix, part in parts]
 
 
 def has_weights(path: str | Path) -> bool:
@@ -111,31 +141,13 @@ def guess_load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: as :func:`open_checkpoint`.
     """
-    tensors = {}
-    for prefix, part in split_parts(path):
-        if is_zero_folder(part):
-            tensors.update(consolidate_zero(part))
-            continue
-        checkpoint = open_checkpoint(part)
-        for file in checkpoint.files:
-            tensors.update({prefix + name: tensor for name, tensor in checkpoint.read(file)})
-    return tensors
-
-
-def split_parts(path: str | Path) -> list[tuple[str, Path]]:
-    """Return (prefix, path) of the folders to open for ``path``: itself, or the parts of a ``hf-native`` export."""
-    path = Path(path)
-    if path.is_dir() and all((path / part).is_dir() for part in PARTS):
-        found = [(f"{part}.", path / part) for part in PARTS]
-        return [*found, *(("", file) for file in sorted(path.glob("*.safetensors")))]
-    return [("", path)]
+    return {prefix + name: tensor for prefix, part in open_parts(path) for name, tensor in part.read()}
 
 
 def is_zero_folder(path: Path) -> bool:
     """Tell whether ``path`` is a DeepSpeed ZeRO checkpoint: optimiser shards, directly or under the latest tag."""
-    return path.is_dir() and any(
-        next(path.glob(pattern), None) is not None for pattern in ("*_optim_states.pt", "*/*_optim_states.pt")
-    )
+    patterns = ("*_optim_states.pt", "*/*_optim_states.pt")
+    return path.is_dir() and any(next(path.glob(pattern), None) is not None for pattern in patterns)
 
 
 def consolidate_zero(path: Path) -> dict[str, Tensor]:
@@ -145,26 +157,20 @@ def consolidate_zero(path: Path) -> dict[str, Tensor]:
         CheckpointError: DeepSpeed is not installed; the message gives the command that converts the folder.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        script = path / "zero_to_fp32.py"
-        command = (
-            f"python {script} {path} {path}/consolidated"
-            if script.is_file()
-            else f"pip install deepspeed && python -m deepspeed.utils.zero_to_fp32 {path} {path}/consolidated"
+        command = f"pip install deepspeed && python -m deepspeed.utils.zero_to_fp32 {path} {path}/consolidated"
+        if (path / "zero_to_fp32.py").is_file():
+            command = f"python {path / 'zero_to_fp32.py'} {path} {path}/consolidated"
+        what, seen = (
+            "a DeepSpeed ZeRO folder has its weights spread over the optimiser's files",
+            "deepspeed is not installed here",
         )
-        raise CheckpointError(
-            explain(
-                "a DeepSpeed ZeRO folder has its weights spread over the optimiser's files",
-                str(path),
-                seen="deepspeed is not installed here",
-                expected="one consolidated file",
-                fix=f"where it was written, run: {command}",
-            )
-        )
+        fix = f"where it was written, run: {command}"
+        raise CheckpointError(explain(what, str(path), seen, "one consolidated file", fix))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    tag = None if (path / "latest").is_file() else path.name
-    root = path if tag is None else path.parent
-    return {_without_prefix(k): v for k, v in get_fp32_state_dict_from_zero_checkpoint(str(root), tag).items()}
+    root, tag = (path, None) if (path / "latest").is_file() else (path.parent, path.name)
+    whole = get_fp32_state_dict_from_zero_checkpoint(str(root), tag)
+    return {name.removeprefix(DDP_PREFIX): tensor for name, tensor in whole.items()}
 
 
 def _files_of_folder(path: Path) -> list[Path]:
@@ -175,84 +181,56 @@ def _files_of_folder(path: Path) -> list[Path]:
         if (path / name).is_file():
             extra = path / ADAPTER_EXTRA
             return [path / name, *([extra] if name.startswith("adapter") and extra.is_file() else [])]
-    suffixes = (".safetensors", ".pth", ".pt", ".bin")
-    found = sorted(item for item in path.iterdir() if item.is_file() and item.suffix in suffixes)
+    found = sorted(item for item in path.iterdir() if item.is_file() and item.suffix in SUFFIXES)
     return found if len(found) == 1 else []
 
 
 def _files_of_index(index: Path) -> list[Path]:
     """Return the shards that an index names, refusing names outside of its folder and keys that it lists twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointError(explain("a key is listed twice", str(index), twice, "every key once"))
+        return values
+
     try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, index))
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)
         names = list(dict.fromkeys(content["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            explain("the index of the shards cannot be read", str(index), repr(error), '{"weight_map": {key: file}}')
-        ) from error
+        expected = '{"weight_map": {key: file}}'
+        what = "the index of the shards cannot be read"
+        raise CheckpointError(explain(what, str(index), repr(error), expected)) from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise CheckpointError(explain("a shard lies outside of its folder", str(index), name, "a plain file name"))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = ", ".join(name for name in names if not (index.parent / name).is_file())
     if missing:
-        raise CheckpointError(
-            explain("shards are missing", str(index), ", ".join(missing), "every file of the index", "download them")
-        )
+        expected, fix = "every file of the index", "download them"
+        raise CheckpointError(explain("shards are missing", str(index), missing, expected, fix))
     return [index.parent / name for name in names]
 
 
-def _unique(pairs: list[tuple[str, Any]], index: Path) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise CheckpointError(explain("a key is listed twice", str(index), key, "every key once"))
-        values[key] = value
-    return values
-
-
-def _scan(checkpoint: Checkpoint) -> Checkpoint:
-    for file in checkpoint.files:
-        for name, shape, dtype in _describe(file):
-            name = _without_prefix(name)
-            if name in checkpoint.tensors:
-                other = checkpoint.tensors[name].file
-                raise CheckpointError(
-                    explain("a key is there twice", f"{other.name} and {file.name}", name, "every key once")
-                )
-            checkpoint.tensors[name] = TensorInfo(shape, dtype, file)
-    return checkpoint
-
-
-def _describe(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    with _opened(file, shapes_only=True) as (names, get):
-        return [(name, tuple(get(name).shape), get(name).dtype) for name in names]
-
-
 @contextmanager
-def _opened(file: Path, shapes_only: bool = False) -> Iterator[tuple[list[str], Any]]:
+def _opened(file: Path, shapes_only: bool = False) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     """Open one file: its names and a function from a name to its tensor (on ``meta`` for ``shapes_only``)."""
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as handle:
-                names = list(handle.keys())
-                yield names, (lambda name: _meta(handle.get_slice(name))) if shapes_only else handle.get_tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                explain("weights cannot be read", str(file), str(error), "a whole .safetensors file", "copy it again")
-            ) from error
+    if file.suffix != ".safetensors":
+        tensors = _load_torch_file(file)
+        yield list(tensors), tensors.__getitem__
         return
-    tensors = _load_torch_file(file)
-    yield list(tensors), tensors.__getitem__
+    try:
+        with safe_open(file, framework="pt") as handle:
 
+            def describe(name: str) -> Tensor:
+                view = handle.get_slice(name)
+                return torch.empty(view.get_shape(), dtype=SAFETENSORS_DTYPES[view.get_dtype()], device="meta")
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def _meta(view: Any) -> Tensor:
-    return torch.empty(view.get_shape(), dtype=SAFETENSORS_DTYPES[view.get_dtype()], device="meta")
+            yield list(handle.keys()), describe if shapes_only else handle.get_tensor
+    except (SafetensorError, OSError) as error:
+        what, expected, fix = "weights cannot be read", "a whole .safetensors file", "copy it again"
+        raise CheckpointError(explain(what, str(file), str(error), expected, fix)) from error
 
 
 def _load_torch_file(file: Path) -> dict[str, Tensor]:
@@ -262,34 +240,19 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        raise CheckpointError(
-            explain(
-                "the file holds more than tensors and is refused, because loading it could run code",
-                where=str(file),
-                seen=found.group(1) if found else str(error).splitlines()[0],
-                expected="tensors, numbers and text",
-                fix="get the weights as safetensors, or save the bare state dict again where the file is trusted",
-            )
-        ) from error
+        seen = found.group(1) if found else str(error).splitlines()[0]
+        what = "the file holds more than tensors and is refused, because loading it could run code"
+        fix = "get the weights as safetensors, or save the bare state dict again where the file is trusted"
+        raise CheckpointError(explain(what, str(file), seen, "tensors, numbers and text", fix)) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            explain("weights cannot be read", str(file), str(error).splitlines()[0], "a whole file of torch.save")
-        ) from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
+        what, seen = "weights cannot be read", str(error).splitlines()[0]
+        raise CheckpointError(explain(what, str(file), seen, "a whole file of torch.save")) from error
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         seen = type(content).__name__
         if isinstance(content, Mapping):
             seen = ", ".join(f"{k}: {type(v).__name__}" for k, v in content.items() if not isinstance(v, Tensor))[:200]
-        raise CheckpointError(
-            explain(
-                "no state dict in this file", str(file), seen, "names to tensors, bare or under state_dict or model"
-            )
-        )
+        expected = "names to tensors, bare or under state_dict or model"
+        raise CheckpointError(explain("no state dict in this file", str(file), seen, expected))
     return dict(content)
-
-
-def _without_prefix(name: str) -> str:
-    return name[len(DDP_PREFIX) :] if name.startswith(DDP_PREFIX) else name

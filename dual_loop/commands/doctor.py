@@ -91,7 +91,7 @@ def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
 
 
 def _batch(config: Config, sources: Sequence[RegionSource]) -> Iterable[Finding]:
-    from dual_loop.checkpoint.weights_plan import weights_sources
+    from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.preflight import model_checks
     from dual_loop.serve.loading import rebuild
     from dual_loop.training.devices import build_accelerator

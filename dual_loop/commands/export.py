@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dual_loop.checkpoint import FORMATS
 from dual_loop.config import Config, load_config
 from dual_loop.errors import CheckpointError, DualLoopError, explain
 from dual_loop.types import RegionSample
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from dual_loop.model.sa2va import Sa2VA
 
 
-FORMATS = "original|original-trimmed|hf-native|hf-sa2va|adapter"
 PROBE_TEXT = "the object on the left"
 PROBE_TOKENS = 16
 TOLERANCE_MERGED = {"float32": 1e-2, "bfloat16": 1.0}
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder inside it")
     parser.add_argument("out", type=Path, help="folder, or a .pth file for the original formats")
-    parser.add_argument("--format", dest="file_format", metavar=FORMATS, required=True)
+    parser.add_argument("--format", dest="file_format", metavar="|".join(FORMATS), required=True)
     parser.add_argument("--weights", choices=("ema", "live"), default="ema", help="averaged or last (default: ema)")
     parser.add_argument("--merge_lora", action="store_true", help="fold LoRA into its base (always so for hf-*)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as trained")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dual_loop.checkpoint.exporter import MERGED, check_target, export_weights
-    from dual_loop.checkpoint.weights_plan import weights_sources
+    from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.serve.loading import fill, find_run, rebuild
 
     out = cast(Path, args.out)

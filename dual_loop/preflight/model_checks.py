@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from dual_loop.checkpoint.weights_plan import tokenizer_folder, weights_sources
+from dual_loop.checkpoint.importer import tokenizer_folder, weights_sources
 from dual_loop.config import Config
 from dual_loop.data.prepare import collate as collate_samples
 from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng

@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import torch
 
-from dual_loop.checkpoint.importer import load_weights
+from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
 from dual_loop.checkpoint.store import CHECKPOINT_DIR
-from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.model.adapters import trainable_parameters
@@ -107,7 +106,7 @@ def find_run(path: Path) -> tuple[Path, Path]:
 def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel, Prompter]:
     """Build the run's model with the weights that it started from."""
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
-    embeddings = brings_embeddings(list(sources), len(tokenizer))
+    embeddings = brings_new_tokens(list(sources), len(tokenizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.train.seed)

@@ -15,15 +15,14 @@ import logging
 import sys
 import warnings
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from dual_loop.checkpoint.importer import load_weights
-from dual_loop.checkpoint.weights_plan import brings_embeddings, tokenizer_folder, weights_sources
+from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
 from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
@@ -138,7 +137,7 @@ def build(run: Start) -> Built:
     run.report("Building VideoLLaVASAMModel...")
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     sources = weights_sources(config)
-    model = build_model(config, tokenizer, weights_imported=brings_embeddings(sources, len(tokenizer)))
+    model = build_model(config, tokenizer, weights_imported=brings_new_tokens(sources, len(tokenizer)))
     run.report(f"✓ Model built\n{trainable_table(model)}")
     return Built(model, build_prompter(config, tokenizer), sources)
 
@@ -151,7 +150,7 @@ def load(run: Start, built: Built) -> Loaded:
     else:
         names = {"tokenizer": built.prompter.tokenizer, "allow_missing": config.train.allow_missing}
         imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
-        run.folder.write_import(imported.to_dict())
+        run.folder.write_import(asdict(imported))
         run.report(f"✓ Pretrained weights loaded\n{imported}")
     # Layers are measured as they were built: neither packed nor sharded.
     return Loaded(model, built.prompter, MemoryEstimator(config, model, run.accelerator.device.type))

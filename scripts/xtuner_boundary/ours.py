@@ -17,8 +17,8 @@ from pathlib import Path
 from mmengine.config import Config
 from safetensors.torch import save_file
 
+from dual_loop.checkpoint.importer import weights_sources
 from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
-from dual_loop.checkpoint.weights_plan import weights_sources
 from dual_loop.cli import main as dual_loop
 from dual_loop.config import CONFIG_DIR, load_config
 from dual_loop.model.prompts import TEMPLATES

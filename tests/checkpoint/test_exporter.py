@@ -10,7 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration, Sam2Model
 
-from dual_loop.checkpoint.exporter import FORMATS, collect_video, export_weights, merged
+from dual_loop.checkpoint import FORMATS
+from dual_loop.checkpoint.exporter import collect_video, export_weights, merged
 from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights
 from dual_loop.checkpoint.key_rules import place
 from dual_loop.errors import CheckpointError
@@ -192,7 +193,8 @@ def test_the_reference_checkpoint_comes_out_as_it_went_in(golden, tmp_path):
     tokenizer = load_tokenizer_file(folder / "tokenizer.json")
     model = build_model(config, tokenizer)
     source = folder / "checkpoint_full.pth"
-    load_weights(model, source, tokenizer=tokenizer)
+    report = load_weights(model, source, tokenizer=tokenizer)
+    assert (report.sources[0].layout, report.num_matched) == ("original", 380)
     out = tmp_path / "again.pth"
     export_weights(model, out, "original", config, tokenizer, video=collect_video([source]))
     before, after = guess_load_checkpoint(source), guess_load_checkpoint(out)

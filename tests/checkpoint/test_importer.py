@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dual_loop.checkpoint.importer import brings_new_tokens, describe_checkpoint, load_weights
+from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
 from dual_loop.checkpoint.key_rules import HF_SA2VA, ORIGINAL, export_tensors
 from dual_loop.errors import CheckpointError
+from dual_loop.model.build import TINY_WEIGHTS
 
 from small_model import small_config, small_model
 
@@ -82,7 +84,7 @@ def test_original_full_checkpoint_with_its_report(tmp_path):
     assert entry.dropped == {"video memory: single images do not use it": 1}
     assert len(entry.sha256["weights.pth"]) == 64
     assert report.num_matched == len(model.state_dict())
-    json.dumps(report.to_dict())
+    json.dumps(dataclasses.asdict(report))
     assert "1 dropped" in str(report)
     assert brings_new_tokens([path], len(prompter.tokenizer))
 
@@ -266,15 +268,59 @@ def test_values_are_cast_to_the_models_dtype(tmp_path):
     assert torch.equal(table, source.mllm.get_input_embeddings().weight.bfloat16())
 
 
-def test_describe_tells_layout_and_coverage(tmp_path):
-    model, path = original(tmp_path)
-    [(layout, targets)] = describe_checkpoint(path)
-    assert layout == "original"
-    assert targets == set(model.state_dict())
+# --- what a run starts from -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_golden_checkpoint_is_accounted_for(golden):
-    [(layout, targets)] = describe_checkpoint(golden / "sa2va_tiny" / "checkpoint_full.pth")
-    assert layout == "original"
-    assert len(targets) == 380
+def starting_from(initial=None, **paths):
+    config = small_config(initial_weights=initial)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **paths))
+
+
+def write_sources(tmp_path):
+    model, prompter, _ = small_model()
+    state = {k: v.clone() for k, v in export_tensors(model.state_dict(), ORIGINAL).items()}
+    torch.save(state, tmp_path / "full.pth")
+    torch.save({k: v for k, v in state.items() if "lora_" in k}, tmp_path / "trimmed.pth")
+    (tmp_path / "base").mkdir()
+    save_file({"vision_model.x": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    return len(prompter.tokenizer)
+
+
+def test_a_full_checkpoint_needs_no_base(tmp_path):
+    write_sources(tmp_path)
+    full, base = str(tmp_path / "full.pth"), str(tmp_path / "base")
+    assert weights_sources(starting_from(pretrained_pth=full, model_path=base, sam2_path=full)) == [
+        tmp_path / "full.pth"
+    ]
+
+
+def test_a_trimmed_checkpoint_goes_over_base_and_sam2(tmp_path):
+    write_sources(tmp_path)
+    config = starting_from(
+        pretrained_pth=str(tmp_path / "trimmed.pth"),
+        model_path=str(tmp_path / "base"),
+        sam2_path=str(tmp_path / "s.pt"),
+    )
+    assert [path.name for path in weights_sources(config)] == ["base", "s.pt", "trimmed.pth"]
+
+
+def test_a_folder_with_only_a_tokenizer_brings_no_weights(tmp_path):
+    write_sources(tmp_path)
+    config = starting_from(pretrained_pth=str(tmp_path / "trimmed.pth"), model_path=str(tmp_path / "words"))
+    assert [path.name for path in weights_sources(config)] == ["trimmed.pth"]
+    assert tokenizer_folder(config) == str(tmp_path / "words")
+    assert tokenizer_folder(starting_from(pretrained_pth=str(tmp_path / "words"))) == str(tmp_path / "words")
+
+
+def test_named_weights_and_none(tmp_path):
+    assert weights_sources(starting_from("tiny")) == [TINY_WEIGHTS]
+    assert weights_sources(starting_from()) == []
+
+
+def test_rows_of_new_tokens_decide_what_trains(tmp_path):
+    size = write_sources(tmp_path)
+    assert brings_new_tokens([tmp_path / "full.pth"], size)
+    assert not brings_new_tokens([tmp_path / "trimmed.pth"], size)
+    assert not brings_new_tokens([], size)

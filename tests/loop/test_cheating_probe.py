@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dual_loop.checkpoint.importer import load_weights
-from dual_loop.checkpoint.weights_plan import weights_sources
+from dual_loop.checkpoint.importer import load_weights, weights_sources
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.evaluation.evaluate import evaluate_samples, summarise
 from dual_loop.evaluation.honesty import find_flags
