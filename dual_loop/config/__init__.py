@@ -1,51 +1,22 @@
 """The settings of a run: declared once in ``schema``, read, checked and offered as flags by ``load``."""
 
-from dual_loop.config.load import (
-    CONFIG_DIR,
-    DEFAULT_CONFIG,
-    add_data_flags,
-    add_training_flags,
-    load_config,
-    overrides_from,
-    parse_options,
-    resolve_config_path,
-)
-from dual_loop.config.schema import (
-    GATES,
-    SETTINGS,
-    Config,
-    DataConfig,
-    LoopConfig,
-    LossConfig,
-    ModelConfig,
-    PolicyConfig,
-    RewardConfig,
-    SpeedConfig,
-    TrainConfig,
-    caption_gradient,
-)
-from dual_loop.errors import ConfigError
-
-__all__ = [
-    "CONFIG_DIR",
-    "DEFAULT_CONFIG",
-    "GATES",
-    "SETTINGS",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "LoopConfig",
-    "LossConfig",
-    "ModelConfig",
-    "PolicyConfig",
-    "RewardConfig",
-    "SpeedConfig",
-    "TrainConfig",
-    "add_data_flags",
-    "add_training_flags",
-    "caption_gradient",
-    "load_config",
-    "overrides_from",
-    "parse_options",
-    "resolve_config_path",
-]
+from dual_loop.config.load import CONFIG_DIR as CONFIG_DIR
+from dual_loop.config.load import DEFAULT_CONFIG as DEFAULT_CONFIG
+from dual_loop.config.load import add_data_flags as add_data_flags
+from dual_loop.config.load import add_training_flags as add_training_flags
+from dual_loop.config.load import load_config as load_config
+from dual_loop.config.load import overrides_from as overrides_from
+from dual_loop.config.load import resolve_config_path as resolve_config_path
+from dual_loop.config.schema import GATES as GATES
+from dual_loop.config.schema import SETTINGS as SETTINGS
+from dual_loop.config.schema import Config as Config
+from dual_loop.config.schema import DataConfig as DataConfig
+from dual_loop.config.schema import LoopConfig as LoopConfig
+from dual_loop.config.schema import LossConfig as LossConfig
+from dual_loop.config.schema import ModelConfig as ModelConfig
+from dual_loop.config.schema import PolicyConfig as PolicyConfig
+from dual_loop.config.schema import RewardConfig as RewardConfig
+from dual_loop.config.schema import SpeedConfig as SpeedConfig
+from dual_loop.config.schema import TrainConfig as TrainConfig
+from dual_loop.config.schema import caption_gradient as caption_gradient
+from dual_loop.errors import ConfigError as ConfigError

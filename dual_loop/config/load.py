@@ -13,9 +13,10 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,20 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     origin = str(path or "(defaults and flags)")
     tree = _read_tree(Path(path)) if path is not None else {}
-    notes = list(_move_old_keys(tree))
-    for key, value in (overrides or {}).items():
-        old = next((old for old in (*RENAMED, *REMOVED) if key == old or key.startswith(f"{old}.")), None)
-        if old is not None:
-            notes.append(_note(old))
-        if old not in REMOVED:
-            _set_dotted(tree, key if old is None else RENAMED[old] + key[len(old) :], value)
+    notes: list[str] = []
+    for key, value in [*_take_old(tree), *(overrides or {}).items()]:
+        old = next((old for old in (*RENAMED, *REMOVED) if f"{key}.".startswith(f"{old}.")), "")
+        if old in REMOVED:
+            notes.append(f"{old} is gone and ignored ({REMOVED[old]})")
+            continue
+        if old:
+            notes.append(f"{old} is now {f'--{SETTINGS[RENAMED[old]].flag}' if old.startswith('--') else RENAMED[old]}")
+        _set_dotted(tree, RENAMED.get(old, "") + key[len(old) :], value)
     if notes:
         logger.warning("old settings in %s: %s", origin, "; ".join(dict.fromkeys(notes)))
     problems: list[str] = []
-    config = typing.cast(Config, _build(Config, tree, "", problems))
-    if not problems:
-        problems += _check(config)
+    config: Config = _build(Config, tree, "", problems)
+    problems = problems or [*_broken_limits(config), *_contradictions(config)]
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) in the configuration {origin}:\n{listing}")
@@ -66,8 +68,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 def resolve_config_path(name: str) -> Path:
     """Return the config file called ``name``: a path as given, or the name of a preset."""
-    candidates = [Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.py", CONFIG_DIR.parent / name]
-    for candidate in candidates:
+    for candidate in (Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.py", CONFIG_DIR.parent / name):
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in CONFIG_DIR.glob("*.py") if path.stem != "__init__")
@@ -94,77 +95,60 @@ def _read_tree(path: Path) -> Tree:
     return tree
 
 
-def _note(old: str) -> str:
-    if old in REMOVED:
-        return f"{old} is gone and ignored ({REMOVED[old]})"
-    return f"{old} is now {f'--{SETTINGS[RENAMED[old]].flag}' if old.startswith('--') else RENAMED[old]}"
-
-
-def _move_old_keys(tree: Tree) -> Iterator[str]:
-    """Take the old keys out of a file's tree, put renamed ones where they belong, and yield a note about each."""
+def _take_old(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Take the old keys out of a file's tree, with their values."""
     for old in (*RENAMED, *REMOVED):
         group, _, name = old.partition(".")
         holder = tree.get(group)
-        if not isinstance(holder, dict) or name not in holder:
-            continue
-        value = holder.pop(name)
-        if not holder:
-            tree.pop(group)
-        if old in RENAMED:
-            new_group, _, new_name = RENAMED[old].partition(".")
-            target = tree.setdefault(new_group, {})
-            if isinstance(target, dict):
-                target.setdefault(new_name, value)
-        yield _note(old)
+        if isinstance(holder, dict) and name in holder:
+            yield old, holder.pop(name)
+            if not holder:
+                del tree[group]
 
 
 def _set_dotted(tree: Tree, dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
-    node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(explain("override goes below a value", dotted, child, expected="a group of settings"))
-        node = child
-    node[leaf] = value
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(explain("override goes below a value", dotted, tree, expected="a group of settings"))
+    tree[leaf] = value
 
 
-def _build(cls: type[Any], tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """Make dataclass ``cls`` from ``tree``; collect every problem instead of stopping at the first."""
     hints = typing.get_type_hints(cls)
     values: Tree = {}
     for key, raw in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in hints:
-            close = difflib.get_close_matches(key, list(hints), n=1)
-            problems.append(f"unknown key {dotted!r}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
-        elif is_dataclass(hints[key]):
+        hint = hints.get(key)
+        if hint is None:
+            close = difflib.get_close_matches(key, hints, n=1)
+            problems.append(f"unknown key {prefix + key!r}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
+        elif is_dataclass(hint):
             if isinstance(raw, Mapping):
-                values[key] = _build(typing.cast(type[Any], hints[key]), raw, f"{dotted}.", problems)
+                values[key] = _build(hint, raw, f"{prefix}{key}.", problems)
             else:
-                problems.append(f"{dotted}: seen {raw!r}, expected a group of settings")
+                problems.append(f"{prefix}{key}: seen {raw!r}, expected a group of settings")
         else:
             try:
-                values[key] = _convert(raw, hints[key])
+                values[key] = _convert(raw, hint)
             except (TypeError, ValueError, OverflowError):
-                expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
-                problems.append(f"{dotted}: seen {raw!r}, expected {expected}")
+                expected = hint.__name__ if isinstance(hint, type) else str(hint)
+                problems.append(f"{prefix}{key}: seen {raw!r}, expected {expected}")
     return cls(**values)
 
 
 def _convert(raw: Any, hint: Any) -> Any:
     """Convert ``raw`` to type ``hint`` where nothing is lost; raise TypeError or ValueError otherwise."""
-    origin = typing.get_origin(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if raw is None or (isinstance(raw, str) and raw.lower() == "none"):
-            return None
-        return _convert(raw, next(a for a in typing.get_args(hint) if a is not type(None)))
+        is_none = raw is None or (isinstance(raw, str) and raw.lower() == "none")
+        return None if is_none else _convert(raw, next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
-        items = raw.split(",") if isinstance(raw, str) else list(raw)
-        args = typing.get_args(hint)
+        items = [item.strip() for item in raw.split(",")] if isinstance(raw, str) else list(raw)
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ValueError(raw)
-        return tuple(_convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
+        return tuple(_convert(item, args[0]) for item in items)
     if origin is not None and isinstance(raw, Mapping):
         return dict(raw)
     if hint is bool and isinstance(raw, str):
@@ -181,62 +165,40 @@ def _convert(raw: Any, hint: Any) -> Any:
     raise TypeError(raw)
 
 
-def _check(config: Config) -> Iterator[str]:
+def _value(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def _broken_limits(config: Config) -> Iterator[str]:
     for key, about in SETTINGS.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        expected = None if value is None else _broken_limit(value, about)
-        if expected is not None:
+        value, low, high = _value(config, key), about.at_least, about.at_most
+        if about.choices:
+            for word in value if isinstance(value, tuple) else (value,):
+                if word in about.choices or (low is not None and word.isdigit() and int(word) >= low):
+                    continue
+                close = difflib.get_close_matches(word, about.choices, n=1)
+                expected = f"{'some' if isinstance(value, tuple) else 'one'} of {', '.join(about.choices)}"
+                number = "" if low is None else f" or a number from {low:g} on"
+                hint = f"; did you mean {close[0]}?" if close else ""
+                yield f"{key}: seen {value!r}, expected {expected}{number}{hint}"
+        elif low is not None and value is not None and not low <= value <= (math.inf if high is None else high):
+            expected = f"at least {low:g}" if high is None else f"a number between {low:g} and {high:g}"
             yield f"{key}: seen {value!r}, expected {expected}"
-    for rule in RULES:
-        problem = rule(config)
-        if problem is not None:
-            yield problem
 
 
-def _broken_limit(value: Any, about: Setting) -> str | None:
-    """Return what was expected where ``value`` breaks the limits of its setting, else None."""
-    low, high, choices = about.at_least, about.at_most, about.choices
-    if choices:
-        for word in value if isinstance(value, tuple) else (value,):
-            if word in choices or (low is not None and word.isdigit() and int(word) >= low):
-                continue
-            close = difflib.get_close_matches(word, choices, n=1)
-            expected = f"{'some' if isinstance(value, tuple) else 'one'} of {', '.join(choices)}"
-            number = "" if low is None else f" or a number from {low:g} on"
-            return expected + number + (f"; did you mean {close[0]}?" if close else "")
-    elif low is not None and not value >= low:
-        return f"at least {low:g}" if high is None else f"a number between {low:g} and {high:g}"
-    elif high is not None and not value <= high:
-        return f"at most {high:g}" if low is None else f"a number between {low:g} and {high:g}"
-    return None
-
-
-def _cycle_limits(config: Config) -> str | None:
-    keep, drop = config.loop.cycle_keep, config.loop.cycle_drop
-    if keep is None or keep > drop:
-        return None
-    return f"loop.cycle_keep and loop.cycle_drop: seen {keep} and {drop}, expected keep above drop"
-
-
-def _rewards_have_a_learner(config: Config) -> str | None:
-    rewards = [n for n in ("contrast", "caption", "length") if getattr(config.reward, f"{n}_weight") > 0]
-    estimator = config.policy.caption_gradient
-    if not rewards or estimator not in ("none", "gumbel"):
-        return None
-    where = ", ".join(f"reward.{name}_weight" for name in rewards)
-    expected = "policy.caption_gradient auto, scst, grpo or gumbel+.."
-    return f"{where}: nobody learns from it with {estimator}; expected {expected}"
-
-
-def _groups_have_a_rest(config: Config) -> str | None:
-    if not config.policy.caption_gradient.endswith("grpo") or config.policy.captions_per_region > 1:
-        return None
-    return "policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest"
-
-
-RULES: tuple[Callable[[Config], str | None], ...] = (_cycle_limits, _rewards_have_a_learner, _groups_have_a_rest)
-"""What must hold between settings; each returns the problem, or None."""
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what does not hold between settings."""
+    loop, policy, reward = config.loop, config.policy, config.reward
+    if loop.cycle_keep is not None and loop.cycle_keep <= loop.cycle_drop:
+        seen = f"{loop.cycle_keep} and {loop.cycle_drop}"
+        yield f"loop.cycle_keep and loop.cycle_drop: seen {seen}, expected keep above drop"
+    rewards = [f"reward.{n}_weight" for n in ("contrast", "caption", "length") if getattr(reward, f"{n}_weight") > 0]
+    if rewards and policy.caption_gradient in ("none", "gumbel"):
+        nobody = f"nobody learns from it with {policy.caption_gradient}"
+        yield f"{', '.join(rewards)}: {nobody}; expected policy.caption_gradient auto, scst, grpo or gumbel+.."
+    if policy.caption_gradient.endswith("grpo") and policy.captions_per_region < 2:
+        yield "policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest"
 
 
 def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
@@ -253,7 +215,6 @@ def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()
         help="a Python config, the name of a preset, or the config.json of a run; --help shows its values as defaults "
         "(default: %(default)s)",
     )
-    _add_cfg_options(parser, ", e.g. model.gradient_checkpointing=True")
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -267,37 +228,27 @@ def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()
             config = load_config(resolve_config_path(chosen.parse_known_args(argv)[0].config))
         except ConfigError as error:
             parser.error(str(error))
-    groups = {about.title: parser.add_argument_group(about.title) for about in SETTINGS.values() if about.flag}
-    for key, about in SETTINGS.items():
-        if about.flag:
-            group, name = key.split(".")
-            value = getattr(getattr(config, group), name)
-            shown = ",".join(value) if isinstance(value, tuple) else "none" if value is None else str(value)
-            _add_flag(groups[about.title], about, f"{about.doc} (default: {shown})")
-    _add_old_flags(parser)
+    _add_flags(parser, SETTINGS, config)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add training's flags of data and ``--cfg-options``, for commands that read the same data."""
-    group = parser.add_argument_group("data (the flags of training)")
-    for key, about in SETTINGS.items():
-        if about.flag and key.startswith("data."):
-            _add_flag(group, about, about.doc)
-    _add_cfg_options(group)
-    _add_old_flags(parser)
+    _add_flags(parser, {key: about for key, about in SETTINGS.items() if key.startswith("data.")})
 
 
-def _add_cfg_options(parser: argparse._ActionsContainer, example: str = "") -> None:
-    text = f"any setting by its dotted key{example} (flags win over these)"
+def _add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting], config: Config | None = None) -> None:
+    """Add the flags of ``settings``, with the values of ``config`` as defaults in ``--help``."""
+    text = "any setting by its dotted key, e.g. model.gradient_checkpointing=True (flags win over these)"
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help=text)
-
-
-def _add_flag(group: argparse._ActionsContainer, about: Setting, text: str) -> None:
-    unit = about.unit or "|".join(about.choices)
-    group.add_argument(f"--{about.flag}", metavar=unit, help=text.replace("%", "%%"))
-
-
-def _add_old_flags(parser: argparse.ArgumentParser) -> None:
+    groups = {about.title: parser.add_argument_group(about.title) for about in settings.values() if about.flag}
+    for key, about in settings.items():
+        if about.flag:
+            text, unit = about.doc, about.unit or "|".join(about.choices)
+            if config is not None:
+                value = _value(config, key)
+                shown = ",".join(value) if isinstance(value, tuple) else "none" if value is None else value
+                text += f" (default: {shown})"
+            groups[about.title].add_argument(f"--{about.flag}", metavar=unit, help=text.replace("%", "%%"))
     for old in (*RENAMED, *REMOVED):
         if old.startswith("--"):
             parser.add_argument(old, dest=old, help=argparse.SUPPRESS)
@@ -306,31 +257,23 @@ def _add_old_flags(parser: argparse.ArgumentParser) -> None:
 def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     """Return dotted keys to values from parsed flags; a flag wins over ``--cfg-options``.
 
-    Raises:
-        ConfigError: an entry of ``--cfg-options`` is not of the form key=value.
-    """
-    names = {key: about.flag for key, about in SETTINGS.items()} | {old: old for old in (*RENAMED, *REMOVED)}
-    # Commands offer a part of the flags.
-    given = {key: getattr(args, name, None) for key, name in names.items()}
-    return parse_options(args.cfg_options) | {key: value for key, value in given.items() if value is not None}
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Turn ``["model.text.num_hidden_layers=2", ...]`` into dotted keys and values.
-
-    What the dataclasses convert stays text; where they hold free mappings, or a literal is given, it is read.
+    Of ``--cfg-options``, what the dataclasses convert stays text; where they hold free mappings, or a literal is given,
+    it is read.
 
     Raises:
-        ConfigError: entries without ``=`` or without a group, all of them named.
+        ConfigError: options without ``=`` or without a group, all of them named.
     """
-    wrong = [option for option in options if "=" not in option or "." not in option.split("=", 1)[0]]
+    wrong = [option for option in args.cfg_options if "." not in option.partition("=")[0] or "=" not in option]
     if wrong:
         raise ConfigError(explain("malformed option", "--cfg-options", ", ".join(wrong), "group.key=value"))
     values: Tree = {}
-    for option in options:
-        key, text = (part.strip() for part in option.split("=", 1))
+    for option in args.cfg_options:
+        key, _, text = (part.strip() for part in option.partition("="))
         values[key] = text
         if key.count(".") > 1 or text.startswith(("{", "[", "(")):
             with contextlib.suppress(ValueError, SyntaxError):
                 values[key] = ast.literal_eval(text)
-    return values
+    names = {key: about.flag for key, about in SETTINGS.items()} | {old: old for old in (*RENAMED, *REMOVED)}
+    # Commands offer a part of the flags.
+    given = {key: getattr(args, name, None) for key, name in names.items()}
+    return values | {key: value for key, value in given.items() if value is not None}

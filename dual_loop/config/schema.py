@@ -8,8 +8,8 @@ setting or flag is one field here. A setting that goes or gets another name leav
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
@@ -23,29 +23,31 @@ class Setting:
         doc: what it does; the text of ``--help``.
         unit: a unit, or the kind of value; shown in place of the value.
         flag: name on the command line, without the dashes; empty for a setting that has no flag.
-        title: group of ``--help``.
+        title: group of ``--help``; empty: that of the field's class.
         choices: allowed words; with ``at_least`` a number counts too. Of a tuple, every item is one of them.
         at_least, at_most: limits of a number, themselves allowed.
     """
 
     doc: str
-    title: str
-    flag: str
     unit: str = ""
+    flag: str = ""
+    title: str = ""
     choices: tuple[str, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
 
 
 def setting(default: T, doc: str, unit: str = "", **about: Any) -> T:
-    """Return a dataclass field with ``default`` that carries the attributes of its :class:`Setting`.
-
-    ``flag=True`` makes a flag of the field's own name; without ``title`` the class's counts.
-    """
-    metadata = {"doc": doc, "unit": unit, **about}
+    """Return a dataclass field with ``default`` that carries a :class:`Setting`."""
+    metadata = {"setting": Setting(doc, unit, **about)}
     if isinstance(default, dict):
-        return field(default_factory=cast(Callable[[], T], default.copy), metadata=metadata)
+        return cast(T, field(default_factory=default.copy, metadata=metadata))
     return field(default=default, metadata=metadata)
+
+
+def flag(default: T, doc: str, unit: str = "", name: str = "=", **about: Any) -> T:
+    """Return a :func:`setting` that has a flag, called ``name``; ``=``: as the field itself."""
+    return setting(default, doc, unit or ("" if "choices" in about else "NUMBER"), flag=name, **about)
 
 
 GATES = ("special_token", "prompt_leak", "coordinates", "script", "repetition", "truncated", "empty")
@@ -56,15 +58,15 @@ WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
 CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"
 
+SHARE: Mapping[str, Any] = {"at_least": 0, "at_most": 1}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture, precision, adapters and freeze policy."""
 
     name: str = setting("sa2va_4b", "shown in tables and reports")
-    tokenizer: str | None = setting(
-        None, "tiny (the byte-level tokenizer in the package) or a folder of tokenizer files; none: --model_path", "DIR"
-    )
+    tokenizer: str | None = setting(None, "tiny (in the package) or a folder; none: --model_path", "DIR")
     vision: Mapping[str, Any] = setting({}, "keyword arguments of transformers' InternVLVisionConfig")
     text: Mapping[str, Any] = setting({}, "keyword arguments of transformers' Qwen2Config")
     downsample_ratio: float = setting(0.5, "pixel-shuffle factor between patches and image tokens (0.5 in InternVL)")
@@ -77,189 +79,159 @@ class ModelConfig:
     trainable: tuple[str, ...] = setting(
         ("lora", "mlp1", "mask_decoder", "text_hidden_fcs"), "parameter groups that train, from model.adapters.GROUPS"
     )
-    train_embeddings: str = setting(
-        "auto", "token embeddings that train; auto: none with imported weights, else new_tokens", flag=True,
-        choices=("auto", "none", "new_tokens", "all")
+    train_embeddings: str = flag(
+        "auto",
+        "token embeddings that train; auto: none with imported weights, else new_tokens",
+        choices=("auto", "none", "new_tokens", "all"),
     )
-    lora_r: int = setting(
-        128, "rank of LoRA, on every linear layer of the language model but the head", "RANK", flag=True, at_least=1
+    lora_r: int = flag(
+        128, "rank of LoRA, on every linear layer of the language model but the head", "RANK", at_least=1
     )
-    lora_alpha: int = setting(256, "LoRA is scaled by alpha / rank", "NUMBER", flag=True)
+    lora_alpha: int = flag(256, "LoRA is scaled by alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before LoRA", "FRACTION")
-    gradient_checkpointing: bool = setting(
-        True, "recompute activations in the language model (in as many layers as speed.checkpoint_layers says) and a "
-        "trainable vision tower"
-    )
-    initial_weights: str | None = setting(
-        None, "where --pretrained_pth is not given; tiny: the checkpoint in the package, none: random"
-    )
+    gradient_checkpointing: bool = setting(True, "recompute activations where speed.checkpoint_layers says so")
+    initial_weights: str | None = setting(None, "without --pretrained_pth; tiny: those in the package, none: random")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the data is and how samples are chosen. A directory of None leaves the source out."""
 
-    sav_dir: str | None = setting(None, "SA-V: frame pairs (.npz) or videos (.mp4 with .json)", "DIR", flag=True)
-    sav_max_samples: int | None = setting(None, "use only so many frame pairs", "PAIRS", flag=True)
-    sav_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", flag=True, at_least=0)
+    sav_dir: str | None = flag(None, "SA-V: frame pairs (.npz) or videos (.mp4 with .json)", "DIR")
+    sav_max_samples: int | None = flag(None, "use only so many frame pairs", "PAIRS")
+    sav_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     sav_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    sav_format: str = setting(
-        "auto", "npz frame pairs, or mp4 with masklets as released; auto: pairs where there are any", flag=True,
-        choices=("auto", "pairs", "videos")
+    sav_format: str = flag(
+        "auto", "auto: frame pairs (.npz) where there are any, else videos", choices=("auto", "pairs", "videos")
     )
     sav_masklets: str = setting("both", "masklets of the videos that are read", choices=("both", "manual", "auto"))
     sav_min_seconds: float = setting(0.5, "least time between the two frames of a video", "SECONDS", at_least=0)
     sav_max_seconds: float = setting(2.0, "most time between the two frames of a video", "SECONDS", at_least=0)
     sav_min_area: float = setting(0.001, "least part of the frame that a masklet covers", "FRACTION", at_least=0)
-    sa1b_dir: str | None = setting(None, "SA-1B images with their JSON files", "DIR", flag=True)
-    sa1b_max_samples: int | None = setting(None, "use only so many image files", "IMAGES", flag=True)
+    sa1b_dir: str | None = flag(None, "SA-1B images with their JSON files", "DIR")
+    sa1b_max_samples: int | None = flag(None, "use only so many image files", "IMAGES")
     sa1b_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     sa1b_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
     sa1b_min_area: float = setting(0.001, "least part of the image that a mask covers", "FRACTION")
     sa1b_max_area: float = setting(0.95, "most of the image that a mask covers", "FRACTION")
     sa1b_min_predicted_iou: float = setting(0.0, "least predicted_iou of a mask")
     sa1b_min_stability_score: float = setting(0.0, "least stability_score of a mask")
-    openimage_dir: str | None = setting(None, "Open Images, root of the four paths below", "DIR", flag=True)
-    openimage_max_samples: int | None = setting(None, "use only so many images", "IMAGES", flag=True)
+    openimage_dir: str | None = flag(None, "Open Images, root of the four paths below", "DIR")
+    openimage_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
     openimage_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     openimage_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    openimage_csv: str | None = setting(None, "object segmentation table, if elsewhere", "FILE", flag=True)
-    openimage_classes: str | None = setting(None, "class descriptions, if elsewhere", "FILE", flag=True)
-    openimage_images: str | None = setting(None, "images, if elsewhere", "DIR", flag=True)
-    openimage_masks: str | None = setting(None, "masks, if elsewhere", "DIR", flag=True)
-    refcoco_dir: str | None = setting(None, "folder with refcoco, refcoco+, refcocog", "DIR", flag=True)
-    refcoco_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", flag=True, at_least=0)
+    openimage_csv: str | None = flag(None, "object segmentation table, if elsewhere", "FILE")
+    openimage_classes: str | None = flag(None, "class descriptions, if elsewhere", "FILE")
+    openimage_images: str | None = flag(None, "images, if elsewhere", "DIR")
+    openimage_masks: str | None = flag(None, "masks, if elsewhere", "DIR")
+    refcoco_dir: str | None = flag(None, "folder with refcoco, refcoco+, refcocog", "DIR")
+    refcoco_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     refcoco_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    refcoco_max_samples: int | None = setting(None, "use only so many images", "IMAGES", flag=True)
+    refcoco_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
     refcoco_datasets: tuple[str, ...] = setting(("refcoco", "refcoco+", "refcocog"), "which of them to train on")
-    refcoco_split: str = setting("train", "split to train on", "NAME", flag=True)
-    refcoco_images: str | None = setting(None, "COCO images, if elsewhere", "DIR", flag=True)
-    masks_dir: str | None = setting(None, "your own masks: a folder, a COCO .json or a .jsonl file", "PATH", flag=True)
-    masks_max_samples: int | None = setting(None, "use only so many images", "IMAGES", flag=True)
-    masks_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", flag=True, at_least=0)
+    refcoco_split: str = flag("train", "split to train on", "NAME")
+    refcoco_images: str | None = flag(None, "COCO images, if elsewhere", "DIR")
+    masks_dir: str | None = flag(None, "your own masks: a folder, a COCO .json or a .jsonl file", "PATH")
+    masks_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
+    masks_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     masks_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    masks_images: str | None = setting(None, "images of your own masks, if elsewhere", "DIR", flag=True)
+    masks_images: str | None = flag(None, "images of your own masks, if elsewhere", "DIR")
     masks_min_area: float = setting(0.0, "least part of the image that a mask covers", "FRACTION", at_least=0)
     masks_max_area: float = setting(1.0, "most of the image that a mask covers", "FRACTION")
-    leakage_guard: str = setting(
-        "warn", "training images that are held out in the RefCOCO sets at hand: drop leaves them out, error stops, "
-        "warn counts them, off does not look", flag=True, choices=("warn", "drop", "error", "off")
+    leakage_guard: str = flag(
+        "warn",
+        "training images that are held out in the RefCOCO sets at hand: drop leaves them out, error stops, "
+        "warn counts them, off does not look",
+        choices=("warn", "drop", "error", "off"),
     )
-    regions_per_image: int = setting(1, "most regions of an image in a step", "REGIONS", flag=True, at_least=1)
+    regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
     max_tiles: int = setting(1, "most tiles that a large image is cut into", "TILES", at_least=1)
     grid_pooling: str = setting("area", "how a mask becomes a grid of image tokens", choices=("area", "nearest"))
     decode_scale: str = setting(
-        "full", "in training; needed decodes a JPEG at a half, a quarter or an eighth where that is no smaller than "
-        "what the model takes: masks are the same, pixels differ as under another filter", choices=("full", "needed")
+        "full", "needed: a JPEG at 1/2, 1/4 or 1/8 where the model takes no more", choices=("full", "needed")
     )
-    max_bad_fraction: float = setting(
-        0.1, "stop where more entries than this cannot be read", "FRACTION", at_least=0, at_most=1
-    )
+    max_bad_fraction: float = setting(0.1, "stop where more entries than this cannot be read", "FRACTION", **SHARE)
     max_bad_grace: int = setting(50, "entries that are read before max_bad_fraction counts", "ENTRIES")
     index_dir: str | None = setting(None, "folder of the data indexes; none: the user's cache", "DIR")
-    num_workers: int = setting(
-        2, "loader processes a rank; 0 loads in the main one", "PROCESSES", flag=True, at_least=0
-    )
-    eval_dir: str | None = setting(
-        None, "held-out set (RefCOCO layout), measured before and after", "DIR", flag=True, title=EVALUATION
-    )
+    num_workers: int = flag(2, "loader processes a rank; 0 loads in the main one", "PROCESSES", at_least=0)
+    eval_dir: str | None = flag(None, "held-out set (RefCOCO layout), before and after", "DIR", title=EVALUATION)
     eval_split: str = setting("val", "its split", "NAME")
     eval_datasets: tuple[str, ...] = setting(("refcoco",), "which of refcoco, refcoco+, refcocog are measured")
-    eval_max_samples: int | None = setting(
-        None, "use only so many held-out images", "IMAGES", flag=True, title=EVALUATION
-    )
+    eval_max_samples: int | None = flag(None, "use only so many held-out images", "IMAGES", title=EVALUATION)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Step 1 (captioning) and step 2 (the question that the caption goes into)."""
 
-    max_new_tokens: int = setting(64, "longest caption", "TOKENS", flag=True, at_least=1)
+    max_new_tokens: int = flag(64, "longest caption", "TOKENS", at_least=1)
     temperature: float = setting(0.0, "of the captions that step 2 reads; 0 takes the likeliest token", at_least=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", "FRACTION")
     rollout_batch_size: int = setting(32, "captions that are generated together", "CAPTIONS", at_least=1)
     caption_question: str = setting("short", "bank of questions in model.prompts; any: one drawn for each region")
     segment_question: str = setting("segment", "bank of questions in model.prompts; any: one drawn for each region")
     segment_answer: str = setting("sure", "bank of answers in model.prompts; any: one drawn for each region")
-    on_rejected: str = setting(
-        "fallback", "what to do where a caption fails", flag=True, choices=("fallback", "drop", "error")
-    )
+    on_rejected: str = flag("fallback", "what to do where a caption fails", choices=("fallback", "drop", "error"))
     fallback_caption: str = setting("the object", "what step 2 reads in place of a caption that failed")
-    max_rejected_fraction: float = setting(
-        0.5, "stop where more captions than this fail", "FRACTION", at_least=0, at_most=1
-    )
+    max_rejected_fraction: float = setting(0.5, "stop where more captions than this fail", "FRACTION", **SHARE)
     max_rejected_grace: int = setting(50, "captions that are written before max_rejected_fraction counts", "CAPTIONS")
     caption_supervision: bool = setting(True, "learn from reference captions where there are any")
-    segment_form: str = setting(
-        "branches", "regions of an image: each in a branch of its own, or in the turns of one conversation with "
-        "several [SEG]", flag=True, title=SEGMENTER, choices=("branches", "turns")
+    segment_form: str = flag(
+        "branches", "turns: the regions of an image in one conversation", title=SEGMENTER, choices=("branches", "turns")
     )
-    cycle_keep: float | None = setting(
-        None, "captions teach with full weight from this cycle IoU on; none keeps every caption", "IOU", flag=True,
-        title=SEGMENTER, at_least=0, at_most=1
+    cycle_keep: float | None = flag(
+        None, "captions teach with full weight from this cycle IoU on; none: all do", "IOU", title=SEGMENTER, **SHARE
     )
-    cycle_drop: float = setting(
-        0.5, "captions up to this cycle IoU teach nothing; between the two the weight is linear", "IOU", flag=True,
-        title=SEGMENTER, at_least=0, at_most=1
+    cycle_drop: float = flag(
+        0.5, "captions up to this cycle IoU teach nothing; linear between the two", "IOU", title=SEGMENTER, **SHARE
     )
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """How the captioner learns what its captions were worth (``loop.estimators``)."""
+    """How the captioner learns what its captions were worth (``loop.signals.policy``, ``gumbel``)."""
 
-    caption_gradient: str = setting(
-        "auto", "estimator; auto: scst where a caption, contrast or length reward is on, else none", flag=True,
-        choices=("auto", "none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo")
+    caption_gradient: str = flag(
+        "auto",
+        "estimator; auto: scst where a caption, contrast or length reward is on, else none",
+        choices=("auto", "none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
     )
-    captions_per_region: int = setting(4, "sampled for each region (scst, grpo)", "CAPTIONS", flag=True, at_least=1)
-    temperature: float = setting(
-        1.0, "of the sampled captions and their log-probabilities", "NUMBER", flag="policy_temperature", at_least=0.01
-    )
-    weight: float = setting(1.0, "weight of the policy loss", "NUMBER", flag="policy_weight")
+    captions_per_region: int = flag(4, "sampled for each region (scst, grpo)", "CAPTIONS", at_least=1)
+    temperature: float = flag(1.0, "temperature of the sampled captions", "NUMBER", "policy_temperature", at_least=0.01)
+    weight: float = flag(1.0, "weight of the policy loss", "NUMBER", "policy_weight")
     advantage_scale: str = setting(
         "none", "group divides a group's advantages by its deviation (GRPO as published)", choices=("none", "group")
     )
     mask_truncated: bool = setting(True, "leave captions that hit loop.max_new_tokens out of groups and loss")
-    kl_weight: float = setting(
-        0.0, "weight of the divergence from the adapter switched off; logged whatever the weight", "NUMBER", flag=True,
-        at_least=0
-    )
+    kl_weight: float = flag(0.0, "of the divergence from the adapter switched off; always logged", at_least=0)
     gumbel_temperature: float = setting(1.0, "of the straight-through softmax, at the first step", at_least=0.01)
     gumbel_temperature_end: float = setting(0.5, "of the straight-through softmax, at the last step", at_least=0.01)
-    gumbel_top_k: int = setting(
-        64, "tokens of a position that gradient reaches, besides the sampled one", "TOKENS", at_least=1
-    )
+    gumbel_top_k: int = setting(64, "tokens of a position with gradient, besides the sampled one", "TOKENS", at_least=1)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """What a caption earns (``loop.rewards``), and what makes it earn nothing (``loop.gates``)."""
 
-    cycle_weight: float = setting(1.0, "reward: IoU of mask' and mask", "NUMBER", flag="cycle_reward_weight")
-    contrast_weight: float = setting(
-        0.0, "reward: IoU with the own mask minus the best with another region's of the image", "NUMBER",
-        flag="contrast_reward_weight"
+    cycle_weight: float = flag(1.0, "reward: IoU of mask' and mask", "NUMBER", "cycle_reward_weight")
+    contrast_weight: float = flag(
+        0.0, "reward: IoU with the own mask minus the best with another region's", "NUMBER", "contrast_reward_weight"
     )
-    caption_weight: float = setting(
-        0.0, "reward: likeness to reference captions, where there are any", "NUMBER", flag="caption_reward_weight"
-    )
-    length_weight: float = setting(
-        0.0, "reward: 1 for min_words..max_words words, falling linearly outside", "NUMBER", flag="length_reward_weight"
+    caption_weight: float = flag(0.0, "reward: likeness to reference captions", "NUMBER", "caption_reward_weight")
+    length_weight: float = flag(
+        0.0, "reward: 1 for min_words..max_words words, linearly less outside", "NUMBER", "length_reward_weight"
     )
     min_words: int = setting(2, "shortest caption that earns the whole length reward", "WORDS", at_least=1)
     max_words: int = setting(32, "longest caption that earns the whole length reward", "WORDS", at_least=1)
-    listener: str = setting(
-        "own", "whose masks earn rewards and weigh the cycle filter: the live model, the weight average, or the "
-        "weights that training started from (then the audit's judge is no stranger)", flag="reward_listener",
-        choices=("own", "average", "frozen")
+    listener: str = flag(
+        "own",
+        "whose masks earn rewards and weigh the cycle filter: the live model, the average, the starting weights",
+        name="reward_listener",
+        choices=("own", "average", "frozen"),
     )
-    gates: tuple[str, ...] = setting(
-        GATES, "gates that are on; special_token and empty are always, since step 2 cannot read such text",
-        choices=GATES
-    )
-    judge_url: str | None = setting(
-        None, "OpenAI-compatible server that judges captions (http://127.0.0.1:8000/v1)", "URL", flag=True
+    gates: tuple[str, ...] = setting(GATES, "gates that are on; special_token and empty are always", choices=GATES)
+    judge_url: str | None = flag(
+        None, "OpenAI-compatible server that judges captions (http://127.0.0.1:8000/v1)", "URL"
     )
     judge_model: str = setting("judge", "its model", "NAME")
     judge_key_variable: str | None = setting(None, "environment variable that holds its key, if it needs one", "NAME")
@@ -267,9 +239,8 @@ class RewardConfig:
     judge_deadline: float = setting(60.0, "for all answers of an optimiser step", "SECONDS", at_least=0.1)
     judge_retries: int = setting(2, "further tries for an answer", "TIMES", at_least=0)
     judge_workers: int = setting(8, "questions that are asked at once", "NUMBER", at_least=1)
-    judge_failure: str = setting(
-        "skip", "what to do where the judge fails: skip uses the other part of the reward alone, error stops",
-        flag=True, choices=("skip", "error")
+    judge_failure: str = flag(
+        "skip", "where the judge fails: skip uses the rest of the reward alone, error stops", choices=("skip", "error")
     )
 
 
@@ -284,24 +255,21 @@ class LossConfig:
     oversample_ratio: float = setting(3.0, "times as many points are drawn before the uncertain ones are kept")
     importance_sample_ratio: float = setting(0.75, "part of the points that is kept for being uncertain", "FRACTION")
     num_objects: int | None = setting(
-        None, "bring each image to so many objects in the mask losses, fewer repeated, more drawn (Sa2VA: 5); none: "
-        "each once", "OBJECTS", at_least=1
+        None,
+        "bring each image to so many objects, repeated or drawn (Sa2VA: 5); none: each once",
+        "OBJECTS",
+        at_least=1,
     )
-    distill_weight: float = setting(
-        0.0, "distillation from the weight average", "NUMBER", flag=True, title=SEGMENTER, at_least=0
-    )
+    distill_weight: float = flag(0.0, "distillation from the weight average", title=SEGMENTER, at_least=0)
     distill_agreement: float = setting(
-        0.5, "the teacher teaches an object where its mask has at least this IoU", "IOU", at_least=0, at_most=1
+        0.5, "the teacher teaches an object where its mask has at least this IoU", "IOU", **SHARE
     )
     distill_confidence: float = setting(
-        0.5, "pixels count where the teacher's |2p - 1| is at least this", "NUMBER", at_least=0, at_most=1
+        0.5, "pixels count where the teacher's |2p - 1| is at least this", "NUMBER", **SHARE
     )
-    align_weight: float = setting(
-        0.0, "[SEG] embedding to SAM 2's own prompt of the mask", "NUMBER", flag=True, title=SEGMENTER, at_least=0
-    )
-    align_through: str = setting(
-        "all", "what the alignment may change; projection: text_hidden_fcs alone", flag=True, title=SEGMENTER,
-        choices=("all", "projection")
+    align_weight: float = flag(0.0, "[SEG] embedding to SAM 2's own prompt of the mask", title=SEGMENTER, at_least=0)
+    align_through: str = flag(
+        "all", "projection: the alignment changes text_hidden_fcs alone", title=SEGMENTER, choices=("all", "projection")
     )
 
 
@@ -313,41 +281,37 @@ class SpeedConfig:
     (``tests/invariants/test_levers.py``).
     """
 
-    accelerate: bool = setting(
-        True, "replace layers of the libraries by ones that compute the same faster; off, no library is patched"
-    )
-    trim_last_layer: bool = setting(
-        True, "leave positions that nobody reads out of the last decoder layer, but for their keys and values (Qwen2)"
-    )
+    accelerate: bool = setting(True, "replace library layers by ones that compute the same faster; off: patch nothing")
+    trim_last_layer: bool = setting(True, "leave unread positions out of the last decoder layer (Qwen2)")
     fused_lora: bool = setting(True, "run each adapter as two products that add into the frozen one's output")
     pack_weights: str = setting(
-        "auto", "on a CPU, keep frozen matrices in the blocked layout of oneDNN; auto leaves float32 ones as they are "
-        "on Intel's processors, whose stock products are as fast", choices=("auto", "on", "off")
+        "auto",
+        "on a CPU, keep frozen matrices in the blocked layout of oneDNN; auto leaves float32 ones as they are "
+        "on Intel's processors, whose stock products are as fast",
+        choices=("auto", "on", "off"),
     )
     lean_sam2: bool = setting(True, "skip what transformers' SAM 2 encoder computes and nobody reads")
-    start_on_disk: bool = setting(
-        True, "keep the weights that training started from in a temporary file instead of in memory (1 GiB a process "
-        "for the 4B model); not where they listen at every step"
-    )
+    start_on_disk: bool = setting(True, "keep the starting weights in a temporary file, unless they listen every step")
     feature_cache: str | None = setting(None, "folder of an on-disk cache of the frozen towers' features", "DIR")
     feature_cache_gib: float = setting(20.0, "most that the cache may hold", "GIB", at_least=0)
     checkpoint_layers: str = setting(
-        "auto", "first decoder layers that are recomputed in the backward pass where model.gradient_checkpointing is "
-        "on; auto: as few as the memory allows (training.memory)", "LAYERS", choices=("auto", "all", "none"),
-        at_least=0
+        "auto",
+        "first decoder layers that are recomputed backwards (model.gradient_checkpointing); auto: as few as fit",
+        "LAYERS",
+        choices=("auto", "all", "none"),
+        at_least=0,
     )
     images_at_once: str = setting(
-        "auto", "images of a micro-batch in steps 2 and 3, each group with its own backward pass; auto: one on a CPU "
-        "with 256 or more image tokens, else all (training.window_parts)", "IMAGES", choices=("auto", "all"),
-        at_least=1
+        "auto",
+        "images with a graph at a time; auto: one on a CPU with 256 or more image tokens, else all",
+        "IMAGES",
+        choices=("auto", "all"),
+        at_least=1,
     )
-    memory_gib: float | None = setting(
-        None, "that one process may use in all, for checkpoint_layers=auto; none: what is free", "GIB", at_least=0.1
-    )
+    memory_gib: float | None = setting(None, "for checkpoint_layers=auto; none: what is free", "GIB", at_least=0.1)
     liger: bool = setting(False, "Liger's Triton kernels for the language model and its loss (GPUs; extra liger)")
     sdpa_kernel: str = setting(
-        "auto", "attention kernel of the training step, one and no other",
-        choices=("auto", "flash", "efficient", "cudnn", "math")
+        "auto", "attention kernel of the training step", choices=("auto", "flash", "efficient", "cudnn", "math")
     )
     prefetch_to_device: bool = setting(False, "copy the next accumulation window to the GPU ahead of time")
 
@@ -356,54 +320,36 @@ class SpeedConfig:
 class TrainConfig:
     """The optimiser step, its schedule, and what a run writes."""
 
-    output_dir: str = setting("outputs/run", "run folder", "DIR", flag=True, title=RUN_FOLDER)
-    pretrained_pth: str | None = setting(
-        None, "pretrained weights; none: those the config names", "PATH", flag=True, title=WEIGHTS
-    )
-    model_path: str | None = setting(
-        None, "base model: its tokenizer, and its weights where needed", "DIR", flag=True, title=WEIGHTS
-    )
-    sam2_path: str | None = setting(
-        None, "SAM 2 weights under a checkpoint that lacks them", "PATH", flag=True, title=WEIGHTS
-    )
-    allow_missing: tuple[str, ...] = setting(
-        (), "names that may stay initial, comma-separated", "PATTERNS", flag=True, title=WEIGHTS
-    )
-    num_epochs: int = setting(1, "passes over the data", "EPOCHS", flag=True, at_least=1)
-    max_steps: int | None = setting(None, "optimiser steps; wins over --num_epochs", "STEPS", flag=True, at_least=1)
-    batch_size: int = setting(2, "images of a micro-batch, a rank", "IMAGES", flag=True, at_least=1)
-    gradient_accumulation_steps: int = setting(4, "micro-batches a step", "BATCHES", flag=True, at_least=1)
-    effective_batch: int | None = setting(
-        None, "of a step, all ranks; sets the accumulation", "IMAGES", flag=True, at_least=1
-    )
-    learning_rate: float = setting(1e-5, "peak learning rate of AdamW", "RATE", flag=True, at_least=0)
-    weight_decay: float = setting(0.05, "of AdamW, on matrices only", "NUMBER", flag=True, at_least=0)
+    output_dir: str = flag("outputs/run", "run folder", "DIR", title=RUN_FOLDER)
+    pretrained_pth: str | None = flag(None, "pretrained weights; none: those the config names", "PATH", title=WEIGHTS)
+    model_path: str | None = flag(None, "base model: its tokenizer, and its weights if needed", "DIR", title=WEIGHTS)
+    sam2_path: str | None = flag(None, "SAM 2 weights under a checkpoint that lacks them", "PATH", title=WEIGHTS)
+    allow_missing: tuple[str, ...] = flag((), "names that may stay initial, comma-separated", "PATTERNS", title=WEIGHTS)
+    num_epochs: int = flag(1, "passes over the data", "EPOCHS", at_least=1)
+    max_steps: int | None = flag(None, "optimiser steps; wins over --num_epochs", "STEPS", at_least=1)
+    batch_size: int = flag(2, "images of a micro-batch, a rank", "IMAGES", at_least=1)
+    gradient_accumulation_steps: int = flag(4, "micro-batches a step", "BATCHES", at_least=1)
+    effective_batch: int | None = flag(None, "of a step, all ranks; sets the accumulation", "IMAGES", at_least=1)
+    learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0)
+    weight_decay: float = flag(0.05, "of AdamW, on matrices only", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW")
     warmup_ratio: float = setting(0.05, "part of the steps over which the learning rate rises", "FRACTION")
     min_lr_ratio: float = setting(0.0, "learning rate at the end, as a part of the peak", "FRACTION")
-    max_grad_norm: float = setting(1.0, "clip the gradient's norm; 0 is off", "NORM", flag=True, at_least=0)
-    ema_decay: float = setting(
-        0.999, "decay of the weight average, a step", "FRACTION", flag=True, at_least=0, at_most=1
-    )
-    mixed_precision: str = setting("auto", "auto: bf16 for a bfloat16 model", flag=True, choices=("auto", "no", "bf16"))
-    parallel: str = setting("ddp", "fsdp shards the language model over the ranks", flag=True, choices=("ddp", "fsdp"))
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 is off", "NORM", at_least=0)
+    ema_decay: float = flag(0.999, "decay of the weight average, a step", "FRACTION", **SHARE)
+    mixed_precision: str = flag("auto", "auto: bf16 for a bfloat16 model", choices=("auto", "no", "bf16"))
+    parallel: str = flag("ddp", "fsdp shards the language model over the ranks", choices=("ddp", "fsdp"))
     allow_emulated_bf16: bool = setting(False, "run in bf16 on a device that has none of its own and is slow with it")
-    device: str = setting("auto", "where to compute", flag=True, choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     num_threads: int | None = setting(None, "of torch, a process; none: torch's own choice", "THREADS")
-    seed: int = setting(42, "decides everything random", "NUMBER", flag=True)
-    resume: str | None = setting(
-        None, "newest whole checkpoint of the run folder, or this one", "auto|DIR", flag=True, title=RUN_FOLDER
-    )
-    log_interval: int = setting(10, "between two logged steps", "STEPS", flag=True, title=RUN_FOLDER, at_least=1)
-    save_interval: int = setting(500, "between two checkpoints", "STEPS", flag=True, title=RUN_FOLDER, at_least=1)
-    keep_checkpoints: int = setting(
-        2, "newest checkpoints that are kept", "NUMBER", flag=True, title=RUN_FOLDER, at_least=1
-    )
-    panel_interval: int = setting(200, "between two sets of example panels", "STEPS", flag=True, title=RUN_FOLDER)
+    seed: int = flag(42, "decides everything random")
+    resume: str | None = flag(None, "newest whole checkpoint, or this one", "auto|DIR", title=RUN_FOLDER)
+    log_interval: int = flag(10, "between two logged steps", "STEPS", title=RUN_FOLDER, at_least=1)
+    save_interval: int = flag(500, "between two checkpoints", "STEPS", title=RUN_FOLDER, at_least=1)
+    keep_checkpoints: int = flag(2, "newest checkpoints that are kept", title=RUN_FOLDER, at_least=1)
+    panel_interval: int = flag(200, "between two sets of example panels", "STEPS", title=RUN_FOLDER)
     panels_per_save: int = setting(4, "panels of a set", "PANELS")
-    audit_interval: int = setting(
-        50, "between two audits (frozen listener, KL)", "STEPS", flag=True, title=RUN_FOLDER, at_least=1
-    )
+    audit_interval: int = flag(50, "between two audits (frozen listener, KL)", "STEPS", title=RUN_FOLDER, at_least=1)
     eval_weights: str = setting("ema", "that are measured after training: averaged or last", choices=("ema", "live"))
 
 
@@ -411,14 +357,14 @@ class TrainConfig:
 class Config:
     """The whole configuration of a run; written to ``config.json`` in the run folder."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default=ModelConfig(), metadata={"title": WEIGHTS})
+    data: DataConfig = field(default=DataConfig(), metadata={"title": "data (a folder left out leaves the source out)"})
+    loop: LoopConfig = field(default=LoopConfig(), metadata={"title": "loop"})
+    policy: PolicyConfig = field(default=PolicyConfig(), metadata={"title": CAPTIONER})
+    reward: RewardConfig = field(default=RewardConfig(), metadata={"title": CAPTIONER})
+    loss: LossConfig = field(default=LossConfig(), metadata={"title": SEGMENTER})
+    speed: SpeedConfig = field(default=SpeedConfig(), metadata={"title": "speed"})
+    train: TrainConfig = field(default=TrainConfig(), metadata={"title": "training"})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, as JSON holds them."""
@@ -433,28 +379,14 @@ def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
     return "scst" if has_reward else "none"
 
 
-TITLES: Mapping[str, str] = {
-    "model": WEIGHTS,
-    "data": "data (a folder left out leaves the source out)",
-    "loop": "loop",
-    "policy": CAPTIONER,
-    "reward": CAPTIONER,
-    "loss": SEGMENTER,
-    "speed": "speed",
-    "train": "training",
+SETTINGS: Mapping[str, Setting] = {
+    f"{group.name}.{item.name}": replace(
+        about, flag=item.name if about.flag == "=" else about.flag, title=about.title or group.metadata["title"]
+    )
+    for group in fields(Config)
+    for item in fields(getattr(Config(), group.name))
+    for about in [item.metadata["setting"]]
 }
-
-
-
-def _collect() -> Iterator[tuple[str, Setting]]:
-    for group, title in TITLES.items():
-        for item in fields(getattr(Config(), group)):
-            about = {"title": title, **item.metadata}
-            about["flag"] = item.name if about.get("flag") is True else about.get("flag", "")
-            yield f"{group}.{item.name}", Setting(**about)
-
-
-SETTINGS: Mapping[str, Setting] = dict(_collect())
 """Every setting by its dotted key, in the order of the fields."""
 
 RENAMED: dict[str, str] = {}

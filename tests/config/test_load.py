@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dual_loop.config import SETTINGS, add_training_flags, load_config, overrides_from, parse_options, schema
+from dual_loop.config import SETTINGS, add_training_flags, load_config, overrides_from, schema
 from dual_loop.errors import ConfigError
 
 PROMISED = (
@@ -67,11 +67,12 @@ def test_wrong_flag_and_wrong_option_are_reported_together(parser: argparse.Argu
 @pytest.mark.parametrize("option", ["train.seed", "seed=1"])
 def test_malformed_options_are_named(option: str) -> None:
     with pytest.raises(ConfigError, match=r"group\.key=value"):
-        parse_options(["train.seed=1", option])
+        overrides_from(argparse.Namespace(cfg_options=["train.seed=1", option]))
 
 
 def test_options_keep_text_where_the_configuration_converts() -> None:
-    options = parse_options(["train.output_dir=123", "model.vision.patch_size=[8, 8]", "model.vision={'a': 1}"])
+    given = ["train.output_dir=123", "model.vision.patch_size=[8, 8]", "model.vision={'a': 1}"]
+    options = overrides_from(argparse.Namespace(cfg_options=given))
     assert options == {"train.output_dir": "123", "model.vision.patch_size": [8, 8], "model.vision": {"a": 1}}
 
 
