@@ -58,34 +58,23 @@ def apply_liger(model: Sa2VA, device: torch.device | str, kernels: Sequence[str]
     apply_liger_kernel_to_internvl(
         model=model.mllm, **losses, **norms, rope="rope" in kernels, swiglu="swiglu" in kernels
     )
-    use_fused_loss(model, LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum"))
-    text = f"Liger: {', '.join(kernels)}"
-    reason = why_no_fused_loss(model)
-    return f"{text}; cross-entropy " + ("fused with the head" if reason is None else f"not fused: {reason}")
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
+    reason = use_fused_loss(model, loss)
+    fused = "fused with the head" if reason is None else f"not fused: {reason}"
+    return f"Liger: {', '.join(kernels)}; cross-entropy {fused}"
 
 
-def use_fused_loss(model: Sa2VA, loss: FusedLoss) -> None:
-    """Let the model's ``token_loss`` go through ``loss`` where the head allows it."""
-    if why_no_fused_loss(model) is None:
-        setattr(model, "token_loss", partial(fused_token_cross_entropy, loss, model.mllm.lm_head.weight))  # noqa: B010
-
-
-def fused_token_cross_entropy(fused: FusedLoss, matrix: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, summed, of P tokens by a function that makes the logits itself; no token gives a zero with graph.
-
-    Args:
-        fused: the function.
-        matrix: (V, D), the output head.
-        hidden: (P, D). labels: (P,) int64.
-    """
-    return fused(matrix, hidden.to(matrix.dtype), labels) if len(hidden) else hidden.sum() * 0.0
-
-
-def why_no_fused_loss(model: Sa2VA) -> str | None:
-    """Return why the head is not a plain matrix, None where it is."""
+def use_fused_loss(model: Sa2VA, loss: FusedLoss) -> str | None:
+    """Let the model's ``token_loss`` go through ``loss``; return why the head does not allow it, None where it does."""
     head = model.mllm.lm_head
     if model.new_token_rows is not None:
         return "the head has trained rows of new tokens (model.train_embeddings)"
     if type(head) is not nn.Linear or head.bias is not None:
         return f"the head is a {type(head).__name__}"
+    setattr(model, "token_loss", partial(fused_token_cross_entropy, loss, head.weight))  # noqa: B010
     return None
+
+
+def fused_token_cross_entropy(fused: FusedLoss, matrix: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, summed, of tokens (P,) by a function that makes the logits itself; of none a zero with graph."""
+    return fused(matrix, hidden.to(matrix.dtype), labels) if len(hidden) else hidden.sum() * 0.0

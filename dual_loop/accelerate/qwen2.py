@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,26 +44,28 @@ def run_language(
     row_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """``Sa2VA.run_language``: what is before ``read_from`` or behind ``row_lengths`` may be zeros."""
-    language = model.mllm.model.language_model
-
-    def run(embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
-        trimmed: dict[str, int] = {}
-        if mask.dim() == 4:
-            mask, trimmed = additive_mask(mask, embeds.dtype), trimming(language, read_from)
-        given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    if attention_mask.dim() != 4:
+        return Sa2VA.run_language(model, embeds, attention_mask, position_ids)
+    language, columns = model.mllm.model.language_model, embeds.shape[1]
+    trimmed = trimming(language, read_from)
+    groups = row_groups(row_lengths) if row_lengths is not None and model.group_rows else []
+    outputs = []
+    for group in groups if len(groups) > 1 else [None]:
+        rows: Any = slice(None) if group is None else torch.tensor(group, device=embeds.device)
+        end = columns if group is None or row_lengths is None else row_lengths[group[0]]
+        mask = additive_mask(attention_mask[rows, :, :end, :end], embeds.dtype)
+        positions = None if position_ids is None else position_ids[rows, :end]
+        given = {"inputs_embeds": embeds[rows, :end], "attention_mask": mask, "position_ids": positions}
         hidden = language(**given, use_cache=False, **trimmed).last_hidden_state
-        return restore_columns(hidden, trimmed.get("read_from", 0))
+        padding = (0, 0, trimmed.get("read_from", 0), columns - end)
+        outputs.append(F.pad(hidden, padding) if any(padding) else hidden)
+    if len(outputs) == 1:
+        return torch.as_tensor(outputs[0])
+    order = torch.tensor([row for group in groups for row in group], device=embeds.device)
+    return torch.cat(outputs)[order.argsort()]
 
-    is_split = model.group_rows and attention_mask.dim() == 4
-    groups = row_groups(row_lengths) if row_lengths is not None and is_split else []
-    if len(groups) < 2 or row_lengths is None:
-        return run(embeds, attention_mask, position_ids)
-    return run_in_groups(run, groups, row_lengths, embeds, attention_mask, position_ids)
 
-
-def step_language(
-    model: Sa2VA, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache
-) -> Tensor:
+def step_language(model: Sa2VA, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
     """``Sa2VA.step_language``. Layers are looked at in every call: they may be wrapped at any time."""
     language, count = model.mllm.model.language_model, embeds.shape[1]
     if count == 1 and can_step(language):
@@ -110,7 +112,6 @@ def attend(
         cache: keys and values seen before, which those of ``normed`` are appended to; None for none.
     """
     cosine, sine = (part[:, None] for part in turn)
-
     flat = attention.q_proj(normed[:, start:]), attention.k_proj(normed), attention.v_proj(normed)
     query, key, value = (values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for values in flat)
     query = query * cosine[:, :, start:] + rotate_half(query) * sine[:, :, start:]
@@ -135,11 +136,6 @@ def trimming(language_model: nn.Module, column: int) -> dict[str, int]:
     return {"read_from": column} if column and isinstance(layers[-1], TrimmedLayer) else {}
 
 
-def restore_columns(hidden: Tensor, start: int) -> Tensor:
-    """(B, n, D) -> (B, start + n, D), zeros in the columns that were left out."""
-    return F.pad(hidden, (0, 0, start, 0)) if start else hidden
-
-
 def row_groups(lengths: Sequence[int]) -> list[list[int]]:
     """Return the numbers of the rows, longest first, in groups; none is shorter than 1 - ``SLACK`` of its longest."""
     groups: list[list[int]] = []
@@ -149,31 +145,6 @@ def row_groups(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([row])
     return groups
-
-
-def run_in_groups(
-    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    groups: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    embeds: Tensor,
-    mask: Tensor,
-    positions: Tensor | None,
-) -> Tensor:
-    """Apply ``run(embeds, mask, positions)`` to each group without its common padding; return (B, L, D).
-
-    Args:
-        groups: of :func:`row_groups`. lengths: real columns of each row, padding is on the right.
-        embeds: (B, L, D). mask: (B, 1, L, L). positions: (B, L) or None.
-    """
-    outputs, columns = [], embeds.shape[1]
-    for group in groups:
-        rows = torch.tensor(group, device=embeds.device)
-        end = lengths[group[0]]
-        own = None if positions is None else positions[rows, :end]
-        output = run(embeds[rows, :end], mask[rows, :, :end, :end], own)
-        outputs.append(F.pad(output, (0, 0, 0, columns - end)))
-    order = torch.tensor([row for group in groups for row in group])
-    return torch.cat(outputs)[order.argsort().to(embeds.device)]
 
 
 def can_step(language_model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 from transformers.cache_utils import DynamicCache
 
-from dual_loop.accelerate.qwen2 import TrimmedLayer, make_trimmable, restore_columns, trimming
+from dual_loop.accelerate.qwen2 import TrimmedLayer, make_trimmable, run_language, trimming
 from dual_loop.loop.packing import conversation_mask
 from dual_loop.model.sa2va import additive_mask
 
@@ -82,9 +83,15 @@ def test_keys_and_values_of_unread_columns_are_kept() -> None:
 
 
 def test_what_is_not_read_comes_back_as_zeros_in_its_place() -> None:
-    hidden = torch.ones(1, 2, 3)
-    assert restore_columns(hidden, 0) is hidden
-    assert restore_columns(hidden, 2)[0, :, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    language, given = language_model(), inputs()
+    make_trimmable(language)
+    model: Any = SimpleNamespace(mllm=SimpleNamespace(model=SimpleNamespace(language_model=language)))
+    mask = given["attention_mask"] == 0
+    hidden = run_language(model, given["inputs_embeds"], mask, given["position_ids"], READ_FROM)
+    assert hidden.shape == (ROWS, LENGTH, WIDTH)
+    assert not hidden[:, :READ_FROM].any()
+    expected = language(**given, use_cache=False).last_hidden_state
+    torch.testing.assert_close(hidden[:, READ_FROM:], expected[:, READ_FROM:])
 
 
 def test_other_language_models_stay_as_they_are() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_loop.accelerate.qwen2 import SLACK, row_groups, run_in_groups
+from dual_loop.accelerate.qwen2 import SLACK, row_groups, run_language
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=12))
@@ -30,15 +33,21 @@ def test_groups_see_their_own_columns_and_come_back_in_order() -> None:
     mask = torch.ones(3, 1, 6, 6, dtype=torch.bool)
     positions = torch.arange(6).expand(3, -1)
 
-    def run(own: torch.Tensor, own_mask: torch.Tensor, own_positions: torch.Tensor | None) -> torch.Tensor:
-        assert own_positions is not None
-        seen.append((tuple(own.shape), tuple(own_mask.shape), own_positions.shape[1]))
-        return own * 2
+    class Language:
+        layers = (None,)
 
-    output = run_in_groups(run, row_groups(lengths), lengths, embeds, mask, positions)
+        def __call__(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
+            seen.append((tuple(inputs_embeds.shape), tuple(attention_mask.shape), position_ids.shape[1]))
+            return SimpleNamespace(last_hidden_state=inputs_embeds * 2)
+
+    inner = SimpleNamespace(model=SimpleNamespace(language_model=Language()))
+    model: Any = SimpleNamespace(mllm=inner, group_rows=True)
+    output = run_language(model, embeds, mask, positions, row_lengths=lengths)
     assert seen == [((1, 6, 1), (1, 1, 6, 6), 6), ((1, 3, 1), (1, 1, 3, 3), 3), ((1, 2, 1), (1, 1, 2, 2), 2)]
     output.sum().backward()
     for row, length in enumerate(lengths):
         assert torch.equal(output[row, :length], embeds.detach()[row, :length] * 2)
         assert not output[row, length:].any()
         assert embeds.grad[row].flatten().tolist() == [2.0] * length + [0.0] * (6 - length)
+    assert torch.equal(run_language(model, embeds, mask, positions, row_lengths=[6, 6, 6]), embeds * 2)
+    assert seen[-1] == ((3, 6, 1), (3, 1, 6, 6), 6)
