@@ -21,8 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +46,7 @@ class RegionSample:
         captions: N tuples of reference expressions; an empty tuple where a region has no text.
         target_image: (H2, W2, 3) uint8 RGB, the other frame of a pair; None where the same image is used twice.
         target_masks: (N, H2, W2) bool, the same N objects on ``target_image``; None exactly when it is None.
-        image_reduction: above 1 only where :class:`ReducingSource` was asked: masks keep the stored size (H, W), and
+        image_reduction: above 1 only where ``Reader.load_reduced`` was asked: masks keep the stored size (H, W), and
             ``image`` is (ceil(H / image_reduction), ceil(W / image_reduction), 3).
     """
 
@@ -84,50 +83,6 @@ class SkippedSample:
     sample_id: str
     reason: str
     message: str
-
-
-class RegionSource(Protocol):
-    """What every reader offers: an indexed collection of images with regions.
-
-    ``len()`` and ``entry_id`` work from the index alone and never open an image.
-    """
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def entry_id(self, index: int) -> str:
-        """Name of entry ``index`` (the file stem or image id), for logs and exact resume checks."""
-        ...
-
-    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Read entry ``index``; choose regions with ``rng`` only, so that the result depends on nothing else.
-
-        Raises:
-            SampleError: the entry cannot be used.
-        """
-        ...
-
-    def image_path(self, index: int) -> Path | None:
-        """Return the file of the captioned image of entry ``index``; None where no file holds the image alone.
-
-        Raises:
-            SampleError: the file is missing, or its name leaves the root.
-        """
-        ...
-
-
-@runtime_checkable
-class ReducingSource(Protocol):
-    """A source that can decode its images at the scale that is needed. Masks and random choices stay the same."""
-
-    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        """Read what ``load`` reads, with an image that may be smaller but not below ``needed`` of its size.
-
-        Raises:
-            SampleError: the entry cannot be used.
-        """
-        ...
 
 
 @dataclass

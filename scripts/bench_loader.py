@@ -130,11 +130,10 @@ def whole_loads(source: Any, order: Sequence[int]) -> float:
 
 
 def prepare_image(source: Any, geometry: Any, index: int, is_reduced: bool) -> Any:
-    from dual_loop.data.images import load_sample
     from dual_loop.data.prepare import prepare_sample
 
     needed = geometry.needed_size if is_reduced else None
-    sample = load_sample(source, index, np.random.default_rng(index), needed)
+    sample = source.load_reduced(index, np.random.default_rng(index), needed)
     return prepare_sample(sample, geometry, np.random.default_rng(0), range(sample.num_regions))
 
 

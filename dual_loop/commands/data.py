@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from dual_loop.config import Config, add_data_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
 from dual_loop.preflight.findings import Finding, as_dict, as_text, has_problem
-from dual_loop.types import RegionSource
 
 if TYPE_CHECKING:
+    from dual_loop.data.reader import Reader
     from dual_loop.preflight.data_checks import SourceReport
 
 DESCRIPTIONS = {
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 where a check found a problem, 2 for a wrong call."""
     args = _parser().parse_args(argv)
     from dual_loop.preflight import data_checks
+
     try:
         config = load_config(resolve_config_path(args.config), overrides_from(args))
         sources, findings = data_checks.open_sources(config.data)
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource], findings: list[Finding]) -> int:
+def _check(args: argparse.Namespace, config: Config, sources: Sequence[Reader], findings: list[Finding]) -> int:
     from dual_loop.preflight import data_checks
 
     for source in sources:
@@ -87,7 +88,7 @@ def _check(args: argparse.Namespace, config: Config, sources: Sequence[RegionSou
     return 1 if has_problem(findings) else 0
 
 
-def _stats(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource]) -> int:
+def _stats(args: argparse.Namespace, config: Config, sources: Sequence[Reader]) -> int:
     stats = {source.name: stats_of(_read(source, args.samples, config)) for source in sources}
     if args.json:
         print(json.dumps(stats, indent=2))
@@ -124,7 +125,7 @@ def _quantiles(values: Sequence[float]) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _preview(args: argparse.Namespace, config: Config, sources: Sequence[RegionSource]) -> int:
+def _preview(args: argparse.Namespace, config: Config, sources: Sequence[Reader]) -> int:
     from dual_loop.model.build import geometry
     from dual_loop.preflight.preview import preview_page
 
@@ -135,7 +136,7 @@ def _preview(args: argparse.Namespace, config: Config, sources: Sequence[RegionS
     return 0
 
 
-def _read(source: RegionSource, count: int, config: Config) -> SourceReport:
+def _read(source: Reader, count: int, config: Config) -> SourceReport:
     from tqdm import tqdm
 
     from dual_loop.model.build import geometry

@@ -8,11 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text, has_problem
-from dual_loop.types import RegionSource
+
+if TYPE_CHECKING:
+    from dual_loop.data.reader import Reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +76,7 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     return findings
 
 
-def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
+def _data(config: Config, sources: Sequence[Reader]) -> list[Finding]:
     from dual_loop.model.build import geometry
     from dual_loop.preflight import data_checks
 
@@ -90,7 +93,7 @@ def _data(config: Config, sources: Sequence[RegionSource]) -> list[Finding]:
     return findings
 
 
-def _batch(config: Config, sources: Sequence[RegionSource]) -> Iterable[Finding]:
+def _batch(config: Config, sources: Sequence[Reader]) -> Iterable[Finding]:
     from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.preflight import model_checks
     from dual_loop.serve.loading import rebuild

@@ -1,4 +1,4 @@
-"""The union of the data sets: readers from a config, shares, the data set that workers read, and the skip ledger.
+"""From a config to the training data: readers, their shares of an epoch, the data set and its loader.
 
     sources = build_sources(config.data)
     dataset = build_dataset(config, geometry, sources)
@@ -11,54 +11,52 @@ A bad sample is never silent: the next entry of the same source takes its place 
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.images import load_sample
+from dual_loop.data.dataset import DualLoopDataset
 from dual_loop.data.leakage import guard
-from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
-from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample, region_seed, sample_rng
-from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
+from dual_loop.data.masks_dir import MasksDir
+from dual_loop.data.mixture import DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.data.open_images import OpenImages
+from dual_loop.data.prepare import Geometry, collate
+from dual_loop.data.reader import Reader
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.data.sa1b import Sa1b
+from dual_loop.data.sav import SavPairs
+from dual_loop.data.sav_video import SavVideos
+from dual_loop.data.skipped import SkipLedger, TooManyBadSamples
+from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import evenly_spread
-from dual_loop.types import Batch, RegionSample, RegionSource, SkippedSample
+from dual_loop.types import Batch
 
-logger = logging.getLogger(__name__)
+__all__ = ["DualLoopDataset", "SkipLedger", "TooManyBadSamples", "build_dataset", "build_loader", "open_source"]
 
 # Source name -> prefix of its settings in DataConfig.
 SETTING_PREFIX = {"sav": "sav", "sa1b": "sa1b", "openimages": "openimage", "refcoco": "refcoco", "masks": "masks"}
-MAX_TRIES = 32
+
+# The reader of a source, and its own arguments: each is the setting of that name behind the prefix.
+READERS: dict[str, tuple[Callable[..., Reader], tuple[str, ...]]] = {
+    "sa1b": (Sa1b, ("min_area", "max_area", "min_predicted_iou", "min_stability_score")),
+    "openimages": (OpenImages, ("csv", "classes", "images", "masks")),
+    "refcoco": (RefCoco, ("datasets", "split", "images")),
+    "masks": (MasksDir, ("min_area", "max_area", "images")),
+}
 _NUM_PROBES = 16
-
-
-class TooManyBadSamples(SampleError):
-    """So many samples are bad that training would not be on the data that was asked for.
-
-    Args:
-        message: the full message. (One argument, so that a loader worker can pass the error on with its type.)
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__("too_many_bad_samples", message)
-
-    def __reduce__(self) -> tuple[type, Any]:
-        return type(self), (str(self),)
 
 
 # --- from a config to sources ----------------------------------------------------------------------------------------
 
 
-def build_sources(data: DataConfig) -> list[RegionSource]:
+def build_sources(data: DataConfig) -> list[Reader]:
     """Open every data set whose directory is given, in the order of :data:`SETTING_PREFIX`.
 
     Raises:
@@ -75,10 +73,10 @@ def build_sources(data: DataConfig) -> list[RegionSource]:
         for name, path in given.items()
         if not has_root(name, path)
     ]
-    sources: list[RegionSource] = []
+    sources: list[Reader] = []
     for name in given if not problems else ():
         try:
-            sources.append(_READERS[name](data))
+            sources.append(open_source(name, data))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -93,129 +91,41 @@ def has_root(name: str, path: str) -> bool:
     return root.is_dir() or (name == "masks" and root.is_file())
 
 
-def open_source(name: str, data: DataConfig) -> RegionSource:
+def open_source(name: str, data: DataConfig) -> Reader:
     """Open the one data set called ``name``, whose directory is given.
 
     Raises:
         ConfigError: it cannot be used.
     """
-    field = f"{SETTING_PREFIX[name]}_dir"
-    path = getattr(data, field)
+    prefix = SETTING_PREFIX[name]
+    path = getattr(data, f"{prefix}_dir")
     if not has_root(name, path):
-        raise ConfigError(explain("no such folder", f"data.{field}", path))
-    return _READERS[name](data)
+        raise ConfigError(explain("no such folder", f"data.{prefix}_dir", path))
+    if name == "sav":
+        return _open_sav(path, data)
+    reader, arguments = READERS[name]
+    own = {argument: getattr(data, f"{prefix}_{argument}") for argument in ("max_samples", *arguments)}
+    return reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
 
 
-def build_training_sources(data: DataConfig) -> list[RegionSource]:
-    """Open the data sets and apply the leakage guard.
-
-    Raises:
-        ConfigError: see :func:`build_sources` and :func:`dual_loop.data.leakage.guard`.
-    """
-    return guard(build_sources(data), data)
-
-
-def _open_sav(data: DataConfig) -> RegionSource:
+def _open_sav(root: str, data: DataConfig) -> Reader:
     """``auto`` takes frame pairs where there are any; without pairs and videos the error is that of pairs."""
-    from dual_loop.data.sav import SavPairs
-
-    root = _given(data.sav_dir)
     no_pairs: ConfigError | None = None
     if data.sav_format != "videos":
         try:
-            return SavPairs(root, data.sav_max_samples, index_dir=data.index_dir)
+            return SavPairs(root, data.sav_max_samples, data.index_dir)
         except ConfigError as error:
-            if data.sav_format == "pairs" or not Path(root).is_dir():
+            if data.sav_format == "pairs":
                 raise
             no_pairs = error
-    try:
-        return _open_videos(root, data)
-    except ConfigError:
-        if no_pairs is not None:
-            raise no_pairs from None
-        raise
-
-
-def _open_videos(root: str | Path, data: DataConfig) -> RegionSource:
-    from dual_loop.data.sav_video import SavVideos
-
     limits = (data.sav_min_seconds, data.sav_max_seconds, data.sav_min_area)
-    return SavVideos(root, data.sav_max_samples, data.regions_per_image, data.sav_masklets, *limits, data.index_dir)
+    try:
+        return SavVideos(root, data.sav_max_samples, data.regions_per_image, data.sav_masklets, *limits, data.index_dir)
+    except ConfigError as error:
+        raise no_pairs or error from None
 
 
-def _open_sa1b(data: DataConfig) -> RegionSource:
-    from dual_loop.data.sa1b import Sa1b
-
-    return Sa1b(
-        _given(data.sa1b_dir),
-        data.sa1b_max_samples,
-        regions_per_image=data.regions_per_image,
-        min_area=data.sa1b_min_area,
-        max_area=data.sa1b_max_area,
-        min_predicted_iou=data.sa1b_min_predicted_iou,
-        min_stability_score=data.sa1b_min_stability_score,
-        index_dir=data.index_dir,
-    )
-
-
-def _open_open_images(data: DataConfig) -> RegionSource:
-    from dual_loop.data.open_images import OpenImages
-
-    return OpenImages(
-        _given(data.openimage_dir),
-        data.openimage_max_samples,
-        regions_per_image=data.regions_per_image,
-        csv=data.openimage_csv,
-        classes=data.openimage_classes,
-        images=data.openimage_images,
-        masks=data.openimage_masks,
-        index_dir=data.index_dir,
-    )
-
-
-def _open_refcoco(data: DataConfig) -> RegionSource:
-    from dual_loop.data.refcoco import RefCoco
-
-    return RefCoco(
-        _given(data.refcoco_dir),
-        datasets=data.refcoco_datasets,
-        split=data.refcoco_split,
-        max_samples=data.refcoco_max_samples,
-        regions_per_image=data.regions_per_image,
-        images=data.refcoco_images,
-        index_dir=data.index_dir,
-    )
-
-
-def _open_masks(data: DataConfig) -> RegionSource:
-    from dual_loop.data.masks_dir import MasksDir
-
-    return MasksDir(
-        _given(data.masks_dir),
-        data.masks_max_samples,
-        regions_per_image=data.regions_per_image,
-        min_area=data.masks_min_area,
-        max_area=data.masks_max_area,
-        images=data.masks_images,
-        index_dir=data.index_dir,
-    )
-
-
-def _given(path: str | None) -> Path:
-    assert path is not None, "readers are opened only where a directory is given"
-    return Path(path).expanduser()
-
-
-_READERS: Mapping[str, Callable[[DataConfig], RegionSource]] = {
-    "sav": _open_sav,
-    "sa1b": _open_sa1b,
-    "openimages": _open_open_images,
-    "refcoco": _open_refcoco,
-    "masks": _open_masks,
-}
-
-
-def build_draw_stream(sources: Sequence[RegionSource], data: DataConfig, seed: int) -> DrawStream:
+def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) -> DrawStream:
     """Return the stream over ``sources`` with the repeats and weights of ``data`` (1 pass, no weight for others).
 
     Raises:
@@ -233,7 +143,7 @@ def build_draw_stream(sources: Sequence[RegionSource], data: DataConfig, seed: i
     return DrawStream(shares, seed)
 
 
-def describe(sources: Sequence[RegionSource], stream: DrawStream) -> str:
+def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
     """Return a table: one row a source (entries, repeats or weight, draws per epoch) and a last row with the totals."""
     rows = [("source", "entries", "share", "draws per epoch")]
     for source, share, quota in zip(sources, stream.shares, stream.quotas, strict=True):
@@ -248,97 +158,10 @@ def describe(sources: Sequence[RegionSource], stream: DrawStream) -> str:
     return "\n".join(lines)
 
 
-# --- the data set ----------------------------------------------------------------------------------------------------
-
-
-class DualLoopDataset(Dataset[Prepared]):
-    """All sources as one map-style data set over :class:`DrawKey`; what a key gives depends on nothing else.
-
-    Args:
-        sources: the readers.
-        stream: the draws over these sources; it also says what replaces a bad sample.
-        geometry: sizes of the model.
-        seed: of the random choices inside samples.
-        keep_samples: put the :class:`RegionSample` into every batch. Full images then travel between processes.
-        decode_scale: ``full``, or ``needed``: JPEGs are decoded at a smaller scale where the model needs no more. A
-            sample that is kept or asked for by :meth:`sample` is always in full.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[RegionSource],
-        stream: DrawStream,
-        geometry: Geometry,
-        seed: int,
-        keep_samples: bool = False,
-        decode_scale: str = "full",
-    ) -> None:
-        self.sources = tuple(sources)
-        self.stream = stream
-        self.geometry = geometry
-        self.seed = seed
-        self.keep_samples = keep_samples
-        self.decode_scale = decode_scale
-
-    def __len__(self) -> int:
-        """Return the number of entries of all sources (keys are endless)."""
-        return sum(share.length for share in self.stream.shares)
-
-    def __getitem__(self, key: DrawKey) -> Prepared:
-        """Return the sample of ``key``, or the first good one of those that replace it, with what was skipped.
-
-        Raises:
-            TooManyBadSamples: no good one among the first 32 (or all, in a smaller source).
-            DualLoopError: a reader failed by anything but a ``SampleError``; the message names the sample.
-        """
-        return self._first_good(key, self.keep_samples)
-
-    def sample(self, key: DrawKey) -> RegionSample:
-        """Return the region sample that ``dataset[key]`` was made from (reads it again; for example panels)."""
-        sample = self._first_good(key, keep_sample=True).sample
-        assert sample is not None, "the sample was asked for"
-        return sample
-
-    def _first_good(self, key: DrawKey, keep_sample: bool) -> Prepared:
-        skipped: list[SkippedSample] = []
-        num_tries = min(MAX_TRIES, self.stream.shares[key.source_index].length)
-        for attempt in range(num_tries):
-            candidate = self.stream.substitute(key, attempt) if attempt else key
-            source = self.sources[key.source_index]
-            name = source.entry_id(candidate.entry)
-            try:
-                prepared = self._prepare(source, candidate, keep_sample)
-            except SampleError as error:
-                skipped.append(SkippedSample(source.name, name, error.reason, str(error)))
-            except Exception as error:
-                what = "reading a sample failed in a way that is not a bad sample"
-                seen = f"{type(error).__name__}: {error}"
-                raise DualLoopError(explain(what, f"{source.name}/{name}", seen, fix="see the cause above")) from error
-            else:
-                return dataclasses.replace(prepared, skipped=skipped)
-        reasons = Counter(skip.reason for skip in skipped)
-        raise TooManyBadSamples(
-            explain(
-                f"{num_tries} samples in a row cannot be used",
-                f"{skipped[0].source}/{skipped[0].sample_id} and what would replace it",
-                ", ".join(f"{reason} x {count}" for reason, count in reasons.most_common()),
-                "a good sample",
-                f"mend the data set or leave it out; the last one: {skipped[-1].message}",
-            )
-        )
-
-    def _prepare(self, source: RegionSource, key: DrawKey, keep_sample: bool) -> Prepared:
-        rng = sample_rng(self.seed, key.slot)
-        is_reduced = self.decode_scale == "needed" and not keep_sample
-        sample = load_sample(source, key.entry, rng, self.geometry.needed_size if is_reduced else None)
-        seeds = [region_seed(self.seed, key.slot, position) for position in range(sample.num_regions)]
-        return prepare_sample(sample, self.geometry, rng, seeds, keep_sample=keep_sample)
-
-
 def build_dataset(
     config: Config,
     geometry: Geometry,
-    sources: Sequence[RegionSource] | None = None,
+    sources: Sequence[Reader] | None = None,
     *,
     keep_samples: bool = False,
 ) -> DualLoopDataset:
@@ -351,9 +174,9 @@ def build_dataset(
         keep_samples: put the region samples into the batches.
 
     Raises:
-        ConfigError: see :func:`build_sources` and :func:`build_draw_stream`.
+        ConfigError: see :func:`build_sources`, :func:`~dual_loop.data.leakage.guard`, :func:`build_draw_stream`.
     """
-    readers = build_training_sources(config.data) if sources is None else list(sources)
+    readers = guard(build_sources(config.data), config.data) if sources is None else list(sources)
     stream = build_draw_stream(readers, config.data, config.train.seed)
     return DualLoopDataset(readers, stream, geometry, config.train.seed, keep_samples, config.data.decode_scale)
 
@@ -409,87 +232,3 @@ def _end_when_told_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-# --- what was skipped ------------------------------------------------------------------------------------------------
-
-
-class SkipLedger:
-    """Counts skipped samples in the main process, logs each once, and stops a run that skips too many.
-
-    Args:
-        max_bad_fraction: of the samples of a source that were tried, how many may be bad; 1 never stops.
-        max_bad_grace: how many samples of a source must have been tried before the fraction is looked at.
-    """
-
-    def __init__(self, max_bad_fraction: float, max_bad_grace: int) -> None:
-        self.max_bad_fraction = max_bad_fraction
-        self.max_bad_grace = max_bad_grace
-        self._good: Counter[str] = Counter()
-        self._events: Counter[tuple[str, str]] = Counter()
-        self._distinct: dict[str, set[str]] = {}
-
-    @property
-    def num_events(self) -> int:
-        """How often a sample was skipped; a sample met twice counts twice."""
-        return self._events.total()
-
-    @property
-    def num_distinct(self) -> int:
-        """How many different samples were skipped."""
-        return sum(len(ids) for ids in self._distinct.values())
-
-    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
-        """Count skipped samples, and good ones by source. With the same input all ranks stop together.
-
-        Raises:
-            TooManyBadSamples: a source is past ``max_bad_fraction``.
-        """
-        self._good.update(consumed)
-        for skip in skipped:
-            self._events[skip.source, skip.reason] += 1
-            known = self._distinct.setdefault(skip.source, set())
-            if skip.sample_id not in known:
-                known.add(skip.sample_id)
-                logger.warning(
-                    "Warning: skipped %s/%s (%s): %s", skip.source, skip.sample_id, skip.reason, skip.message
-                )
-        for source in sorted(self._distinct):
-            self._check(source)
-
-    def _check(self, source: str) -> None:
-        reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
-        num_bad = sum(reasons.values())
-        num_tried = self._good[source] + num_bad
-        if num_tried < self.max_bad_grace or num_bad <= self.max_bad_fraction * num_tried:
-            return
-        raise TooManyBadSamples(
-            explain(
-                "too many samples are bad",
-                f"{source} ({len(self._distinct[source])} different samples)",
-                f"{num_bad} of {num_tried} tried: " + ", ".join(f"{r} x {n}" for r, n in reasons.items()),
-                f"at most a fraction of {self.max_bad_fraction:g} (data.max_bad_fraction)",
-                "mend the samples named in the warnings, leave the source out, or raise data.max_bad_fraction",
-            )
-        )
-
-    def as_counters(self) -> dict[str, int]:
-        """Return ``data/bad_samples`` (events), ``data/bad_samples_distinct``, and events by source and reason."""
-        counters = {"data/bad_samples": self.num_events, "data/bad_samples_distinct": self.num_distinct}
-        for (source, reason), count in sorted(self._events.items()):
-            counters[f"data/bad_samples/{source}/{reason}"] = count
-        return counters
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all counts, as JSON holds them."""
-        return {
-            "good": dict(self._good),
-            "events": [[source, reason, count] for (source, reason), count in sorted(self._events.items())],
-            "distinct": {source: sorted(ids) for source, ids in self._distinct.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned; limits stay those of this ledger."""
-        self._good = Counter(state["good"])
-        self._events = Counter({(source, reason): count for source, reason, count in state["events"]})
-        self._distinct = {source: set(ids) for source, ids in state["distinct"].items()}

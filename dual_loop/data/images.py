@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import NeededSize, ReducingSource, RegionSample, RegionSource
+from dual_loop.types import NeededSize
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 """What Pillow raises on damaged files, depending on the format and on where the damage is."""
@@ -43,19 +43,6 @@ class Picture:
         if self.reduction > 1:  # the last pixel of an odd side is only partly covered
             box = (0, 0, self.size[1] / self.reduction, self.size[0] / self.reduction)
         return np.asarray(Image.fromarray(self.pixels).resize((width, height), Image.Resampling.BICUBIC, box))
-
-
-def load_sample(
-    source: RegionSource, index: int, rng: np.random.Generator, needed: NeededSize | None = None
-) -> RegionSample:
-    """Load entry ``index``; with ``needed``, a source that can decode at a smaller scale does so.
-
-    Raises:
-        SampleError: the entry cannot be used.
-    """
-    if needed is not None and isinstance(source, ReducingSource):
-        return source.load_reduced(index, rng, needed)
-    return source.load(index, rng)
 
 
 def read_image(source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None) -> np.ndarray:

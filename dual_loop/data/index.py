@@ -62,6 +62,8 @@ PATIENCE = 2.0
 """Seconds of building in this process before others are started, unless a number of workers is given."""
 
 Arrays = dict[str, np.ndarray]
+Key = Mapping[str, object]
+"""Reader, absolute root and options of an index, as JSON holds them."""
 
 MAX_WATCHED = 4096
 """Most folders that an index checks at the next start, the upper ones first; deeper changes need a new index."""
@@ -79,7 +81,7 @@ _warned_folders: set[str] = set()
 
 
 def load_or_build(
-    index_dir: str | Path | None, key: Mapping[str, Any], build: Callable[[], dict[str, np.ndarray]]
+    index_dir: str | Path | None, key: Key, build: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Return the stored index for ``key``, or build and store it.
 
@@ -133,14 +135,14 @@ def default_index_dir() -> Path:
     return Path(chosen) if chosen else Path("~/.cache/dual_loop/index").expanduser()
 
 
-def index_path(index_dir: str | Path | None, key: Mapping[str, Any]) -> tuple[Path, str]:
+def index_path(index_dir: str | Path | None, key: Key) -> tuple[Path, str]:
     """Return where the index of ``key`` is stored, and the key as text (None: :func:`default_index_dir`)."""
     folder = default_index_dir() if index_dir is None else Path(index_dir)
     text = json.dumps({**key, "index_version": INDEX_VERSION}, sort_keys=True)
     return folder / f"{key.get('kind', 'index')}-{_digest(text)}.safetensors", text
 
 
-def partial_folder(index_dir: str | Path | None, key: Mapping[str, Any]) -> Path:
+def partial_folder(index_dir: str | Path | None, key: Key) -> Path:
     """Return the folder of the finished parts of the index of ``key``."""
     path, _ = index_path(index_dir, key)
     return path.with_suffix(".partial")
@@ -150,7 +152,7 @@ def build_in_parts(
     parts: Sequence[str],
     build_part: Callable[[str], Arrays],
     index_dir: str | Path | None,
-    key: Mapping[str, Any],
+    key: Key,
     *,
     workers: int | None = None,
     threads: bool = False,
@@ -335,7 +337,7 @@ class TreeListing:
         root: Path,
         suffixes: tuple[str, ...],
         index_dir: str | Path | None = None,
-        key: Mapping[str, Any] | None = None,
+        key: Key | None = None,
         workers: int | None = None,
     ) -> None:
         self.root = root

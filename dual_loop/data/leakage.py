@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.config import DataConfig
-from dual_loop.data.images import load_sample
 from dual_loop.data.index_file import StringTable
+from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import held_out_images
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks
-from dual_loop.types import NeededSize, RegionSample, RegionSource
+from dual_loop.types import NeededSize, RegionSample
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
     return found
 
 
-def leaked_by_id(source: RegionSource, held_out: Mapping[int, HeldOutImage]) -> list[Leak]:
+def leaked_by_id(source: Reader, held_out: Mapping[int, HeldOutImage]) -> list[Leak]:
     """Return the entries whose COCO id is held out; works from the index alone.
 
     A source that offers ``named_rows()`` (string tables whose rows contain the entries' names, and the row of each
@@ -95,8 +95,8 @@ def leaked_by_id(source: RegionSource, held_out: Mapping[int, HeldOutImage]) -> 
     own_id = getattr(source, "coco_id", None)
     named_rows = getattr(source, "named_rows", None)
     entries: Iterable[int] = range(len(source) if held_out else 0)
-    if held_out and own_id is None and named_rows is not None:
-        tables, rows = named_rows()
+    tables, rows = named_rows() if named_rows is not None else ((), np.empty(0))
+    if held_out and own_id is None and tables:
         suspects = np.concatenate([_suspect_rows(table, held_out) for table in tables])
         entries = np.flatnonzero(np.isin(rows, suspects)).tolist()
     leaks = []
@@ -128,7 +128,7 @@ def _suspect_rows(table: StringTable, held_out: Mapping[int, HeldOutImage]) -> n
 
 
 def leaked_by_sight(
-    source: RegionSource, held_out: Sequence[HeldOutImage], limit: int | None = None
+    source: Reader, held_out: Sequence[HeldOutImage], limit: int | None = None
 ) -> tuple[list[Leak], int]:
     """Return the entries that look like a held-out image, and how many entries were looked at.
 
@@ -137,16 +137,22 @@ def leaked_by_sight(
         held_out: those without a file are left out.
         limit: look at so many entries at most, evenly spread; None looks at all.
     """
-    prints = [(image, fingerprint(image.path)) for image in held_out]
-    known = [(image, print_) for image, print_ in prints if print_ is not None]
+    known = [(image, print_) for image in held_out if (print_ := fingerprint(image.path)) is not None]
     count = len(source) if limit is None else min(limit, len(source))
     if not known or not count:
         return [], 0
     table = np.stack([print_ for _, print_ in known])
     leaks, looked_at = [], 0
     for chunk in in_chunks(evenly_spread(len(source), count), _CHUNK):
-        entries = [(index, _entry_fingerprint(source, index)) for index in chunk]
-        seen = [(index, print_) for index, print_ in entries if print_ is not None]
+        seen = []
+        for index in chunk:
+            try:
+                path = source.image_path(index)
+                print_ = fingerprint(source.load(index, np.random.default_rng(0)).image if path is None else path)
+            except SampleError:
+                continue
+            if print_ is not None:
+                seen.append((index, print_))
         looked_at += len(seen)
         if seen:
             likeness = np.stack([print_ for _, print_ in seen]) @ table.T
@@ -176,7 +182,7 @@ def fingerprint(image: Path | np.ndarray | None) -> np.ndarray | None:
     return values / length if length > 1.0 else None
 
 
-def guard(sources: Sequence[RegionSource], data: DataConfig) -> list[RegionSource]:
+def guard(sources: Sequence[Reader], data: DataConfig) -> list[Reader]:
     """Apply ``data.leakage_guard`` by id and return the sources to train on.
 
     Raises:
@@ -185,13 +191,20 @@ def guard(sources: Sequence[RegionSource], data: DataConfig) -> list[RegionSourc
     if data.leakage_guard == "off":
         return list(sources)
     held_out = held_out_of(data)
-    guarded: list[RegionSource] = []
+    guarded: list[Reader] = []
     for source in sources:
         leaks = leaked_by_id(source, held_out)
         if not leaks:
             guarded.append(source)
             continue
-        message = _message(source, leaks, data.leakage_guard)
+        done = {"drop": "they are left out", "warn": "they are trained on", "error": "nothing was started"}
+        message = explain(
+            f"training images are held out for evaluation; {done[data.leakage_guard]}",
+            f"{source.name}, leakage guard",
+            f"{len(leaks)} of {len(source)} entries, for example {leaks[0]}",
+            "no image of val, testA, testB or test",
+            "set data.leakage_guard=drop to leave them out; `dual-loop data check` lists them, renamed copies too",
+        )
         if data.leakage_guard == "error" or (data.leakage_guard == "drop" and len(leaks) == len(source)):
             raise ConfigError(message)
         logger.warning(message)
@@ -200,50 +213,22 @@ def guard(sources: Sequence[RegionSource], data: DataConfig) -> list[RegionSourc
     return guarded
 
 
-def _message(source: RegionSource, leaks: Sequence[Leak], policy: str) -> str:
-    done = {"drop": "they are left out", "warn": "they are trained on", "error": "nothing was started"}[policy]
-    return explain(
-        f"training images are held out for evaluation; {done}",
-        f"{source.name}, leakage guard",
-        f"{len(leaks)} of {len(source)} entries, for example {leaks[0]}",
-        "no image of val, testA, testB or test",
-        "set data.leakage_guard=drop to leave them out; `dual-loop data check` lists them, renamed copies too",
-    )
-
-
-class Subset:
-    """Some entries of a source, as a source of the same name.
+class Subset(Reader):
+    """Some entries of a reader, as a source of the same name.
 
     Args:
         source: where the entries are.
         kept: their indices in ``source``.
     """
 
-    def __init__(self, source: RegionSource, kept: Sequence[int] | np.ndarray) -> None:
-        self.source, self.name = source, source.name
-        self.kept = np.asarray(kept, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.kept)
+    def __init__(self, source: Reader, kept: np.ndarray) -> None:
+        self.source, self.name, self._rows = source, source.name, kept
 
     def entry_id(self, index: int) -> str:
-        return self.source.entry_id(int(self.kept[index]))
-
-    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        return self.load_reduced(index, rng, None)
+        return self.source.entry_id(int(self._rows[index]))
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        return load_sample(self.source, int(self.kept[index]), rng, needed)
+        return self.source.load_reduced(int(self._rows[index]), rng, needed)
 
     def image_path(self, index: int) -> Path | None:
-        return self.source.image_path(int(self.kept[index]))
-
-
-def _entry_fingerprint(source: RegionSource, index: int) -> np.ndarray | None:
-    try:
-        path = source.image_path(index)
-        if path is not None:
-            return fingerprint(path)
-        return fingerprint(source.load(index, np.random.default_rng(0)).image)
-    except SampleError:
-        return None
+        return self.source.image_path(int(self._rows[index]))

@@ -32,7 +32,7 @@ SIZE_TOLERANCE = 2
 # --- run-length codes and polygons -----------------------------------------------------------------------------------
 
 
-def decode_rle(rle: Mapping[str, Any], where: str) -> np.ndarray:
+def decode_rle(rle: object, where: str) -> np.ndarray:
     """Decode a COCO run-length code ``{"size": [H, W], "counts": str | bytes | list of int}``.
 
     Runs alternate background, foreground, ... in column-major order. The code is checked completely before a mask is

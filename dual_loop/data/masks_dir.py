@@ -30,21 +30,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
-from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.index import Key, TreeListing, load_or_build
 from dual_loop.data.index_file import StringTable, watch_files
-from dual_loop.data.masks import (
-    check_mask,
-    decode_rle,
-    decode_segmentation,
-    fit_mask,
-    safe_join,
-)
-from dual_loop.data.reader import check_root, choose_capped, layout_error
+from dual_loop.data.masks import SIZE_TOLERANCE, decode_rle, decode_segmentation, fit_mask, safe_join
+from dual_loop.data.reader import Reader, check_root, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -59,8 +53,21 @@ CAPTIONS_NAME = "captions.json"
 _LINE_EXPECTED = '{"image": "images/a.jpg", "segmentation": {...} or [[...]], "caption": "..."}'
 
 
-class MasksDir:
-    """A user's own masks as a :class:`~dual_loop.types.RegionSource`; an entry is an image with its objects.
+class Region(TypedDict, total=False):
+    """One object of an image: a mask file (and its label in it), or a COCO segmentation, of an image of ``size``."""
+
+    id: str
+    image: str
+    mask: str
+    label: int | None
+    segmentation: object
+    size: list[int]
+    caption: str | list[str]
+    captions: str | list[str]
+
+
+class MasksDir(Reader):
+    """A user's own masks; an entry is an image with its objects.
 
     Args:
         root: the folder, or a COCO ``.json`` or ``.jsonl`` file.
@@ -74,7 +81,7 @@ class MasksDir:
         ConfigError: the root holds none of the three layouts, or two of them; a file of it has another structure.
     """
 
-    name = "masks"
+    name, title, layout = "masks", "masks", LAYOUT
 
     def __init__(
         self,
@@ -86,55 +93,46 @@ class MasksDir:
         images: str | Path | None = None,
         index_dir: str | Path | None = None,
     ) -> None:
-        self.root, self.kind, self.file = _find_layout(Path(root).expanduser())
-        self.regions_per_image = regions_per_image
-        self.min_area, self.max_area = min_area, max_area
+        folder, self.kind, self.file = _find_layout(Path(root).expanduser())
+        super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
         key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "layout": self.kind}
-        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
         self._lines, self._starts = arrays["lines"], arrays["starts"]
         if not len(self._images):
             raise layout_error("the folder holds no image with a mask", self.root, "no pair of the same name", LAYOUT)
-        self._kept = choose_capped(len(self._images), max_samples, "masks_max_samples")
+        self._set_entries(np.arange(len(self._images)), max_samples, "masks_max_samples", self._images)
 
-    # ---- the index -----------------------------------------------------------------------------------------------
-
-    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _build_index(self, key: Key) -> dict[str, np.ndarray]:
         """Return images, and the regions of each: a JSON record, or where its line is (``lines``: offset, length)."""
-        watched: dict[str, np.ndarray]
-        if self.kind == "png":
-            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), index_dir, key)
-            found = dict(_pair_png_files(listing.files, _read_captions(self.root / CAPTIONS_NAME), self.root))
+        regions: dict[str, list[Region]] = {}
+        places: dict[str, list[tuple[int, int]]] = {}
+        if self.file is None:
+            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), self.index_dir, key)
             watched = listing.watched_arrays()
+            regions = dict(_pair_png_files(listing.files, self.root))
         else:
-            assert self.file is not None
             watched = watch_files([self.file])
-            found = _coco_regions(self.file) if self.kind == "coco" else _line_places(self.file)
-        names = sorted(found)
-        regions = [region for name in names for region in found[name]]
-        are_places = self.kind == "lines"
-        records = [] if are_places else [json.dumps(region) for region in regions]
-        places = regions if are_places else []
+            if self.kind == "coco":
+                regions = _coco_regions(self.file)
+            else:
+                places = _line_places(self.file)
+        names = sorted([*regions, *places])
+        records = [json.dumps(region) for name in names for region in regions.get(name, ())]
+        counts = [len(regions.get(name, ())) + len(places.get(name, ())) for name in names]
         return {
             **StringTable.from_strings(names).to_arrays("image"),
             **StringTable.from_strings(records).to_arrays("region"),
-            "lines": np.array(places, np.int64).reshape(-1, 2),
-            "starts": np.concatenate(([0], np.cumsum([len(found[name]) for name in names]))).astype(np.int64),
+            "lines": np.array([place for name in names for place in places.get(name, ())], np.int64).reshape(-1, 2),
+            "starts": np.cumsum([0, *counts], dtype=np.int64),
             **watched,
         }
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
-        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
-        return [self._images], self._kept
-
     def entry_id(self, index: int) -> str:
         """Return the image's name without its suffix and without a leading ``images/``."""
-        return self._images[int(self._kept[index])].rsplit(".", 1)[0].removeprefix("images/")
+        return self._images[int(self._rows[index])].rsplit(".", 1)[0].removeprefix("images/")
 
     def image_path(self, index: int) -> Path:
         """Return the image file of entry ``index``.
@@ -142,95 +140,62 @@ class MasksDir:
         Raises:
             SampleError: ``unsafe_path`` or ``missing_file``.
         """
-        name = self._images[int(self._kept[index])]
+        name = self._images[int(self._rows[index])]
         paths = [safe_join(self.image_root, name), safe_join(self.image_root / "images", name)]
-        found = next((path for path in paths if path.is_file()), None)
-        if found is None:
-            expected = " or ".join(str(path) for path in paths)
-            raise SampleError(
-                "missing_file", explain("an image is missing", name, "nothing there", expected, "set --masks_images")
-            )
-        return found
-
-    # ---- samples -------------------------------------------------------------------------------------------------
-
-    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Return :meth:`load_reduced` with the image in full.
-
-        Raises:
-            SampleError: see the module.
-        """
-        return self.load_reduced(index, rng, None)
+        for path in paths:
+            if path.is_file():
+                return path
+        expected = " or ".join(str(path) for path in paths)
+        message = explain("an image is missing", name, "nothing there", expected, "set --masks_images")
+        raise SampleError("missing_file", message)
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
         Objects that are empty or outside the limits are passed over; any other fault makes the sample bad.
-
-        Raises:
-            SampleError: see the module.
         """
-        row = int(self._kept[index])
+        row = int(self._rows[index])
         start, stop = int(self._starts[row]), int(self._starts[row + 1])
         path = self.image_path(index)
         picture = read_picture(path, apply_exif=False, needed=needed)
-        ids: list[str] = []
-        masks: list[np.ndarray] = []
-        captions: list[tuple[str, ...]] = []
-        for number in rng.permutation(stop - start).tolist():
+        found: dict[int, tuple[str, tuple[str, ...]]] = {}
+
+        def decode(number: int) -> np.ndarray:
+            nonlocal picture
             region = self._region(start + number)
             where = f"{self.file or self.root}: {region.get('id', number)} of {path.name}"
             mask = self._mask(region, picture.size, where)
-            if not _fits(mask, picture.size):
+            if not found and not _fits(mask, picture.size):
                 turned = read_picture(path, apply_exif=True)
-                picture = turned if not masks and _fits(mask, turned.size) else picture
+                picture = turned if _fits(mask, turned.size) else picture
             mask = fit_mask(mask, picture.size, where)
-            if not self._passes(mask, where):
-                continue
-            ids.append(str(region.get("id", f"at{number}")))
-            masks.append(mask)
-            captions.append(_texts(region, where))
-            if len(ids) == self.regions_per_image:
-                break
-        if not ids:
-            seen, expected = f"{stop - start} masks", f"one that covers {self.min_area:g} to {self.max_area:g} of it"
-            raise SampleError("no_region_left", explain("no region of an image is left", str(path), seen, expected))
-        ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
-        return RegionSample(
-            source=self.name,
-            sample_id=self.entry_id(index),
-            image=picture.pixels,
-            masks=np.stack(masks),
-            region_ids=tuple(ids),
-            captions=tuple(captions),
-            image_reduction=picture.reduction,
-        )
+            found[number] = str(region.get("id", f"at{number}")), _texts(region, where)
+            return mask
 
-    def _region(self, number: int) -> dict[str, Any]:
-        if self.kind != "lines":
-            return dict(json.loads(self._regions[number]))
-        assert self.file is not None
-        offset, length = (int(value) for value in self._lines[number])
+        drawn, masks = self._draw(rng, stop - start, decode, str(path))
+        ids, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
+        ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
+        return self._sample(index, picture, masks, ids, captions)
+
+    def _region(self, number: int) -> Region:
+        if self.file is None or self.kind == "coco":
+            region: Region = json.loads(self._regions[number])
+            return region
+        offset, length = self._lines[number].tolist()
         with self.file.open("rb") as stream:
             stream.seek(offset)
-            raw = stream.read(length)
-        return _parse_line(raw, f"{self.file}, byte {offset}")
+            return _parse_line(stream.read(length), f"{self.file}, byte {offset}")
 
-    def _mask(self, region: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
+    def _mask(self, region: Region, size: tuple[int, int], where: str) -> np.ndarray:
         if "mask" in region:
-            return _read_labelled(safe_join(self.root, region["mask"]), region.get("label"))
+            values, _ = _mask_values(safe_join(self.root, region["mask"]))
+            label = region.get("label")
+            return np.ascontiguousarray(values > 0 if label is None else values == label)
         segmentation = region.get("segmentation")
         if isinstance(segmentation, Mapping):
             return decode_rle(segmentation, where)
         height, width = region.get("size", size)
         return decode_segmentation(segmentation, int(height), int(width), where)
-
-    def _passes(self, mask: np.ndarray, where: str) -> bool:
-        try:
-            check_mask(mask, where, self.min_area, self.max_area)
-        except SampleError:
-            return False
-        return True
 
 
 # --- finding out what is there ---------------------------------------------------------------------------------------
@@ -259,46 +224,48 @@ def _find_layout(root: Path) -> tuple[Path, str, Path | None]:
     raise layout_error("it is not clear where the masks are (give one file to say which)", folder, seen, LAYOUT)
 
 
-def _pair_png_files(files: list[str], captions: Mapping[str, Any], root: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Yield (image, its regions) for the images that have masks."""
-    images = {f[len("images/") :].rsplit(".", 1)[0]: f for f in files if f.startswith("images/")}
-    masks: dict[str, list[tuple[str, str]]] = {}
+def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[Region]]]:
+    """Yield (image, its regions) for the images that have masks.
+
+    Raises:
+        ConfigError: captions cannot be read, or belong to no mask.
+    """
+    captions = _read_captions(root / CAPTIONS_NAME)
+    images = {f.removeprefix("images/").rsplit(".", 1)[0]: f for f in files if f.startswith("images/")}
+    masks: dict[str, list[str]] = {}
     for file in files:
-        if not file.startswith("masks/") or not file.endswith(".png"):
-            continue
-        stem = file[len("masks/") :].removesuffix(".png")
-        owner = stem if stem in images else stem.rpartition("/")[0]
-        if owner in images:
-            masks.setdefault(owner, []).append((stem, file))
-    known: set[str] = set()
+        if file.startswith("masks/") and file.endswith(".png"):
+            stem = _stem_of(file)
+            owner = stem if stem in images else stem.rpartition("/")[0]
+            if owner in images:
+                masks.setdefault(owner, []).append(file)
+    unused = set(captions)
     for owner, found in masks.items():
-        regions = []
-        for stem, file in found:
-            for label in _labels_of(root / file):
-                name = stem if label is None else f"{stem}#{label}"
-                known.add(name)
-                region: dict[str, Any] = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": label}
+        regions: list[Region] = []
+        for file in found:
+            try:
+                _, labels = _mask_values(root / file)
+            except SampleError:
+                labels = [None]  # damaged files fail when they are loaded
+            for label in labels:
+                name = _stem_of(file) + ("" if label is None else f"#{label}")
+                unused.discard(name)
+                region: Region = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": label}
                 regions.append({**region, "captions": captions.get(name, [])})
         yield images[owner], regions
-    unused = sorted(set(captions) - known)
     if unused:
-        seen = f"{len(unused)} names without a mask: {', '.join(unused[:3])}"
+        seen = f"{len(unused)} names without a mask: {', '.join(sorted(unused)[:3])}"
         expected = "names of mask files below masks/, without .png (of a map of labels: name#label)"
         fix = "rename them, or remove them"
         raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected, fix))
 
 
-def _labels_of(path: Path) -> list[int | None]:
-    """Return the labels of a map, ``[None]`` for the mask of one object; damaged files fail when they are loaded."""
-    try:
-        values, is_map = _mask_values(path)
-    except SampleError:
-        return [None]
-    return [int(v) for v in np.unique(values) if v > 0] if is_map else [None]
+def _stem_of(file: str) -> str:
+    return file.removeprefix("masks/").removesuffix(".png")
 
 
-def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
-    """Return the stored values (H, W) and whether they are labels of several objects.
+def _mask_values(path: Path) -> tuple[np.ndarray, list[int] | list[None]]:
+    """Return the stored values (H, W) and the labels of a map of several objects, ``[None]`` for the mask of one.
 
     Raises:
         SampleError: ``ambiguous_mask`` where 255 stands beside other grey values (anti-aliased edges, as a rule).
@@ -306,18 +273,16 @@ def _mask_values(path: Path) -> tuple[np.ndarray, bool]:
     image = open_image_file(path)
     values: np.ndarray = np.asarray(image)
     if values.ndim == 3:
-        return foreground_of(image), False
-    present = np.unique(values)
-    present = present[present > 0]
-    if image.mode in ("1", "P") or len(present) <= 1:
-        return values, image.mode == "P" and len(present) > 1
-    if 255 in present:
-        seen, expected = f"{len(present)} grey values and 255", "0 and 255, or labels below 255"
+        return foreground_of(image), [None]
+    labels = [value for value in np.unique(values).tolist() if value > 0]
+    if image.mode == "1" or len(labels) <= 1:
+        return values, [None]
+    if image.mode != "P" and 255 in labels:
+        seen, expected = f"{len(labels)} grey values and 255", "0 and 255, or labels below 255"
         fix = "threshold the mask, or save labels as a palette image"
-        raise SampleError(
-            "ambiguous_mask", explain("a mask is neither binary nor labels", str(path), seen, expected, fix)
-        )
-    return values, True
+        what = "a mask is neither binary nor labels"
+        raise SampleError("ambiguous_mask", explain(what, str(path), seen, expected, fix))
+    return values, [int(label) for label in labels]
 
 
 def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
@@ -326,39 +291,30 @@ def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``ambiguous_mask``, ``empty_mask``.
     """
-    values, is_map = _mask_values(path)
+    values, labels = _mask_values(path)
     if not (values > 0).any():
         raise SampleError("empty_mask", explain("a mask is empty", str(path), "0 pixels", "1 or more"))
-    labels = [int(value) for value in np.unique(values) if value > 0] if is_map else [None]
-    names = [path.stem if label is None else f"{path.stem}#{label}" for label in labels]
-    masks = [values > 0 if label is None else values == label for label in labels]
-    return list(zip(names, masks, strict=True))
+    return [(path.stem, values > 0) if label is None else (f"{path.stem}#{label}", values == label) for label in labels]
 
 
-def _read_labelled(path: Path, label: int | None) -> np.ndarray:
-    values, _ = _mask_values(path)
-    return np.ascontiguousarray(values > 0 if label is None else values == label)
-
-
-def _read_captions(path: Path) -> dict[str, Any]:
+def _read_captions(path: Path) -> dict[str, str | list[str]]:
     if not path.is_file():
         return {}
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(explain("captions cannot be read", str(path), str(error), "JSON")) from error
-    is_sound = isinstance(captions, dict) and all(_is_caption(value) for value in captions.values())
-    if not is_sound:
+    if not isinstance(captions, dict) or not all(_is_caption(value) for value in captions.values()):
         expected = '{"mask name": "text" or ["text", "text"]}'
         raise ConfigError(explain("captions have another structure", str(path), str(captions)[:60], expected))
-    return dict(captions)
+    return captions
 
 
-def _is_caption(value: Any) -> bool:
+def _is_caption(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def _texts(region: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _texts(region: Region, where: str) -> tuple[str, ...]:
     given = region.get("captions", region.get("caption"))
     if given is None:
         return ()
@@ -369,15 +325,16 @@ def _texts(region: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def _coco_regions(path: Path) -> dict[str, list[Any]]:
+def _coco_regions(path: Path) -> dict[str, list[Region]]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: image for image in tree["images"]}
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[Region]] = {}
         for item in tree["annotations"]:
             image = images[item["image_id"]]
-            region = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
-            region.update(id=str(item["id"]), size=[int(image["height"]), int(image["width"])])
+            region: Region = {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
+            given = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
+            region.update(given)  # type: ignore[typeddict-item]
             found.setdefault(str(image["file_name"]), []).append(region)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         seen = f"{type(error).__name__}: {error}"
@@ -386,9 +343,9 @@ def _coco_regions(path: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _line_places(path: Path) -> dict[str, list[Any]]:
+def _line_places(path: Path) -> dict[str, list[tuple[int, int]]]:
     """Return for each image where its lines are: (offset, length) in bytes."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     offset = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
@@ -402,7 +359,7 @@ def _line_places(path: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
+def _parse_line(raw: bytes, where: str) -> Region:
     try:
         record = json.loads(raw)
     except ValueError as error:
@@ -410,12 +367,9 @@ def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:
         seen = raw[:80].decode("utf-8", "replace")
         raise SampleError("broken_json", explain("a line lacks its keys", where, seen, _LINE_EXPECTED))
-    return record
+    region: Region = record  # type: ignore[assignment]
+    return region
 
 
-def _fits(mask: np.ndarray, size: tuple[int, ...]) -> bool:
-    try:
-        fit_mask(mask, (size[0], size[1]), "")
-    except SampleError:
-        return False
-    return True
+def _fits(mask: np.ndarray, size: tuple[int, int]) -> bool:
+    return all(abs(a - b) <= SIZE_TOLERANCE for a, b in zip(mask.shape, size, strict=True))

@@ -4,7 +4,6 @@ Layout (Benenson et al. 2019, arXiv 1903.10830; each part can be given on its ow
 
     root/
       train-annotations-object-segmentation.csv    MaskPath,ImageID,LabelName,BoxID,...
-      oidv7-class-descriptions.csv                 optional, for display names
       images/train/<ImageID>.jpg
       masks/train/<MaskPath>
 
@@ -31,7 +30,7 @@ from dual_loop.data.images import Picture, read_mask_png, read_picture
 from dual_loop.data.index import load_or_build, progress_bar
 from dual_loop.data.index_file import StringTable, watch_files
 from dual_loop.data.masks import resize_mask, safe_join
-from dual_loop.data.reader import check_root, choose_capped, layout_error
+from dual_loop.data.reader import Reader, find_part, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
 from dual_loop.types import NeededSize, RegionSample
@@ -39,17 +38,11 @@ from dual_loop.types import NeededSize, RegionSample
 LAYOUT = """
   root/
     train-annotations-object-segmentation.csv
-    oidv7-class-descriptions.csv    (optional)
     images/train/<ImageID>.jpg
     masks/train/<MaskPath>
 """
 
 CSV_NAME = "train-annotations-object-segmentation.csv"
-CLASS_FILES = (
-    "oidv7-class-descriptions.csv",
-    "oidv7-class-descriptions-boxable.csv",
-    "class-descriptions-boxable.csv",
-)
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image."""
 
@@ -58,21 +51,22 @@ _MAX_ID_BYTES = 251
 """A file system holds names of 255 bytes, and ``.jpg`` comes after the id."""
 
 
-class OpenImages:
-    """Open Images segmentation as a :class:`~dual_loop.types.RegionSource`; an entry is an image with its objects.
+class OpenImages(Reader):
+    """Open Images segmentation; an entry is an image with its objects.
 
     Args:
         root: folder of the data set, see the module.
         max_samples: keep this many images, drawn with a fixed seed; None keeps all.
         regions_per_image: most regions of one sample.
-        csv, classes, images, masks: where a part is elsewhere: a path that exists, or a path below ``root``.
+        csv, images, masks: where a part is elsewhere: a path that exists, or a path below ``root``.
+        classes: class descriptions; nothing in training reads them, but a wrong path is refused.
         index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: a part is missing, the CSV has another header or a broken row, or it has no row.
     """
 
-    name = "openimages"
+    name, title, layout = "openimages", "Open Images", LAYOUT
 
     def __init__(
         self,
@@ -85,51 +79,24 @@ class OpenImages:
         masks: str | Path | None = None,
         index_dir: str | Path | None = None,
     ) -> None:
-        self.root = check_root(root, "Open Images", LAYOUT)
-        self.regions_per_image = regions_per_image
-        self.csv_path = self._find(csv, CSV_NAME, "openimage_csv")
-        self.images = self._find(images, "images/train", "openimage_images")
-        self.masks = self._find(masks, "masks/train", "openimage_masks")
-        self._labels = self._read_labels(classes)
+        super().__init__(root, index_dir, regions_per_image)
+
+        def find(given: str | Path | None, default: str, setting: str) -> Path:
+            what = f"a part of Open Images is missing (set {setting} where it is elsewhere)"
+            return find_part(self.root, given, default, what, LAYOUT)
+
+        self.csv_path = find(csv, CSV_NAME, "openimage_csv")
+        self.images = find(images, "images/train", "openimage_images")
+        self.masks = find(masks, "masks/train", "openimage_masks")
+        if classes is not None:
+            find(classes, "", "openimage_classes")
         arrays = load_or_build(index_dir, {"kind": "openimages", "csv": str(self.csv_path)}, self._build_index)
         self._image_ids = StringTable.from_arrays(arrays, "image_id")
         self._mask_paths = StringTable.from_arrays(arrays, "mask_path")
-        self._rows, self._row_starts = arrays["rows"], arrays["row_starts"]
+        self._masks_by_image, self._starts = arrays["rows"], arrays["row_starts"]
         if not len(self._image_ids):
             raise layout_error("the Open Images CSV has no row", self.csv_path, "the header alone", LAYOUT)
-        self._kept = choose_capped(len(self._image_ids), max_samples, "openimage_max_samples")
-
-    def _find(self, given: str | Path | None, default: str, setting: str) -> Path:
-        """Return the absolute path of a part; a given path may be relative to the working folder or to the root."""
-        candidates = [self.root / default] if given is None else [Path(given).expanduser(), self.root / given]
-        for candidate in candidates:
-            if candidate.exists():
-                return candidate.absolute()
-        what = f"a part of Open Images is missing (set {setting} where it is elsewhere)"
-        raise layout_error(what, candidates[-1], "nothing there", LAYOUT)
-
-    def _read_labels(self, given: str | Path | None) -> dict[str, str]:
-        """Return display names by label. The older file has no header, the newer one has: told by the first row."""
-        if given is not None:
-            path = self._find(given, "", "openimage_classes")
-        else:
-            present = [self.root / name for name in CLASS_FILES if (self.root / name).is_file()]
-            if not present:
-                return {}
-            path = present[0]
-        labels = {}
-        for number, row in _read_rows(path):
-            if len(row) < 2:
-                raise _bad_row(path, number, row, "label,display name")
-            if number == 1 and row[0].strip().lower() == "labelname":
-                continue
-            labels[row[0]] = row[1]
-        return labels
-
-    def label_name(self, label: str) -> str:
-        """Return the display name of a label (``/m/04yx4``, or ``m04yx4`` as in a mask's name); else ``label``."""
-        slashed = f"/{label[0]}/{label[1:]}" if label and not label.startswith("/") else label
-        return self._labels.get(slashed, label)
+        self._set_entries(np.arange(len(self._image_ids)), max_samples, "openimage_max_samples", self._image_ids)
 
     def _build_index(self) -> dict[str, np.ndarray]:
         """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image.
@@ -139,58 +106,62 @@ class OpenImages:
         """
         watched = watch_files([self.csv_path])
         chunks: list[np.ndarray] = [np.empty(0, "S1")]
-        paths = StringTable.from_strings(self._stream_mask_paths(chunks))
+
+        def mask_paths() -> Iterator[str]:
+            with progress_bar(f"reading {self.csv_path.name}", "row") as bar:
+                for rows in in_chunks(self._read_valid_rows(), _CHUNK_ROWS):
+                    yield from (mask_path for mask_path, _ in rows)
+                    chunks.append(np.array([image_id for _, image_id in rows]))
+                    bar.update(len(rows))
+
+        paths = StringTable.from_strings(mask_paths())
         ids = np.concatenate(chunks)
         chunks.clear()
         rows = np.argsort(ids, kind="stable")
         ids = ids[rows]
         starts = np.flatnonzero(np.concatenate((np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1])))
-        image_ids = StringTable.from_strings(ids[start].decode() for start in starts)
         return {
-            **image_ids.to_arrays("image_id"),
+            **StringTable.from_strings(ids[start].decode() for start in starts).to_arrays("image_id"),
             **paths.to_arrays("mask_path"),
             "rows": rows,
             "row_starts": np.append(starts, len(ids)),
             **watched,
         }
 
-    def _stream_mask_paths(self, chunks: list[np.ndarray]) -> Iterator[str]:
-        """Yield the mask path of each row; append the rows' ImageIDs in UTF-8 to ``chunks``, (n,) bytes."""
-        with progress_bar(f"reading {self.csv_path.name}", "row") as bar:
-            for rows in in_chunks(self._read_valid_rows(), _CHUNK_ROWS):
-                yield from (mask_path for mask_path, _ in rows)
-                chunks.append(np.array([image_id for _, image_id in rows]))
-                bar.update(len(rows))
-
     def _read_valid_rows(self) -> Iterator[tuple[str, bytes]]:
-        rows = _read_rows(self.csv_path)
-        _, header = next(rows, (1, []))
-        if "MaskPath" not in header or "ImageID" not in header:
-            expected = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
-            fix = "give the annotations-object-segmentation CSV of Open Images V5 to V7"
-            seen = ",".join(header) or "an empty file"
-            raise ConfigError(
-                explain("the Open Images CSV has another header", str(self.csv_path), seen, expected, fix)
-            )
-        path_column, id_column = header.index("MaskPath"), header.index("ImageID")
-        for number, row in rows:
-            if len(row) != len(header) or not row[path_column] or not row[id_column]:
-                raise _bad_row(self.csv_path, number, row, f"{len(header)} columns, MaskPath and ImageID filled")
-            image_id = row[id_column].encode()
-            if len(image_id) > _MAX_ID_BYTES or b"\0" in image_id:
-                raise _bad_row(self.csv_path, number, row, f"an ImageID of at most {_MAX_ID_BYTES} bytes, without NUL")
-            yield row[path_column], image_id
+        """Yield (mask path, ImageID in UTF-8) of each row.
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
-        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
-        return [self._image_ids], self._kept
+        Raises:
+            ConfigError: the file cannot be read as UTF-8 CSV, has another header, or a broken row.
+        """
+        path = str(self.csv_path)
+        fix = "the file is damaged or incomplete: download it again"
+        try:
+            with self.csv_path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.reader(file)
+                rows = (row for row in reader if row)
+                header = next(rows, [])
+                if "MaskPath" not in header or "ImageID" not in header:
+                    expected = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+                    seen = ",".join(header) or "an empty file"
+                    fix = "give the annotations-object-segmentation CSV of Open Images V5 to V7"
+                    raise ConfigError(explain("the Open Images CSV has another header", path, seen, expected, fix))
+                path_column, id_column = header.index("MaskPath"), header.index("ImageID")
+                for row in rows:
+                    image_id = row[id_column].encode() if len(row) == len(header) else b""
+                    if not image_id or len(image_id) > _MAX_ID_BYTES or b"\0" in image_id or not row[path_column]:
+                        where, seen = f"{path}, line {reader.line_num}", ",".join(row)[:80]
+                        expected = f"{len(header)} columns, MaskPath and ImageID filled, an ImageID of at most "
+                        expected += f"{_MAX_ID_BYTES} bytes, without NUL"
+                        raise ConfigError(explain("a CSV row is broken", where, seen, expected, fix))
+                    yield row[path_column], image_id
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            seen = f"{type(error).__name__}: {error}"
+            raise ConfigError(explain("a CSV file cannot be read", path, seen, "UTF-8 CSV", fix)) from error
 
     def entry_id(self, index: int) -> str:
         """Return the ImageID."""
-        return self._image_ids[int(self._kept[index])]
+        return self._image_ids[int(self._rows[index])]
 
     def image_path(self, index: int) -> Path:
         """Return where the image is, or should be.
@@ -200,110 +171,40 @@ class OpenImages:
         """
         return safe_join(self.images, f"{self.entry_id(index)}.jpg")
 
-    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Return :meth:`load_reduced` with the image in full.
-
-        Raises:
-            SampleError: see the module.
-        """
-        return self.load_reduced(index, rng, None)
-
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
         An empty mask is replaced by the next drawn; any other fault makes the whole sample bad. A region's id is its
         mask's name without ImageID and ``.png``, ``<label without slashes>_<BoxID>``.
-
-        Raises:
-            SampleError: see the module.
         """
-        entry, image_id = int(self._kept[index]), self.entry_id(index)
-        rows = self._rows[self._row_starts[entry] : self._row_starts[entry + 1]]
-        names = list(dict.fromkeys(self._mask_paths[int(row)] for row in rows))  # a row may be there twice
+        entry, image_id = int(self._rows[index]), self.entry_id(index)
+        rows = self._masks_by_image[self._starts[entry] : self._starts[entry + 1]].tolist()
+        names = list(dict.fromkeys(self._mask_paths[row] for row in rows))  # a row may be there twice
         picture: Picture | None = None
-        chosen: list[str] = []
-        masks: list[np.ndarray] = []
-        for position in rng.permutation(len(names)):
-            name = names[int(position)]
-            path = safe_join(self.masks, name)
-            stored = read_mask_png(path)
+
+        def decode(number: int) -> np.ndarray:
+            nonlocal picture
+            path = safe_join(self.masks, names[number])
+            mask = read_mask_png(path)
             if picture is None:
-                picture = self._read_fitting_image(image_id, stored, path, needed)
-            elif not _same_aspect(stored.shape, picture.size):
-                raise _aspect_mismatch(stored, picture.size, path)
-            mask = resize_mask(stored, picture.size)
-            if mask.any():
-                chosen.append(name)
-                masks.append(mask)
-            if len(chosen) == self.regions_per_image:
-                break
-        if picture is None or not chosen:
-            seen, expected = f"{len(names)} masks, all empty at the image's size", "one with a pixel or more"
-            message = explain("no region of an image is left", f"{self.csv_path}: {image_id}", seen, expected)
-            raise SampleError("no_region_left", message)
-        return RegionSample(
-            source=self.name,
-            sample_id=image_id,
-            image=picture.pixels,
-            masks=np.stack(masks),
-            region_ids=tuple(_region_id(name, image_id) for name in chosen),
-            captions=((),) * len(chosen),
-            image_reduction=picture.reduction,
-        )
+                picture = read_picture(self.image_path(index), apply_exif=False, needed=needed)
+                if not _same_aspect(mask, picture):
+                    turned = read_picture(self.image_path(index), apply_exif=True)
+                    picture = turned if _same_aspect(mask, turned) else picture
+            if not _same_aspect(mask, picture):
+                what = "a mask and its image have different aspect ratios"
+                seen = f"mask {mask.shape[1]} x {mask.shape[0]}, image {picture.size[1]} x {picture.size[0]} (W x H)"
+                expected = f"aspect ratios within {ASPECT_TOLERANCE:.0%}"
+                fix = "the image is another rendition or was turned: download the original"
+                raise SampleError("aspect_mismatch", explain(what, str(path), seen, expected, fix))
+            return resize_mask(mask, picture.size)
 
-    def _read_fitting_image(
-        self, image_id: str, mask: np.ndarray, mask_path: Path, needed: NeededSize | None
-    ) -> Picture:
-        """Read the image as stored, or turned as its EXIF says where only that fits ``mask`` (see the module)."""
-        path = safe_join(self.images, f"{image_id}.jpg")
-        picture = read_picture(path, apply_exif=False, needed=needed)
-        if _same_aspect(mask.shape, picture.size):
-            return picture
-        turned = read_picture(path, apply_exif=True)
-        if _same_aspect(mask.shape, turned.size):
-            return turned
-        raise _aspect_mismatch(mask, picture.size, mask_path)
+        drawn, masks = self._draw(rng, len(names), decode, f"{self.csv_path}: {image_id}")
+        assert picture is not None, "a mask was decoded"
+        stems = [names[number].rsplit("/", 1)[-1].removesuffix(".png") for number in drawn]
+        return self._sample(index, picture, masks, [stem.removeprefix(f"{image_id}_") for stem in stems])
 
 
-def _same_aspect(mask_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> bool:
-    ratio = (mask_shape[1] * image_shape[0]) / (mask_shape[0] * image_shape[1])
+def _same_aspect(mask: np.ndarray, picture: Picture) -> bool:
+    ratio: float = (mask.shape[1] * picture.size[0]) / (mask.shape[0] * picture.size[1])
     return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE
-
-
-def _aspect_mismatch(mask: np.ndarray, size: tuple[int, int], mask_path: Path) -> SampleError:
-    message = explain(
-        "a mask and its image have different aspect ratios",
-        str(mask_path),
-        f"mask {mask.shape[1]} x {mask.shape[0]}, image {size[1]} x {size[0]} (W x H)",
-        f"aspect ratios within {ASPECT_TOLERANCE:.0%}",
-        "the image is another rendition or was turned: download the original",
-    )
-    return SampleError("aspect_mismatch", message)
-
-
-def _region_id(mask_path: str, image_id: str) -> str:
-    stem = mask_path.rsplit("/", 1)[-1].removesuffix(".png")
-    return stem.removeprefix(f"{image_id}_")
-
-
-def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, row) of a CSV file, blank lines left out.
-
-    Raises:
-        ConfigError: the file cannot be read as UTF-8 CSV.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        seen = f"{type(error).__name__}: {error}"
-        message = explain("a CSV file cannot be read", str(path), seen, "UTF-8 CSV", "download it again")
-        raise ConfigError(message) from error
-
-
-def _bad_row(path: Path, number: int, row: list[str], expected: str) -> ConfigError:
-    fix = "the file is damaged or incomplete: download it again"
-    return ConfigError(explain("a CSV row is broken", f"{path}, line {number}", ",".join(row)[:80], expected, fix))

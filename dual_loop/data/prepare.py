@@ -186,12 +186,22 @@ def prepare_sample(
     """
     where = f"{sample.source}/{sample.sample_id}"
     _check_sample(sample, where)
-    if len(region_seeds) != sample.num_regions:
-        raise ValueError(f"{where} has {sample.num_regions} regions, but {len(region_seeds)} seeds were given")
+    if len(region_seeds) != len(sample.region_ids):
+        raise ValueError(f"{where} has {len(sample.region_ids)} regions, but {len(region_seeds)} seeds were given")
     names = [f"{where}#{region_id}" for region_id in sample.region_ids]
-    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
-    if not allow_empty_targets:
-        _check_targets(sample, target_masks, names)
+    segmented = sample.masks if sample.target_masks is None else sample.target_masks
+    target_masks = resize_targets(segmented, geometry.mask_size)
+    lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
+    if lost and not allow_empty_targets:
+        size = geometry.mask_size
+        message = explain(
+            "a region has no pixel left in its target",
+            names[lost[0]],
+            f"{int(segmented[lost[0]].sum())} pixels of an image of {segmented.shape[1:]} (H, W)",
+            f"1 pixel or more at {size} x {size}",
+            "raise the minimum area of the data set",
+        )
+        raise SampleError("target_vanished", message)
     captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
     views = [image_to_tiles(captioned, geometry)]
     if sample.target_image is not None:
@@ -254,11 +264,10 @@ def batch_from_samples(
     prepared = []
     for sample in samples:
         name = f"{sample.source}/{sample.sample_id}"
-        seeds = [region_seed(seed, name, position) for position in range(sample.num_regions)]
+        seeds = [region_seed(seed, name, position) for position in range(len(sample.region_ids))]
         rng = sample_rng(seed, name)
-        prepared.append(
-            prepare_sample(sample, geometry, rng, seeds, allow_empty_targets=True, keep_sample=keep_samples)
-        )
+        keep = {"allow_empty_targets": True, "keep_sample": keep_samples}
+        prepared.append(prepare_sample(sample, geometry, rng, seeds, **keep))
     return collate(prepared)
 
 
@@ -288,21 +297,6 @@ def _check_arrays(image: np.ndarray, masks: np.ndarray, count: int, where: str, 
         raise SampleError(
             "empty_mask", explain("a mask is empty", f"{where}, region {empty[0]}", "0 pixels", "1 or more")
         )
-
-
-def _check_targets(sample: RegionSample, target_masks: torch.Tensor, names: list[str]) -> None:
-    lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
-    if lost:
-        num_pixels = int(sample.segmentation_masks[lost[0]].sum())
-        size = target_masks.shape[-1]
-        message = explain(
-            "a region has no pixel left in its target",
-            names[lost[0]],
-            f"{num_pixels} pixels of an image of {sample.segmentation_masks.shape[1:]} (H, W)",
-            f"1 pixel or more at {size} x {size}",
-            "raise the minimum area of the data set",
-        )
-        raise SampleError("target_vanished", message)
 
 
 def _invalid(what: str, where: str, seen: str, expected: str) -> SampleError:

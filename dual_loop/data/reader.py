@@ -1,16 +1,156 @@
-"""What all readers share: the cap on samples, and the errors for a bad root."""
+"""What all readers share: a root, a cap, regions that are drawn until enough pass, and the errors for a bad root."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dual_loop.errors import ConfigError, explain
+from dual_loop.data.images import Picture
+from dual_loop.data.index_file import StringTable
+from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.types import NeededSize, RegionSample
 
 CAP_SEED = 20_240_816
 """Seed of the shuffle before a cap. Fixed, so that a capped data set is the same in every run."""
+
+
+class Reader:
+    """A data set on disk as an indexed collection of images with regions; a user's own source may extend it.
+
+    ``len()`` and :meth:`entry_id` work from the index alone and never open an image. A reader writes :meth:`load`, or
+    :meth:`load_reduced` where it can decode an image at a smaller scale.
+
+    Args:
+        root: folder of the data set; ``title`` and ``layout`` are what the message about a bad one shows.
+        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
+        regions_per_image: most regions of one sample.
+        min_area, max_area: limits on the share of the image that a mask covers, 0..1.
+
+    Raises:
+        ConfigError: the root is not a folder that can be listed.
+    """
+
+    name = ""
+    """Of the data set, in logs, results and settings."""
+
+    title = ""
+    layout = ""
+    _names: Sequence[StringTable] = ()
+    _rows = np.empty(0, np.int64)
+
+    def __init__(
+        self,
+        root: str | Path,
+        index_dir: str | Path | None = None,
+        regions_per_image: int = 1,
+        min_area: float = 0.0,
+        max_area: float = 1.0,
+    ) -> None:
+        self.root = check_root(root, self.title, self.layout)
+        self.index_dir, self.regions_per_image = index_dir, regions_per_image
+        self.min_area, self.max_area = min_area, max_area
+
+    def _set_entries(self, rows: np.ndarray, max_samples: int | None, setting: str, *names: StringTable) -> None:
+        """Keep ``rows`` of the index as entries, or ``max_samples`` of them; ``names`` hold an entry's name, by row."""
+        self._rows, self._names = rows[choose_capped(len(rows), max_samples, setting)], names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def named_rows(self) -> tuple[Sequence[StringTable], np.ndarray]:
+        """Return tables whose rows contain the entries' names (none: ask for each), and the row of each, (n,) int64."""
+        return self._names, self._rows
+
+    def entry_id(self, index: int) -> str:
+        """Return the name of entry ``index`` (the file stem or image id), for logs and exact resume checks."""
+        raise NotImplementedError
+
+    def image_path(self, index: int) -> Path | None:
+        """Return the file of the captioned image of entry ``index``; None where no file holds the image alone.
+
+        Raises:
+            SampleError: the file is missing, or its name leaves the root.
+        """
+        return None
+
+    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+        """Read entry ``index``; choose regions with ``rng`` only, so that the result depends on nothing else.
+
+        Raises:
+            SampleError: the entry cannot be used; the module of each reader lists the reasons.
+        """
+        return self.load_reduced(index, rng, None)
+
+    def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
+        """Read what :meth:`load` reads, with an image that may be smaller but not below ``needed`` of its size.
+
+        Masks and random choices stay the same.
+
+        Raises:
+            SampleError: the entry cannot be used.
+        """
+        if type(self).load is Reader.load:
+            raise NotImplementedError
+        return self.load(index, rng)
+
+    def _draw(
+        self, rng: np.random.Generator, count: int, decode: Callable[[int], np.ndarray], where: str, limits: str = ""
+    ) -> tuple[list[int], np.ndarray]:
+        """Draw regions of an image until ``regions_per_image`` pass the limits on the area.
+
+        Only drawn regions are decoded; one that cannot be decoded makes the whole sample bad.
+
+        Args:
+            count: regions of the image.
+            decode: from the number of a region to its mask (H, W) bool.
+            where, limits: for the message: the image, and what a region had to pass before.
+
+        Returns:
+            the numbers of n regions, n >= 1, and their masks (n, H, W) bool.
+
+        Raises:
+            SampleError: ``no_region_left``, and what ``decode`` raises.
+        """
+        numbers: list[int] = []
+        masks: list[np.ndarray] = []
+        for number in rng.permutation(count).tolist():
+            mask = decode(number)
+            area = np.count_nonzero(mask) / mask.size
+            if area > 0 and self.min_area <= area <= self.max_area:
+                numbers.append(number)
+                masks.append(mask)
+                if len(numbers) == self.regions_per_image:
+                    break
+        if not numbers:
+            expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
+            fix = f"widen the limits of {self.name}, or let the sample be skipped"
+            seen = f"{count} masks, all outside the limits"
+            raise SampleError("no_region_left", explain("no region of an image is left", where, seen, expected, fix))
+        return numbers, np.stack(masks)
+
+    def _sample(
+        self,
+        index: int,
+        picture: Picture,
+        masks: np.ndarray,
+        ids: Sequence[str],
+        captions: Sequence[tuple[str, ...]] | None = None,
+    ) -> RegionSample:
+        """Return the regions of one image as a sample; without ``captions`` it has no text."""
+        return RegionSample(
+            source=self.name,
+            sample_id=self.entry_id(index),
+            image=picture.pixels,
+            masks=masks,
+            region_ids=tuple(ids),
+            captions=((),) * len(ids) if captions is None else tuple(captions),
+            image_reduction=picture.reduction,
+        )
 
 
 def choose_capped(num_entries: int, max_samples: int | None, setting: str) -> np.ndarray:
@@ -44,6 +184,36 @@ def check_root(root: str | Path, name: str, layout: str) -> Path:
     if not os.access(path, os.R_OK | os.X_OK):
         raise layout_error(f"the {name} folder cannot be read", path, "no permission to list it", layout)
     return path
+
+
+def find_part(root: Path, given: str | Path | None, default: str, what: str, layout: str) -> Path:
+    """Return the absolute path of a part of a data set: ``given``, also below ``root``, else ``default`` there.
+
+    Raises:
+        ConfigError: it is not there; the message begins with ``what``.
+    """
+    candidates = [root / default] if given is None else [Path(given).expanduser(), root / given]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.absolute()
+    raise layout_error(what, candidates[-1], "nothing there", layout)
+
+
+def read_annotations(file: Path | io.BytesIO, where: str) -> object:
+    """Return what a JSON file of annotations holds.
+
+    Raises:
+        SampleError: ``missing_file``, ``broken_json``; ``where`` names the file.
+    """
+    fix = "download this file again"
+    try:
+        return json.loads(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("an annotation file is missing", where, fix=fix)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        message = explain("an annotation file is damaged", where, seen, "complete JSON", fix)
+        raise SampleError("broken_json", message) from error
 
 
 def layout_error(what: str, path: Path, seen: str, layout: str) -> ConfigError:

@@ -15,20 +15,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dual_loop.data.images import read_image
-from dual_loop.data.masks import (
-    check_mask,
-    decode_segmentation,
-    decode_summed_polygons,
-    fit_mask,
-)
+from dual_loop.data.images import read_picture
+from dual_loop.data.masks import check_mask, decode_segmentation, decode_summed_polygons, fit_mask
+from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain
 from dual_loop.types import RegionSample
@@ -36,8 +31,10 @@ from dual_loop.types import RegionSample
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
 LMMS_COLUMNS = {"image", "answer", "segmentation"}
 
+Row = Mapping[str, Any]
 
-class RefParquet:
+
+class RefParquet(Reader):
     """One parquet file of references, grouped by image.
 
     Args:
@@ -54,9 +51,7 @@ class RefParquet:
 
     def __init__(self, path: str | Path, images: str | Path | None = None, polygons: str = "union") -> None:
         self.path = Path(path)
-        self._decode: Callable[[Any, int, int, str], np.ndarray] = (
-            decode_summed_polygons if polygons == "summed" else decode_segmentation
-        )
+        self._decode = decode_summed_polygons if polygons == "summed" else decode_segmentation
         self._table = _open_table(self.path)
         columns = set(self._table.column_names)
         self.has_pixels = columns >= LMMS_COLUMNS
@@ -65,13 +60,13 @@ class RefParquet:
             raise ConfigError(explain("not a known layout of references", str(path), sorted(columns), expected))
         if not self.has_pixels and images is None:
             raise ConfigError(explain("the file holds no pixels", str(path), fix="give --refcoco_images DIR"))
-        self.images = None if images is None else Path(images).expanduser()
+        self.images = Path(images or ".").expanduser()
         # lmms-lab rows carry their picture; rows of one photograph share its file name where that is given.
         key = next((name for name in ("image_id", "file_name", "question_id") if name in columns), None)
-        names = [str(value) for value in self._table.column(key).to_pylist()] if key else []
+        names = self._table.column(key).to_pylist() if key else range(self._table.num_rows)
         groups: dict[str, list[int]] = {}
-        for row, name in enumerate(names or map(str, range(self._table.num_rows))):
-            groups.setdefault(name.removesuffix(".jpg"), []).append(row)
+        for row, name in enumerate(names):
+            groups.setdefault(str(name).removesuffix(".jpg"), []).append(row)
         self._groups = sorted(groups.items())
 
     def __len__(self) -> int:
@@ -83,9 +78,7 @@ class RefParquet:
 
     def image_path(self, index: int) -> Path | None:
         """Return the image file, None where the pixels are in the parquet file."""
-        if self.has_pixels:
-            return None
-        return self._find_image(self._row(self._groups[index][1][0]))
+        return None if self.has_pixels else self._find_image(self._record(self._groups[index][1][0]))
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
         """Return the same as :meth:`load_all`: mirrors are for evaluation."""
@@ -98,40 +91,35 @@ class RefParquet:
             SampleError: see the module.
         """
         _, rows = self._groups[index]
-        records = [self._row(row) for row in rows]
-        image = self._read_image(records[0])
+        records = [self._record(row) for row in rows]
+        if self.has_pixels:
+            stored = records[0]["image"]
+            raw = stored.get("bytes") if isinstance(stored, Mapping) else stored
+            try:
+                picture = read_picture(io.BytesIO(raw or b""), False, f"{self.path}, row {rows[0]}")
+            except SampleError as error:
+                raise SampleError("truncated_file", str(error)) from error
+        else:
+            picture = read_picture(self._find_image(records[0]), apply_exif=False)
         masks, ids, captions = [], [], []
         for row, record in zip(rows, records, strict=True):
             where = f"{self.path}, row {row}"
-            mask = self._mask(record, image.shape, where)
-            check_mask(mask, where)
-            masks.append(mask)
+            masks.append(self._mask(record, picture.size, where))
+            check_mask(masks[-1], where)
             ids.append(f"ref{record.get('ref_id', row)}")
             captions.append(_expressions(record, where))
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{row}" for name, row in zip(ids, rows, strict=True)]
-        return RegionSample(self.name, self.entry_id(index), image, np.stack(masks), tuple(ids), tuple(captions))
+        return self._sample(index, picture, np.stack(masks), ids, captions)
 
-    def _row(self, row: int) -> dict[str, Any]:
+    def _record(self, row: int) -> Row:
         return dict(self._table.slice(row, 1).to_pylist()[0])
 
-    def _read_image(self, record: Mapping[str, Any]) -> np.ndarray:
-        if not self.has_pixels:
-            return read_image(self._find_image(record), apply_exif=False)
-        value = record["image"]
-        raw: Any = value.get("bytes") if isinstance(value, Mapping) else value
-        try:
-            return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
-        except (OSError, TypeError, ValueError, SyntaxError) as error:
-            raise SampleError("truncated_file", explain("a picture is damaged", str(self.path), str(error))) from error
-
-    def _find_image(self, record: Mapping[str, Any]) -> Path:
-        assert self.images is not None  # checked when the file was opened
+    def _find_image(self, record: Row) -> Path:
         image_id = int(record["image_id"])
         name = _json(record["raw_image_info"], str(self.path)).get("file_name")
         return find_coco_image(self.images, str(name or f"{image_id:012d}.jpg"), image_id)
 
-    def _mask(self, record: Mapping[str, Any], shape: Sequence[int], where: str) -> np.ndarray:
-        size = (int(shape[0]), int(shape[1]))
+    def _mask(self, record: Row, size: tuple[int, int], where: str) -> np.ndarray:
         if not self.has_pixels:
             info = _json(record["raw_image_info"], where)
             segmentation = _json(record["raw_anns"], where).get("segmentation")
@@ -159,15 +147,15 @@ def _open_table(path: Path) -> Any:
         raise ConfigError(explain("a parquet file cannot be read", str(path), seen, fix="download it again")) from error
 
 
-def _json(text: Any, where: str) -> dict[str, Any]:
+def _json(text: Any, where: str) -> Any:
     try:
         value = json.loads(text) if isinstance(text, str) else text
     except ValueError as error:
         raise SampleError("broken_json", explain("a column holds no JSON", where, str(text)[:60])) from error
-    return value if isinstance(value, (dict, list)) else {}  # type: ignore[return-value]
+    return value if isinstance(value, (dict, list)) else {}
 
 
-def _expressions(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _expressions(record: Row, where: str) -> tuple[str, ...]:
     if "sentences" in record:
         texts = [s.get("sent") or s.get("raw") for s in record["sentences"] if isinstance(s, Mapping)]
     else:

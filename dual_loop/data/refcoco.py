@@ -28,23 +28,17 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict
 
 import numpy as np
 
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.index_file import StringTable, watch_files
-from dual_loop.data.masks import (
-    check_mask,
-    decode_segmentation,
-    decode_summed_polygons,
-    fit_mask,
-    safe_join,
-)
-from dual_loop.data.reader import check_root, choose_capped, layout_error
+from dual_loop.data.masks import check_mask, decode_segmentation, decode_summed_polygons, fit_mask, safe_join
+from dual_loop.data.reader import Reader, find_part, layout_error
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -60,8 +54,8 @@ DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 IMAGE_FOLDER = "coco2014/train2014"
 
 
-class RefCoco:
-    """The three data sets as one :class:`~dual_loop.types.RegionSource`.
+class RefCoco(Reader):
+    """The three data sets as one source.
 
     Args:
         root: folder that holds one folder per data set.
@@ -79,7 +73,7 @@ class RefCoco:
             global; no data set has the split.
     """
 
-    name = "refcoco"
+    name, title, layout = "refcoco", "RefCOCO", LAYOUT
 
     def __init__(
         self,
@@ -92,26 +86,19 @@ class RefCoco:
         index_dir: str | Path | None = None,
         polygons: str = "union",
     ) -> None:
-        self.root = check_root(root, "RefCOCO", LAYOUT)
-        self.split = split
-        self.regions_per_image = regions_per_image
+        super().__init__(root, index_dir, regions_per_image)
         self._decode = decode_summed_polygons if polygons == "summed" else decode_segmentation
-        self._parts = [
-            _DatasetPart(label, self.root, images, index_dir) for label in _present_datasets(self.root, datasets)
-        ]
+        self._parts = _open_parts(self.root, datasets, images, index_dir)
         self.datasets = tuple(part.label for part in self._parts)
-        entries = [
-            (number, *entry) for number, part in enumerate(self._parts) for entry in part.entries_of_split(split)
-        ]
+        entries = [(number, *entry) for number, part in enumerate(self._parts) for entry in part.entries(split)]
         if not entries:
             expected = ", ".join(f"{part.label}: {', '.join(part.split_names)}" for part in self._parts)
             fix = "set the split of RefCOCO to one that exists"
             raise ConfigError(explain("no RefCOCO data set has this split", str(self.root), split, expected, fix))
-        table = np.array(entries, np.int64)  # columns: data set, image, first and last row of the split's references
-        self._entries = table[choose_capped(len(table), max_samples, "refcoco_max_samples")]
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self._set_entries(np.arange(len(entries)), max_samples, "refcoco_max_samples")
+        # Columns: data set, image, first and last place among the references of the split.
+        self._entries = np.array(entries, np.int64)[self._rows]
+        self._split_rows = [part.rows_of_split(split) for part in self._parts]
 
     def entry_id(self, index: int) -> str:
         """Return ``<data set>/<image id>``."""
@@ -132,34 +119,26 @@ class RefCoco:
         part, image, _ = self._entry(index)
         return part.find_image(image)
 
-    def _entry(self, index: int) -> tuple[_DatasetPart, int, np.ndarray]:
-        number, image, start, stop = (int(value) for value in self._entries[index])
-        part = self._parts[number]
-        return part, image, part.rows_of_split(self.split)[start:stop]
-
-    def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Return :meth:`load_reduced` with the image in full.
-
-        Raises:
-            SampleError: see the module.
-        """
-        return self.load_reduced(index, rng, None)
+    def _entry(self, index: int) -> tuple[_DatasetPart, int, list[int]]:
+        """Return the data set of an entry, its image, and the rows of its references."""
+        number, image, start, stop = self._entries[index].tolist()
+        return self._parts[number], image, self._split_rows[number][start:stop].tolist()
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read entry ``index`` with up to ``regions_per_image`` references drawn by ``rng``, with all their sentences.
 
         An empty mask is replaced by the next drawn; any other fault makes the whole sample bad.
-
-        Raises:
-            SampleError: see the module.
         """
-        _, _, rows = self._entry(index)
-        sample = self._read(index, rows[rng.permutation(len(rows))], self.regions_per_image, True, needed)
-        if sample is None:
-            seen, expected = f"{len(rows)} references, all with empty masks", "one with a pixel or more"
-            message = explain("no region of an image is left", f"{self.root}: {self.entry_id(index)}", seen, expected)
-            raise SampleError("no_region_left", message)
-        return sample
+        part, image, rows = self._entry(index)
+        picture = read_picture(part.find_image(image), apply_exif=False, needed=needed)
+
+        def decode(number: int) -> np.ndarray:
+            return self._mask(part, image, rows[number], picture.size)
+
+        drawn, masks = self._draw(rng, len(rows), decode, f"{self.root}: {self.entry_id(index)}")
+        rows = [rows[number] for number in drawn]
+        ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
+        return self._sample(index, picture, masks, ids, captions)
 
     def load_all(self, index: int) -> RegionSample:
         """Read entry ``index`` with all its references of the split, in the order of their ids (for evaluation).
@@ -167,89 +146,59 @@ class RefCoco:
         Raises:
             SampleError: see the module; one bad reference makes the whole entry bad.
         """
-        _, _, rows = self._entry(index)
-        sample = self._read(index, rows, len(rows), pass_over_empty=False)
-        assert sample is not None, "an entry has at least one reference"
-        return sample
+        part, image, rows = self._entry(index)
+        picture = read_picture(part.find_image(image), apply_exif=False)
+        masks = [self._mask(part, image, row, picture.size) for row in rows]
+        for row, mask in zip(rows, masks, strict=True):
+            check_mask(mask, f"{part.folder}: ref {part.ref_ids[row]}")
+        ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
+        return self._sample(index, picture, np.stack(masks), ids, captions)
+
+    def _mask(self, part: _DatasetPart, image: int, row: int, size: tuple[int, int]) -> np.ndarray:
+        """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
+        where = f"{part.folder}: ref {part.ref_ids[row]}"
+        height, width = part.image_sizes[image].tolist()
+        return fit_mask(self._decode(json.loads(part.segmentations[row]), height, width, where), size, where)
 
     def split_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Return for every data set and split the numbers of images and of references."""
         return {
-            part.label: {
-                split: (len(part.entries_of_split(split)), len(part.rows_of_split(split))) for split in part.split_names
-            }
+            part.label: {name: (len(part.entries(name)), len(part.rows_of_split(name))) for name in part.split_names}
             for part in self._parts
         }
 
-    def iter_sentences(self) -> Iterator[tuple[int, int, str]]:
-        """Yield (entry index, ref_id, sentence) for every sentence of the split: the unit of RefCOCO's scores."""
-        for index in range(len(self)):
-            part, _, rows = self._entry(index)
-            for row in rows:
-                for sentence in part.sentences(int(row)):
-                    yield index, int(part.ref_ids[row]), sentence
-
-    def _read(
-        self, index: int, rows: np.ndarray, limit: int, pass_over_empty: bool, needed: NeededSize | None = None
-    ) -> RegionSample | None:
-        part, image_number, _ = self._entry(index)
-        picture = read_picture(part.find_image(image_number), apply_exif=False, needed=needed)
-        chosen, masks = [], []
-        for row in rows.tolist():
-            where = f"{part.folder}: ref {part.ref_ids[row]}"
-            mask = part.decode_mask(row, image_number, picture.size, where, self._decode)
-            if pass_over_empty and not mask.any():
-                continue
-            check_mask(mask, where)
-            chosen.append(row)
-            masks.append(mask)
-            if len(chosen) == limit:
-                break
-        if not chosen:
-            return None
-        return RegionSample(
-            source=self.name,
-            sample_id=self.entry_id(index),
-            image=picture.pixels,
-            masks=np.stack(masks),
-            region_ids=tuple(f"ref{part.ref_ids[row]}" for row in chosen),
-            captions=tuple(part.sentences(row) for row in chosen),
-            image_reduction=picture.reduction,
-        )
-
 
 class _DatasetPart:
-    """One data set: the index of all its splits, and how to read an image and a mask of it."""
+    """One data set: the index of all its splits."""
 
     def __init__(self, label: str, root: Path, images: str | Path | None, index_dir: str | Path | None) -> None:
         name, _, split_by = label.partition(":")
-        self.label = label
-        self.folder = root / name
-        self.refs_path = self.folder / f"refs({split_by or DEFAULT_SPLIT_BY[name]}).p"
-        self.instances_path = self.folder / "instances.json"
-        for path in (self.refs_path, self.instances_path):
+        self.label, self.folder = label, root / name
+        refs, instances = self.folder / f"refs({split_by or DEFAULT_SPLIT_BY[name]}).p", self.folder / "instances.json"
+        for path in (refs, instances):
             if not path.is_file():
                 raise layout_error(f"a file of {label} is missing", path, "nothing there", LAYOUT)
-        self.image_folder = _find_images(root, self.folder, images)
-        key = {"kind": "refcoco", "refs": str(self.refs_path), "instances": str(self.instances_path)}
-        arrays = load_or_build(index_dir, key, lambda: _build_index(self.refs_path, self.instances_path))
-        self.image_ids, self._image_sizes = arrays["image_ids"], arrays["image_sizes"]
+        what = "the folder of COCO images is missing (set refcoco_images where it is elsewhere)"
+        is_shared = images is None and not (self.folder / IMAGE_FOLDER).is_dir()
+        self.image_folder = find_part(
+            root, images, IMAGE_FOLDER if is_shared else f"{name}/{IMAGE_FOLDER}", what, LAYOUT
+        )
+        key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances)}
+        arrays = load_or_build(index_dir, key, lambda: _build_index(refs, instances))
+        self.image_ids, self.image_sizes = arrays["image_ids"], arrays["image_sizes"]
         self.ref_ids, self._ref_images, self._ref_splits = arrays["ref_ids"], arrays["ref_images"], arrays["ref_splits"]
         self._image_files = StringTable.from_arrays(arrays, "image_file")
-        self._segmentations = StringTable.from_arrays(arrays, "segmentation")
+        self.segmentations = StringTable.from_arrays(arrays, "segmentation")
         self._sentences = StringTable.from_arrays(arrays, "sentence")
         splits = StringTable.from_arrays(arrays, "split")
-        self.split_names = [splits[number] for number in range(len(splits))]
-        self._rows: dict[str, np.ndarray] = {}
+        self.split_names = splits.slice(0, len(splits))
 
     def rows_of_split(self, split: str) -> np.ndarray:
         """Return the rows (references) of ``split``, those of one image side by side."""
-        if split not in self._rows:
-            number = self.split_names.index(split) if split in self.split_names else -1
-            self._rows[split] = np.flatnonzero(self._ref_splits == number)
-        return self._rows[split]
+        number = self.split_names.index(split) if split in self.split_names else -1
+        return np.flatnonzero(self._ref_splits == number)
 
-    def entries_of_split(self, split: str) -> list[tuple[int, int, int]]:
+    def entries(self, split: str) -> list[tuple[int, int, int]]:
         """Return (image, start, stop) for every image of ``split``; start and stop count :meth:`rows_of_split`."""
         images = self._ref_images[self.rows_of_split(split)]
         starts = np.flatnonzero(np.diff(images, prepend=-1))
@@ -263,19 +212,6 @@ class _DatasetPart:
     def find_image(self, number: int) -> Path:
         """Return the file of image ``number``, under its own name or either name of COCO."""
         return find_coco_image(self.image_folder, self._image_files[number], int(self.image_ids[number]))
-
-    def decode_mask(
-        self,
-        row: int,
-        image_number: int,
-        size: tuple[int, int],
-        where: str,
-        decode: Callable[[Any, int, int, str], np.ndarray],
-    ) -> np.ndarray:
-        """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
-        height, width = (int(side) for side in self._image_sizes[image_number])
-        mask = decode(json.loads(self._segmentations[row]), height, width, where)
-        return fit_mask(mask, size, where)
 
 
 def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
@@ -298,24 +234,20 @@ def held_out_images(
     root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
 ) -> Iterator[tuple[int, str, Path | None]]:
     """Yield (COCO id, ``<data set> <split>``, file or None) of every image in a split that is not ``train``."""
-    for label in _present_datasets(root, datasets):
-        part = _DatasetPart(label, root, images, index_dir)
+    for part in _open_parts(root, datasets, images, index_dir):
         for split in part.split_names:
-            if split == "train":
-                continue
-            for number, _, _ in part.entries_of_split(split):
+            for number, _, _ in part.entries(split) if split != "train" else ():
                 try:
                     path = part.find_image(number)
                 except SampleError:
                     path = None
-                yield int(part.image_ids[number]), f"{label} {split}", path
+                yield int(part.image_ids[number]), f"{part.label} {split}", path
 
 
-# --- finding the parts -----------------------------------------------------------------------------------------------
-
-
-def _present_datasets(root: Path, datasets: Sequence[str]) -> list[str]:
-    """Return the labels of the asked data sets that have a folder, without repeats.
+def _open_parts(
+    root: Path, datasets: Sequence[str], images: str | Path | None, index_dir: str | Path | None
+) -> list[_DatasetPart]:
+    """Open the asked data sets that have a folder, each once.
 
     Raises:
         ConfigError: a name is unknown, or none has a folder.
@@ -336,18 +268,7 @@ def _present_datasets(root: Path, datasets: Sequence[str]) -> list[str]:
         absent = ", ".join(label for label in labels if label not in present)
         message = explain("RefCOCO data sets without a folder are left out", str(root), f"no folder for {absent}")
         warnings.warn(message, stacklevel=3)
-    return present
-
-
-def _find_images(root: Path, folder: Path, given: str | Path | None) -> Path:
-    candidates = [folder / IMAGE_FOLDER, root / IMAGE_FOLDER]
-    if given is not None:
-        candidates = [Path(given).expanduser().absolute(), root / given]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    what = "the folder of COCO images is missing (set refcoco_images where it is elsewhere)"
-    raise layout_error(what, candidates[0], f"neither it nor {candidates[1]}", LAYOUT)
+    return [_DatasetPart(label, root, images, index_dir) for label in present]
 
 
 # --- building the index ----------------------------------------------------------------------------------------------
@@ -360,7 +281,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for the global {module_name}.{global_name}")
 
 
-def load_refs(path: Path) -> list[dict[str, Any]]:
+class Reference(TypedDict):
+    """A record of a refs file; further keys are not read."""
+
+    ref_id: int
+    ann_id: int
+    image_id: int
+    split: str
+    sentences: list[dict[str, str]]
+
+
+def load_refs(path: Path) -> list[Reference]:
     """Read a ``refs(...).p`` file of Python 2 or 3 without running anything in it; return its checked records.
 
     Raises:
@@ -381,21 +312,16 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
         seen = type(refs).__name__ if refs else "an empty list"
         raise ConfigError(explain("a refs file has another structure", str(path), seen, "a list of references", fix))
     for number, ref in enumerate(refs):
-        _check_ref(ref, f"{path}, reference {number}")
+        sound = isinstance(ref, dict) and isinstance(ref.get("split"), str) and isinstance(ref.get("sentences"), list)
+        sound = sound and all(type(ref.get(key)) is int for key in ("ref_id", "ann_id", "image_id"))
+        if not sound or not all(
+            isinstance(s, dict) and isinstance(s.get("sent", s.get("raw")), str) for s in ref["sentences"]
+        ):
+            where, seen = f"{path}, reference {number}", f"{str(ref)[:80]}..."
+            expected = "ref_id, ann_id, image_id (integers), split (string), sentences (list of {sent or raw: string})"
+            fix = "get the file again"
+            raise ConfigError(explain("a reference has another structure", where, seen, expected, fix))
     return refs
-
-
-def _check_ref(ref: Any, where: str) -> None:
-    expected = "ref_id, ann_id, image_id (integers), split (string), sentences (list of {sent or raw: string})"
-    sound = isinstance(ref, dict) and isinstance(ref.get("split"), str) and isinstance(ref.get("sentences"), list)
-    sound = sound and all(type(ref.get(key)) is int for key in ("ref_id", "ann_id", "image_id"))
-    if not sound or not all(isinstance(s, dict) and isinstance(_text_of(s), str) for s in ref["sentences"]):
-        seen = f"{str(ref)[:80]}..."
-        raise ConfigError(explain("a reference has another structure", where, seen, expected, "get the file again"))
-
-
-def _text_of(sentence: Mapping[str, Any]) -> Any:
-    return sentence.get("sent", sentence.get("raw"))
 
 
 def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
@@ -404,16 +330,15 @@ def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]
     images, annotations = _read_instances(instances_path)
     refs = sorted(load_refs(refs_path), key=lambda ref: (ref["image_id"], ref["ref_id"]))
     for ref in refs:
-        for key, known in (("image_id", images), ("ann_id", annotations)):
-            if ref[key] not in known:
+        for key, value, known in (("image_id", ref["image_id"], images), ("ann_id", ref["ann_id"], annotations)):
+            if value not in known:
                 what, where = f"a reference names an unknown {key}", f"{refs_path}, ref_id {ref['ref_id']}"
-                expected = f"an id of {instances_path}"
-                fix = "take both files from the same release"
-                raise ConfigError(explain(what, where, ref[key], expected, fix))
+                expected, fix = f"an id of {instances_path}", "take both files from the same release"
+                raise ConfigError(explain(what, where, value, expected, fix))
     image_ids = sorted({ref["image_id"] for ref in refs})
     image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
     splits = sorted({ref["split"] for ref in refs})
-    sentences = [[text for s in ref["sentences"] if (text := _text_of(s).strip())] for ref in refs]
+    sentences = [[text for s in ref["sentences"] if (text := s.get("sent", s.get("raw", "")).strip())] for ref in refs]
     return {
         "image_ids": np.array(image_ids, np.int64),
         "image_sizes": np.array([images[i][1:] for i in image_ids], np.int64).reshape(-1, 2),
@@ -428,7 +353,7 @@ def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]
     }
 
 
-def _read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, Any]]:
+def _read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, object]]:
     """Return {image id: (file name, height, width)} and {annotation id: segmentation} of a COCO file.
 
     Raises:
@@ -436,8 +361,7 @@ def _read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[i
     """
     fix = "copy or download instances.json again"
     try:
-        with open(path, encoding="utf-8") as file:
-            tree = json.load(file)
+        tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         seen = f"{type(error).__name__}: {error}"
         raise ConfigError(explain("instances.json is damaged", str(path), seen, "complete JSON", fix)) from error

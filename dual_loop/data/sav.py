@@ -19,16 +19,14 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dual_loop.data.index import TreeListing, load_or_build
 from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import check_mask
-from dual_loop.data.reader import check_root, choose_capped, layout_error
+from dual_loop.data.reader import Reader, layout_error
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import RegionSample
 
@@ -38,17 +36,16 @@ LAYOUT = """
 """
 
 PREFIX = "masklet_data_"
+KEYS = ("frame1", "mask1", "frame2", "mask2")
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, SyntaxError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
 )
 """What numpy and zipfile raise on damaged archives, depending on which byte is wrong (MemoryError: a wrong shape)."""
 
-KEYS = ("frame1", "mask1", "frame2", "mask2")
 
-
-class SavPairs:
-    """SA-V frame pairs as a :class:`~dual_loop.types.RegionSource`; every entry has one region.
+class SavPairs(Reader):
+    """SA-V frame pairs; every entry has one region.
 
     Args:
         root: folder that holds the files at any depth.
@@ -59,55 +56,39 @@ class SavPairs:
         ConfigError: the folder does not exist or holds no pair.
     """
 
-    name = "sav"
+    name, title, layout = "sav", "SA-V", LAYOUT
 
     def __init__(self, root: str | Path, max_samples: int | None = None, index_dir: str | Path | None = None) -> None:
-        self.root = check_root(root, "SA-V", LAYOUT)
+        super().__init__(root, index_dir)
         key = {"kind": "sav", "root": str(self.root)}
-        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key))
-        self._paths = StringTable.from_arrays(arrays, "path")
+
+        def build() -> dict[str, np.ndarray]:
+            listing = TreeListing(self.root, (".npz",), index_dir, key)
+            paths = StringTable.from_strings(p for p in listing.files if p.rsplit("/", 1)[-1].startswith(PREFIX))
+            return {**paths.to_arrays("path"), **listing.watched_arrays()}
+
+        self._paths = StringTable.from_arrays(load_or_build(index_dir, key, build), "path")
         if not len(self._paths):
             raise layout_error("the SA-V folder holds no frame pair", self.root, f"no {PREFIX}*.npz", LAYOUT)
-        self._kept = choose_capped(len(self._paths), max_samples, "sav_max_samples")
-
-    def _build_index(self, index_dir: str | Path | None, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (".npz",), index_dir, key)
-        paths = StringTable.from_strings(p for p in listing.files if p.rsplit("/", 1)[-1].startswith(PREFIX))
-        return {**paths.to_arrays("path"), **listing.watched_arrays()}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
-        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
-        return [self._paths], self._kept
+        self._set_entries(np.arange(len(self._paths)), max_samples, "sav_max_samples", self._paths)
 
     def entry_id(self, index: int) -> str:
         """Return the path below the root, without ``.npz``."""
-        return self._paths[int(self._kept[index])][: -len(".npz")]
-
-    def image_path(self, index: int) -> Path | None:
-        """Return None: both frames are arrays inside the npz file."""
-        return None
+        return self._paths[int(self._rows[index])].removesuffix(".npz")
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2.
-
-        Raises:
-            SampleError: see the module.
-        """
-        path = self.root / self._paths[int(self._kept[index])]
-        arrays = read_npz(path, KEYS)
+        """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2."""
+        path = self.root / self._paths[int(self._rows[index])]
+        arrays = _read_npz(path)
         images, masks = [], []
         for number in ("1", "2"):
-            where = f"{path}[{{}}{number}]"
-            image = to_uint8_frame(arrays[f"frame{number}"], where.format("frame"))
-            mask = to_bool_mask(arrays[f"mask{number}"], where.format("mask"))
+            image = to_uint8_frame(arrays[f"frame{number}"], f"{path}[frame{number}]")
+            where = f"{path}[mask{number}]"
+            mask = to_bool_mask(arrays[f"mask{number}"], where)
             if mask.shape != image.shape[:2]:
                 what, fix = "a mask and its frame differ in size", "convert this pair again"
-                message = explain(what, where.format("mask"), mask.shape, image.shape[:2], fix)
-                raise SampleError("size_mismatch", message)
-            check_mask(mask, where.format("mask"))
+                raise SampleError("size_mismatch", explain(what, where, mask.shape, image.shape[:2], fix))
+            check_mask(mask, where)
             images.append(image)
             masks.append(mask[None])
         return RegionSample(
@@ -122,47 +103,34 @@ class SavPairs:
         )
 
 
-def read_npz(path: Path, keys: tuple[str, ...]) -> Mapping[str, np.ndarray]:
-    """Read the arrays ``keys`` of an npz file; pickled objects are refused.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file`` (incomplete, damaged, or not an npz file), ``missing_key``,
-            ``bad_array`` (holds Python objects).
-    """
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays :data:`KEYS` of an npz file; pickled objects are refused."""
     fix = "copy or convert this file again, or remove it"
+    arrays: dict[str, np.ndarray] = {}
     try:
         stored = np.load(path, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an archive")
         with stored:
-            missing = [key for key in keys if key not in stored.files]
+            missing = [key for key in KEYS if key not in stored.files]
             if missing:
-                what = "a frame pair lacks " + ", ".join(missing)
-                message = explain(what, str(path), sorted(stored.files), ", ".join(keys), fix)
-                raise SampleError("missing_key", message)
-            return {key: _read_member(stored, key, path) for key in keys}
+                what, expected = "a frame pair lacks " + ", ".join(missing), ", ".join(KEYS)
+                raise SampleError("missing_key", explain(what, str(path), sorted(stored.files), expected, fix))
+            for key in KEYS:
+                try:
+                    arrays[key] = np.asarray(stored[key])
+                except ValueError as error:
+                    if "allow_pickle" not in str(error):
+                        raise
+                    what = "an array holds Python objects, which only pickle can read"
+                    raise _bad_array(what, f"{path}[{key}]", "dtype object", "uint8 or float") from error
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a frame pair is missing", str(path), fix=fix)) from error
     except _DAMAGE as error:
         seen = f"{type(error).__name__}: {error}"
         message = explain("a frame pair is damaged", str(path), seen, "a complete npz archive", fix)
         raise SampleError("truncated_file", message) from error
-
-
-def _read_member(stored: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
-    try:
-        return np.asarray(stored[key])
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        message = explain(
-            "an array holds Python objects, which only pickle can read",
-            f"{path}[{key}]",
-            "dtype object",
-            "uint8 or float",
-            "convert this pair again; pickle from a data file is never loaded",
-        )
-        raise SampleError("bad_array", message) from error
+    return arrays
 
 
 def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:

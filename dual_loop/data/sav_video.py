@@ -22,19 +22,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dual_loop.data.index import TreeListing, build_in_parts, join_parts, load_or_build
+from dual_loop.data.index import Key, TreeListing, build_in_parts, join_parts, load_or_build
 from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import decode_rle
-from dual_loop.data.reader import check_root, choose_capped, layout_error
-from dual_loop.data.video_frames import VideoFrames
-from dual_loop.errors import SampleError, explain
+from dual_loop.data.reader import Reader, layout_error, read_annotations
+from dual_loop.errors import EnvironmentProblem, SampleError, explain
 from dual_loop.types import RegionSample
 
 LAYOUT = """
@@ -44,13 +43,21 @@ LAYOUT = """
     **/sav_<id>_auto.json    (optional)
 """
 
-KINDS = ("manual", "auto")
 RECORDS_KEPT = 4
 """Parsed JSON files that a process keeps; one has some megabytes."""
 
+VIDEOS_KEPT = 64
+"""Videos whose time stamps a process remembers."""
 
-class SavVideos:
-    """SA-V videos as a :class:`~dual_loop.types.RegionSource`; an entry is a masklet: one object of one JSON file.
+ATTEMPTS = 2
+"""Key frames before a frame that are tried before the start of the video."""
+
+Codes = list[list[Any]]
+"""The run-length codes of a JSON file: by annotated frame, then by object."""
+
+
+class SavVideos(Reader):
+    """SA-V videos; an entry is a masklet: one object of one JSON file.
 
     Args:
         root: folder that holds the files at any depth.
@@ -66,7 +73,7 @@ class SavVideos:
         EnvironmentProblem: PyAV is not installed.
     """
 
-    name = "sav"
+    name, title, layout = "sav", "SA-V", LAYOUT
 
     def __init__(
         self,
@@ -79,94 +86,81 @@ class SavVideos:
         min_area: float = 0.001,
         index_dir: str | Path | None = None,
     ) -> None:
-        self.root = check_root(root, "SA-V", LAYOUT)
-        self.regions_per_image, self.min_area = regions_per_image, min_area
+        super().__init__(root, index_dir, regions_per_image, min_area)
         self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        kinds = KINDS if masklets == "both" else (masklets,)
-        key = {"kind": "sav_videos", "root": str(self.root), "masklets": list(kinds)}
-        arrays = load_or_build(index_dir, key, lambda: self._build_index(index_dir, key, kinds))
+        kinds = ["manual", "auto"] if masklets == "both" else [masklets]
+        key = {"kind": "sav_videos", "root": str(self.root), "masklets": kinds}
+        arrays = load_or_build(index_dir, key, lambda: self._build_index(key, kinds))
         self._videos = StringTable.from_arrays(arrays, "video")
         self._records = StringTable.from_arrays(arrays, "record")
-        self._entries = arrays["entry"]
-        if not len(self._entries):
+        if not len(arrays["entry"]):
             seen = f"{len(self._videos)} videos with {len(self._records)} annotation files, no masklet seen twice"
             raise layout_error("the SA-V folder holds no video with masklets", self.root, seen, LAYOUT)
-        self._kept = choose_capped(len(self._entries), max_samples, "sav_max_samples")
+        records, columns = np.asarray(arrays["entry"], np.int64).T
+        self._set_entries(np.arange(len(records)), max_samples, "sav_max_samples", self._records)
+        self._rows, self._columns = records[self._rows], columns[self._rows]
         self._frames = VideoFrames()
-        self._parsed: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
+        self._parsed: dict[int, Codes] = {}
 
-    def _build_index(
-        self, index_dir: str | Path | None, key: Mapping[str, Any], kinds: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (".mp4", ".json"), index_dir, key)
+    def _build_index(self, key: Key, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        listing = TreeListing(self.root, (".mp4", ".json"), self.index_dir, key)
         present = set(listing.files)
-        records = [
-            (path, path.removesuffix(f"_{kind}.json") + ".mp4")
-            for path in listing.files
-            for kind in kinds
-            if path.endswith(f"_{kind}.json")
-        ]
-        records = [(record, video) for record, video in records if video in present]
+        videos: dict[str, str] = {}
         folders: dict[str, list[str]] = {}
-        for record, _ in records:
-            folders.setdefault(record.rpartition("/")[0], []).append(record)
-        parts = [json.dumps(folders[folder]) for folder in sorted(folders)]
+        for path in listing.files:
+            for kind in kinds:
+                video = path.removesuffix(f"_{kind}.json") + ".mp4"
+                if path.endswith(f"_{kind}.json") and video in present:
+                    videos[path] = video
+                    folders.setdefault(path.rpartition("/")[0], []).append(path)
+        parts = [json.dumps(folders[folder]) for folder in sorted(folders)] or ["[]"]
         build = functools.partial(count_visible, str(self.root))
-        found = build_in_parts(parts, build, index_dir, key, describe="SA-V masklets") if parts else []
-        joined = join_parts(found) if found else count_visible(str(self.root), "[]")
-        number = {record: row for row, (record, _) in enumerate(records)}
-        names = StringTable.from_arrays(joined, "name")
+        found = join_parts(build_in_parts(parts, build, self.index_dir, key, describe="SA-V masklets"))
+        names, counts = StringTable.from_arrays(found, "name"), found["num_objects"]
+        number = {record: row for row, record in enumerate(videos)}
         rows = np.array([number[names[row]] for row in range(len(names))], np.int32)
-        visible = joined["visible"]
-        entries = np.stack([np.repeat(rows, joined["num_objects"]), _columns(joined["num_objects"])], 1)
+        columns = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        entries = np.stack([np.repeat(rows, counts), columns], 1)
         return {
-            **StringTable.from_strings(video for _, video in records).to_arrays("video"),
-            **StringTable.from_strings(record for record, _ in records).to_arrays("record"),
-            "entry": entries[visible >= 2].astype(np.int32),
+            **StringTable.from_strings(videos.values()).to_arrays("video"),
+            **StringTable.from_strings(videos).to_arrays("record"),
+            "entry": entries[found["visible"] >= 2].astype(np.int32),
             **listing.watched_arrays(),
         }
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
-        """Return tables whose rows contain the entries' names, and the row of each entry, (n,) int64."""
-        return [self._records], np.asarray(self._entries)[self._kept, 0].astype(np.int64)
-
     def entry_id(self, index: int) -> str:
         """Return ``sav_<id>_<kind>#<object>``, after the sub-folders."""
-        row, column = self._entries[int(self._kept[index])]
-        return f"{self._records[int(row)].removesuffix('.json')}#{int(column)}"
-
-    def image_path(self, index: int) -> Path | None:
-        """Return None: frames are inside the video."""
-        return None
+        return f"{self._records[int(self._rows[index])].removesuffix('.json')}#{int(self._columns[index])}"
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Draw a frame pair of masklet ``index``: captioned on one frame, compared on the other.
-
-        Raises:
-            SampleError: see the module.
-        """
-        row, column = (int(value) for value in self._entries[int(self._kept[index])])
-        path = self.root / self._videos[row]
-        record = self._record(row)
-        frames: list[Any] = record["masklet"]
-        where = str(self.root / self._records[row])
+        """Draw a frame pair of masklet ``index``: captioned on one frame, compared on the other."""
+        row, column = int(self._rows[index]), int(self._columns[index])
+        path, record = self.root / self._videos[row], self.root / self._records[row]
+        if row not in self._parsed:
+            self._parsed[row] = read_masklets(record)
+            if len(self._parsed) > RECORDS_KEPT:
+                del self._parsed[next(iter(self._parsed))]
+        codes = self._parsed[row]
         length = self._frames.length(path)
-        step = max(1, round(length / len(frames)))
-        rate = self._frames.rate(path) / step
-        areas = self._areas(frames, column, where)[: 1 + (length - 1) // step]
-        first, second = self._draw_pair(areas, rate, rng, f"{where}#{column}")
-        columns = [column, *self._others(frames, column, (first, second), rng, where)]
+        step = max(1, round(length / len(codes)))
+        areas = [area_share(frame[column], f"{record}[{number}]") for number, frame in enumerate(codes)]
+        shown = np.array(areas[: 1 + (length - 1) // step])
+        pair = self._draw_pair(shown, self._frames.rate(path) / step, rng, f"{record}#{column}")
+        columns = [column]
+        for other in rng.permutation(len(codes[pair[0]])).tolist() if self.regions_per_image > 1 else ():
+            seen = min(area_share(codes[number][other], f"{record}[{number}]") for number in pair)
+            if other != column and 0 < seen >= self.min_area:
+                columns.append(other)
+            if len(columns) == self.regions_per_image:
+                break
         images, masks = [], []
-        for number in (first, second):
-            own = np.stack([_decode(frames[number][k], f"{where}[{number}][{k}]") for k in columns])
-            images.append(self._frames.read(path, number * step, own.shape[1:]))
-            masks.append(own)
+        for number in pair:
+            drawn = [decode_rle(codes[number][k], f"{record}[{number}][{k}]") for k in columns]
+            masks.append(np.stack(drawn))
+            images.append(self._frames.read(path, number * step, drawn[0].shape))
         return RegionSample(
             source=self.name,
-            sample_id=f"{self.entry_id(index)}@{first * step}-{second * step}",
+            sample_id=f"{self.entry_id(index)}@{pair[0] * step}-{pair[1] * step}",
             image=images[0],
             masks=masks[0],
             region_ids=tuple(str(k) for k in columns),
@@ -175,29 +169,14 @@ class SavVideos:
             target_masks=masks[1],
         )
 
-    def _record(self, row: int) -> Mapping[str, Any]:
-        name = self._records[row]
-        if name not in self._parsed:
-            self._parsed[name] = read_record(self.root / name)
-            if len(self._parsed) > RECORDS_KEPT:
-                self._parsed.popitem(last=False)
-        self._parsed.move_to_end(name)
-        return self._parsed[name]
-
-    def _areas(self, frames: Sequence[Any], column: int, where: str) -> np.ndarray:
-        """Return the share of the frame that an object covers on every annotated frame, (n,) float."""
-        return np.array([area_share(frame[column], f"{where}[{number}]") for number, frame in enumerate(frames)])
-
     def _draw_pair(self, areas: np.ndarray, rate: float, rng: np.random.Generator, where: str) -> tuple[int, int]:
         """Return two annotated frames in random order that show the object at the wanted distance."""
-        seen = np.flatnonzero(areas >= max(self.min_area, 1e-12))
+        seen = np.flatnonzero((areas > 0) & (areas >= self.min_area))
         for first in rng.permutation(seen):
             seconds = np.abs(seen - first) / rate
-            fitting = seen[
-                (seconds >= self.min_seconds - 1e-9) & (seconds <= self.max_seconds + 1e-9) & (seen != first)
-            ]
-            if len(fitting):
-                return int(first), int(rng.choice(fitting))
+            is_fitting = (seconds >= self.min_seconds - 1e-9) & (seconds <= self.max_seconds + 1e-9) & (seen != first)
+            if is_fitting.any():
+                return int(first), int(rng.choice(seen[is_fitting]))
         raise SampleError(
             "no_frame_pair",
             explain(
@@ -209,18 +188,8 @@ class SavVideos:
             ),
         )
 
-    def _others(
-        self, frames: Sequence[Any], column: int, pair: tuple[int, int], rng: np.random.Generator, where: str
-    ) -> list[int]:
-        """Return further objects that both frames show, drawn, up to ``regions_per_image`` with the entry's own."""
-        wanted, found = self.regions_per_image - 1, []
-        for other in rng.permutation(len(frames[pair[0]])) if wanted else ():
-            shares = [area_share(frames[number][other], f"{where}[{number}]") for number in pair]
-            if other != column and min(shares) >= max(self.min_area, 1e-12):
-                found.append(int(other))
-            if len(found) == wanted:
-                break
-        return found
+
+# --- annotation files ------------------------------------------------------------------------------------------------
 
 
 def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
@@ -233,8 +202,8 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     names, counts = json.loads(part), []
     for name in names:
         try:
-            frames = read_record(Path(root) / name)["masklet"]
-            counts.append(np.array([[_is_visible(code) for code in frame] for frame in frames]).sum(0))
+            codes = read_masklets(Path(root) / name)
+            counts.append(np.array([[_is_visible(code) for code in frame] for frame in codes]).sum(0))
         except SampleError:
             counts.append(np.array([2]))
     return {
@@ -244,31 +213,24 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     }
 
 
-def read_record(path: Path) -> Mapping[str, Any]:
-    """Return an annotation file of SA-V whose ``masklet`` is rectangular and not empty.
+def read_masklets(path: Path) -> Codes:
+    """Return ``masklet`` of an annotation file of SA-V: rectangular and not empty.
 
     Raises:
         SampleError: ``missing_file``; ``broken_json`` where it is damaged or of another structure.
     """
-    fix = "download this file again"
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("an annotation file is missing", str(path), fix=fix)) from error
-    except (OSError, ValueError, RecursionError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        message = explain("an annotation file is damaged", str(path), seen, "complete JSON", fix)
-        raise SampleError("broken_json", message) from error
-    frames: Any = record.get("masklet") if isinstance(record, dict) else None
+    record = read_annotations(path, str(path))
+    frames = record.get("masklet") if isinstance(record, dict) else None
     is_list = isinstance(frames, list) and bool(frames) and all(isinstance(frame, list) for frame in frames)
-    if not is_list or not frames[0] or len({len(frame) for frame in frames}) != 1:
+    if not isinstance(frames, list) or not is_list or not frames[0] or len({len(frame) for frame in frames}) != 1:
         expected = '"masklet": [[{"size", "counts"}, one an object], one an annotated frame]'
-        message = explain("an annotation file is not of SA-V", str(path), f"{str(record)[:60]}...", expected, fix)
+        seen, fix = f"{str(record)[:60]}...", "download this file again"
+        message = explain("an annotation file is not of SA-V", str(path), seen, expected, fix)
         raise SampleError("broken_json", message)
-    return dict(record)
+    return frames
 
 
-def area_share(code: Any, where: str) -> float:
+def area_share(code: object, where: str) -> float:
     """Return the share of the frame under a run-length code, 0..1; 0 for an empty one.
 
     Raises:
@@ -277,12 +239,12 @@ def area_share(code: Any, where: str) -> float:
     return float(decode_rle(code, where).mean()) if _is_visible(code) else 0.0
 
 
-def _is_visible(code: Any) -> bool:
+def _is_visible(code: object) -> bool:
     """Tell an empty code (absent object) from others without decoding: it is one run of zeros."""
     if not isinstance(code, dict) or not code.get("counts"):
         return False
-    size, counts = code.get("size", (0, 0)), code["counts"]
-    return bool(counts != _empty_counts(int(size[0]), int(size[1])))
+    size = code.get("size", (0, 0))
+    return bool(code["counts"] != _empty_counts(int(size[0]), int(size[1])))
 
 
 @functools.lru_cache(maxsize=64)
@@ -292,12 +254,116 @@ def _empty_counts(height: int, width: int) -> str:
     return str(coco.encode(np.zeros((height, width), np.uint8, order="F"))["counts"].decode())
 
 
-def _decode(code: Any, where: str) -> np.ndarray:
-    return np.asarray(decode_rle(code, where), dtype=bool)
+# --- frames ----------------------------------------------------------------------------------------------------------
 
 
-def _columns(num_objects: np.ndarray) -> np.ndarray:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
-    starts = np.repeat(np.cumsum(num_objects) - num_objects, num_objects)
-    columns: np.ndarray = np.arange(int(num_objects.sum())) - starts
-    return columns
+@dataclass(frozen=True)
+class _Video:
+    """Time stamps of all frames and of the key frames, ascending, and the average rate, frames a second."""
+
+    stamps: list[int]
+    keys: list[int]
+    rate: float
+
+
+class VideoFrames:
+    """Reads single frames of videos by their number, through PyAV; remembers the time stamps of the last videos."""
+
+    def __init__(self) -> None:
+        _import_av()
+        self._known: dict[Path, _Video] = {}
+
+    def length(self, path: Path) -> int:
+        """Return the number of frames that can be decoded, as the packets tell.
+
+        Raises:
+            SampleError: ``missing_file``, ``truncated_file``.
+        """
+        return len(self._of(path).stamps)
+
+    def rate(self, path: Path) -> float:
+        """Return the average number of frames a second."""
+        return self._of(path).rate
+
+    def read(self, path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
+        """Return frame ``number`` (0-based, in the order of presentation) as (H, W, 3) uint8 RGB.
+
+        Args:
+            size: (H, W) that the frame must have; a frame that has it only once its rotation is applied is turned.
+
+        Raises:
+            SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
+        """
+        stamps, keys = self._of(path).stamps, self._of(path).keys
+        if not 0 <= number < len(stamps):
+            message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
+            raise SampleError("no_frame", message)
+        av = _import_av()
+        before = [key for key in keys if key <= stamps[number]]
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "NONE"  # loader workers already use the cores
+                # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
+                for key in [*before[: -ATTEMPTS - 1 : -1], stamps[0]]:
+                    container.seek(key, stream=stream, backward=True)
+                    frame = next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamps[number])
+                    if frame.pts == stamps[number]:
+                        return _upright(frame, size, f"{path}, frame {number}")
+        except (av.error.FFmpegError, StopIteration) as error:
+            raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
+        raise _damaged(path, f"frame {number} cannot be decoded")
+
+    def _of(self, path: Path) -> _Video:
+        if path not in self._known:
+            self._known[path] = _read_packets(path)
+            if len(self._known) > VIDEOS_KEPT:
+                del self._known[next(iter(self._known))]
+        return self._known[path]
+
+
+def _read_packets(path: Path) -> _Video:
+    av = _import_av()
+    if not path.is_file():
+        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise _damaged(path, "no video stream")
+            stream = container.streams.video[0]
+            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+            stamps = sorted(packet.pts for packet in packets)
+            keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) > 1 else 0.0
+    except av.error.FFmpegError as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if not stamps:
+        raise _damaged(path, "no frame")
+    return _Video(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
+
+
+def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray:
+    image: np.ndarray = frame.to_ndarray(format="rgb24")
+    if size is None or image.shape[:2] == tuple(size):
+        return image
+    turns = round(float(getattr(frame, "rotation", 0) or 0) / 90) % 4
+    turned: np.ndarray = np.ascontiguousarray(np.rot90(image, turns))
+    if turns and turned.shape[:2] == tuple(size):
+        return turned
+    fix = "convert or download this video and its masklets again"
+    message = explain("a frame and its mask differ in size", where, image.shape[:2], tuple(size), fix)
+    raise SampleError("size_mismatch", message)
+
+
+def _damaged(path: Path, seen: str) -> SampleError:
+    message = explain("a video is damaged", str(path), seen, "a complete video", "download it again")
+    return SampleError("truncated_file", message)
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        what, fix = "videos cannot be read without PyAV", "pip install 'dual-loop[video]', or convert them to pairs"
+        raise EnvironmentProblem(explain(what, "sav_dir", str(error), fix=fix)) from error
+    return av

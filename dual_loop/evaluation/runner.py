@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dual_loop.data.prepare import sample_rng
+from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.regions import Record
-from dual_loop.types import RegionSample, RegionSource
+from dual_loop.types import RegionSample
 
 CHUNK = 8
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
@@ -34,7 +35,7 @@ class MeasuredData:
     """One data set of an evaluation: its name in results, where it is read from, and how many entries count."""
 
     name: str
-    source: RegionSource
+    source: Reader
     limit: int | None = None
 
     def __len__(self) -> int:

@@ -10,11 +10,11 @@ from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
+from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
 from dual_loop.iteration import evenly_spread
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.types import RegionSource
 
 DECODED = 8
 LOOKED_AT = 20_000
@@ -56,7 +56,7 @@ class SourceReport:
     rescued: int = 0
 
 
-def open_sources(data: DataConfig) -> tuple[list[RegionSource], list[Finding]]:
+def open_sources(data: DataConfig) -> tuple[list[Reader], list[Finding]]:
     """Open every data set that is given, one by one, so that one broken root does not hide the others."""
     sources, findings = [], []
     for name, prefix in SETTING_PREFIX.items():
@@ -72,7 +72,7 @@ def open_sources(data: DataConfig) -> tuple[list[RegionSource], list[Finding]]:
     return sources, findings
 
 
-def read_source(source: RegionSource, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
+def read_source(source: Reader, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
     """Read ``count`` entries, evenly spread (None: all), the way that training does.
 
     Args:
@@ -117,7 +117,7 @@ def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Findi
         yield Finding(NOTE, "data", f"first {reason}: {message}")
 
 
-def expected_counts(source: RegionSource) -> Iterator[Finding]:
+def expected_counts(source: Reader) -> Iterator[Finding]:
     """Compare RefCOCO's splits with the release; other sizes are worth knowing, no fault."""
     if not isinstance(source, RefCoco):
         return
@@ -135,9 +135,7 @@ def expected_counts(source: RegionSource) -> Iterator[Finding]:
                 yield Finding(NOTE, "data", f"{text}; the release has {want_refs:,} references")
 
 
-def check_leakage(
-    sources: Sequence[RegionSource], data: DataConfig, *, by_sight: bool
-) -> tuple[list[Finding], list[Leak]]:
+def check_leakage(sources: Sequence[Reader], data: DataConfig, *, by_sight: bool) -> tuple[list[Finding], list[Leak]]:
     """Look for held-out images among the training data, by id and, if asked, by sight."""
     held_out = held_out_of(data)
     if not held_out:

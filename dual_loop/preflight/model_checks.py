@@ -13,6 +13,7 @@ from dual_loop.checkpoint.importer import tokenizer_folder, weights_sources
 from dual_loop.config import Config
 from dual_loop.data.prepare import collate as collate_samples
 from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng
+from dual_loop.data.reader import Reader
 from dual_loop.errors import DualLoopError, SampleError
 from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
@@ -22,7 +23,7 @@ from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, Prompter
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.testing.scenes import generate_scene
-from dual_loop.types import RegionSample, RegionSource
+from dual_loop.types import RegionSample
 
 
 def check_tokens(config: Config) -> Iterator[Finding]:
@@ -63,7 +64,7 @@ def check_trains(model: torch.nn.Module) -> Iterator[Finding]:
         yield Finding(NOTE, "what trains", line.strip())
 
 
-def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[RegionSource]) -> Iterator[Finding]:
+def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[Reader]) -> Iterator[Finding]:
     """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
     sizes = geometry(config)
     for name, sample in _one_of_each(sources):
@@ -95,7 +96,7 @@ def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Seque
             yield Finding(OK, "one batch", text)
 
 
-def _one_of_each(sources: Sequence[RegionSource]) -> Iterator[tuple[str, RegionSample]]:
+def _one_of_each(sources: Sequence[Reader]) -> Iterator[tuple[str, RegionSample]]:
     for source in sources:
         for index in range(min(len(source), 32)):
             try:

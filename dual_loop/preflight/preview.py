@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 
 from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.data.reader import Reader
 from dual_loop.drawing import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.errors import SampleError
 from dual_loop.html import Figure, Page
 from dual_loop.iteration import evenly_spread
-from dual_loop.types import RegionSample, RegionSource
+from dual_loop.types import RegionSample
 
 SIDE = 260
 
 
-def preview_page(sources: Sequence[RegionSource], count: int, geometry: Geometry, seed: int) -> str:
+def preview_page(sources: Sequence[Reader], count: int, geometry: Geometry, seed: int) -> str:
     """Return a page with ``count`` entries of every source, evenly spread, prepared exactly as training does.
 
     Args:
@@ -45,7 +46,7 @@ def preview_page(sources: Sequence[RegionSource], count: int, geometry: Geometry
     return page.html()
 
 
-def _entry(source: RegionSource, index: int, geometry: Geometry, seed: int) -> list[Figure]:
+def _entry(source: Reader, index: int, geometry: Geometry, seed: int) -> list[Figure]:
     rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
     sample = source.load(index, rng)
     seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]

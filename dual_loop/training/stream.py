@@ -8,9 +8,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from dual_loop.config import Config
-from dual_loop.data.dataset_builder import DualLoopDataset, SkipLedger, build_dataset, build_loader, describe
+from dual_loop.data.dataset import DualLoopDataset
+from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
 from dual_loop.data.mixture import WindowedBatchSampler
 from dual_loop.data.prepare import Geometry
+from dual_loop.data.skipped import SkipLedger
 from dual_loop.types import Batch, RegionSample, SkippedSample
 
 

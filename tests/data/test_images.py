@@ -13,7 +13,7 @@ from PIL import Image
 
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import build_dataset
-from dual_loop.data.images import Picture, load_sample, read_picture
+from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.leakage import Subset
 from dual_loop.data.masks import encode_rle
 from dual_loop.data.masks_dir import MasksDir
@@ -86,8 +86,8 @@ def test_only_pixels_differ_and_only_by_resampling(request, kind, max_tiles):
     source = request.getfixturevalue(kind)
     geometry = dataclasses.replace(GEOMETRY, max_tiles=max_tiles)
     for index in range(3):
-        full = load_sample(source, index, np.random.default_rng(index))
-        reduced = load_sample(source, index, np.random.default_rng(index), geometry.needed_size)
+        full = source.load(index, np.random.default_rng(index))
+        reduced = source.load_reduced(index, np.random.default_rng(index), geometry.needed_size)
         # Two by two tiles need 112 rows: a half of 275 has them, a quarter has not.
         assert (full.image_reduction, reduced.image_reduction) == (1, 4 if max_tiles == 1 else 2)
         assert np.array_equal(full.masks, reduced.masks)
@@ -173,7 +173,7 @@ def test_training_reduces_only_where_it_is_told_and_never_what_is_kept(sa1b, mon
 
 
 def test_an_image_that_does_not_fit_its_reduction_is_refused(sa1b):
-    sample = load_sample(sa1b, 0, np.random.default_rng(0), GEOMETRY.needed_size)
+    sample = sa1b.load_reduced(0, np.random.default_rng(0), GEOMETRY.needed_size)
     for wrong in (dataclasses.replace(sample, image_reduction=2), dataclasses.replace(sample, image_reduction=1)):
         with pytest.raises(SampleError) as error:
             prepared(wrong, GEOMETRY)

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dual_loop.config import DataConfig
-from dual_loop.data.dataset_builder import build_sources, build_training_sources
+from dual_loop.data.dataset_builder import build_sources
 from dual_loop.data.index_file import StringTable
 from dual_loop.data.leakage import (
     HeldOutImage,
     coco_id_of_name,
     fingerprint,
+    guard,
     held_out_of,
     leaked_by_id,
     leaked_by_sight,
 )
 from dual_loop.data.masks import encode_rle
+from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError
 from dual_loop.testing.demo_data import write_demo_data
 
@@ -136,7 +138,7 @@ def test_only_suspects_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_all_readers_of_names_can_be_searched(demo: Path) -> None:
-    searched = [source for source in build_sources(data_of(demo)) if hasattr(source, "named_rows")]
+    searched = [source for source in build_sources(data_of(demo)) if source.named_rows()[0]]
     assert sorted(source.name for source in searched) == ["openimages", "sa1b", "sav"]
     for source in searched:
         tables, rows = source.named_rows()
@@ -144,6 +146,10 @@ def test_all_readers_of_names_can_be_searched(demo: Path) -> None:
         for index, row in enumerate(rows.tolist()):
             stem = source.entry_id(index).rsplit("/", 1)[-1]
             assert any(stem in table[row] for table in tables)
+
+
+def guarded(data: DataConfig) -> list[Reader]:
+    return guard(build_sources(data), data)
 
 
 def test_policies(demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,7 +163,7 @@ def test_policies(demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     for policy in ("off", "warn", "drop"):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "dual_loop"):
-            sources = build_training_sources(data_of(demo, sa1b_dir=str(folder), leakage_guard=policy))
+            sources = guarded(data_of(demo, sa1b_dir=str(folder), leakage_guard=policy))
         sa1b = next(source for source in sources if source.name == "sa1b")
         lengths[policy] = (len(sa1b), sum("held out" in record.message for record in caplog.records))
     assert lengths == {"off": (3, 0), "warn": (3, 1), "drop": (2, 1)}
@@ -166,13 +172,13 @@ def test_policies(demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert sa1b.load(0, np.random.default_rng(0)).sample_id == names[0]
     assert sa1b.image_path(1).is_file()
     with pytest.raises(ConfigError, match="1 of 3 entries"):
-        build_training_sources(data_of(demo, sa1b_dir=str(folder), leakage_guard="error"))
+        guarded(data_of(demo, sa1b_dir=str(folder), leakage_guard="error"))
 
 
 def test_dropping_everything_is_an_error(demo: Path) -> None:
     data = data_of(demo, refcoco_split="val", leakage_guard="drop")
     with pytest.raises(ConfigError, match="held out for evaluation"):
-        build_training_sources(data)
+        guarded(data)
 
 
 def test_fingerprints_ignore_size_and_brightness_but_not_content(demo: Path) -> None:

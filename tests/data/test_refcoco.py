@@ -138,14 +138,6 @@ def test_data_sets_are_entries_of_their_own(root: Path) -> None:
     assert [google.entry_id(i) for i in range(3)] == ["refcocog:google/1", "refcocog/1", "refcocog/2"]
 
 
-def test_sentences_are_listed_one_by_one(root: Path) -> None:
-    source = source_of(root, split="testA")
-    sentences = list(source.iter_sentences())
-    assert sentences == [(0, 400 + k, f"thing {400 + k} {n}") for k in range(3) for n in range(k + 1)]
-    regions = source.load_all(0).region_ids
-    assert all(f"ref{ref_id}" in regions for _, ref_id, _ in sentences)
-
-
 def test_raw_stands_in_for_sent_and_blank_sentences_go(root: Path) -> None:
     refs = make_refs()[-1:]
     refs[0]["sentences"] = [{"raw": "The Man"}, {"sent": "  "}, {"sent": " left man "}]

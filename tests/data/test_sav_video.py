@@ -12,8 +12,7 @@ from video_maker import SIZE, code_of, number_of, true_mask, write_masklets, wri
 from dual_loop.config import DataConfig
 from dual_loop.data import sav_video
 from dual_loop.data.dataset_builder import open_source
-from dual_loop.data.sav_video import SavVideos
-from dual_loop.data.video_frames import VideoFrames
+from dual_loop.data.sav_video import SavVideos, VideoFrames
 from dual_loop.errors import ConfigError, SampleError
 
 pytest.importorskip("av", reason="videos need PyAV")
@@ -184,9 +183,9 @@ def test_the_release_files_are_understood(tmp_path):
     if not folder.is_dir():
         pytest.skip("the real samples are not on this machine")
     for path in folder.glob("*.json"):
-        record = sav_video.read_record(path)
+        codes = sav_video.read_masklets(path)
         found = sav_video.count_visible(str(folder), json.dumps([path.name]))
         visible = found["visible"]
-        assert len(visible) == len(record["masklet"][0])
-        areas = [sav_video.area_share(frame[0], "x") > 0 for frame in record["masklet"]]
+        assert len(visible) == len(codes[0])
+        areas = [sav_video.area_share(frame[0], "x") > 0 for frame in codes]
         assert visible[0] == sum(areas)
