@@ -31,8 +31,8 @@ from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, held_out_source, summarise
-from dual_loop.evaluation.honesty import find_flags
-from dual_loop.evaluation.protocol import PRESETS
+from dual_loop.evaluation.cheating_flags import find_flags
+from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.evaluation.regions import Listener, RegionMeter
 from dual_loop.iteration import evenly_spread
 from dual_loop.metrics import paired_bootstrap

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dual_loop.commands.arguments import add_model_and_data_arguments, add_what_is_measured, describe_origin
 from dual_loop.config import GATES
 from dual_loop.errors import ConfigError, DualLoopError, explain
-from dual_loop.evaluation.protocol import PRESETS
+from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.loop.gates import CaptionGates
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from dual_loop.data.ref_parquet import RefParquet
 from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation import runner
-from dual_loop.evaluation.protocol import Protocol
+from dual_loop.evaluation.protocols import Protocol
 from dual_loop.evaluation.regions import Record, RegionMeter
 from dual_loop.evaluation.runner import MeasuredData
 from dual_loop.serve.loading import LoadedModel, load_trained

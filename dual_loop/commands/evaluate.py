@@ -19,7 +19,7 @@ from dual_loop.commands.arguments import (
 )
 from dual_loop.config import DEFAULT_CONFIG, load_config, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError, SampleError, explain
-from dual_loop.evaluation.protocol import CHOICES, PRESETS, choose_protocol
+from dual_loop.evaluation.protocols import CHOICES, PRESETS, choose_protocol
 
 if TYPE_CHECKING:
     from dual_loop.evaluation.regions import Record

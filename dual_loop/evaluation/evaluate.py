@@ -18,7 +18,7 @@ import numpy as np
 from dual_loop.config import Config
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, explain
-from dual_loop.evaluation.protocol import PRESETS
+from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.evaluation.regions import Listener, Record, RegionMeter, uniqueness
 from dual_loop.iteration import in_chunks
 from dual_loop.metrics import caption_exact, distinct_ngrams, iou

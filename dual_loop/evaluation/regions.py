@@ -26,7 +26,7 @@ from dual_loop.config import Config
 from dual_loop.data.masks import decode_rle, encode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
-from dual_loop.evaluation.protocol import Protocol
+from dual_loop.evaluation.protocols import Protocol
 from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.scorer import Scorer
 from dual_loop.metrics import iou, mask_overlap

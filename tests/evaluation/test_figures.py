@@ -13,7 +13,7 @@ from dual_loop.data.masks import decode_segmentation, decode_summed_polygons, en
 from dual_loop.errors import ConfigError, SampleError
 from dual_loop.evaluation.caption_scores import score_captions, words
 from dual_loop.evaluation.figures import captioning_figures, figures_of, loop_figures, markdown_table, referring_figures
-from dual_loop.evaluation.protocol import PRESETS, choose_protocol
+from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.evaluation.regions import compare_predictions
 from dual_loop.metrics import bootstrap_ratio, mask_overlap
 from dual_loop.types import RegionSample

@@ -8,7 +8,7 @@ import torch
 from dual_loop.data.masks import decode_rle
 from dual_loop.evaluation.evaluate import evaluate_samples, summarise
 from dual_loop.evaluation.figures import loop_figures
-from dual_loop.evaluation.protocol import choose_protocol
+from dual_loop.evaluation.protocols import choose_protocol
 from dual_loop.evaluation.regions import RegionMeter, cycle_iou
 from dual_loop.model.prompts import Prompter
 

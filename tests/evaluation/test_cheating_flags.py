@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dual_loop.evaluation.evaluate import RegionResult, evaluate_samples, summarise
-from dual_loop.evaluation.honesty import find_flags
+from dual_loop.evaluation.cheating_flags import find_flags
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import StartingWeights
 from dual_loop.train_dual_loop import cycle_gains
