@@ -1,4 +1,4 @@
-"""``dual-loop <command>``: a table of commands, each a module of ``dual_loop.commands`` with ``main(argv)``."""
+"""``dual-loop <command>``: a table of commands, each in a module of ``dual_loop.commands``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ COMMANDS = {
     "export": "write a run's weights in the formats of Sa2VA, transformers or peft, and read them back",
     "demo-data": "write a generated data set in the four on-disk formats",
 }
+OF_PREDICT = ("caption", "segment", "loop")
+"""They share a module; each other command is the ``main`` of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     command = parser.parse_args(arguments[:1] or ["--help"]).command
-    return int(import_module(f"dual_loop.commands.{command.replace('-', '_')}").main(arguments[1:]))
+    module, name = ("predict", command) if command in OF_PREDICT else (command.replace("-", "_"), "main")
+    return int(getattr(import_module(f"dual_loop.commands.{module}"), name)(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import ConfigError, explain
-from dual_loop.evaluation.evaluate import RegionResult, evaluate_held_out, held_out_source, summarise
 from dual_loop.evaluation.cheating_flags import find_flags
+from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, evaluate_samples, held_out_source
 from dual_loop.evaluation.protocols import PRESETS
-from dual_loop.evaluation.regions import Listener, RegionMeter
 from dual_loop.iteration import evenly_spread
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.preflight.machine import require_ready
@@ -125,7 +125,7 @@ class Evaluator:
         self.model, self.prompter, self.frozen_listener = placed.model, placed.prompter, frozen_listener
         self.pace: AbstractContextManager[Any] = placed.pace or nullcontext()
 
-    def before(self, step: int) -> list[RegionResult] | None:
+    def before(self, step: int) -> list[MeasuredRegion] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""
         if self.config.data.eval_dir is None:
             return None
@@ -138,9 +138,9 @@ class Evaluator:
         if kept is None:
             self.report("No evaluation from before the first step was kept: the gain cannot be given")
             return None
-        return [RegionResult(**region) for region in kept["regions"]]
+        return [MeasuredRegion.from_flat(region) for region in kept["regions"]]
 
-    def after(self, trainer: Trainer) -> list[RegionResult] | None:
+    def after(self, trainer: Trainer) -> list[MeasuredRegion] | None:
         """Measure the averaged weights (``train.eval_weights = ema``) or the live ones."""
         if self.config.data.eval_dir is None:
             return None
@@ -149,17 +149,20 @@ class Evaluator:
         with trainer.ema.swapped():
             return self._measure("after", self.frozen_listener)
 
-    def _measure(self, name: str, listener: Listener | None) -> list[RegionResult]:
+    def _measure(self, name: str, listener: Listener | None) -> list[MeasuredRegion]:
         # Random states are put back, so that a run with evaluation trains exactly as one without.
         rng = capture_rng()
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        source = held_out_source(self.config)
+        share = (source.load_all(index) for index in range(rank, len(source), world_size))
         with self.accelerator.autocast(), self.pace:
-            own = evaluate_held_out(self.model, self.prompter, self.config, rank, world_size, listener)
+            own = evaluate_samples(self.model, self.prompter, self.config, share, listener)
             if self.accelerator.is_main_process:
                 save_named_panels(self._examples(), self.folder.path / "panels", name)
         restore_rng(rng)
-        gathered = gather_objects(self.accelerator, own)
-        results = sorted((result for part in gathered for result in part), key=lambda result: result.name)
+        gathered = gather_objects(self.accelerator, [region.flat() for region in own])
+        results = [MeasuredRegion.from_flat(region) for part in gathered for region in part]
+        results.sort(key=lambda region: region.name)
         if not results:
             raise ConfigError(
                 explain(
@@ -170,7 +173,7 @@ class Evaluator:
                 )
             )
         figures = plain_figures(results)
-        regions = [asdict(result) for result in results]
+        regions = [region.flat() for region in results]
         self.folder.write_evaluation(name, {"figures": figures, "regions": regions})
         values = {key: figures[key] for key in FIGURES}
         shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
@@ -184,24 +187,26 @@ class Evaluator:
         panels = []
         for index in evenly_spread(len(source), EXAMPLES):
             sample = source.load_all(index)
-            record = meter.measure([sample], self.config.data.eval_split)[0]
-            back = decode_rle(record["cycle"]["mask"], record["name"])
-            origin = "rejected" if record["rejected"] else "generated"
+            region = meter.measure([sample], self.config.data.eval_split)[0]
+            assert region.cycle is not None  # the loop was asked for
+            back = decode_rle(region.cycle.mask, region.name)
+            origin = "rejected" if region.rejected else "generated"
             pictures = (sample.segmentation_image, sample.segmentation_masks[0], back)
-            iou = record["cycle"]["ious"][0]
             panels.append(
-                Panel(record["name"], sample.image, sample.masks[0], record["caption"], origin, *pictures, iou)
+                Panel(region.name, sample.image, sample.masks[0], region.caption, origin, *pictures, region.cycle_iou)
             )
         return panels
 
 
-def plain_figures(results: Sequence[RegionResult]) -> dict[str, float | None]:
+def plain_figures(results: Sequence[MeasuredRegion]) -> dict[str, float | None]:
     """Return all figures as JSON holds them: None where there is nothing to average."""
     values = summarise(results)
     return {name: None if math.isnan(values[name]) else values[name] for name in (*FIGURES, *MORE_FIGURES)}
 
 
-def evaluation_summary(before: Sequence[RegionResult] | None, after: Sequence[RegionResult] | None) -> dict[str, Any]:
+def evaluation_summary(
+    before: Sequence[MeasuredRegion] | None, after: Sequence[MeasuredRegion] | None
+) -> dict[str, Any]:
     """Return ``before``, ``after`` and ``gain`` of ``summary.json``, as far as they were measured."""
     summary: dict[str, Any] = {}
     if before is not None:
@@ -214,7 +219,7 @@ def evaluation_summary(before: Sequence[RegionResult] | None, after: Sequence[Re
     return summary
 
 
-def gain(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[str, float]:
+def gain(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, float]:
     """Return mean gain in gIoU with its 95 % interval: paired by region and sentence, resampled by image.
 
     Raises:
@@ -236,7 +241,7 @@ def gain(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[
     return paired_bootstrap(first, second, groups=images)
 
 
-def cycle_gains(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> dict[str, dict[str, float]]:
+def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, dict[str, float]]:
     """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
     images = [result.image for result in before]
     old = [result.cycle_iou for result in before]
@@ -261,4 +266,3 @@ def closing_line(result: FitResult, summary: Mapping[str, Any], path: Path) -> s
         text += f", gIoU gain {100 * change['mean']:+.1f} points (95 % interval {interval})"
     text += "".join(f"\nflag: {flag}" for flag in summary.get("flags", ()))
     return text + f"\n{json.dumps({key: summary[key] for key in ('sources', 'counters')})}"
-

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dual_loop.cli import COMMANDS, main
+from dual_loop.testing.demo_data import demo_directories
 
 LIGHT = """
 import sys
@@ -66,6 +67,12 @@ def test_demo_data_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["demo-data", str(tmp_path / "demo"), "--images", "2", "--sources", "sa1b"]) == 0
     assert len(list((tmp_path / "demo").rglob("*.jpg"))) == 2
     assert "--sa1b_dir" in capsys.readouterr().out
+    assert main(["demo-data", str(tmp_path / "all"), "--images", "2", "--seed", "4", "--val", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "refcoco/val" in printed
+    for setting, folder in demo_directories(tmp_path / "all").items():
+        assert f"--{setting} {folder}" in printed
+        assert Path(folder).is_dir()
 
 
 def test_a_users_error_has_status_two_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

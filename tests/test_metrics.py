@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dual_loop.metrics import (
     PRECISION_THRESHOLDS,
     SegmentationSums,
+    bootstrap_ratio,
     caption_exact,
     mask_overlap,
     normalise_caption,
@@ -244,3 +245,17 @@ def test_the_memory_bound_does_not_change_the_numbers(monkeypatch: pytest.Monkey
 def test_bad_scores_are_refused(before: list, after: list, options: dict):
     with pytest.raises(ValueError, match=r"cannot be paired|finite scores"):
         paired_bootstrap(before, after, **options)
+
+
+def test_bootstrap_ratio() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(0.5, 0.2, 400)
+    low, high = bootstrap_ratio(values, np.ones(400), list(range(400)))
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=0.003)
+    assert high == pytest.approx(values.mean() + error, abs=0.003)
+    grouped = bootstrap_ratio(values, np.ones(400), [k // 100 for k in range(400)])
+    assert grouped[1] - grouped[0] != high - low
+    assert bootstrap_ratio([0.0, 0.0], [0.0, 0.0], ["a", "b"]) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="cannot be resampled"):
+        bootstrap_ratio([1.0], [1.0, 2.0], ["a"])

@@ -18,7 +18,7 @@ import torch
 
 from dual_loop import train_dual_loop
 from dual_loop.errors import ConfigError
-from dual_loop.evaluation.evaluate import RegionResult
+from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, evaluation_summary, exit_status, gain, main
 from dual_loop.training.trainer import FitResult
@@ -255,17 +255,6 @@ def test_problems_have_status_two_and_a_message(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bug_has_status_one_and_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(config: Any) -> None:
-        raise KeyError("inside")
-
-    monkeypatch.setattr(train_dual_loop, "train", fail)
-    assert main([]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("max_restarts", "stopped_by", "is_own", "expected"),
     [
@@ -305,8 +294,9 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "run").exists()
 
 
-def _result(name: str, image: str, *ious: float) -> RegionResult:
-    return RegionResult(name, image, "x", None, [iou * 10 for iou in ious], [10.0] * len(ious), 5.0, 10.0)
+def _result(name: str, image: str, *ious: float) -> MeasuredRegion:
+    sentences = [SegmentedSentence("x", 1, iou * 10, 10.0) for iou in ious]
+    return MeasuredRegion(name, image, caption="x", sentences=sentences, cycle=SegmentedCaption(5.0, 10.0))
 
 
 def test_gain_pairs_regions_and_sentences() -> None:

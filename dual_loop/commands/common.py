@@ -1,54 +1,139 @@
-"""What the measuring commands share: ranks, progress, the data sets that ``--data`` names."""
+"""What the commands share: their shape, their arguments, and measuring over all ranks.
+
+Nothing here imports torch before a command runs, so that every ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-from tqdm import tqdm
+from dual_loop.config import Config, DataConfig, add_data_flags, overrides_from
+from dual_loop.errors import ConfigError, DualLoopError, explain
 
-from dual_loop.commands.arguments import overrides_of
-from dual_loop.config import DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
-from dual_loop.data.ref_parquet import RefParquet
-from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
-from dual_loop.errors import ConfigError, explain
-from dual_loop.evaluation import runner
-from dual_loop.evaluation.protocols import Protocol
-from dual_loop.evaluation.regions import Record, RegionMeter
-from dual_loop.evaluation.runner import MeasuredData
-from dual_loop.serve.loading import LoadedModel, load_trained
-from dual_loop.training.devices import build_accelerator, end_processes
+if TYPE_CHECKING:
+    from dual_loop.data.reader import Reader
+    from dual_loop.evaluation.measure import MeasuredRegion
+    from dual_loop.evaluation.protocols import Protocol
+    from dual_loop.evaluation.runner import MeasuredData, SkippedEntry
 
-MASKS_ONLY = tuple(name for name in SETTING_PREFIX if name != "refcoco")
+REGIONS_PER_IMAGE = 16
+DEFAULT_CHECKPOINT = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: call it with its arguments (those of the process by default) and it returns its exit status.
+
+    Attributes:
+        name: what stands behind ``dual-loop``.
+        description: first lines of its ``--help``.
+        add_arguments: gives its parser what it reads; told the arguments, because ``--help`` may depend on them.
+        run: does it and returns the status; a :class:`DualLoopError` becomes status 2 and a line that begins with
+            ``error:``.
+        usage, example: of its ``--help``; the usage is made from the arguments where there is none.
+    """
+
+    name: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser, Sequence[str]], None]
+    run: Callable[[argparse.Namespace], int]
+    usage: str | None = None
+    example: str | None = None
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        parser = argparse.ArgumentParser(
+            allow_abbrev=False,
+            prog=f"dual-loop {self.name}",
+            usage=self.usage and f"%(prog)s {self.usage}",
+            description=self.description,
+            epilog=self.example and f"example: {self.example}",
+        )
+        self.add_arguments(parser, arguments)
+        args = parser.parse_args(arguments)
+        try:
+            return self.run(args)
+        except DualLoopError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names the model that is to answer: checkpoint, weights, config, device."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", metavar="PATH", help=DEFAULT_CHECKPOINT)
+    _add_how_it_is_loaded(group, ", for weights without one")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--max_new_tokens", type=int, metavar="TOKENS", help="longest caption (default: the config's)")
+
+
+def add_what_is_measured(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, ``--data`` and ``--max_samples``."""
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=DEFAULT_CHECKPOINT)
+    text = (
+        "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
+        "sav, sa1b, openimages, masks (their folders), or a .parquet file of references"
+    )
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=text)
+    parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
+
+
+def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how the measured checkpoint is loaded, and training's flags of data."""
+    model = parser.add_argument_group("model")
+    _add_how_it_is_loaded(model)
+    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    add_data_flags(parser)
+
+
+def _add_how_it_is_loaded(group: argparse._ArgumentGroup, when: str = "") -> None:
+    group.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
+    group.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
+    group.add_argument("--model_path", metavar="DIR", help=f"base model: its tokenizer{when}")
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that the flags name; up to 16 regions of an image, unless a flag says otherwise."""
+    settings = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args), "train.device": args.device}
+    return {**settings, "train.model_path": args.model_path} if args.model_path else settings
+
+
+def describe_origin(origin: Mapping[str, str]) -> str:
+    """Return which weights were measured, on one line."""
+    parts = [origin[key] for key in ("path", "checkpoint", "weights") if key in origin]
+    return " ".join([*parts, *([f"sha256 {origin['sha256'][:16]}"] if "sha256" in origin else [])])
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write an HTML page and say so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    print(f"{path} ({len(page) / 1e6:.1f} MB)")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What rank 0 has in hand when every rank has measured.
-
-    Attributes:
-        folder: where results go.
-        header: what was measured, with which weights and protocol.
-        data: the data sets; loaded: the model.
-        records: of every data set; skipped: entries that could not be read.
-    """
+    """What rank 0 has in hand when every rank has measured; ``header`` says what, with which weights, as JSON."""
 
     folder: Path
-    header: dict[str, Any]
+    header: Mapping[str, object]
+    weights: str
     data: list[MeasuredData]
-    loaded: LoadedModel
-    records: dict[str, list[Record]]
-    skipped: list[dict[str, str]]
+    config: Config
+    regions: dict[str, list[MeasuredRegion]]
+    skipped: list[SkippedEntry]
 
     def finish(self) -> None:
         """Remove the parts; call it when everything is written, since a second start needs them until then."""
-        runner.finish(self.folder)
+        from dual_loop.evaluation.runner import PARTS
+
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
 
 def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequence[str]) -> Measured | None:
@@ -56,42 +141,53 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
 
     Args:
         args: of :func:`add_what_is_measured` and :func:`add_model_and_data_arguments`, with ``output_dir``.
-        name: of the default output folder and of the progress bar.
-        protocol: how sentences are asked for.
-        tasks: what is measured.
+        name: of the default output folder (inside the run, else in ``outputs/``) and of the progress bar.
 
     Raises:
         DualLoopError: the checkpoint, the data or the folder cannot be used.
     """
+    from dual_loop.evaluation import runner
+    from dual_loop.evaluation.measure import RegionMeter
+    from dual_loop.serve.loading import load_trained
+    from dual_loop.training.devices import build_accelerator, end_processes
+
     loaded = load_trained(
         args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args), device=args.device
     )
-    config, folder = loaded.config, args.output_dir or default_output(args.checkpoint, name)
+    config, folder = loaded.config, args.output_dir
+    if folder is None:
+        is_run = args.checkpoint is not None and (Path(args.checkpoint) / "config.json").is_file()
+        folder = Path(args.checkpoint if is_run else "outputs") / name
     data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
     accelerator = build_accelerator(config)
+    is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     header = {
         "checkpoint": loaded.origin,
-        "data": data_description(data),
+        "data": [one.description() for one in data],
         "tasks": list(tasks),
         "protocol": protocol.to_dict(),
         "max_new_tokens": config.loop.max_new_tokens,
     }
-    runner.start(folder, header, accelerator.is_main_process)
+    runner.start(folder, header, is_main)
     accelerator.wait_for_everyone()
     loaded.model.to(accelerator.device)
     meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    runner.measure_chunks(
-        *(folder, data, meter.measure, config.train.seed, rank, world_size, progress_bar(accelerator, name))
-    )
+    bar = name if is_main else None
+    runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)
     accelerator.wait_for_everyone()
-    is_main = accelerator.is_main_process
     # From here on rank 0 works alone, on files.
     end_processes(accelerator)
     if not is_main:
         return None
-    records, skipped = runner.join(folder, data)
-    return Measured(folder, {**header, "world_size": world_size}, data, loaded, records, skipped)
+    regions, skipped = runner.join(folder, data)
+    header = {**header, "world_size": world_size}
+    return Measured(folder, header, describe_origin(loaded.origin), data, config, regions, skipped)
+
+
+def nothing_was(done: str, folder: Path, skipped: Sequence[SkippedEntry]) -> ConfigError:
+    """Return the error of a result without any region."""
+    seen = skipped[0]["message"] if skipped else "the data sets are empty"
+    return ConfigError(explain(f"no region was {done}", str(folder), seen, fix="check --data and its folders"))
 
 
 def open_measured(
@@ -102,65 +198,44 @@ def open_measured(
     Raises:
         ConfigError: a name is unknown, its folder is not given, or nothing is there.
     """
-    wanted = list(names) or _all_given(data)
+    from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
+    from dual_loop.data.ref_parquet import RefParquet
+    from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
+    from dual_loop.evaluation.runner import MeasuredData
+
+    fields = {name: f"{prefix}_dir" for name, prefix in SETTING_PREFIX.items() if name != "refcoco"}
+
+    def open_one(name: str) -> Reader:
+        dataset, _, split = name.partition(":")
+        if name.endswith(".parquet"):
+            return RefParquet(name, data.refcoco_images, polygons)
+        if dataset in DEFAULT_SPLIT_BY:
+            root = data.refcoco_dir or data.eval_dir
+            if root is None:
+                raise ConfigError(explain("the folder of a data set is not given", name, fix="set --refcoco_dir"))
+            return RefCoco(
+                root,
+                datasets=(dataset,),
+                split=split or data.eval_split,
+                images=data.refcoco_images,
+                index_dir=data.index_dir,
+                polygons=polygons,
+            )
+        if dataset not in fields or split:
+            expected = ", ".join((*(f"{n}:SPLIT" for n in DEFAULT_SPLIT_BY), *fields, "FILE.parquet"))
+            raise ConfigError(explain("unknown data set", "--data", name, expected))
+        if getattr(data, fields[dataset]) is None:
+            raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
+        return open_source(dataset, data)
+
+    wanted = list(names)
+    if not wanted and data.eval_dir is not None:
+        wanted = [f"{name}:{data.eval_split}" for name in data.eval_datasets]
+    elif not wanted:
+        wanted = [name for name, field in fields.items() if getattr(data, field) is not None]
+        if data.refcoco_dir is not None:
+            present = [n for n in data.refcoco_datasets if (Path(data.refcoco_dir) / n.partition(":")[0]).is_dir()]
+            wanted += [f"{name}:{data.refcoco_split}" for name in present]
     if not wanted:
         raise ConfigError(explain("no data set is given", "--data", fix="give --data and the folder of that data set"))
-    return [MeasuredData(name, _open(name, data, polygons), limit) for name in dict.fromkeys(wanted)]
-
-
-def _all_given(data: DataConfig) -> list[str]:
-    if data.eval_dir is not None:
-        return [f"{name}:{data.eval_split}" for name in data.eval_datasets]
-    folders = [name for name in MASKS_ONLY if getattr(data, f"{SETTING_PREFIX[name]}_dir") is not None]
-    if data.refcoco_dir is not None:
-        present = [n for n in data.refcoco_datasets if (Path(data.refcoco_dir) / n.partition(":")[0]).is_dir()]
-        folders += [f"{name}:{data.refcoco_split}" for name in present]
-    return folders
-
-
-def _open(name: str, data: DataConfig, polygons: str) -> Any:
-    if name.endswith(".parquet"):
-        return RefParquet(name, data.refcoco_images, polygons)
-    dataset, _, split = name.partition(":")
-    if dataset in DEFAULT_SPLIT_BY:
-        root = data.refcoco_dir or data.eval_dir
-        if root is None:
-            raise ConfigError(explain("the folder of a data set is not given", name, fix="set --refcoco_dir"))
-        options: dict[str, Any] = {"datasets": (dataset,), "split": split or data.eval_split, "polygons": polygons}
-        return RefCoco(root, images=data.refcoco_images, index_dir=data.index_dir, **options)
-    if dataset not in MASKS_ONLY or split:
-        expected = ", ".join((*(f"{n}:SPLIT" for n in DEFAULT_SPLIT_BY), *MASKS_ONLY, "FILE.parquet"))
-        raise ConfigError(explain("unknown data set", "--data", name, expected))
-    field = f"{SETTING_PREFIX[dataset]}_dir"
-    if getattr(data, field) is None:
-        raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{field}"))
-    return open_source(dataset, data)
-
-
-def progress_bar(accelerator: Accelerator, text: str) -> Callable[[int, int], None]:
-    """Return what shows progress on rank 0 and nothing elsewhere."""
-    bar = tqdm(desc=text, unit="chunk", disable=not accelerator.is_main_process, file=sys.stderr)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
-
-
-def data_description(data: Sequence[MeasuredData]) -> list[dict[str, Any]]:
-    """Return what identifies the data of an evaluation: names, sizes, first and last entries."""
-    described = []
-    for one in data:
-        ends = [one.source.entry_id(index) for index in {0, len(one) - 1}] if len(one) else []
-        described.append({"name": one.name, "entries": len(one), "ends": sorted(ends)})
-    return described
-
-
-def default_output(checkpoint: str | None, name: str) -> Path:
-    """Return where results go by default: inside the run, else ``outputs/<name>``."""
-    if checkpoint is not None and (Path(checkpoint) / "config.json").is_file():
-        return Path(checkpoint) / name
-    return Path("outputs") / name
+    return [MeasuredData(name, open_one(name), limit) for name in dict.fromkeys(wanted)]

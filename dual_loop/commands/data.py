@@ -7,10 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dual_loop.commands.common import Command, write_page
 from dual_loop.config import Config, add_data_flags, load_config, overrides_from, resolve_config_path
-from dual_loop.errors import ConfigError, DualLoopError
+from dual_loop.errors import ConfigError
 from dual_loop.preflight.findings import Finding, as_dict, as_text, has_problem
 
 if TYPE_CHECKING:
@@ -24,28 +25,7 @@ DESCRIPTIONS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 where a check found a problem, 2 for a wrong call."""
-    args = _parser().parse_args(argv)
-    from dual_loop.preflight import data_checks
-
-    try:
-        config = load_config(resolve_config_path(args.config), overrides_from(args))
-        sources, findings = data_checks.open_sources(config.data)
-        if args.what == "check":
-            return _check(args, config, sources, findings)
-        if findings:
-            raise ConfigError(as_text(findings))
-        return _stats(args, config, sources) if args.what == "stats" else _preview(args, config, sources)
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog="dual-loop data", description="Look at data before training on it."
-    )
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="check|stats|preview")
     for name, text in DESCRIPTIONS.items():
         command = commands.add_parser(
@@ -63,32 +43,22 @@ def _parser() -> argparse.ArgumentParser:
             text = "compare images with held-out ones by id alone, not by sight"
             command.add_argument("--ids_only", action="store_true", help=text)
         add_data_flags(command)
-    return parser
 
 
-def _check(args: argparse.Namespace, config: Config, sources: Sequence[Reader], findings: list[Finding]) -> int:
+def _data(args: argparse.Namespace) -> int:
+    from dual_loop.model.build import geometry
     from dual_loop.preflight import data_checks
+    from dual_loop.preflight.preview import preview_page
 
-    for source in sources:
-        report = _read(source, args.samples, config)
-        findings += data_checks.findings_of(report, config.data.max_bad_fraction)
-        findings += data_checks.expected_counts(source)
-    leaks: list[Any] = []
-    if sources:
-        found, leaks = data_checks.check_leakage(sources, config.data, by_sight=not args.ids_only)
-        findings += found
-    if args.json:
-        listed = [{"source": leak.source, "entry": leak.entry_id, "message": str(leak)} for leak in leaks]
-        print(json.dumps({**as_dict(findings), "leaks": listed}, indent=2, ensure_ascii=False))
-    else:
-        print(as_text(findings))
-        for leak in leaks:
-            print(f"leak: {leak}")
-        print("problems were found" if has_problem(findings) else "no problem was found")
-    return 1 if has_problem(findings) else 0
-
-
-def _stats(args: argparse.Namespace, config: Config, sources: Sequence[Reader]) -> int:
+    config = load_config(resolve_config_path(args.config), overrides_from(args))
+    sources, findings = data_checks.open_sources(config.data)
+    if args.what == "check":
+        return _check(args, config, sources, findings)
+    if findings:
+        raise ConfigError(as_text(findings))
+    if args.what == "preview":
+        write_page(preview_page(sources, args.samples, geometry(config), config.train.seed), args.out)
+        return 0
     stats = {source.name: stats_of(_read(source, args.samples, config)) for source in sources}
     if args.json:
         print(json.dumps(stats, indent=2))
@@ -100,9 +70,29 @@ def _stats(args: argparse.Namespace, config: Config, sources: Sequence[Reader]) 
     return 0
 
 
-def stats_of(report: SourceReport) -> dict[str, Any]:
+def _check(args: argparse.Namespace, config: Config, sources: Sequence[Reader], findings: list[Finding]) -> int:
+    from dual_loop.preflight import data_checks
+
+    for source in sources:
+        report = _read(source, args.samples, config)
+        findings += data_checks.findings_of(report, config.data.max_bad_fraction)
+        findings += data_checks.expected_counts(source)
+    found, leaks = data_checks.check_leakage(sources, config.data, by_sight=not args.ids_only) if sources else ([], [])
+    findings += found
+    if args.json:
+        listed = [{"source": leak.source, "entry": leak.entry_id, "message": str(leak)} for leak in leaks]
+        print(json.dumps({**as_dict(findings), "leaks": listed}, indent=2, ensure_ascii=False))
+    else:
+        print(as_text(findings))
+        for leak in leaks:
+            print(f"leak: {leak}")
+        print("problems were found" if has_problem(findings) else "no problem was found")
+    return 1 if has_problem(findings) else 0
+
+
+def stats_of(report: SourceReport) -> dict[str, object]:
     """Return plain values: counts, and quantiles (5, 50, 95 %) of what varies."""
-    values: dict[str, Any] = {"entries": report.entries, "read": report.read, "good": report.good}
+    values: dict[str, object] = {"entries": report.entries, "read": report.read, "good": report.good}
     values["skipped"] = dict(report.reasons) or "none"
     if not report.good:
         return values
@@ -125,17 +115,6 @@ def _quantiles(values: Sequence[float]) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _preview(args: argparse.Namespace, config: Config, sources: Sequence[Reader]) -> int:
-    from dual_loop.model.build import geometry
-    from dual_loop.preflight.preview import preview_page
-
-    page = preview_page(sources, args.samples, geometry(config), config.train.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
-    print(f"{args.out} ({len(page) / 1e6:.1f} MB)")
-    return 0
-
-
 def _read(source: Reader, count: int, config: Config) -> SourceReport:
     from tqdm import tqdm
 
@@ -146,3 +125,6 @@ def _read(source: Reader, count: int, config: Config) -> SourceReport:
         report = data_checks.read_source(source, count or None, geometry(config), config.train.seed)
         bar.update(1)
     return report
+
+
+main = Command("data", "Look at data before training on it.", _add_arguments, _data)

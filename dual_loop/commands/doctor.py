@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dual_loop.commands.common import Command
 from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError, DualLoopError
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text, has_problem
@@ -18,38 +18,37 @@ if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 where something would stop the run, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="dual-loop doctor",
-        usage="dual-loop doctor [--quick] [--json] [flags of train]",
-        description="Look at machine, data, weights and settings the way a run would; print what to mend.",
-        epilog="example: dual-loop doctor --config tiny_demo --sa1b_dir data/sa1b",
-    )
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out weights, the test batch and the two processes")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    add_training_flags(parser, arguments)
-    args = parser.parse_args(arguments)
+    add_training_flags(parser, argv)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Return 1 where something would stop the run."""
     try:
         config = load_config(resolve_config_path(args.config), overrides_from(args))
     except ConfigError as error:
         findings = [Finding(PROBLEM, "config", str(error))]
     else:
         findings = [Finding(OK, "config", f"{args.config}: {config.model.name}"), *examine(config, quick=args.quick)]
+    result = as_dict(findings)
     if args.json:
-        print(json.dumps(as_dict(findings), indent=2, ensure_ascii=False))
-    else:
-        print(as_text(findings))
-        print(_verdict(findings))
-    return 1 if has_problem(findings) else 0
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return 1 if has_problem(findings) else 0
+    print(as_text(findings))
+    problems, warned = result["counts"]["problem"], f"{result['counts']['warning']} warning(s)"
+    print(f"{problems} problem(s) would stop this run, {warned}" if problems else f"this run can start; {warned}")
+    return 1 if problems else 0
 
 
 def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     """Return everything that is worth saying about a run with ``config``."""
+    from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.model.build import build_model
     from dual_loop.preflight import data_checks, machine, model_checks
+    from dual_loop.serve.loading import rebuild
+    from dual_loop.training.devices import build_accelerator
     from dual_loop.training.dry_run import meta_tokenizer
 
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
@@ -72,7 +71,16 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     findings += model_checks.check_trains(meta)
     if not quick:
         findings += machine.check_all_reduce()
-        findings += _guarded("one batch", lambda: _batch(config, sources))
+        try:
+            device = build_accelerator(config).device
+            model, prompter = rebuild(config, weights_sources(config))
+            findings.append(
+                Finding(OK, "weights", "all parts of the model are filled; nothing is missing or left over")
+            )
+            model.to(device).train()
+            findings += model_checks.check_batch(model, prompter, config, sources)
+        except (DualLoopError, RuntimeError, MemoryError) as error:  # a doctor that dies tells nothing
+            findings.append(Finding(PROBLEM, "one batch", f"{type(error).__name__}: {error}"))
     return findings
 
 
@@ -93,35 +101,11 @@ def _data(config: Config, sources: Sequence[Reader]) -> list[Finding]:
     return findings
 
 
-def _batch(config: Config, sources: Sequence[Reader]) -> Iterable[Finding]:
-    from dual_loop.checkpoint.importer import weights_sources
-    from dual_loop.preflight import model_checks
-    from dual_loop.serve.loading import rebuild
-    from dual_loop.training.devices import build_accelerator
-
-    accelerator = build_accelerator(config)
-    model, prompter = rebuild(config, weights_sources(config))
-    yield Finding(OK, "weights", "all parts of the model are filled; nothing is missing or left over")
-    model.to(accelerator.device).train()
-    yield from model_checks.check_batch(model, prompter, config, sources)
-
-
-def _guarded(area: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Turn what the check raises into a finding: a doctor that dies tells nothing."""
-    findings: list[Finding] = []
-    try:
-        findings += check()
-    except (DualLoopError, RuntimeError, MemoryError) as error:
-        findings.append(Finding(PROBLEM, area, f"{type(error).__name__}: {error}"))
-    return findings
-
-
-def _verdict(findings: Sequence[Finding]) -> str:
-    counts = as_dict(findings)["counts"]
-    if counts["problem"]:
-        return f"{counts['problem']} problem(s) would stop this run, {counts['warning']} warning(s)"
-    return f"this run can start; {counts['warning']} warning(s)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    "doctor",
+    "Look at machine, data, weights and settings the way a run would; print what to mend.",
+    _add_arguments,
+    _doctor,
+    usage="[--quick] [--json] [flags of train]",
+    example="dual-loop doctor --config tiny_demo --sa1b_dir data/sa1b",
+)

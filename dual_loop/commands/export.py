@@ -10,16 +10,16 @@ import dataclasses
 import gc
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from dual_loop.checkpoint import FORMATS
+from dual_loop.commands.common import Command
 from dual_loop.config import Config, load_config
-from dual_loop.errors import CheckpointError, DualLoopError, explain
+from dual_loop.errors import CheckpointError, explain
 from dual_loop.types import RegionSample
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from dual_loop.model.prompts import Prompter
     from dual_loop.model.sa2va import Sa2VA
-
 
 PROBE_TEXT = "the object on the left"
 PROBE_TOKENS = 16
@@ -44,10 +43,7 @@ class Probe:
     mask_logits: Tensor
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 for a problem that the user can mend."""
-    text = "Write a run's weights for other programs."
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog="dual-loop export", description=text)
+def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder inside it")
     parser.add_argument("out", type=Path, help="folder, or a .pth file for the original formats")
     parser.add_argument("--format", dest="file_format", metavar="|".join(FORMATS), required=True)
@@ -57,16 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
     parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except DualLoopError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
-def run(args: argparse.Namespace) -> int:
-    """Export, read back, compare; return 0.
+def _export(args: argparse.Namespace) -> int:
+    """Export, read back, compare.
 
     Raises:
         CheckpointError: nothing to export, OUT exists, or what was read back differs.
@@ -77,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.serve.loading import fill, find_run, rebuild
 
-    out = cast(Path, args.out)
+    out: Path = args.out
     check_target(out, args.file_format, args.merge_lora)
     if out.exists() and not args.overwrite:
         raise CheckpointError(explain("the target exists", str(out), fix="choose another name or give --overwrite"))
@@ -92,24 +82,26 @@ def run(args: argparse.Namespace) -> int:
     temporary = out.with_name(f".writing-{out.name}")
     remove(temporary)
     out.parent.mkdir(parents=True, exist_ok=True)
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    options: dict[str, Any] = {"video": video, "merge_lora": args.merge_lora, "dtype": dtype}
-    options["max_shard_bytes"] = int(args.max_shard_gb * 1e9)
-    count = export_weights(model, temporary, args.file_format, config, prompter.tokenizer, **options)
-    kind = f"{args.file_format} from {checkpoint.name} ({args.weights})"
-    print(f"wrote {count:,} tensors as {kind}, {len(video)} of them video memory")
-    # One model at a time: two of the real size would not fit.
-    del model
-    gc.collect()
-    merged = args.merge_lora or args.file_format in MERGED
-    read_back(
+    count = export_weights(
+        model,
         temporary,
         args.file_format,
         config,
-        sources,
-        before,
-        tolerance(config, merged, None if dtype is None else args.dtype),
+        prompter.tokenizer,
+        video=video,
+        merge_lora=args.merge_lora,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        max_shard_bytes=int(args.max_shard_gb * 1e9),
     )
+    source = f"{args.file_format} from {checkpoint.name} ({args.weights})"
+    print(f"wrote {count:,} tensors as {source}, {len(video)} of them video memory")
+    # One model at a time: two of the real size would not fit.
+    del model
+    gc.collect()
+    # Mask logits may differ where LoRA was folded in or values were cast.
+    may_differ = args.merge_lora or args.file_format in MERGED or args.dtype == "bfloat16"
+    stored = config.model.dtype if args.dtype == "auto" else args.dtype
+    read_back(temporary, args.file_format, config, sources, before, TOLERANCE_MERGED[stored] if may_differ else 0.0)
     remove(out)
     temporary.rename(out)
     if args.file_format == "hf-sa2va":
@@ -152,35 +144,24 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
 
     from dual_loop.data.prepare import batch_from_samples
     from dual_loop.loop.captioner import Captioner
-    from dual_loop.loop.segmentation_loss import compute_segmentation_loss
+    from dual_loop.loop.scorer import Scorer
     from dual_loop.model.build import geometry
     from dual_loop.model.sa2va import evaluating
     from dual_loop.testing.scenes import generate_scene
 
     scene = generate_scene(123)
-    sizes = geometry(config)
     names = tuple(str(index) for index in range(len(scene.objects)))
-    samples = [
-        RegionSample(source, "probe", scene.image, scene.masks, names, tuple(texts for _ in names))
-        for source, texts in (("sa1b", ()), ("refcoco", (PROBE_TEXT,)))
-    ]
+    sample = RegionSample("sa1b", "probe", scene.image, scene.masks, names, tuple(() for _ in names))
     loop = dataclasses.replace(
         config.loop, temperature=0.0, max_new_tokens=PROBE_TOKENS, on_rejected="fallback", max_rejected_fraction=1.0
     )
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     with evaluating(model), torch.no_grad(), autocast:
-        caption_batch, text_batch = (batch_from_samples([sample], sizes, seed=0).to(model.device) for sample in samples)
-        captioner, seen = Captioner(model, prompter, loop), [model.see(caption_batch)]
-        [[caption, *_]] = captioner.write(seen, [caption_batch])
-        [texts] = captioner.write(seen, [text_batch])
-        output = compute_segmentation_loss(model, text_batch, texts, prompter, loop)
-    return Probe(list(caption.token_ids), caption.text, output.masks.mask_logits[0].float().cpu())
-
-
-def tolerance(config: Config, merged: bool, dtype: str | None) -> float:
-    """Return how much mask logits may differ: not at all, unless LoRA was folded in or values were cast."""
-    stored = dtype or config.model.dtype
-    return TOLERANCE_MERGED[stored] if merged or dtype == "bfloat16" else 0.0
+        batch = batch_from_samples([sample], geometry(config), seed=0).to(model.device)
+        seen = model.see(batch)
+        [[caption, *_]] = Captioner(model, prompter, loop).write([seen], [batch])
+        [logits] = Scorer(model, prompter, loop).segment(batch, seen, [(0, PROBE_TEXT)])
+    return Probe(list(caption.token_ids), caption.text, logits[0].float().cpu())
 
 
 def read_back(
@@ -221,3 +202,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+main = Command("export", "Write a run's weights for other programs.", _add_arguments, _export)

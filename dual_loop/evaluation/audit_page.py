@@ -3,111 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
-from dual_loop.evaluation.regions import Record, cycle_iou, uniqueness
+from dual_loop.evaluation.figures import DataFigures, as_text, each_figure
+from dual_loop.evaluation.measure import MeasuredRegion
+from dual_loop.evaluation.runner import SkippedEntry
 from dual_loop.html import Figure, Page
 from dual_loop.types import RegionSample
 
 PICTURE_SIDE = 300
 BINS = 10
 
-Loader = Callable[[Record], RegionSample]
-
 
 def audit_page(
-    records: Sequence[Record],
-    load: Loader,
+    regions: Sequence[MeasuredRegion],
+    load: Callable[[MeasuredRegion], RegionSample],
     *,
     lead: str,
-    figures: Mapping[str, Any],
+    figures: Mapping[str, DataFigures],
     kept: int,
     left_out: Mapping[str, int],
-    skipped: Sequence[Mapping[str, str]],
+    skipped: Sequence[SkippedEntry],
     examples: int = 24,
 ) -> str:
     """Return the page as HTML.
 
     Args:
-        records: of all regions.
-        load: reads the sample of a record again, for its picture.
-        lead: what was audited, with which weights.
-        figures: of the loop, by data set (``evaluation.figures``).
+        regions: all of them, with the loop closed.
+        load: reads the sample of a region again, for its picture.
         kept, left_out: how many captions became pseudo-labels, and why the others did not.
-        skipped: entries that could not be read.
         examples: pictures of each kind.
     """
     page = Page("Audit: does every caption lead back to its mask?", lead)
-    ious = [cycle_iou(record) for record in records]
-    mean = sum(ious) / len(ious)
+    ious = [region.cycle_iou for region in regions]
     page.tiles(
         {
-            "regions": f"{len(records):,}",
-            "mean cycle IoU": f"{100 * mean:.1f} %",
+            "regions": f"{len(regions):,}",
+            "mean cycle IoU": f"{100 * sum(ious) / len(ious):.1f} %",
             "cycle IoU of 0.7 or more": f"{100 * sum(iou >= 0.7 for iou in ious) / len(ious):.1f} %",
             "kept as pseudo-labels": f"{kept:,}",
         }
     )
-    _figure_table(page, figures)
-    _histogram(page, ious)
+    page.heading("Figures", "in per cent, with 95 % intervals over images")
+    loops = {data: each_figure({"loop": tasks["loop"]}) for data, tasks in figures.items()}
+    rows = [(data, name, *as_text(figure, 100, 1)) for data, found in loops.items() for name, figure in found]
+    page.table(("data", "figure", "value", "interval"), rows)
+    counts = [0] * BINS
+    for iou in ious:
+        counts[min(int(iou * BINS), BINS - 1)] += 1
+    page.heading("Cycle IoU", "how many regions came back how well")
+    bars = ["█" * round(30 * count / max(counts)) for count in counts]
+    steps = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)]
+    page.table(("IoU", "regions", ""), list(zip(steps, counts, bars, strict=True)))
     page.heading("Left out of the pseudo-labels", "by the first reason that applies")
     page.table(("reason", "captions"), sorted(left_out.items()) or [("nothing", 0)])
     if skipped:
         page.heading("Skipped", "entries that could not be read")
         page.table(("entry", "reason", "message"), [(s["entry"], s["reason"], s["message"]) for s in skipped[:200]])
-    ranked = sorted(records, key=cycle_iou)
-    margins = [(record, value) for record in records if (value := uniqueness(record)) is not None]
-    ambiguous = [record for record, value in sorted(margins, key=lambda pair: pair[1]) if value <= 0]
-    _gallery(
-        page, "Worst masks", "the mask that came back (blue) misses the given one (orange)", ranked[:examples], load
-    )
-    note = "the caption leads to another region of the image at least as well as to its own"
-    _gallery(page, "Ambiguous captions", note, ambiguous[:examples], load)
-    _gallery(page, "Best pairs", "caption and mask lead to each other", ranked[::-1][:examples], load)
+    ranked = sorted(regions, key=lambda region: region.cycle_iou)
+    margins = [(region.uniqueness, region) for region in regions if region.uniqueness is not None]
+    ambiguous = [region for margin, region in sorted(margins, key=lambda pair: pair[0]) if margin <= 0]
+    for title, note, found in (
+        ("Worst masks", "the mask that came back (blue) misses the given one (orange)", ranked),
+        (
+            "Ambiguous captions",
+            "the caption leads to another region of the image at least as well as to its own",
+            ambiguous,
+        ),
+        ("Best pairs", "caption and mask lead to each other", ranked[::-1]),
+    ):
+        shown = found[:examples]
+        page.heading(f"{title} ({len(shown)})", note if shown else "none")
+        if shown:
+            page.gallery([_figure(region, load(region)) for region in shown])
     return page.html()
 
 
-def _figure_table(page: Page, figures: Mapping[str, Any]) -> None:
-    rows = []
-    for name, tasks in figures.items():
-        for figure, value in tasks["loop"].items():
-            if isinstance(value, dict):
-                numbers = [f"{100 * value[key]:.1f}" for key in ("value", "ci95_low", "ci95_high")]
-                rows.append((name, figure, numbers[0], f"{numbers[1]} to {numbers[2]}"))
-    page.heading("Figures", "in per cent, with 95 % intervals over images")
-    page.table(("data", "figure", "value", "interval"), rows)
-
-
-def _histogram(page: Page, ious: Sequence[float]) -> None:
-    counts = [0] * BINS
-    for iou in ious:
-        counts[min(int(iou * BINS), BINS - 1)] += 1
-    most = max(counts)
-    page.heading("Cycle IoU", "how many regions came back how well")
-    rows = [(f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}", n, "█" * round(30 * n / most)) for k, n in enumerate(counts)]
-    page.table(("IoU", "regions", ""), rows)
-
-
-def _gallery(page: Page, title: str, note: str, records: Sequence[Record], load: Loader) -> None:
-    page.heading(f"{title} ({len(records)})", note if records else "none")
-    if records:
-        page.gallery([_figure(record, load(record)) for record in records])
-
-
-def _figure(record: Record, sample: RegionSample) -> Figure:
-    target = decode_rle(record["target"], record["name"])
-    given = sample.masks[record["own"]]
-    back = decode_rle(record["cycle"]["mask"], record["name"])
+def _figure(region: MeasuredRegion, sample: RegionSample) -> Figure:
+    assert region.cycle is not None  # the audit closes the loop
+    back, target = decode_rle(region.cycle.mask, region.name), decode_rle(region.target, region.name)
     pictures = [
-        overlay(sample.image, given, GIVEN_COLOUR, PICTURE_SIDE),
+        overlay(sample.image, sample.masks[region.own], GIVEN_COLOUR, PICTURE_SIDE),
         overlay(sample.segmentation_image, back, PREDICTED_COLOUR, PICTURE_SIDE, outline=target),
     ]
-    margin = uniqueness(record)
-    numbers = f"IoU {cycle_iou(record):.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}")
-    text = f"“{record['caption']}”" + (f" (rejected: {record['rejected']})" if record["rejected"] else "")
-    lines = [text, numbers, record["name"]]
-    if record["references"]:
-        lines.insert(1, f"reference: {record['references'][0]}")
-    return Figure([data_uri(picture) for picture in pictures], lines, alt=f"{record['name']}: {record['caption']}")
+    margin = region.uniqueness
+    lines = [f"“{region.caption}”" + (f" (rejected: {region.rejected})" if region.rejected else "")]
+    lines += [f"reference: {text}" for text in region.references[:1]]
+    lines += [f"IoU {region.cycle_iou:.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}"), region.name]
+    return Figure([data_uri(picture) for picture in pictures], lines, alt=f"{region.name}: {region.caption}")

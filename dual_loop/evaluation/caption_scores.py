@@ -13,9 +13,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.metrics import METEOR_VARIANT, caption_exact, meteor_exact_stem
@@ -52,66 +51,30 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
     """Score ``captions`` against ``references`` (at least one each).
 
     CIDEr-D weighs words by how rare they are in these references, so its value belongs to this very set.
+
+    Raises:
+        EnvironmentProblem: METEOR's program answers, but with no number.
     """
     scores = CaptionScores()
     if not captions:
         return scores
-    exact = [float(caption_exact(c, own)) for c, own in zip(captions, references, strict=True)]
-    stem = [meteor_exact_stem(c, own) for c, own in zip(captions, references, strict=True)]
-    for name, values in (("exact", exact), (METEOR_VARIANT, stem)):
-        scores.single[name] = values
-        scores.corpus[name] = sum(values) / len(values)
+    pairs = list(zip(captions, references, strict=True))
+    scores.single["exact"] = [float(caption_exact(*pair)) for pair in pairs]
+    scores.single[METEOR_VARIANT] = [meteor_exact_stem(*pair) for pair in pairs]
+    scores.corpus = {name: sum(values) / len(values) for name, values in scores.single.items()}
     try:
-        import pycocoevalcap  # noqa: F401
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
         scores.missing = dict.fromkeys(("CIDEr-D", "BLEU", "ROUGE-L", "METEOR 1.5"), f"not installed; {INSTALL}")
         return scores
-    hypotheses = {str(k): [text] for k, text in enumerate(captions)}
-    truths = {str(k): list(own) for k, own in enumerate(references)}
     has_java = shutil.which("java") is not None
-    tokenize = _ptb if has_java else _words_of_all
     scores.tokenizer = "ptb" if has_java else "words"
-    tokens, truth_tokens = tokenize(hypotheses), tokenize(truths)
-    _python_scores(scores, truth_tokens, tokens)
-    if has_java:
-        _meteor(scores, truth_tokens, tokens)
-    else:
-        scores.missing["METEOR 1.5"] = "needs Java"
-    return scores
-
-
-def _words_of_all(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    return {key: [words(text) for text in own] for key, own in texts.items()}
-
-
-def _ptb(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    # An empty line would shift all that follow it: the tokenizer drops it.
-    form = {key: [{"caption": text.replace("\n", " ").strip() or "."} for text in own] for key, own in texts.items()}
-    with _quiet_children():
-        found = PTBTokenizer().tokenize(form)
-    return {key: list(found[key]) for key in texts}
-
-
-@contextlib.contextmanager
-def _quiet_children() -> Iterator[None]:
-    """Send what child processes write to standard error nowhere: the tokenizer reports its speed."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _python_scores(scores: CaptionScores, truths: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
+    tokenize = _ptb if has_java else _words
+    tokens = tokenize([[text] for text in captions])
+    truths = tokenize(references)
     with contextlib.redirect_stdout(io.StringIO()):
         bleu, _ = Bleu(4).compute_score(truths, tokens)
         cider, cider_each = Cider().compute_score(truths, tokens)
@@ -119,17 +82,37 @@ def _python_scores(scores: CaptionScores, truths: Mapping[str, Any], tokens: Map
     scores.corpus.update({f"BLEU-{order}": float(value) for order, value in enumerate(bleu, start=1)})
     scores.corpus.update({"CIDEr-D": float(cider), "ROUGE-L": float(rouge)})
     scores.single.update({"CIDEr-D": [float(v) for v in cider_each], "ROUGE-L": [float(v) for v in rouge_each]})
-
-
-def _meteor(scores: CaptionScores, truths: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
-    from pycocoevalcap.meteor.meteor import Meteor
-
+    if not has_java:
+        scores.missing["METEOR 1.5"] = "needs Java"
+        return scores
     try:
-        mean, _ = Meteor().compute_score(truths, tokens)
+        meteor, _ = Meteor().compute_score(truths, tokens)
     except (OSError, ValueError, AssertionError) as error:
         scores.missing["METEOR 1.5"] = f"the Java program failed: {type(error).__name__}: {error}"
-        return
-    if not math.isfinite(mean):
-        raise EnvironmentProblem(explain("METEOR's Java program returned no number", seen=str(mean)))
+        return scores
+    if not math.isfinite(meteor):
+        raise EnvironmentProblem(explain("METEOR's Java program returned no number", seen=str(meteor)))
     # The program adds up matches and chunks over the corpus; it is no mean of single scores.
-    scores.corpus["METEOR 1.5"] = float(mean)
+    scores.corpus["METEOR 1.5"] = float(meteor)
+    return scores
+
+
+def _words(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    return {number: [words(text) for text in own] for number, own in enumerate(texts)}
+
+
+def _ptb(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    # An empty line would shift all that follow it: the tokenizer drops it.
+    lines = [[{"caption": text.replace("\n", " ").strip() or "."} for text in own] for own in texts]
+    # Its child process reports its speed on standard error.
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        found = PTBTokenizer().tokenize(dict(enumerate(lines)))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+    return {number: list(found[number]) for number in range(len(texts))}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dual_loop.evaluation.evaluate import RegionResult, summarise
+from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.metrics import paired_bootstrap
 
 LEAST_RISE, LEAST_FALL = 0.02, 0.01
@@ -18,44 +19,32 @@ LENGTH_FACTOR = 2.0
 EXACT_LOSS = 0.10
 
 
-def find_flags(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> list[str]:
+def find_flags(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> list[str]:
     """Return one message for each thing that looks like cheating; none is a good sign, not a proof.
 
     Args:
         before, after: the same regions in the same order, measured with the starting weights and the trained ones.
     """
+    flags = []
+    start, own = [region.cycle_iou for region in before], [region.cycle_iou for region in after]
+    frozen = [region.frozen_iou for region in after if region.frozen_iou is not None]
+    if own and len(frozen) == len(own):
+        images = [region.image for region in before]
+        rise = paired_bootstrap(start, own, groups=images)
+        # Before training both listeners are the same weights.
+        fall = paired_bootstrap(start, frozen, groups=images)
+        is_large = rise["mean"] >= LEAST_RISE and fall["mean"] <= -LEAST_FALL
+        if is_large and rise["ci95_low"] > 0 and fall["ci95_high"] < 0:
+            flags.append(
+                f"private_code: cycle gIoU rose by {100 * rise['mean']:.1f} points with the own listener and fell by "
+                f"{-100 * fall['mean']:.1f} with the frozen one"
+            )
     old, new = summarise(before), summarise(after)
-    checks = (_private_code(before, after), *_language(old, new))
-    return [message for message in checks if message is not None]
-
-
-def _private_code(before: Sequence[RegionResult], after: Sequence[RegionResult]) -> str | None:
-    """Own cycle IoU rose and that of the frozen listener fell, both beyond chance (95 % interval by image)."""
-    own = [(b.cycle_iou, a.cycle_iou) for b, a in zip(before, after, strict=True)]
-    # Before training both listeners are the same weights.
-    frozen = [(b.cycle_iou, a.frozen_iou) for b, a in zip(before, after, strict=True) if a.frozen_iou is not None]
-    if len(frozen) != len(own) or not own:
-        return None
-    images = [result.image for result in before]
-    rise = paired_bootstrap([b for b, _ in own], [a for _, a in own], groups=images)
-    fall = paired_bootstrap([b for b, _ in frozen], [a for _, a in frozen], groups=images)
-    if rise["mean"] < LEAST_RISE or fall["mean"] > -LEAST_FALL:
-        return None
-    if rise["ci95_low"] <= 0 or fall["ci95_high"] >= 0:
-        return None
-    return (
-        f"private_code: cycle gIoU rose by {100 * rise['mean']:.1f} points with the own listener and fell by "
-        f"{-100 * fall['mean']:.1f} with the frozen one"
-    )
-
-
-def _language(old: dict[str, float], new: dict[str, float]) -> list[str | None]:
-    vocabulary = length = drift = None
     if new["vocabulary"] < VOCABULARY_SHARE * old["vocabulary"]:
-        vocabulary = f"vocabulary_collapse: {new['vocabulary']:.0f} words in use, {old['vocabulary']:.0f} before"
+        flags.append(f"vocabulary_collapse: {new['vocabulary']:.0f} words in use, {old['vocabulary']:.0f} before")
     words, words_before = new["caption_words"], old["caption_words"]
     if words_before > 0 and not 1 / LENGTH_FACTOR <= words / words_before <= LENGTH_FACTOR:
-        length = f"length_drift: {words:.1f} words a caption, {words_before:.1f} before"
+        flags.append(f"length_drift: {words:.1f} words a caption, {words_before:.1f} before")
     if new["caption_exact"] <= old["caption_exact"] - EXACT_LOSS:
-        drift = f"language_drift: {new['caption_exact']:.1%} of captions exact, {old['caption_exact']:.1%} before"
-    return [vocabulary, length, drift]
+        flags.append(f"language_drift: {new['caption_exact']:.1%} of captions exact, {old['caption_exact']:.1%} before")
+    return flags

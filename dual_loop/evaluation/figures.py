@@ -1,137 +1,168 @@
-"""From region records to figures with intervals; pure, so that any number of ranks and resumes gives the same."""
+"""From measured regions to figures; pure, so that any number of ranks and resumes gives the same.
+
+* gIoU and cIoU: segmentation from the data set's own captions, one sample a sentence, at the original size.
+* cycle_gIoU: the model's own caption of the region is segmented; mean IoU against the region's mask.
+* cycle_gIoU_frozen: the same captions, segmented by the weights that training started from.
+* uniqueness, uniqueness_frozen: IoU of that mask with its own region minus the best with another region of the image.
+* caption_exact: share of generated captions that equal one of the region's captions (lower case, no final stop).
+* caption_words, vocabulary, distinct_1, distinct_2: length and variety of the generated captions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from dual_loop.evaluation.caption_scores import score_captions
-from dual_loop.evaluation.regions import Record, cycle_iou, uniqueness
-from dual_loop.metrics import PRECISION_THRESHOLDS, SegmentationSums, bootstrap_ratio, distinct_ngrams, iou
-
-Figure = dict[str, float | None]
+from dual_loop.evaluation.measure import MeasuredRegion
+from dual_loop.metrics import PRECISION_THRESHOLDS, bootstrap_ratio, distinct_ngrams, iou
 
 
-def figures_of(records: Sequence[Record], tasks: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of one data set: ``{"referring": {...}, "captioning": {...}, "loop": {...}}``.
+class Figure(TypedDict):
+    """A figure, as a fraction of 1, with the 95 % percentile interval of a bootstrap over images.
 
-    Every figure is ``{"value", "ci95_low", "ci95_high"}``: fractions of 1 with the 95 % percentile interval of a
-    bootstrap over images (None where it has no mean of single values, such as BLEU).
+    The interval is None where the figure is no mean of single values, such as BLEU.
     """
-    makers: dict[str, Callable[[Sequence[Record]], dict[str, Any]]] = {
-        "referring": referring_figures,
-        "captioning": captioning_figures,
-        "loop": loop_figures,
+
+    value: float
+    ci95_low: float | None
+    ci95_high: float | None
+
+
+TaskFigures = dict[str, "Figure | int | str | dict[str, str]"]
+"""The figures of one task by name, with counts and what is missing; JSON holds them as they are."""
+DataFigures = dict[str, "int | TaskFigures"]
+"""``regions`` and ``images`` of one data set, and its figures by task."""
+
+
+def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
+    """Return the figures that the head of this module explains; NaN where nothing was measured."""
+    sentences = [sentence for region in regions for sentence in region.sentences]
+    union = sum(sentence.union for sentence in sentences)
+    captions = [region.caption for region in regions]
+    return {
+        "gIoU": _mean(value for region in regions for value in region.ious),
+        "cIoU": sum(sentence.intersection for sentence in sentences) / union if union else float("nan"),
+        "cycle_gIoU": _mean(region.cycle_iou for region in regions),
+        "cycle_gIoU_frozen": _mean(region.frozen_iou for region in regions),
+        "uniqueness": _mean(region.uniqueness for region in regions),
+        "uniqueness_frozen": _mean(region.frozen_uniqueness for region in regions),
+        "caption_exact": _mean(region.exact for region in regions),
+        "caption_words": _mean(len(caption.split()) for caption in captions),
+        "vocabulary": float(len({word for caption in captions for word in caption.lower().split()})),
+        "distinct_1": distinct_ngrams(captions, 1),
+        "distinct_2": distinct_ngrams(captions, 2),
+        "regions": float(len(regions)),
     }
-    found = {task: makers[task](records) for task in tasks}
-    return {"regions": len(records), "images": len({r["image"] for r in records}), **found}
 
 
-def referring_figures(records: Sequence[Record]) -> dict[str, Any]:
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def figures_of(regions: Sequence[MeasuredRegion], tasks: Sequence[str]) -> DataFigures:
+    """Return the figures of one data set, for some of the tasks ``referring``, ``captioning``, ``loop``."""
+    makers = {"referring": referring_figures, "captioning": captioning_figures, "loop": loop_figures}
+    found: DataFigures = {"regions": len(regions), "images": len({region.image for region in regions})}
+    return {**found, **{task: makers[task](regions) for task in tasks}}
+
+
+def referring_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
     """gIoU, cIoU, Pr@t over sentences; ``without_mask`` is the share of answers that asked for no mask."""
-    pairs = [(record["image"], sentence) for record in records for sentence in record["sentences"]]
-    if not pairs:
+    sentences = [sentence for region in regions for sentence in region.sentences]
+    if not sentences:
         return {"sentences": 0}
-    images = [image for image, _ in pairs]
-    inner = np.array([sentence["intersection"] for _, sentence in pairs], np.int64)
-    outer = np.array([sentence["union"] for _, sentence in pairs], np.int64)
-    sums = SegmentationSums()
-    sums.update(inner, outer)
-    values = sums.as_dict()
+    images = [region.image for region in regions for _ in region.sentences]
+    inner, outer = [sentence.intersection for sentence in sentences], [sentence.union for sentence in sentences]
     ious = iou(inner, outer)
-    ones = np.ones(len(pairs))
-    found: dict[str, Any] = {"sentences": len(pairs)}
-    found["gIoU"] = _figure(values["gIoU"], ious, ones, images)
-    found["cIoU"] = _figure(values["cIoU"], inner, outer, images)
-    for threshold in PRECISION_THRESHOLDS:
-        name = f"Pr@{threshold:g}"
-        found[name] = _figure(values[name], ious >= threshold, ones, images)
-    missing = np.array([sentence["num_masks"] == 0 for _, sentence in pairs], float)
-    found["without_mask"] = _figure(float(missing.mean()), missing, ones, images)
-    return found
+    return {
+        "sentences": len(sentences),
+        "gIoU": _figure(ious, images),
+        "cIoU": _figure(inner, images, outer),
+        **{f"Pr@{threshold:g}": _figure(ious >= threshold, images) for threshold in PRECISION_THRESHOLDS},
+        "without_mask": _figure([sentence.num_masks == 0 for sentence in sentences], images),
+    }
 
 
-def captioning_figures(records: Sequence[Record]) -> dict[str, Any]:
+def captioning_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
     """CIDEr-D, BLEU, ROUGE-L, METEOR where references are; length and variety of all captions."""
-    texts = [record["caption"] for record in records]
-    counted = [float(len(text.split())) for text in texts]
-    images = [record["image"] for record in records]
-    found: dict[str, Any] = {"captions": len(texts)}
-    if not texts:
-        return found
-    found["words"] = _figure(float(np.mean(counted)), counted, np.ones(len(counted)), images)
-    rejected = np.array([record["rejected"] is not None for record in records], float)
-    found["rejected"] = _figure(float(rejected.mean()), rejected, np.ones(len(rejected)), images)
-    for length in (1, 2):
-        found[f"distinct_{length}"] = _plain(distinct_ngrams(texts, length))
-    own = [record for record in records if record["references"]]
-    found["with_references"] = len(own)
-    scores = score_captions([record["caption"] for record in own], [record["references"] for record in own])
-    found["tokenizer"] = scores.tokenizer
-    own_images = [record["image"] for record in own]
-    for name, value in scores.corpus.items():
-        single = scores.single.get(name)
-        found[name] = _plain(value) if single is None else _figure(value, single, np.ones(len(single)), own_images)
-    if scores.missing:
-        found["missing"] = scores.missing
-    return found
-
-
-def loop_figures(records: Sequence[Record]) -> dict[str, Any]:
-    """Cycle IoU of all captions; uniqueness and the share that picks its own region, in images with several."""
-    cycles = [(record, record["cycle"]) for record in records if "cycle" in record]
-    if not cycles:
+    if not regions:
         return {"captions": 0}
-    images = [record["image"] for record, _ in cycles]
-    ious = [cycle_iou(record) for record, _ in cycles]
-    inner = np.array([cycle["intersection"] for _, cycle in cycles], float)
-    outer = np.array([cycle["union"] for _, cycle in cycles], float)
-    ones = np.ones(len(cycles))
-    ratio = float(inner.sum() / outer.sum()) if outer.sum() else 1.0
-    found: dict[str, Any] = {"captions": len(cycles)}
-    found["cycle_gIoU"] = _figure(float(np.mean(ious)), ious, ones, images)
-    found["cycle_cIoU"] = _figure(ratio, inner, outer, images)
-    several = [(record["image"], uniqueness(record)) for record, _ in cycles]
-    several = [(image, value) for image, value in several if value is not None]
-    found["in_company"] = len(several)
+    texts, images = [region.caption for region in regions], [region.image for region in regions]
+    own = [region for region in regions if region.references]
+    scores = score_captions([region.caption for region in own], [region.references for region in own])
+    own_images = [region.image for region in own]
+    found: TaskFigures = {
+        "captions": len(texts),
+        "words": _figure([len(text.split()) for text in texts], images),
+        "rejected": _figure([region.rejected is not None for region in regions], images),
+        **{f"distinct_{length}": _plain(distinct_ngrams(texts, length)) for length in (1, 2)},
+        "with_references": len(own),
+        "tokenizer": scores.tokenizer,
+    }
+    for name, value in scores.corpus.items():
+        found[name] = _figure(scores.single[name], own_images) if name in scores.single else _plain(value)
+    return {**found, "missing": scores.missing} if scores.missing else found
+
+
+def loop_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
+    """Cycle IoU of all captions; uniqueness and the share that picks its own region, in images with several."""
+    loops = [(region.image, region.cycle) for region in regions if region.cycle is not None]
+    if not loops:
+        return {"captions": 0}
+    images = [image for image, _ in loops]
+    several = [(region.image, region.uniqueness) for region in regions if region.uniqueness is not None]
+    company, margins = [image for image, _ in several], np.array([margin for _, margin in several])
+    found: TaskFigures = {
+        "captions": len(loops),
+        "cycle_gIoU": _figure([loop.iou for _, loop in loops], images),
+        "cycle_cIoU": _figure([loop.intersection for _, loop in loops], images, [loop.union for _, loop in loops]),
+        "in_company": len(several),
+    }
     if several:
-        margins = np.array([value for _, value in several])
-        company = [image for image, _ in several]
-        found["uniqueness"] = _figure(float(margins.mean()), margins, np.ones(len(margins)), company)
-        found["picks_own"] = _figure(float((margins > 0).mean()), margins > 0, np.ones(len(margins)), company)
+        found |= {"uniqueness": _figure(margins, company), "picks_own": _figure(margins > 0, company)}
     return found
 
 
-def _figure(value: float, numerators: Any, denominators: Any, images: Sequence[str]) -> Figure:
-    low, high = bootstrap_ratio(numerators, denominators, images)
-    return {"value": value, "ci95_low": low, "ci95_high": high}
+def _figure(values: npt.ArrayLike, images: Sequence[str], totals: npt.ArrayLike | None = None) -> Figure:
+    """Return the mean of ``values``, or their sum over that of ``totals`` (1 where that is 0), with its interval."""
+    top = np.asarray(values, float)
+    bottom = np.ones(len(top)) if totals is None else np.asarray(totals, float)
+    low, high = bootstrap_ratio(top, bottom, images)
+    return {"value": float(top.sum() / bottom.sum()) if bottom.any() else 1.0, "ci95_low": low, "ci95_high": high}
 
 
 def _plain(value: float) -> Figure:
     return {"value": value, "ci95_low": None, "ci95_high": None}
 
 
-def markdown_table(results: dict[str, Any]) -> str:
+def each_figure(tasks: Mapping[str, object]) -> Iterator[tuple[str, Figure]]:
+    """Yield the name and value of every figure in the :data:`DataFigures` of one data set, counts left out."""
+    for figures in tasks.values():
+        for name, figure in figures.items() if isinstance(figures, Mapping) else ():
+            if isinstance(figure, Mapping) and "value" in figure:
+                yield name, cast(Figure, figure)
+
+
+def as_text(figure: Figure, scale: float, digits: int) -> tuple[str, str]:
+    """Return a figure times ``scale``, and its interval; ``-`` where it has none."""
+    low, high = figure["ci95_low"], figure["ci95_high"]
+    interval = "-" if low is None or high is None else f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
+    return f"{scale * figure['value']:.{digits}f}", interval
+
+
+def markdown_table(results: Mapping[str, DataFigures]) -> str:
     """Return the figures of all data sets as Markdown, in per cent but for CIDEr-D and words (as they are)."""
     lines = []
     for data, tasks in results.items():
         lines += [f"**{data}**: {tasks['regions']} regions, {tasks['images']} images", ""]
         lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
-        for figures in (value for value in tasks.values() if isinstance(value, dict)):
-            for name, figure in figures.items():
-                if isinstance(figure, dict) and "value" in figure:
-                    lines.append(_row(name, figure))
+        for name, figure in each_figure(tasks):
+            value, interval = as_text(figure, *((1, 2) if name in ("CIDEr-D", "words") else (100, 1)))
+            lines.append(f"| {name} | {value} | {interval} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _row(name: str, figure: Figure) -> str:
-    scale = 1.0 if name in ("CIDEr-D", "words") else 100.0
-    value, low, high = (None if x is None else x * scale for x in figure.values())
-    interval = (
-        "-" if low is None or high is None else f"{low:.1f} to {high:.1f}" if scale > 1 else f"{low:.2f} to {high:.2f}"
-    )
-    assert value is not None  # only limits may be missing
-    return f"| {name} | {value:.1f} | {interval} |" if scale > 1 else f"| {name} | {value:.2f} | {interval} |"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from dual_loop.errors import ConfigError, explain
 from dual_loop.model.prompts import SEGMENT_QUESTIONS
@@ -70,7 +69,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def choose_protocol(preset: str, changes: Mapping[str, Any]) -> Protocol:
+def choose_protocol(preset: str, changes: Mapping[str, str | None]) -> Protocol:
     """Return a preset with some switches changed (None leaves one alone).
 
     Raises:

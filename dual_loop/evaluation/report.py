@@ -16,11 +16,11 @@ from PIL import Image
 
 from dual_loop.drawing import data_uri
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.evaluation.figures import as_text, each_figure
 from dual_loop.html import Figure, Page, line_chart
 
-LOSSES = ("loss", "mask_loss", "dice_loss", "llm_loss")
 CHARTS: Mapping[str, tuple[str, ...]] = {
-    "Losses": LOSSES,
+    "Losses": ("loss", "mask_loss", "dice_loss", "llm_loss"),
     "IoU in training": ("cycle_iou", "reference_iou", "uniqueness"),
     "Who understands the captions": ("own_cycle_iou", "frozen_cycle_iou"),
     "Divergence from the start (KL, nats a token)": ("kl",),
@@ -32,6 +32,7 @@ CHARTS: Mapping[str, tuple[str, ...]] = {
     "Learning rate": ("lr",),
     "Seconds a step": ("seconds/total", "seconds/rollout", "seconds/forward", "seconds/backward", "seconds/data"),
 }
+FILES = ("config.json", "versions.json", "summary.json", "metrics.jsonl", "evaluation/evaluation.json")
 MAX_POINTS = 400
 MAX_PANELS = 12
 FIGURE_NAMES = {
@@ -45,24 +46,20 @@ FIGURE_NAMES = {
     "vocabulary": "words in use",
 }
 
+Document = Mapping[str, Any]
+"""A JSON file of a run."""
+
 
 @dataclass
 class RunRecord:
-    """What a run folder holds; empty where a file is missing.
-
-    Attributes:
-        path: the folder.
-        config, versions, summary, evaluation: the JSON files.
-        metrics: the records of ``metrics.jsonl``.
-        missing: names of files that are not there.
-    """
+    """What a run folder holds: its JSON files, empty where they are missing, and the names of those that are."""
 
     path: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    config: Document = field(default_factory=dict)
+    versions: Document = field(default_factory=dict)
+    summary: Document = field(default_factory=dict)
+    evaluation: Document = field(default_factory=dict)
+    metrics: list[Document] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -79,21 +76,21 @@ def read_run(path: Path) -> RunRecord:
     if not (path / "config.json").is_file():
         fix = "give the folder that --output_dir named"
         raise CheckpointError(explain("not a run folder", str(path), "no config.json", fix=fix))
-    run = RunRecord(path)
-    for attribute, name in (
-        *(("config", "config.json"), ("versions", "versions.json"), ("summary", "summary.json")),
-        ("evaluation", "evaluation/evaluation.json"),
-    ):
-        file = path / name
-        if file.is_file():
-            setattr(run, attribute, _read_json(file))
-        elif attribute != "evaluation":
-            run.missing.append(name)
-    lines = path / "metrics.jsonl"
-    if lines.is_file():
-        run.metrics = _read_lines(lines)
-    else:
-        run.missing.append("metrics.jsonl")
+    texts = {name: (path / name).read_text(encoding="utf-8") for name in FILES if (path / name).is_file()}
+    run = RunRecord(path, missing=[name for name in FILES[:-1] if name not in texts])
+    lines = texts.pop("metrics.jsonl", "").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            run.metrics.append(dict(json.loads(line)))
+        except ValueError as error:
+            if number < len(lines):  # the last line of a run that goes on may be half written
+                where = f"{path / 'metrics.jsonl'}, line {number}"
+                raise CheckpointError(explain("a record cannot be read", where, line[:60], "JSON")) from error
+    for name, text in texts.items():
+        try:
+            setattr(run, Path(name).stem, dict(json.loads(text)))
+        except ValueError as error:
+            raise CheckpointError(explain("a file of the run cannot be read", str(path / name), str(error))) from error
     return run
 
 
@@ -101,59 +98,47 @@ def report_page(runs: Sequence[RunRecord]) -> str:
     """Return the page of one run, or of several compared; the first one is the subject."""
     first = runs[0]
     title = f"Run {first.name}" if len(runs) == 1 else f"Run {first.name} against {', '.join(r.name for r in runs[1:])}"
-    page = Page(title, _lead(first))
-    _headline(page, first)
+    commit = str(first.versions.get("git_commit") or "unknown commit")[:12]
+    device = f"{first.versions.get('device', '?')} x {first.versions.get('world_size', '?')}"
+    page = Page(title, f"{first.path}, commit {commit}, {device}, Python {first.versions.get('python', '?')}")
+    if first.summary:
+        _headline(page, first.summary)
     for flag in first.summary.get("flags", []):
         page.text(f"Flag: {flag}", "bad")
     if first.missing:
         page.text(f"Not there: {', '.join(first.missing)}; the run may still be going on.", "bad")
-    _figures(page, runs)
+    _figures(page, [run for run in runs if "after" in run.summary or "before" in run.summary])
     _curves(page, runs)
-    _panels(page, first)
-    _evaluation(page, first)
+    _panels(page, first.path / "panels")
+    _evaluation(page, first.evaluation)
     _counters(page, runs)
     _what_was_run(page, runs)
     return page.html()
 
 
-def _lead(run: RunRecord) -> str:
-    commit = run.versions.get("git_commit") or "unknown commit"
-    device = f"{run.versions.get('device', '?')} x {run.versions.get('world_size', '?')}"
-    return f"{run.path}, commit {str(commit)[:12]}, {device}, Python {run.versions.get('python', '?')}"
-
-
-def _headline(page: Page, run: RunRecord) -> None:
-    summary = run.summary
-    if not summary:
-        return
+def _headline(page: Page, summary: Document) -> None:
     tiles = {"optimiser steps": f"{summary.get('steps', 0):,}", "seconds": f"{summary.get('seconds', 0):,.0f}"}
     gain = summary.get("gain", {}).get("gIoU")
     if gain:
-        numbers = [100 * gain[key] for key in ("mean", "ci95_low", "ci95_high")]
-        tiles["gain in gIoU (95 % interval)"] = f"{numbers[0]:+.1f} ({numbers[1]:.1f} to {numbers[2]:.1f})"
+        mean, low, high = (100 * gain[key] for key in ("mean", "ci95_low", "ci95_high"))
+        tiles["gain in gIoU (95 % interval)"] = f"{mean:+.1f} ({low:.1f} to {high:.1f})"
     tiles["peak memory"] = f"{summary.get('peak_memory_mb', 0) / 1024:.1f} GiB"
     tiles["bad samples"] = f"{summary.get('counters', {}).get('data/bad_samples', 0):,}"
     page.tiles(tiles)
 
 
-def _figures(page: Page, runs: Sequence[RunRecord]) -> None:
-    measured = [run for run in runs if "after" in run.summary or "before" in run.summary]
+def _figures(page: Page, measured: Sequence[RunRecord]) -> None:
     if not measured:
         return
     page.heading("Held-out figures", "before and after training; per cent, but for words")
-    head = ["figure"] + [f"{run.name}, {when}" for run in measured for when in ("before", "after")]
+    columns = [(run, when) for run in measured for when in ("before", "after")]
     rows = []
     for key, text in FIGURE_NAMES.items():
-        cells = [_cell(key, run.summary.get(when, {}).get(key)) for run in measured for when in ("before", "after")]
-        if any(cell != "-" for cell in cells):
-            rows.append([text, *cells])
-    page.table(head, rows)
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if key in ("caption_words", "vocabulary") else f"{100 * value:.1f}"
+        scale = 1 if key in ("caption_words", "vocabulary") else 100
+        values = [run.summary.get(when, {}).get(key) for run, when in columns]
+        if any(value is not None for value in values):
+            rows.append([text, *("-" if value is None else f"{scale * value:.1f}" for value in values)])
+    page.table(["figure", *(f"{run.name}, {when}" for run, when in columns)], rows)
 
 
 def _curves(page: Page, runs: Sequence[RunRecord]) -> None:
@@ -169,10 +154,10 @@ def _curves(page: Page, runs: Sequence[RunRecord]) -> None:
         page.charts(charts)
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def _series(metrics: Sequence[Document], key: str) -> list[tuple[float, float]]:
     points = []
     for record in metrics:
-        value: Any = record
+        value: object = record
         for part in key.split("/"):
             value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -181,11 +166,9 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
     return [*points[:-1:stride], *points[-1:]]
 
 
-def _panels(page: Page, run: RunRecord) -> None:
-    folder = run.path / "panels"
-    before = {path.name.removeprefix("before_"): path for path in sorted(folder.glob("before_*.png"))}
-    pairs = [(path, folder / f"after_{name}") for name, path in before.items()]
-    pairs = [(first, second) for first, second in pairs if second.is_file()][:MAX_PANELS]
+def _panels(page: Page, folder: Path) -> None:
+    pairs = [(path, path.with_name(path.name.replace("before_", "after_"))) for path in folder.glob("before_*.png")]
+    pairs = sorted(pair for pair in pairs if pair[1].is_file())[:MAX_PANELS]
     if pairs:
         page.heading(
             "Held-out regions, before and after", "given mask, caption, mask that came back; before, then after"
@@ -193,44 +176,36 @@ def _panels(page: Page, run: RunRecord) -> None:
         for first, second in pairs:
             page.gallery([Figure([_uri(first)], ["before"]), Figure([_uri(second)], ["after"])])
     steps = sorted({path.name.split("_")[1] for path in folder.glob("step_*.png")})
-    ends = [steps[0], steps[-1]] if len(steps) > 1 else steps
-    for step in ends:
-        found = sorted(folder.glob(f"step_{step}_*.png"))[:MAX_PANELS]
+    for step in dict.fromkeys((*steps[:1], *steps[-1:])):
         page.heading(f"Training samples at step {int(step)}")
-        page.gallery([Figure([_uri(path)], [path.name]) for path in found], is_wide=True)
+        paths = sorted(folder.glob(f"step_{step}_*.png"))[:MAX_PANELS]
+        page.gallery([Figure([_uri(path)], [path.name]) for path in paths], is_wide=True)
 
 
 def _uri(path: Path) -> str:
     with Image.open(path) as picture:
-        return data_uri(picture.convert("RGB"))
+        return data_uri(picture)
 
 
-def _evaluation(page: Page, run: RunRecord) -> None:
-    for data, tasks in run.evaluation.get("figures", {}).items():
+def _evaluation(page: Page, evaluation: Document) -> None:
+    for data, tasks in evaluation.get("figures", {}).items():
         page.heading(f"Evaluation of {data}", f"{tasks['regions']} regions, {tasks['images']} images")
-        rows = []
-        for figures in (value for value in tasks.values() if isinstance(value, Mapping)):
-            for name, figure in figures.items():
-                if isinstance(figure, Mapping) and "value" in figure:
-                    low, high = figure["ci95_low"], figure["ci95_high"]
-                    rows.append((name, f"{figure['value']:.3f}", "-" if low is None else f"{low:.3f} to {high:.3f}"))
+        rows = [(name, *as_text(figure, 1, 3)) for name, figure in each_figure(tasks)]
         page.table(("figure (fractions of 1)", "value", "95 % interval"), rows)
-    protocol = run.evaluation.get("protocol")
-    if protocol:
-        page.text("Protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    if "protocol" in evaluation:
+        page.text("Protocol: " + ", ".join(f"{key} {value}" for key, value in evaluation["protocol"].items()))
 
 
 def _counters(page: Page, runs: Sequence[RunRecord]) -> None:
-    names = sorted({name for run in runs for name in run.summary.get("counters", {})})
-    if names:
-        page.heading("Counters", "skipped samples, rejected captions, gates; over all ranks")
-        rows = [[name, *(run.summary.get("counters", {}).get(name, "-") for run in runs)] for name in names]
-        page.table(["counter", *(run.name for run in runs)], rows)
-    sources = sorted({name for run in runs for name in run.summary.get("sources", {})})
-    if sources:
-        page.subheading("Samples by source")
-        rows = [[name, *(run.summary.get("sources", {}).get(name, "-") for run in runs)] for name in sources]
-        page.table(["source", *(run.name for run in runs)], rows)
+    for part, column in (("counters", "counter"), ("sources", "source")):
+        names = sorted({name for run in runs for name in run.summary.get(part, {})})
+        if names and part == "counters":
+            page.heading("Counters", "skipped samples, rejected captions, gates; over all ranks")
+        elif names:
+            page.subheading("Samples by source")
+        if names:
+            rows = [[name, *(run.summary.get(part, {}).get(name, "-") for run in runs)] for name in names]
+            page.table([column, *(run.name for run in runs)], rows)
 
 
 def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
@@ -243,37 +218,12 @@ def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
     keys = sorted({key for one in flat for key in one})
     if len(runs) > 1:
         keys = [key for key in keys if len({str(one.get(key)) for one in flat}) > 1]
-        page.subheading("Settings that differ")
-    else:
-        page.subheading("Settings")
+    page.subheading("Settings that differ" if len(runs) > 1 else "Settings")
     page.table(["setting", *(run.name for run in runs)], [[key, *(str(one.get(key)) for one in flat)] for key in keys])
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(tree: Document, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found.update(_flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(explain("a file of the run cannot be read", str(path), str(error))) from error
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            records.append(dict(json.loads(line)))
-        except ValueError as error:
-            if number < len(lines) - 1:  # the last line of a run that goes on may be half written
-                where = f"{path}, line {number + 1}"
-                raise CheckpointError(explain("a record cannot be read", where, line[:60], "JSON")) from error
-    return records

@@ -7,27 +7,39 @@ padded or counted twice, and a second start measures what is missing.
 ::
 
     OUTPUT_DIR/evaluation.json      what was measured, with which weights and protocol, and the figures
-               regions.jsonl        one line a region (evaluation.regions), in the order of the data
+               regions.jsonl        one line a region (evaluation.measure), in the order of the data
                parts/               lines of chunks while it runs; removed at the end
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from tqdm import tqdm
 
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.evaluation.regions import Record
+from dual_loop.evaluation.measure import MeasuredRegion, Rle
 from dual_loop.types import RegionSample
 
 CHUNK = 8
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
+
+
+class SkippedEntry(TypedDict):
+    """An entry that could not be read, as results name it."""
+
+    data: str
+    entry: str
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -43,28 +55,22 @@ class MeasuredData:
 
     def load(self, index: int, seed: int) -> RegionSample:
         """Read an entry: all its regions where the reader offers that, else those that the entry's own name draws."""
-        load_all = getattr(self.source, "load_all", None)
+        load_all: Callable[[int], RegionSample] | None = getattr(self.source, "load_all", None)
         if load_all is not None:
-            sample: RegionSample = load_all(index)
-            return sample
+            return load_all(index)
         return self.source.load(index, sample_rng(seed, f"{self.name}/{self.source.entry_id(index)}"))
 
-    def skipped(self, index: int, error: SampleError) -> dict[str, str]:
-        """Return how a result names an entry that could not be read."""
-        entry = {"data": self.name, "entry": self.source.entry_id(index), "reason": error.reason}
-        return {**entry, "message": str(error)}
+    def skipped(self, index: int, error: SampleError) -> SkippedEntry:
+        return SkippedEntry(data=self.name, entry=self.source.entry_id(index), reason=error.reason, message=str(error))
+
+    def description(self) -> dict[str, object]:
+        """Return what identifies the data: name, size, first and last entry."""
+        ends = [self.source.entry_id(index) for index in {0, len(self) - 1}] if len(self) else []
+        return {"name": self.name, "entries": len(self), "ends": sorted(ends)}
 
 
-Measure = Callable[[Sequence[RegionSample], str], list[Record]]
-
-
-def start(folder: Path, header: Mapping[str, Any], writes: bool) -> None:
-    """Prepare the folder, or find in it what an earlier start of the same evaluation left.
-
-    Args:
-        folder: where results go.
-        header: JSON values that say what is measured; an evaluation goes on only where they are the same.
-        writes: whether this is the rank that writes.
+def start(folder: Path, header: Mapping[str, object], writes: bool) -> None:
+    """Prepare the folder, on the rank that writes, or find in it what an earlier start with the same header left.
 
     Raises:
         ConfigError: the folder holds something else.
@@ -95,110 +101,98 @@ def start(folder: Path, header: Mapping[str, Any], writes: bool) -> None:
 def measure_chunks(
     folder: Path,
     data: Sequence[MeasuredData],
-    measure: Measure,
+    measure: Callable[[Sequence[RegionSample], str], list[MeasuredRegion]],
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: str | None = None,
 ) -> None:
-    """Measure this rank's chunks that are not there yet.
+    """Measure this rank's chunks that are not there yet, in a folder that :func:`start` prepared.
 
     Args:
-        folder: where results go, prepared by :func:`start`.
-        data: the data sets.
-        measure: samples and the name of their data set to records.
+        measure: samples and the name of their data set to regions.
         seed: of the regions that readers draw.
-        rank, world_size: this process.
-        progress: told how many of this rank's chunks are done.
+        progress: name of a bar on standard error; None shows none.
     """
-    done = {(line["data"], line["chunk"]) for line in _lines(folder)}
+    done = _read_parts(folder)
     mine = [piece for number, piece in enumerate(_pieces(data)) if number % world_size == rank]
     own = folder / PARTS / f"rank_{rank}_of_{world_size}.jsonl"
-    own.parent.mkdir(parents=True, exist_ok=True)
     with own.open("a", encoding="utf-8") as stream:
         if own.stat().st_size:
             stream.write("\n")  # a kill may have left half a line
-        for number, (one, chunk) in enumerate(mine):
-            if (one.name, chunk) not in done:
-                stream.write(json.dumps(_measure_chunk(one, chunk, measure, seed)) + "\n")
-                stream.flush()
-            progress(number + 1, len(mine))
+        for one, chunk in tqdm(mine, desc=progress, unit="chunk", disable=progress is None, file=sys.stderr):
+            if (one.name, chunk) in done:
+                continue
+            samples: list[RegionSample] = []
+            entries: dict[str, int] = {}
+            skipped: list[SkippedEntry] = []
+            for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(one))):
+                try:
+                    sample = one.load(index, seed)
+                except SampleError as error:
+                    skipped.append(one.skipped(index, error))
+                else:
+                    samples.append(sample)
+                    entries[f"{sample.source}/{sample.sample_id}"] = index
+            regions = measure(samples, one.name) if samples else []
+            for region in regions:
+                region.entry = entries[region.image]
+            records = [region.to_json() for region in regions]
+            line = {"data": one.name, "chunk": chunk, "records": records, "skipped": skipped}
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
 
 
-def _measure_chunk(data: MeasuredData, chunk: int, measure: Measure, seed: int) -> dict[str, Any]:
-    samples, skipped, entries = [], [], {}
-    for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(data))):
-        try:
-            sample = data.load(index, seed)
-            samples.append(sample)
-            entries[f"{sample.source}/{sample.sample_id}"] = index
-        except SampleError as error:
-            skipped.append(data.skipped(index, error))
-    records = measure(samples, data.name) if samples else []
-    for record in records:
-        record["entry"] = entries[record["image"]]
-    return {"data": data.name, "chunk": chunk, "records": records, "skipped": skipped}
-
-
-def join(folder: Path, data: Sequence[MeasuredData]) -> tuple[dict[str, list[Record]], list[dict[str, str]]]:
-    """Return the records of every data set in order, and what was skipped; write ``regions.jsonl``.
+def join(folder: Path, data: Sequence[MeasuredData]) -> tuple[dict[str, list[MeasuredRegion]], list[SkippedEntry]]:
+    """Return the regions of every data set in order, and what was skipped; write ``regions.jsonl``.
 
     Raises:
         ConfigError: a chunk is missing, so a rank did not finish.
     """
-    found = {(line["data"], line["chunk"]): line for line in _lines(folder)}
-    pieces = list(_pieces(data))
-    missing = [(one.name, chunk) for one, chunk in pieces if (one.name, chunk) not in found]
+    found, pieces = _read_parts(folder), [(one.name, chunk) for one, chunk in _pieces(data)]
+    missing = [piece for piece in pieces if piece not in found]
     if missing:
         seen = f"{len(missing)} of {len(pieces)} chunks are missing, the first: {missing[0]}"
         raise ConfigError(explain("the evaluation is not complete", str(folder), seen, fix="run the command again"))
-    records: dict[str, list[Record]] = {one.name: [] for one in data}
-    skipped: list[dict[str, str]] = []
+    regions: dict[str, list[MeasuredRegion]] = {one.name: [] for one in data}
+    for name, chunk in pieces:
+        regions[name] += found[name, chunk][0]
     temporary = folder / f".{REGIONS}"
     with temporary.open("w", encoding="utf-8") as stream:
-        for one, chunk in pieces:
-            line = found[one.name, chunk]
-            skipped += line["skipped"]
-            for record in line["records"]:
-                records[one.name].append(record)
-                stream.write(json.dumps(record) + "\n")
+        stream.writelines(json.dumps(region.to_json()) + "\n" for own in regions.values() for region in own)
     temporary.replace(folder / REGIONS)
-    return records, skipped
+    return regions, [entry for piece in pieces for entry in found[piece][1]]
 
 
-def finish(folder: Path) -> None:
-    """Remove the parts of an evaluation that was joined."""
-    shutil.rmtree(folder / PARTS)
-
-
-def read_regions(path: Path) -> Iterator[Record]:
-    """Yield the records of a ``regions.jsonl``, or of any file of the same lines.
+def read_predictions(path: Path) -> dict[str, list[Rle]]:
+    """Return the masks of every region's sentences from a ``regions.jsonl``, or from any file of such lines.
 
     Raises:
-        ConfigError: a line is no record.
+        ConfigError: a line is not of a region.
     """
+    masks: dict[str, list[Rle]] = {}
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                record = json.loads(line)
-                record["name"]  # what every record has
-            except (ValueError, TypeError, KeyError) as error:
+                region = json.loads(line)
+                masks[region["name"]] = [sentence["mask"] for sentence in region.get("sentences", [])]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 where = f"{path}, line {number}"
                 raise ConfigError(explain("not a record of a region", where, line[:60], '{"name": ...}')) from error
-            yield record
+    return masks
 
 
-def _pieces(data: Sequence[MeasuredData]) -> Iterator[tuple[MeasuredData, int]]:
-    for one in data:
-        for chunk in range(-(-len(one) // CHUNK)):
-            yield one, chunk
+def _pieces(data: Sequence[MeasuredData]) -> list[tuple[MeasuredData, int]]:
+    return [(one, chunk) for one in data for chunk in range(-(-len(one) // CHUNK))]
 
 
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of all ranks, of this start and earlier ones; a line cut off by a kill is left out."""
+def _read_parts(folder: Path) -> dict[tuple[str, int], tuple[list[MeasuredRegion], list[SkippedEntry]]]:
+    """Read the chunks of all ranks, of this start and earlier ones; a line cut off by a kill is left out."""
+    chunks = {}
     for path in sorted((folder / PARTS).glob("rank_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield dict(json.loads(line))
-            except ValueError:
-                continue
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                line = json.loads(text)
+                regions = [MeasuredRegion.from_json(record) for record in line["records"]]
+                chunks[line["data"], line["chunk"]] = regions, line["skipped"]
+    return chunks

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from dual_loop.config import LoopConfig
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
-from dual_loop.evaluation.regions import resize_logits
+from dual_loop.evaluation.measure import resize_logits
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.scorer import Scorer, join_masks

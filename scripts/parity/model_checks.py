@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from dual_loop.data.prepare import resize_targets
-from dual_loop.evaluation.regions import resize_logits
+from dual_loop.evaluation.measure import resize_logits
 from dual_loop.model.object_count import object_order
 from dual_loop.model.sa2va import evaluating
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel

@@ -1,22 +1,22 @@
-"""Figures by hand: empty masks, overlapping polygons, scorers, intervals; saved predictions counted again."""
+"""Figures by hand: empty masks, precision, intervals, tables; training's figures equal those of evaluate."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dual_loop.data.masks import decode_segmentation, decode_summed_polygons, encode_rle
-from dual_loop.errors import ConfigError, SampleError
-from dual_loop.evaluation.caption_scores import score_captions, words
-from dual_loop.evaluation.figures import captioning_figures, figures_of, loop_figures, markdown_table, referring_figures
-from dual_loop.evaluation.protocols import PRESETS, choose_protocol
-from dual_loop.evaluation.regions import compare_predictions
-from dual_loop.metrics import bootstrap_ratio, mask_overlap
-from dual_loop.types import RegionSample
+from dual_loop.evaluation.figures import (
+    captioning_figures,
+    figures_of,
+    loop_figures,
+    markdown_table,
+    referring_figures,
+    summarise,
+)
+from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
+from dual_loop.metrics import mask_overlap
 
 SIDE = 10
 
@@ -28,30 +28,10 @@ def square(*boxes: tuple[int, int, int, int]) -> np.ndarray:
     return mask
 
 
-def sample_of(masks: list[np.ndarray], captions: list[tuple[str, ...]]) -> RegionSample:
-    names = tuple(str(k) for k in range(len(masks)))
-    image = np.zeros((SIDE, SIDE, 3), np.uint8)
-    return RegionSample("refcoco", "x", image, np.stack(masks), names, tuple(captions))
-
-
-def test_saved_predictions_count_as_by_hand() -> None:
-    """Two sentences of one region, one of another, one with no mask at all."""
-    target, other = square((0, 0, 5, 4)), square((5, 5, 9, 10))  # 20 pixels each
-    sample = sample_of([target, other, square((0, 6, 2, 8))], [("a", "b"), ("c",), ("d",)])
-    half = square((0, 0, 5, 2))  # IoU 0.5
-    shifted = square((5, 5, 9, 9))  # 16 of 20: IoU 0.8
-    saved = {
-        "refcoco/x#0": {"sentences": [{"mask": encode_rle(half)}, {"mask": encode_rle(target)}]},
-        "refcoco/x#1": {"sentences": [{"mask": encode_rle(shifted)}]},
-    }
-    records = compare_predictions(sample, "refcoco:val", saved)
-    figures = referring_figures(records)
-    assert figures["sentences"] == 4
-    assert figures["gIoU"]["value"] == pytest.approx((0.5 + 1.0 + 0.8 + 0.0) / 4, abs=1e-15)
-    assert figures["cIoU"]["value"] == pytest.approx((10 + 20 + 16 + 0) / (20 + 20 + 20 + 4), abs=1e-15)
-    expected = {"Pr@0.5": 0.75, "Pr@0.6": 0.5, "Pr@0.7": 0.5, "Pr@0.8": 0.5, "Pr@0.9": 0.25}
-    assert {name: figures[name]["value"] for name in expected} == expected
-    assert figures["without_mask"]["value"] == 0.25
+def region(image: str, *ious: float, own: int = 0, **values: object) -> MeasuredRegion:
+    """A region whose caption led to a mask with these IoUs with the regions of its image."""
+    cycle = SegmentedCaption(round(100 * ious[own]), 100, list(ious)) if ious else None
+    return MeasuredRegion(f"{image}#{own}", image, cycle=cycle, own=own, **values)
 
 
 @pytest.mark.parametrize(
@@ -65,74 +45,16 @@ def test_saved_predictions_count_as_by_hand() -> None:
 )
 def test_empty_and_full(predicted: np.ndarray, target: np.ndarray, iou: float) -> None:
     intersection, union = (int(area[0]) for area in mask_overlap(predicted[None], target[None]))
-    sentence = {"num_masks": 1, "intersection": intersection, "union": union}
-    figures = referring_figures([{"image": "a", "sentences": [sentence]}])
+    sentence = SegmentedSentence("x", 1, intersection, union)
+    figures = referring_figures([MeasuredRegion("a#0", "a", sentences=[sentence])])
     assert figures["gIoU"]["value"] == iou
     assert figures["cIoU"]["value"] == iou
 
 
-def test_overlapping_polygons_are_united_and_the_published_way_is_not() -> None:
-    polygons = [[0, 0, 6, 0, 6, 10, 0, 10], [4, 0, 10, 0, 10, 10, 4, 10]]
-    united = decode_segmentation(polygons, SIDE, SIDE, "here")
-    assert united.all()
-    summed = decode_summed_polygons(polygons, SIDE, SIDE, "here")
-    # Columns 0..3 are 1, 4 and 5 are 2, the rest 1: the code flips at every change of value.
-    assert summed[:, :4].all()
-    assert not summed[:, 4:6].any()
-    assert summed[:, 6:].all()
-    apart = [[0, 0, 3, 0, 3, 3, 0, 3], [5, 5, 9, 5, 9, 9, 5, 9]]
-    one, two = (decode(apart, SIDE, SIDE, "here") for decode in (decode_segmentation, decode_summed_polygons))
-    assert np.array_equal(one, two)
-
-
-def test_scores_are_those_of_pycocoevalcap() -> None:
-    cider = pytest.importorskip("pycocoevalcap.cider.cider")
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    generated = ["a red star on the left", "the blue moon", "two green flags near a cloud", "a red star"]
-    references = [
-        ["the red star to the left", "a red star on the left side"],
-        ["the blue moon"],
-        ["a green flag", "green flags and one cloud"],
-        ["the yellow star", "a yellow star"],
-    ]
-    truths = {str(k): own for k, own in enumerate(references)}
-    found = {str(k): [text] for k, text in enumerate(generated)}
-    scores = score_captions(generated, references)
-    # These texts hold no punctuation and no capitals, so every tokenizer leaves them as they are.
-    assert scores.corpus["CIDEr-D"] == pytest.approx(cider.Cider().compute_score(truths, found)[0], abs=1e-9)
-    bleu, _ = Bleu(4).compute_score(truths, found, verbose=0)
-    for order in range(4):
-        assert scores.corpus[f"BLEU-{order + 1}"] == pytest.approx(bleu[order], abs=1e-9)
-    assert scores.corpus["ROUGE-L"] == pytest.approx(Rouge().compute_score(truths, found)[0], abs=1e-9)
-    assert scores.corpus["exact"] == 0.25
-    if shutil.which("java"):
-        assert 0 < scores.corpus["METEOR 1.5"] < 1
-        assert scores.tokenizer == "ptb"
-    else:
-        assert "METEOR 1.5" not in scores.corpus
-        assert scores.missing["METEOR 1.5"] == "needs Java"
-
-
-def test_without_java_nothing_is_called_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pycocoevalcap")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    scores = score_captions(["A red star."], [["the red star", "A red-star!"]])
-    assert scores.tokenizer == "words"
-    assert "METEOR 1.5" not in scores.corpus
-    assert "meteor-exact-stem" in scores.corpus
-    assert words("A red-star, isn't it?") == "a red-star isn't it"
-
-
 def test_loop_figures() -> None:
-    def record(image: str, own: int, ious: list[float]) -> dict:
-        cycle = {"intersection": round(100 * ious[own]), "union": 100, "ious": ious}
-        return {"image": image, "own": own, "cycle": cycle}
-
-    records = [record("a", 0, [0.8, 0.1]), record("a", 1, [0.6, 0.2]), record("b", 0, [0.5])]
-    figures = loop_figures(records)
+    figures = loop_figures([region("a", 0.8, 0.1), region("a", 0.6, 0.2, own=1), region("b", 0.5)])
     assert figures["cycle_gIoU"]["value"] == pytest.approx(0.5)
+    assert figures["cycle_cIoU"]["value"] == pytest.approx((80 + 20 + 50) / 300)
     assert figures["uniqueness"]["value"] == pytest.approx((0.7 - 0.4) / 2)
     assert figures["picks_own"]["value"] == 0.5
     assert (figures["captions"], figures["in_company"]) == (3, 2)
@@ -140,44 +62,39 @@ def test_loop_figures() -> None:
 
 def test_figures_of_nothing_and_tables() -> None:
     assert referring_figures([]) == {"sentences": 0}
-    assert loop_figures([{"image": "a"}]) == {"captions": 0}
-    record = {"image": "a", "caption": "x y", "rejected": None, "references": [], "sentences": []}
-    figures = captioning_figures([record])
+    assert loop_figures([region("a")]) == {"captions": 0}
+    one = region("a", caption="x y")
+    figures = captioning_figures([one])
     assert (figures["captions"], figures["with_references"], figures["words"]["value"]) == (1, 0, 2.0)
-    table = markdown_table({"masks": figures_of([record], ["captioning"])})
+    table = markdown_table({"masks": figures_of([one], ["captioning"])})
     assert "**masks**: 1 regions, 1 images" in table
     assert "| words | 2.00 | 2.00 to 2.00 |" in table
+    assert "| rejected | 0.0 | 0.0 to 0.0 |" in table
+    assert "| distinct_1 | 100.0 | - |" in table
 
 
-def test_bootstrap_ratio() -> None:
+def test_the_figures_of_training_are_those_of_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # scores of Java's programs are not compared
     generator = np.random.default_rng(0)
-    values = generator.normal(0.5, 0.2, 400)
-    low, high = bootstrap_ratio(values, np.ones(400), list(range(400)))
-    error = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - error, abs=0.003)
-    assert high == pytest.approx(values.mean() + error, abs=0.003)
-    grouped = bootstrap_ratio(values, np.ones(400), [k // 100 for k in range(400)])
-    assert grouped[1] - grouped[0] != high - low
-    assert bootstrap_ratio([0.0, 0.0], [0.0, 0.0], ["a", "b"]) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="cannot be resampled"):
-        bootstrap_ratio([1.0], [1.0, 2.0], ["a"])
-
-
-def test_protocols() -> None:
-    assert choose_protocol("sa2va", {"join": None}).name == "sa2va"
-    changed = choose_protocol("sa2va", {"join": "first"})
-    assert (changed.name, changed.join, changed.seg) == ("sa2va*", "first", "generated")
-    assert PRESETS["lisa"].clean("  The Red Star. ") == "the red star"
-    assert PRESETS["dual_loop"].clean("The Red Star.") == "The Red Star."
-    with pytest.raises(ConfigError, match="unknown protocol"):
-        choose_protocol("best", {})
-    with pytest.raises(ConfigError, match="--seg"):
-        choose_protocol("lisa", {"seg": "perhaps"})
-
-
-def test_a_saved_mask_of_another_size_is_refused(tmp_path: Path) -> None:
-    sample = sample_of([square((0, 0, 5, 4))], [("a",)])
-    saved = {"refcoco/x#0": {"sentences": [{"mask": encode_rle(np.ones((4, 4), bool))}]}}
-    with pytest.raises(SampleError) as caught:
-        compare_predictions(sample, "refcoco:val", json.loads(json.dumps(saved)))
-    assert caught.value.reason == "size_mismatch"
+    regions = []
+    for number in range(30):
+        ious = generator.uniform(size=1 + number % 3).round(2).tolist()
+        one = region(f"image {number // 3}", *ious, own=number % len(ious), caption=f"word {number % 7}")
+        one.references = ["word 3"][: number % 2]
+        one.sentences = [SegmentedSentence("x", 1, int(generator.integers(50)), 50) for _ in range(number % 3)]
+        regions.append(one)
+    short, full = summarise(regions), figures_of(regions, ["referring", "captioning", "loop"])
+    pairs = {
+        "gIoU": full["referring"]["gIoU"],
+        "cIoU": full["referring"]["cIoU"],
+        "cycle_gIoU": full["loop"]["cycle_gIoU"],
+        "uniqueness": full["loop"]["uniqueness"],
+        "caption_exact": full["captioning"]["exact"],
+        "caption_words": full["captioning"]["words"],
+        "distinct_2": full["captioning"]["distinct_2"],
+    }
+    for name, figure in pairs.items():
+        assert short[name] == pytest.approx(figure["value"], abs=1e-12), name
+    assert short["regions"] == full["regions"] == 30
+    assert short["vocabulary"] == 8
+    assert np.isnan(short["cycle_gIoU_frozen"])

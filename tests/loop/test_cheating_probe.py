@@ -9,8 +9,9 @@ import torch
 
 from dual_loop.checkpoint.importer import load_weights, weights_sources
 from dual_loop.config import load_config, resolve_config_path
-from dual_loop.evaluation.evaluate import evaluate_samples, summarise
 from dual_loop.evaluation.cheating_flags import find_flags
+from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.measure import evaluate_samples
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer

@@ -1,18 +1,15 @@
-"""doctor and data check, stats, preview: what they find, how they exit, and what comes before every training."""
+"""What the checks before a training find, one by one."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from dual_loop.cli import main
 from dual_loop.config import CONFIG_DIR, Config, load_config, resolve_config_path
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.preflight import data_checks, machine, model_checks
@@ -43,41 +40,6 @@ def test_findings_as_text_and_json() -> None:
     findings = [Finding(OK, "a", "fine"), Finding(PROBLEM, "b", "broken", "mend it"), Finding(WARNING, "a", "odd")]
     assert as_text(findings) == "a\n  ✓ fine\n  ! odd\nb\n  ✗ broken; to do: mend it"
     assert as_dict(findings)["counts"] == {"ok": 1, "note": 0, "warning": 1, "problem": 1}
-
-
-@pytest.mark.slow
-def test_doctor_on_a_run_that_can_start(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["doctor", "--json", "--device", "cpu", "--output_dir", str(tmp_path / "run"), *flags(demo)]
-    assert main(arguments) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["counts"]["problem"] == 0
-    told = {finding["area"] for finding in result["findings"]}
-    expected = {"versions", "device", "data", "leakage", "captions", "tokens", "weights", "memory", "run folder"}
-    assert expected | {"what trains", "processes", "one batch", "config"} <= told
-    batches = [finding["what"] for finding in result["findings"] if finding["area"] == "one batch"]
-    assert [text.split(":")[0] for text in batches] == ["sav", "sa1b", "openimages", "refcoco"]
-    assert not (tmp_path / "run").exists(), "a doctor leaves nothing behind"
-
-
-def test_doctor_names_every_broken_root_at_once(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = tmp_path / "sa1b"
-    shutil.copytree(demo / "sa1b", broken)
-    for path in broken.rglob("*.json"):
-        path.write_text("{")
-    (tmp_path / "empty").mkdir()
-    arguments = ["--sa1b_dir", str(broken), "--sav_dir", str(tmp_path / "empty"), "--quick"]
-    arguments += ["--refcoco_dir", str(tmp_path / "nowhere"), "--cfg-options", f"data.index_dir={tmp_path / 'index'}"]
-    assert main(["doctor", *arguments]) == 1
-    text = capsys.readouterr().out
-    assert "broken_json 6" in text
-    assert "holds no frame pair" in text
-    assert "no such folder" in text
-    assert "problem(s) would stop this run" in text
-
-
-def test_doctor_reports_a_wrong_config_as_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--cfg-options", "loop.max_new_token=3"]) == 1
-    assert "did you mean loop.max_new_tokens" in capsys.readouterr().out
 
 
 def test_captions_are_asked_for_where_a_reward_needs_them(demo: Path) -> None:
@@ -140,61 +102,6 @@ def test_weights_and_tokens(tmp_path: Path) -> None:
     nowhere = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer=str(tmp_path / "none")))
     [finding] = model_checks.check_tokens(nowhere)
     assert finding.level == PROBLEM
-
-
-def test_data_check_counts_reasons_and_exits_by_them(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["data", "check", *flags(demo)]) == 0
-    assert "no problem was found" in capsys.readouterr().out
-    broken = tmp_path / "sa1b"
-    shutil.copytree(demo / "sa1b", broken)
-    victim = sorted(broken.rglob("*.jpg"))[0]
-    victim.write_bytes(victim.read_bytes()[:200])
-    options = ["--cfg-options", f"data.index_dir={tmp_path / 'index'}"]
-    assert main(["data", "check", "--json", "--sa1b_dir", str(broken), *options]) == 1
-    result = json.loads(capsys.readouterr().out)
-    [finding] = [f for f in result["findings"] if f["level"] == "problem"]
-    assert "5 of 6 read are good (truncated_file 1)" in finding["what"]
-
-
-def test_data_check_refuses_a_renamed_held_out_image(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An SA-1B-style set with a RefCOCO val image under another name, smaller and compressed again."""
-    from dual_loop.data.leakage import held_out_of
-
-    data = load_config(resolve_config_path("tiny_cpu"), {"data.refcoco_dir": str(demo / "ref_seg")}).data
-    victim = next(i for i in held_out_of(data).values() if i.split == "refcoco val")
-    folder = tmp_path / "sa1b"
-    shutil.copytree(demo / "sa1b", folder)
-    target = sorted(folder.rglob("*.jpg"))[0]
-    size = Image.open(target).size
-    assert victim.path is not None
-    Image.open(victim.path).resize(size).save(target, quality=55)
-    base = ["data", "check", "--sa1b_dir", str(folder), "--refcoco_dir", str(demo / "ref_seg")]
-    options = ["--cfg-options", f"data.index_dir={tmp_path / 'index'}"]
-    assert main([*base, "--json", *options]) == 1
-    result = json.loads(capsys.readouterr().out)
-    [leak] = result["leaks"]
-    assert leak["entry"].endswith(target.stem)
-    assert f"COCO image {victim.coco_id} of refcoco val (found by sight)" in leak["message"]
-    assert main([*base, "--ids_only", *options]) == 0, "its name tells nothing"
-
-
-def test_stats_and_preview(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "stats", "--json", *flags(demo)]) == 0
-    stats = json.loads(capsys.readouterr().out)
-    assert stats["sa1b"]["entries"] == 6
-    assert stats["refcoco"]["captioned regions"].split(" of ")[0] != "0"
-    assert stats["sav"]["captioned regions"] == "0 of 6"
-    out = tmp_path / "page.html"
-    assert main(["data", "preview", "--samples", "2", "--out", str(out), *flags(demo)]) == 0
-    page = out.read_text()
-    assert page.count("<figure>") == 8
-    assert page.count("data:image/jpeg") == 24
-    assert "frame pair" in page
-    assert "step 1 writes it" in page
 
 
 def test_the_preview_shows_what_is_skipped(demo: Path, tmp_path: Path) -> None:

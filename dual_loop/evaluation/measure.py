@@ -1,0 +1,338 @@
+"""The one measurer of both directions and of the loop, for ``dual-loop evaluate``, ``audit`` and training alike.
+
+A :class:`MeasuredRegion` holds everything that figures are made of, so figures can be computed again without a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dual_loop.config import Config
+from dual_loop.data.masks import decode_rle, encode_rle
+from dual_loop.data.prepare import batch_from_samples
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.evaluation.protocols import PRESETS, Protocol
+from dual_loop.iteration import in_chunks
+from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.scorer import Scorer
+from dual_loop.metrics import caption_exact, iou, mask_overlap
+from dual_loop.model.build import geometry
+from dual_loop.model.prompts import Prompter
+from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.types import Batch, RegionSample, Seen
+
+IMAGES_PER_BATCH = 8
+
+Rle = Mapping[str, object]
+"""A mask as a COCO run-length code: ``{"size": [H, W], "counts": str}``."""
+Listener = Callable[[], AbstractContextManager[None]]
+"""Puts other weights into the model for the length of a ``with`` block (``StartingWeights.swapped``)."""
+
+
+@dataclass
+class SegmentedSentence:
+    """What an expression of a region led to: the masks of the answer, joined, against the region's own, in pixels."""
+
+    text: str
+    num_masks: int
+    intersection: float
+    union: float
+    mask: Rle = field(default_factory=dict)
+
+
+@dataclass
+class SegmentedCaption:
+    """What the model's own caption of a region led to, in pixels, with the IoU with each region of the image."""
+
+    intersection: float
+    union: float
+    ious: list[float] = field(default_factory=list)
+    mask: Rle = field(default_factory=dict)
+
+    @property
+    def iou(self) -> float:
+        return float(iou(self.intersection, self.union))
+
+    def uniqueness(self, own: int) -> float | None:
+        """Return the IoU with region ``own`` minus the best with another; None where there is no other."""
+        others = [value for place, value in enumerate(self.ious) if place != own]
+        return self.ious[own] - max(others) if others else None
+
+
+@dataclass
+class MeasuredRegion:
+    """What was measured on one region; a line of ``regions.jsonl`` has these keys.
+
+    Attributes:
+        name: ``source/sample_id#region_id``. image: ``source/sample_id``; the bootstrap resamples images.
+        data: name of the data set. target: the true mask.
+        references: the region's own expressions. sentences: what each of them led to.
+        caption: what the model wrote; empty where it was not asked (a caption without words is a rejected one).
+        rejected: why the caption cannot be segmented; its mask is then empty.
+        cycle: what the caption led to; None where the loop was not closed.
+        own: the region's place in its image, and so in ``cycle.ious``.
+        frozen: what the caption led to with the starting weights as the listener.
+        entry: number of the image in its data set.
+    """
+
+    name: str
+    image: str
+    data: str = ""
+    target: Rle = field(default_factory=dict)
+    references: list[str] = field(default_factory=list)
+    sentences: list[SegmentedSentence] = field(default_factory=list)
+    caption: str = ""
+    rejected: str | None = None
+    cycle: SegmentedCaption | None = None
+    own: int = 0
+    frozen: SegmentedCaption | None = None
+    entry: int = 0
+
+    @property
+    def ious(self) -> list[float]:
+        return [float(iou(one.intersection, one.union)) for one in self.sentences]
+
+    @property
+    def cycle_iou(self) -> float:
+        assert self.cycle is not None, "the loop was not measured"
+        return self.cycle.iou
+
+    @property
+    def frozen_iou(self) -> float | None:
+        return None if self.frozen is None else self.frozen.iou
+
+    # Files of a run keep these three, not what they come from.
+
+    @cached_property
+    def exact(self) -> bool | None:
+        """Whether the caption equals one of the references; None where there is none."""
+        return caption_exact(self.caption, self.references) if self.references else None
+
+    @cached_property
+    def uniqueness(self) -> float | None:
+        return None if self.cycle is None else self.cycle.uniqueness(self.own)
+
+    @cached_property
+    def frozen_uniqueness(self) -> float | None:
+        return None if self.frozen is None else self.frozen.uniqueness(self.own)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the line of ``regions.jsonl``; what was not asked for is left out."""
+        line = dataclasses.asdict(self)
+        absent = [key for key in ("cycle", "frozen") if line[key] is None]
+        if not self.caption and self.rejected is None:
+            absent += ["caption", "rejected"]
+        return {key: value for key, value in line.items() if key not in absent}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> MeasuredRegion:
+        """Read what :meth:`to_json` returned."""
+        loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", "frozen") if key in line}
+        sentences = [SegmentedSentence(**one) for one in line["sentences"]]
+        return cls(**{**line, **loops, "sentences": sentences})
+
+    def flat(self) -> dict[str, object]:
+        """Return the region's numbers, as ``evaluation_before.json`` and ``evaluation_after.json`` hold them."""
+        return {
+            "name": self.name,
+            "image": self.image,
+            "caption": self.caption,
+            "exact": self.exact,
+            "intersection": [float(one.intersection) for one in self.sentences],
+            "union": [float(one.union) for one in self.sentences],
+            "cycle_intersection": self.cycle and float(self.cycle.intersection),
+            "cycle_union": self.cycle and float(self.cycle.union),
+            "frozen_intersection": self.frozen and float(self.frozen.intersection),
+            "frozen_union": self.frozen and float(self.frozen.union),
+            "uniqueness": self.uniqueness,
+            "frozen_uniqueness": self.frozen_uniqueness,
+        }
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> MeasuredRegion:
+        """Read what :meth:`flat` returned; older runs lack the last four keys."""
+        region = cls(values["name"], values["image"], caption=values["caption"])
+        areas = zip(values["intersection"], values["union"], strict=True)
+        region.sentences = [SegmentedSentence("", 1, *area) for area in areas]
+        region.cycle = SegmentedCaption(values["cycle_intersection"], values["cycle_union"])
+        if values.get("frozen_union") is not None:
+            region.frozen = SegmentedCaption(values["frozen_intersection"], values["frozen_union"])
+        region.exact, region.uniqueness = values["exact"], values.get("uniqueness")
+        region.frozen_uniqueness = values.get("frozen_uniqueness")
+        return region
+
+
+def blank_regions(sample: RegionSample, data: str) -> list[MeasuredRegion]:
+    """Return the regions of ``sample``, which comes from the data set ``data``, with nothing measured yet."""
+    image = f"{sample.source}/{sample.sample_id}"
+    parts = zip(sample.region_ids, sample.segmentation_masks, sample.captions, strict=True)
+    return [
+        MeasuredRegion(f"{image}#{region}", image, data, encode_rle(mask), list(texts), own=place)
+        for place, (region, mask, texts) in enumerate(parts)
+    ]
+
+
+class RegionMeter:
+    """Captions regions, segments captions and sentences, and compares.
+
+    Args:
+        model, prompter, config: the model in use.
+        protocol: how sentences are asked for.
+        tasks: some of ``referring``, ``captioning``, ``loop``.
+        autocast: the precision to compute in.
+        frozen_listener: lends other weights to the model; the captions are then segmented with those as well.
+    """
+
+    def __init__(
+        self,
+        model: Sa2VA,
+        prompter: Prompter,
+        config: Config,
+        protocol: Protocol,
+        tasks: Sequence[str] = ("referring", "captioning", "loop"),
+        autocast: AbstractContextManager[object] | None = None,
+        frozen_listener: Listener | None = None,
+    ) -> None:
+        self.model, self.config, self.protocol = model, config, protocol
+        self.tasks, self.autocast, self.frozen_listener = set(tasks), autocast or nullcontext(), frozen_listener
+        self.geometry = geometry(config)
+        settings = dataclasses.replace(
+            config.loop,
+            temperature=0.0,
+            on_rejected="fallback",
+            max_rejected_fraction=1.0,
+            segment_form="branches",
+            segment_question=protocol.question,
+        )
+        self.captioner = Captioner(model, prompter, settings, is_silent=True)
+        self.scorer = Scorer(model, prompter, settings)
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[RegionSample], data: str) -> list[MeasuredRegion]:
+        """Measure every region of ``samples``; ``data`` names where they come from."""
+        batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
+        regions = [region for sample in samples for region in blank_regions(sample, data)]
+        # For each region the true masks of its image.
+        targets = [sample.segmentation_masks for sample in samples for _ in range(sample.num_regions)]
+        with evaluating(self.model), self.autocast:
+            seen = self.model.see(batch)
+            if self.tasks & {"captioning", "loop"}:
+                [captions] = self.captioner.write([seen], [batch], use_references=False)
+                for region, caption in zip(regions, captions, strict=True):
+                    assert caption.greedy is not None  # greedy captions were asked for
+                    region.caption, region.rejected = caption.greedy.text, caption.rejected
+            if "loop" in self.tasks:
+                for region, loop in zip(regions, self._close(regions, targets, batch, seen), strict=True):
+                    region.cycle = loop
+            if "loop" in self.tasks and self.frozen_listener is not None:
+                with self.frozen_listener():
+                    for region, loop in zip(regions, self._close(regions, targets, batch, seen), strict=True):
+                        region.frozen = loop
+            sentences = [[self.protocol.clean(text) for text in region.references] for region in regions]
+            # Round k asks for the k-th sentence of every region that has one.
+            for number in range(max(map(len, sentences), default=0) if "referring" in self.tasks else 0):
+                texts = [own[number] if number < len(own) else None for own in sentences]
+                answers = self._segment(texts, targets, batch, seen)
+                for region, own, text, (count, mask) in zip(regions, targets, texts, answers, strict=True):
+                    if text is not None:
+                        region.sentences.append(_segmented(text, count, mask, own[region.own]))
+        return regions
+
+    def _close(
+        self, regions: Sequence[MeasuredRegion], targets: Sequence[np.ndarray], batch: Batch, seen: Seen
+    ) -> list[SegmentedCaption]:
+        """Segment every caption that was not rejected."""
+        texts = [None if region.rejected is not None else region.caption for region in regions]
+        loops = []
+        for region, own, (_, mask) in zip(regions, targets, self._segment(texts, targets, batch, seen), strict=True):
+            inner, outer = mask_overlap(np.broadcast_to(mask, own.shape), own)
+            areas = int(inner[region.own]), int(outer[region.own])
+            loops.append(SegmentedCaption(*areas, iou(inner, outer).tolist(), encode_rle(mask)))
+        return loops
+
+    def _segment(
+        self, texts: Sequence[str | None], targets: Sequence[np.ndarray], batch: Batch, seen: Seen
+    ) -> list[tuple[int, np.ndarray]]:
+        """Ask one text of each region; return the number of masks, and (H, W) bool, joined as the protocol says."""
+        answers = []
+        logits = self.scorer.segment(batch, seen, list(enumerate(texts)), generated=self.protocol.seg == "generated")
+        for found, target in zip(logits, targets, strict=True):
+            height, width = target.shape[1:]
+            mask = np.zeros((height, width), bool)
+            if len(found):
+                chosen = found[:1] if self.protocol.join == "first" else found
+                full = resize_logits(chosen.float(), (height, width), self.geometry.grounding_size)
+                mask = (full > 0).any(0).cpu().numpy()
+            answers.append((len(found), mask))
+        return answers
+
+
+def held_out_source(config: Config) -> RefCoco:
+    """Open the evaluation set: RefCOCO layout under ``data.eval_dir``, split ``data.eval_split``."""
+    data = config.data
+    if data.eval_dir is None:
+        raise ConfigError(explain("no evaluation set is given", "data.eval_dir", fix="set --eval_dir"))
+    return RefCoco(
+        data.eval_dir,
+        datasets=data.eval_datasets,
+        split=data.eval_split,
+        max_samples=data.eval_max_samples,
+        index_dir=data.index_dir,
+    )
+
+
+def evaluate_samples(
+    model: Sa2VA,
+    prompter: Prompter,
+    config: Config,
+    samples: Iterable[RegionSample],
+    frozen_listener: Listener | None = None,
+) -> list[MeasuredRegion]:
+    """Measure every region of every sample as ``dual-loop evaluate`` does by default: [SEG] is given in the answer."""
+    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=frozen_listener)
+    chunks = in_chunks(samples, IMAGES_PER_BATCH)
+    return [region for chunk in chunks for region in meter.measure(chunk, config.data.eval_split)]
+
+
+def compare_predictions(
+    sample: RegionSample, data: str, predictions: Mapping[str, Sequence[Rle]]
+) -> list[MeasuredRegion]:
+    """Compare saved masks with the true ones of ``sample``, which comes from ``data``; a missing mask is empty.
+
+    Args:
+        predictions: by region name, the masks in the order of the expressions.
+
+    Raises:
+        SampleError: a run-length code is broken or of another size.
+    """
+    regions = blank_regions(sample, data)
+    for region, target in zip(regions, sample.segmentation_masks, strict=True):
+        saved = predictions.get(region.name, ())
+        for number, text in enumerate(region.references):
+            mask = decode_rle(saved[number], region.name) if number < len(saved) else np.zeros(target.shape, bool)
+            if mask.shape != target.shape:
+                what = "a saved mask has another size than its image"
+                raise SampleError("size_mismatch", explain(what, region.name, mask.shape, target.shape))
+            region.sentences.append(_segmented(text, int(number < len(saved)), mask, target))
+    return regions
+
+
+def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:
+    """Bring mask logits (N, Q, Q) to (N, H, W) as Sa2VA predicts: bilinear to S x S, then bilinear to the image."""
+    full = F.interpolate(logits[:, None], size=(batch_side, batch_side), mode="bilinear", align_corners=False)
+    return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _segmented(text: str, num_masks: int, mask: np.ndarray, target: np.ndarray) -> SegmentedSentence:
+    inner, outer = mask_overlap(mask[None], target[None])
+    return SegmentedSentence(text, num_masks, int(inner[0]), int(outer[0]), encode_rle(mask))

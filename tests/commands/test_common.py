@@ -1,0 +1,90 @@
+"""What commands share: the shape, and the names of data sets to measure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from dual_loop.commands.common import (
+    Command,
+    add_model_and_data_arguments,
+    add_what_is_measured,
+    describe_origin,
+    open_measured,
+    overrides_of,
+)
+from dual_loop.config import load_config, resolve_config_path
+from dual_loop.data.refcoco import RefCoco
+from dual_loop.errors import ConfigError
+from dual_loop.testing.demo_data import write_demo_data
+
+
+def test_a_command_reads_runs_and_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+        parser.add_argument("number", type=int, help=f"told {len(argv)} arguments")
+
+    def run(args: argparse.Namespace) -> int:
+        if args.number < 0:
+            raise ConfigError("less than nothing")
+        return int(args.number)
+
+    command = Command("count", "Count.", add, run, usage="NUMBER", example="dual-loop count 3")
+    assert command(["3"]) == 3
+    assert command(["--", "-1"]) == 2
+    assert capsys.readouterr().err == "error: less than nothing\n"
+    monkeypatch.setattr("sys.argv", ["x", "5"])
+    assert command() == 5
+    with pytest.raises(SystemExit) as caught:
+        command(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("usage: dual-loop count NUMBER", "Count.", "told 1 arguments", "example: dual-loop count 3"):
+        assert part in text
+    with pytest.raises(SystemExit) as caught:
+        command(["three"])
+    assert caught.value.code == 2
+
+
+def test_weights_on_one_line() -> None:
+    assert describe_origin({"path": "a folder"}) == "a folder"
+    origin = {"path": "run", "checkpoint": "step_3", "weights": "ema", "sha256": "0123456789abcdef" * 4}
+    assert describe_origin(origin) == "run step_3 ema sha256 0123456789abcdef"
+
+
+def test_flags_become_settings() -> None:
+    parser = argparse.ArgumentParser()
+    add_what_is_measured(parser)
+    add_model_and_data_arguments(parser)
+    assert overrides_of(parser.parse_args([])) == {"data.regions_per_image": 16, "train.device": "auto"}
+    arguments = ["run", "--model_path", "base", "--cfg-options", "data.regions_per_image=3", "train.seed=2"]
+    settings = overrides_of(parser.parse_args(arguments))
+    assert settings["train.model_path"] == "base"
+    assert int(settings["data.regions_per_image"]) == 3
+    assert int(settings["train.seed"]) == 2
+
+
+def test_names_of_data_sets(tmp_path: Path) -> None:
+    write_demo_data(tmp_path / "demo", 2, 3, num_val=2)
+    roots = {"sa1b_dir": "sa1b", "sav_dir": "sav", "refcoco_dir": "ref_seg"}
+    settings = {f"data.{key}": str(tmp_path / "demo" / name) for key, name in roots.items()}
+    settings["data.index_dir"] = str(tmp_path / "index")
+    data = load_config(resolve_config_path("tiny_cpu"), settings).data
+    given = open_measured([], data)
+    assert [one.name for one in given] == ["sav", "sa1b", "refcoco:train"]
+    held_out = load_config(resolve_config_path("tiny_cpu"), {**settings, "data.eval_dir": settings["data.refcoco_dir"]})
+    assert "refcoco:val" in [one.name for one in open_measured([], held_out.data)]
+    [val, again] = open_measured(["refcoco:val", "sa1b", "refcoco:val"], data, limit=1)
+    assert isinstance(val.source, RefCoco)
+    assert (len(val), again.name) == (1, "sa1b")
+    empty = load_config(resolve_config_path("tiny_cpu")).data
+    for names, message in (
+        ([], "no data set is given"),
+        (["coco"], "unknown data set"),
+        (["sa1b:val"], "unknown data set"),
+        (["sa1b"], "set --sa1b_dir"),
+        (["refcoco:val"], "set --refcoco_dir"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_measured(names, empty)

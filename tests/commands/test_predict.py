@@ -1,0 +1,91 @@
+"""``dual-loop caption``, ``segment`` and ``loop`` on the tiny checkpoint: files in, JSON and masks out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dual_loop.cli import main
+from dual_loop.metrics import iou_table
+from dual_loop.testing.scenes import generate_scene
+
+SCENE = generate_scene(1003)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("predict")
+    for seed in (1003, 1002):
+        scene = generate_scene(seed)
+        (root / "images").mkdir(exist_ok=True)
+        (root / "masks" / str(seed)).mkdir(parents=True)
+        Image.fromarray(scene.image).save(root / "images" / f"{seed}.png")
+        for number, mask in enumerate(scene.masks):
+            Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).save(root / "masks" / str(seed) / f"{number}.png")
+    return root
+
+
+def test_caption_and_loop_commands(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    image, mask = folder / "images/1003.png", folder / "masks/1003/0.png"
+    assert main(["caption", str(image), "--mask", str(mask), "--box", "1,1,60,60", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"][0]["regions"][0] == {"region": "0", "caption": SCENE.captions[0]}
+    assert result["images"][0]["regions"][1]["region"] == "box 1,1,60,60"
+    arguments = ["loop", str(folder / "images"), "--mask", str(folder / "masks"), "--out", str(tmp_path / "back")]
+    assert main([*arguments, "--json", str(tmp_path / "r.json"), "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert len(result["images"]) == 2
+    for one in result["images"]:
+        for number, region in enumerate(one["regions"]):
+            assert region["iou_with_each"][number] == region["iou"]
+            assert Path(region["mask"]).is_file()
+
+
+def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "one.png"
+    image = str(folder / "images/1003.png")
+    assert main(["segment", image, "--text", SCENE.captions[0], "--out", str(out), "--device", "cpu"]) == 0
+    [text] = json.loads(capsys.readouterr().out)["images"][0]["texts"]
+    mask = np.asarray(Image.open(out)) > 0
+    assert text["pixels"] == mask.sum()
+    assert iou_table(torch.from_numpy(mask[None]), torch.from_numpy(np.asarray(SCENE.masks[:1])))[0, 0] > 0.5
+    assert main(["segment", image, "--text", "a", "b", "--out", str(out), "--device", "cpu"]) == 2
+    assert "give a folder" in capsys.readouterr().err
+
+
+def test_bad_files_are_skipped_and_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    Image.fromarray(SCENE.image).save(images / "good.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    Image.fromarray(SCENE.image).save(images / "alone.png")
+    Image.fromarray(np.asarray(SCENE.masks[0]).astype(np.uint8) * 255).save(masks / "good.png")
+    assert main(["caption", str(images), "--mask", str(masks), "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [Path(one["image"]).stem for one in result["images"]] == ["good"]
+    assert {Path(one["image"]).stem for one in result["skipped"]} == {"broken", "alone"}
+    assert captured.err.count("skipped:") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["caption", "images/1003.png"], "no region is marked"),
+        (["caption", "images/1003.png", "--box", "1,2,3"], "4 numbers joined by commas"),
+        (["loop", "images", "--mask", "masks/1003/0.png"], "a folder of images needs a folder of masks"),
+        (["caption", "nowhere.png", "--box", "1,2,3,4"], "no such image"),
+        (["segment", "masks", "--text", "x", "--out", "out"], "the folder holds no image"),
+    ],
+)
+def test_wrong_calls(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    name, image, *rest = arguments
+    rest = [str(folder / part) if part.startswith("masks/") else part for part in rest]
+    assert main([name, str(folder / image), *rest, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err

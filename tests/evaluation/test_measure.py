@@ -1,0 +1,154 @@
+"""The measurer: saved masks, two listeners, rejected captions, and regions on disk."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dual_loop.data.masks import decode_rle, encode_rle
+from dual_loop.errors import SampleError
+from dual_loop.evaluation.figures import loop_figures, referring_figures, summarise
+from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, evaluate_samples
+from dual_loop.evaluation.protocols import PRESETS, choose_protocol
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.ema import StartingWeights
+from dual_loop.model.prompts import Prompter
+from dual_loop.types import RegionSample
+
+from small_model import pair_samples, scene_samples, small_model
+
+SIDE = 10
+
+
+def square(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), bool)
+    for y1, x1, y2, x2 in boxes:
+        mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def sample_of(masks: list[np.ndarray], captions: list[tuple[str, ...]]) -> RegionSample:
+    names = tuple(str(k) for k in range(len(masks)))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    return RegionSample("refcoco", "x", image, np.stack(masks), names, tuple(captions))
+
+
+def test_saved_predictions_count_as_by_hand() -> None:
+    """Two sentences of one region, one of another, one with no mask at all."""
+    target, other = square((0, 0, 5, 4)), square((5, 5, 9, 10))  # 20 pixels each
+    sample = sample_of([target, other, square((0, 6, 2, 8))], [("a", "b"), ("c",), ("d",)])
+    half = square((0, 0, 5, 2))  # IoU 0.5
+    shifted = square((5, 5, 9, 9))  # 16 of 20: IoU 0.8
+    saved = {
+        "refcoco/x#0": [encode_rle(half), encode_rle(target)],
+        "refcoco/x#1": [encode_rle(shifted)],
+    }
+    records = compare_predictions(sample, "refcoco:val", saved)
+    figures = referring_figures(records)
+    assert figures["sentences"] == 4
+    assert figures["gIoU"]["value"] == pytest.approx((0.5 + 1.0 + 0.8 + 0.0) / 4, abs=1e-15)
+    assert figures["cIoU"]["value"] == pytest.approx((10 + 20 + 16 + 0) / (20 + 20 + 20 + 4), abs=1e-15)
+    expected = {"Pr@0.5": 0.75, "Pr@0.6": 0.5, "Pr@0.7": 0.5, "Pr@0.8": 0.5, "Pr@0.9": 0.25}
+    assert {name: figures[name]["value"] for name in expected} == expected
+    assert figures["without_mask"]["value"] == 0.25
+
+
+def test_a_saved_mask_of_another_size_is_refused() -> None:
+    sample = sample_of([square((0, 0, 5, 4))], [("a",)])
+    saved = {"refcoco/x#0": [encode_rle(np.ones((4, 4), bool))]}
+    with pytest.raises(SampleError) as caught:
+        compare_predictions(sample, "refcoco:val", saved)
+    assert caught.value.reason == "size_mismatch"
+
+
+def test_the_frozen_listener_hears_the_same_captions() -> None:
+    model, prompter, config = small_model()
+    samples = [*scene_samples(2), *pair_samples(1)]
+    starting = StartingWeights(trainable_parameters(model))
+    alone = evaluate_samples(model, prompter, config, samples)
+    same = evaluate_samples(model, prompter, config, samples, starting.swapped)
+    assert [r.caption for r in alone] == [r.caption for r in same]
+    assert all(r.frozen_iou == r.cycle_iou and r.frozen_uniqueness == r.uniqueness for r in same)
+    assert all(r.frozen_iou is None for r in alone)
+    assert same[-1].uniqueness is None, "a pair has one region"
+    with torch.no_grad():
+        for parameter in model.text_hidden_fcs.parameters():
+            parameter.mul_(-1.0)
+    moved = evaluate_samples(model, prompter, config, samples, starting.swapped)
+    assert [r.frozen_iou for r in moved] == pytest.approx([r.cycle_iou for r in same])
+    assert [r.cycle_iou for r in moved] != [r.cycle_iou for r in same]
+    figures = summarise(moved)
+    assert figures["cycle_gIoU_frozen"] == pytest.approx(summarise(same)["cycle_gIoU"])
+    assert figures["vocabulary"] >= 1
+    assert figures["caption_words"] > 0
+    assert -1 <= figures["uniqueness"] <= 1
+
+
+def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompter, config = small_model()
+    with torch.no_grad():
+        for parameter in model.mllm.model.language_model.parameters():
+            parameter.mul_(6.0 if parameter.dim() >= 2 else 1.0)  # captions then differ from region to region
+    samples = [*scene_samples(2), *pair_samples(1)]
+    meter = RegionMeter(model, prompter, config, choose_protocol("dual_loop", {}), ["loop"])
+    accepted = evaluate_samples(model, prompter, config, samples)
+    assert all(record.rejected is None for record in meter.measure(samples, "refcoco:val"))
+    refused = {accepted[0].caption, accepted[-1].caption}
+    unreadable = Prompter.unreadable
+
+    def refuse(self: Prompter, text: str) -> str | None:
+        return "special_token" if text in refused else unreadable(self, text)
+
+    monkeypatch.setattr(Prompter, "unreadable", refuse)
+    results = evaluate_samples(model, prompter, config, samples)
+    records = meter.measure(samples, "refcoco:val")
+    is_refused = [result.caption in refused for result in accepted]
+    assert [record.rejected is not None for record in records] == is_refused
+    assert 0 < sum(is_refused) < len(is_refused)
+    for result, record, before, empty in zip(results, records, accepted, is_refused, strict=True):
+        assert result.name == record.name
+        assert result.cycle == record.cycle
+        if empty:
+            assert before.cycle.intersection > 0, "the caption led to a mask before it was refused"
+            assert result.cycle.intersection == 0
+            assert result.cycle.union == decode_rle(record.target, "target").sum()
+            assert not decode_rle(result.cycle.mask, "mask").any()
+        else:
+            assert result.cycle.intersection == before.cycle.intersection > 0
+    figures = loop_figures(records)
+    assert figures["cycle_gIoU"]["value"] == pytest.approx(summarise(results)["cycle_gIoU"], abs=1e-12)
+    assert figures["cycle_gIoU"]["value"] < summarise(accepted)["cycle_gIoU"]
+
+
+def test_regions_survive_the_way_through_files() -> None:
+    model, prompter, config = small_model()
+    samples, starting = [*scene_samples(1), *pair_samples(1)], StartingWeights(trainable_parameters(model))
+    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=starting.swapped)
+    regions = meter.measure(samples, "refcoco:val")
+    for region in regions:
+        line = region.to_json()
+        keys = ["name", "image", "data", "target", "references", "sentences", "caption", "rejected"]
+        assert list(line) == [*keys, "cycle", "own", "frozen", "entry"]
+        assert list(line["cycle"]) == ["intersection", "union", "ious", "mask"]
+        again = MeasuredRegion.from_json(json.loads(json.dumps(line)))
+        assert again == region
+        flat = json.loads(json.dumps(region.flat()))
+        numbers = MeasuredRegion.from_flat(flat)
+        assert numbers.flat() == flat
+        for name in ("ious", "cycle_iou", "frozen_iou", "exact", "uniqueness", "frozen_uniqueness"):
+            assert getattr(again, name) == getattr(region, name)
+            assert getattr(numbers, name) == getattr(region, name)
+    numbers = [MeasuredRegion.from_flat(region.flat()) for region in regions]
+    assert summarise(numbers) == pytest.approx(summarise(regions), abs=0)
+    [alone] = RegionMeter(model, prompter, config, PRESETS["dual_loop"], ["referring"]).measure(samples[1:], "sav")
+    assert not {"caption", "rejected", "cycle", "frozen"} & set(alone.to_json())
+
+
+def test_results_of_older_runs_still_load() -> None:
+    old = {"name": "a", "image": "i", "caption": "c", "exact": None, "intersection": [1.0], "union": [2.0]}
+    result = MeasuredRegion.from_flat({**old, "cycle_intersection": 1.0, "cycle_union": 2.0})
+    assert result.frozen_iou is None
+    assert result.cycle_iou == 0.5
