@@ -115,6 +115,6 @@ def test_unknown_split(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_cpu_without_bf16(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "has_bf16", lambda device_type: False)
+    monkeypatch.setattr(machine, "has_native_bfloat16", lambda: False)
     arguments = train(demo, tmp_path / "run", "--mixed_precision", "bf16")
     fails(capsys, arguments, "would have to emulate", "--mixed_precision no")

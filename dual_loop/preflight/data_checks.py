@@ -9,24 +9,28 @@ from dataclasses import dataclass, field
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
-from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
 from dual_loop.iteration import evenly_spread
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
+from dual_loop.types import RegionSample
 
 DECODED = 8
 LOOKED_AT = 20_000
 """Most images of a source that are compared by sight; more take minutes."""
 
-# References by split, from the releases: refs(unc).p of RefCOCO, refs(umd).p of RefCOCOg.
-EXPECTED_REFS = {
-    "refcoco": {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
-    "refcocog": {"train": 42226, "val": 2573, "test": 5023},
+EXPECTED = {
+    ("refcoco", "train"): (16994, 42404),
+    ("refcoco", "val"): (1500, 3811),
+    ("refcoco", "testA"): (750, 1975),
+    ("refcoco", "testB"): (750, 1810),
+    ("refcocog", "train"): (None, 42226),
+    ("refcocog", "val"): (None, 2573),
+    ("refcocog", "test"): (None, 5023),
 }
-# Images by split of RefCOCO's release.
-EXPECTED_IMAGES = {"refcoco": {"train": 16994, "val": 1500, "testA": 750, "testB": 750}}
+"""(images, references) of a split, from the releases: refs(unc).p of RefCOCO, refs(umd).p of RefCOCOg."""
 
 
 @dataclass
@@ -72,23 +76,25 @@ def open_sources(data: DataConfig) -> tuple[list[Reader], list[Finding]]:
     return sources, findings
 
 
-def read_source(source: Reader, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
-    """Read ``count`` entries, evenly spread (None: all), the way that training does.
+def read_entry(source: Reader, index: int, geometry: Geometry, seed: int) -> tuple[RegionSample, Prepared]:
+    """Read and prepare one entry the way that training does.
 
-    Args:
-        source: the reader.
-        count: entries to read.
-        geometry: sizes of the model, for the checks of preparation.
-        seed: of the drawn regions.
+    Raises:
+        SampleError: it cannot be used.
     """
+    rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
+    sample = source.load(index, rng)
+    seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
+    return sample, prepare_sample(sample, geometry, rng, seeds)
+
+
+def read_source(source: Reader, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
+    """Read ``count`` entries, evenly spread (None: all); ``seed`` draws their regions."""
     report = SourceReport(source.name, len(source))
     for index in evenly_spread(len(source), len(source) if count is None else count):
         report.read += 1
-        rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
         try:
-            sample = source.load(index, rng)
-            seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
-            prepared = prepare_sample(sample, geometry, rng, seeds)
+            sample, prepared = read_entry(source, index, geometry, seed)
         except SampleError as error:
             report.reasons[error.reason] += 1
             report.messages.setdefault(error.reason, str(error))
@@ -122,11 +128,9 @@ def expected_counts(source: Reader) -> Iterator[Finding]:
     if not isinstance(source, RefCoco):
         return
     for label, counts in source.split_counts().items():
-        name = label.partition(":")[0]
         for split, (images, refs) in counts.items():
-            want_refs = EXPECTED_REFS.get(name, {}).get(split)
-            want_images = EXPECTED_IMAGES.get(name, {}).get(split)
             text = f"{label} {split}: {refs:,} references on {images:,} images"
+            want_images, want_refs = EXPECTED.get((label.partition(":")[0], split), (None, None))
             if want_refs is None:
                 yield Finding(NOTE, "data", text)
             elif refs == want_refs and want_images in (None, images):
@@ -140,23 +144,22 @@ def check_leakage(sources: Sequence[Reader], data: DataConfig, *, by_sight: bool
     held_out = held_out_of(data)
     if not held_out:
         return [Finding(NOTE, "leakage", "no held-out RefCOCO split is at hand to compare with")], []
-    findings, leaks = [], []
+    findings: list[Finding] = []
+    leaks: list[Leak] = []
     for source in sources:
-        found = {leak.entry: leak for leak in leaked_by_id(source, held_out)}
-        looked_at = 0
-        if by_sight:
-            seen, looked_at = leaked_by_sight(source, list(held_out.values()), LOOKED_AT)
-            for leak in seen:
-                found.setdefault(leak.entry, leak)
+        by_id = {leak.entry: leak for leak in leaked_by_id(source, held_out)}
+        seen, looked_at = leaked_by_sight(source, list(held_out.values()), LOOKED_AT) if by_sight else ([], 0)
+        own = [*by_id.values(), *(leak for leak in seen if leak.entry not in by_id)]
         how = f"by id, {looked_at:,} of {len(source):,} by sight" if by_sight else "by id"
-        if not found:
+        if own:
+            text = (
+                f"{source.name}: {len(own)} of {len(source):,} entries show held-out images ({how}), such as {own[0]}"
+            )
+            fix = "remove these files; --leakage_guard drop leaves out those that an id tells"
+            findings.append(Finding(PROBLEM, "leakage", text, fix))
+        else:
             findings.append(Finding(OK, "leakage", f"{source.name}: no held-out image ({how})"))
-            continue
-        leaks += list(found.values())
-        first = next(iter(found.values()))
-        text = f"{source.name}: {len(found)} of {len(source):,} entries show held-out images ({how}), such as {first}"
-        fix = "remove these files; --leakage_guard drop leaves out those that an id tells"
-        findings.append(Finding(PROBLEM, "leakage", text, fix))
+        leaks += own
     return findings, leaks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 MARKS = {OK: "✓", NOTE: "·", WARNING: "!", PROBLEM: "✗"}
@@ -31,19 +31,23 @@ class Finding:
         return f"{line}; to do: {self.fix}" if self.fix else line
 
 
+class FindingsReport(TypedDict):
+    """Findings as JSON holds them, with their counts by level."""
+
+    findings: list[dict[str, str]]
+    counts: dict[str, int]
+
+
 def as_text(findings: Iterable[Finding]) -> str:
     """Return the findings as pasteable text, grouped by area in the order they came."""
-    areas: dict[str, list[Finding]] = {}
+    areas: dict[str, list[str]] = {}
     for finding in findings:
-        areas.setdefault(finding.area, []).append(finding)
-    lines = []
-    for area, own in areas.items():
-        lines += [area, *(f"  {finding}" for finding in own)]
-    return "\n".join(lines)
+        areas.setdefault(finding.area, []).append(f"  {finding}")
+    return "\n".join(line for area, own in areas.items() for line in (area, *own))
 
 
-def as_dict(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the findings as JSON holds them, with their counts by level."""
+def as_dict(findings: Sequence[Finding]) -> FindingsReport:
+    """Return the findings as JSON holds them."""
     counts = {level: sum(finding.level == level for finding in findings) for level in MARKS}
     return {"findings": [asdict(finding) for finding in findings], "counts": counts}
 

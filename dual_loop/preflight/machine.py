@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
-from dual_loop.training.memory import estimate_memory
+from dual_loop.training.memory import estimate_memory, free_memory
 from dual_loop.training.run_folder import versions
 
 GIB = 2**30
@@ -56,18 +56,11 @@ def check_versions() -> Iterator[Finding]:
         yield Finding(PROBLEM, "versions", f"not installed: {', '.join(missing)}", fix)
 
 
-def has_bf16(device_type: str) -> bool:
-    """Tell whether the device computes in bfloat16 itself; elsewhere it is emulated, many times slower."""
-    if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return has_native_bfloat16()
-
-
 def check_precision(config: Config) -> Iterator[Finding]:
     """Look for bf16 where the configuration computes in it."""
     kind = device_type(config)
-    wanted, has = precision(config), has_bf16(kind)
-    if wanted != "bf16":
+    has = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else has_native_bfloat16()
+    if precision(config) != "bf16":
         yield Finding(OK, "device", f"computes in {config.model.dtype}, without mixed precision")
     elif has:
         yield Finding(OK, "device", f"computes in bf16, which this {kind} has")
@@ -82,7 +75,8 @@ def check_precision(config: Config) -> Iterator[Finding]:
 
 def check_device(config: Config) -> Iterator[Finding]:
     """Say what there is to compute on."""
-    yield Finding(NOTE, "device", f"{available_cores()} CPU cores, {_ram()[1] / GIB:.1f} GiB of memory free")
+    memory = psutil.virtual_memory().available / GIB
+    yield Finding(NOTE, "device", f"{available_cores()} CPU cores, {memory:.1f} GiB of memory free")
     if not torch.cuda.is_available():
         level = PROBLEM if config.train.device == "cuda" else NOTE
         yield Finding(level, "device", "no GPU is visible", "--device cpu" if level == PROBLEM else "")
@@ -90,29 +84,25 @@ def check_device(config: Config) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         yield Finding(NOTE, "device", f"GPU {index}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
-    attention = config.model.attn_implementation
-    backends = [
-        name
-        for name, is_on in (
-            ("flash", torch.backends.cuda.flash_sdp_enabled()),
-            ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
-            ("math", torch.backends.cuda.math_sdp_enabled()),
-        )
-        if is_on
-    ]
-    yield Finding(NOTE, "device", f"attention: {attention}, kernels {', '.join(backends)}")
+    cuda = torch.backends.cuda
+    kernels = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    enabled = ", ".join(name for name, is_on in kernels.items() if is_on)
+    yield Finding(NOTE, "device", f"attention: {config.model.attn_implementation}, kernels {enabled}")
 
 
 def check_kernels(config: Config) -> Iterator[Finding]:
     """Look for what ``speed.liger`` and ``speed.sdpa_kernel`` need."""
     kind = device_type(config)
-    missing = why_no_liger(kind) if config.speed.liger else None
-    if missing is not None:
-        yield Finding(
-            PROBLEM, "device", f"speed.liger: {missing}", 'pip install "dual-loop[liger]", or speed.liger=False'
-        )
-    elif config.speed.liger:
-        yield Finding(OK, "device", "Liger's kernels can be used")
+    if config.speed.liger:
+        missing, fix = why_no_liger(kind), 'pip install "dual-loop[liger]", or speed.liger=False'
+        if missing is not None:
+            yield Finding(PROBLEM, "device", f"speed.liger: {missing}", fix)
+        else:
+            yield Finding(OK, "device", "Liger's kernels can be used")
     reason = why_no_kernel(config, kind)
     if reason is not None:
         yield Finding(PROBLEM, "device", f"speed.sdpa_kernel: {reason}", "speed.sdpa_kernel=auto")
@@ -120,11 +110,8 @@ def check_kernels(config: Config) -> Iterator[Finding]:
 
 def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
     """Compare the estimate of one process with the memory there is; name the preset that would fit."""
-    if device_type(config) == "cuda":
-        free, where = torch.cuda.mem_get_info(0)[0] / GIB, "on GPU 0"
-    else:
-        # Processes of one machine share its memory.
-        free, where = _ram()[1] / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "of memory"
+    device = torch.device(device_type(config))
+    free, where = free_memory(config, device) / GIB, "on GPU 0" if device.type == "cuda" else "of memory"
     needed = estimate_memory(config, meta_model, USABLE_SHARE * free)[0].total / GIB
     text = f"estimate {needed:.2f} GiB a process, {free:.1f} GiB free {where}"
     if needed <= USABLE_SHARE * free:
@@ -138,12 +125,11 @@ def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
 
 def check_output(config: Config, meta_model: nn.Module | None = None) -> Iterator[Finding]:
     """Look for write access and for room for the checkpoints."""
-    folder = Path(config.train.output_dir)
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path.cwd())
-    probe = existing / f".dual_loop_{uuid.uuid4().hex[:8]}"
+    folder = Path(config.train.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         yield Finding(PROBLEM, "run folder", f"{existing} cannot be written: {error}", "choose another --output_dir")
         return
@@ -182,10 +168,8 @@ def check_all_reduce() -> Iterator[Finding]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", _ALL_REDUCE]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
+    pipe = subprocess.PIPE
+    ranks = [subprocess.Popen([*command, rank, str(port)], stdout=pipe, stderr=pipe, text=True) for rank in "01"]
     errors = []
     for rank in ranks:
         try:
@@ -200,11 +184,3 @@ def check_all_reduce() -> Iterator[Finding]:
         yield Finding(PROBLEM, "processes", f"two processes cannot add a number: {errors[0]}", fix)
     else:
         yield Finding(OK, "processes", "two processes added a number over gloo")
-
-
-def _ram() -> tuple[int, int]:
-    """Return total and available bytes of memory."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return int(memory.total), int(memory.available)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,7 @@ import torch
 
 from dual_loop.checkpoint.importer import tokenizer_folder, weights_sources
 from dual_loop.config import Config
-from dual_loop.data.prepare import collate as collate_samples
-from dual_loop.data.prepare import prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import batch_from_samples, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import DualLoopError, SampleError
 from dual_loop.loop.captioner import Captioner
@@ -67,26 +67,22 @@ def check_trains(model: torch.nn.Module) -> Iterator[Finding]:
 def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Sequence[Reader]) -> Iterator[Finding]:
     """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
     sizes = geometry(config)
-    for name, sample in _one_of_each(sources):
-        prepared = prepare_sample(
-            sample, sizes, sample_rng(0, name), [region_seed(0, name, place) for place in range(sample.num_regions)]
-        )
-        batch = collate_samples([prepared]).to(model.device)
+    captioner = Captioner(model, prompter, config.loop, is_silent=True)
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+    for sample in _one_of_each(sources):
+        batch = batch_from_samples([sample], sizes).to(model.device)
         started = time.perf_counter()
-        captioner = Captioner(model, prompter, config.loop, is_silent=True)
-        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
         with autocast:
             [captions] = captioner.write([model.see(batch)], [batch])
             output = compute_segmentation_loss(model, batch, captions, prompter, config.loop, config.loss)
         loss = torch.stack([term.mean for term in output.terms.values()]).sum()
         loss.backward()
         value = float(loss.detach())
-        gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
-        norm = float(torch.sqrt(sum((g.float() ** 2).sum() for g in gradients)))  # type: ignore[arg-type]
+        gradients = [p.grad.float() for p in trainable_parameters(model).values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
         model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        figures = f"loss {value:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s"
-        text = f"{name}: caption {captions[0].text!r}, {figures}"
+        figures = f"loss {value:.3f}, gradient norm {norm:.3g}, {time.perf_counter() - started:.1f} s"
+        text = f"{sample.source}: caption {captions[0].text!r}, {figures}"
         if not (math.isfinite(value) and math.isfinite(norm)):
             yield Finding(PROBLEM, "one batch", text, "check the weights and the precision")
         elif any(caption.rejected for caption in captions):
@@ -96,17 +92,14 @@ def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Seque
             yield Finding(OK, "one batch", text)
 
 
-def _one_of_each(sources: Sequence[Reader]) -> Iterator[tuple[str, RegionSample]]:
+def _one_of_each(sources: Sequence[Reader]) -> Iterator[RegionSample]:
+    """Yield the first usable sample of each source, a generated scene where there is none."""
     for source in sources:
         for index in range(min(len(source), 32)):
-            try:
-                sample = source.load(index, sample_rng(0, source.entry_id(index)))
-            except SampleError:
-                continue
-            yield source.name, sample
-            break
+            with contextlib.suppress(SampleError):
+                yield source.load(index, sample_rng(0, source.entry_id(index)))
+                break
     if not sources:
         scene = generate_scene(0)
         names = tuple(str(k) for k in range(len(scene.objects)))
-        masks = np.asarray(scene.masks)
-        yield "generated", RegionSample("generated", "scene", scene.image, masks, names, ((),) * len(names))
+        yield RegionSample("generated", "scene", scene.image, np.asarray(scene.masks), names, ((),) * len(names))

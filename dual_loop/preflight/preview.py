@@ -8,26 +8,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, Prepared
 from dual_loop.data.reader import Reader
 from dual_loop.drawing import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.errors import SampleError
 from dual_loop.html import Figure, Page
 from dual_loop.iteration import evenly_spread
+from dual_loop.preflight.data_checks import read_entry
 from dual_loop.types import RegionSample
 
 SIDE = 260
 
 
 def preview_page(sources: Sequence[Reader], count: int, geometry: Geometry, seed: int) -> str:
-    """Return a page with ``count`` entries of every source, evenly spread, prepared exactly as training does.
-
-    Args:
-        sources: the readers.
-        count: entries of each.
-        geometry: sizes of the model.
-        seed: of the drawn regions and captions.
-    """
+    """Return a page with ``count`` entries of every source, evenly spread, prepared exactly as training does."""
     grid = f"{geometry.grid_size} x {geometry.grid_size}"
     lead = (
         f"vision tiles of {geometry.vision_image_size} pixels, prompt grid {grid}, "
@@ -39,34 +33,27 @@ def preview_page(sources: Sequence[Reader], count: int, geometry: Geometry, seed
         figures: list[Figure] = []
         for index in evenly_spread(len(source), count):
             try:
-                figures += _entry(source, index, geometry, seed)
+                sample, prepared = read_entry(source, index, geometry, seed)
             except SampleError as error:
                 page.text(f"{source.entry_id(index)} is skipped ({error.reason}): {error}", "bad")
+                continue
+            figures += [_region(sample, prepared, place, geometry) for place in range(sample.num_regions)]
         page.gallery(figures, is_wide=True)
     return page.html()
-
-
-def _entry(source: Reader, index: int, geometry: Geometry, seed: int) -> list[Figure]:
-    rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
-    sample = source.load(index, rng)
-    seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
-    prepared = prepare_sample(sample, geometry, rng, seeds)
-    return [_region(sample, prepared, place, geometry) for place in range(sample.num_regions)]
 
 
 def _region(sample: RegionSample, prepared: Prepared, place: int, geometry: Geometry) -> Figure:
     """Draw one region: the image, the last tile with the kept grid cells, the grounding image with the target."""
     grid = prepared.prompt_masks[place].numpy()
-    tile = _denormalised(prepared.pixel_values[prepared.tiles_per_view[0] - 1], geometry)
-    cells = np.asarray(Image.fromarray(grid.astype(np.uint8)).resize(tile.shape[1::-1], Image.Resampling.NEAREST)) > 0
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (geometry.image_mean, geometry.image_std))
+    pixels = (prepared.pixel_values[prepared.tiles_per_view[0] - 1] * std + mean) * 255
+    tile = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     grounding = prepared.g_pixel_values.permute(1, 2, 0).contiguous().numpy()
     target = prepared.target_masks[place].numpy()
-    size = (grounding.shape[1], grounding.shape[0])
-    full = np.asarray(Image.fromarray(target).resize(size, Image.Resampling.NEAREST)) > 0
     pictures = [
         overlay(sample.image, sample.masks[place], GIVEN_COLOUR, SIDE),
-        overlay(tile, cells, GIVEN_COLOUR, SIDE),
-        overlay(grounding, full, GIVEN_COLOUR, SIDE),
+        overlay(tile, _resized(grid, tile), GIVEN_COLOUR, SIDE),
+        overlay(grounding, _resized(target, grounding), GIVEN_COLOUR, SIDE),
     ]
     rescued = ", rescued" if bool(prepared.grid_rescued[place]) else ""
     height, width = sample.image.shape[:2]
@@ -81,9 +68,7 @@ def _region(sample: RegionSample, prepared: Prepared, place: int, geometry: Geom
     return Figure([data_uri(picture) for picture in pictures], lines)
 
 
-def _denormalised(tile: torch.Tensor, geometry: Geometry) -> np.ndarray:
-    """Return a tile (3, I, I) as (I, I, 3) uint8."""
-    mean = torch.tensor(geometry.image_mean).view(3, 1, 1)
-    std = torch.tensor(geometry.image_std).view(3, 1, 1)
-    pixels = ((tile * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+def _resized(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Return a mask at the size of an image, without new edges."""
+    size = (image.shape[1], image.shape[0])
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0

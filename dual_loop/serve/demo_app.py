@@ -7,12 +7,14 @@ elsewhere: fonts and scripts are gradio's own.
 from __future__ import annotations
 
 import html
+import importlib
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -38,6 +40,13 @@ CSS = """
 #matrix th{font-weight:600}#matrix td.own{outline:2px solid var(--color-accent);outline-offset:-2px}
 #iou p{font-size:1.5rem;font-weight:700;font-variant-numeric:tabular-nums;margin:0}
 """
+
+
+class EditorValue(TypedDict):
+    """What gradio's image editor gives: the image (H, W, 3 or 4) uint8, and layers (H, W, 4) of brush strokes."""
+
+    background: np.ndarray | None
+    layers: list[np.ndarray]
 
 
 @dataclass
@@ -67,15 +76,11 @@ class Session:
         return iou_table(back, given).double().numpy()
 
 
+@dataclass(frozen=True)
 class DemoLogic:
-    """What the page does, without the page: every method takes a session and returns a new one.
+    """What the page does, without the page: every method takes a session and returns a new one."""
 
-    Args:
-        predictor: the model in use.
-    """
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+    predictor: Predictor
 
     def add_regions(
         self, session: Session, image: np.ndarray | None, regions: Sequence[tuple[str, np.ndarray]]
@@ -101,16 +106,15 @@ class DemoLogic:
                 message = explain("a mask and the image differ in size", name, mask.shape, image.shape[:2], fix)
                 raise SampleError("size_mismatch", message)
         result = self.predictor.loop(image, np.stack([mask for _, mask in regions]))
-        first = len(old.names) + 1
         # Numbered, so that two files of one name stay apart.
-        names = [f"{first + k}: {name}" if name else f"region {first + k}" for k, (name, _) in enumerate(regions)]
+        numbered = enumerate((name for name, _ in regions), len(old.names) + 1)
         return Session(
-            image,
-            [*old.names, *names],
-            [*old.masks, *(mask for _, mask in regions)],
-            [*old.captions, *result.captions],
-            [*old.back, *result.masks],
-            old.drawn,
+            image=image,
+            names=[*old.names, *(f"{k}: {name}" if name else f"region {k}" for k, name in numbered)],
+            masks=[*old.masks, *(mask for _, mask in regions)],
+            captions=[*old.captions, *result.captions],
+            back=[*old.back, *result.masks],
+            drawn=old.drawn,
         )
 
     def add_drawing(self, session: Session, image: np.ndarray | None, drawn: np.ndarray | None) -> Session:
@@ -139,10 +143,9 @@ class DemoLogic:
         if session.image is None or not 0 <= place < len(session.masks):
             raise SampleError("no_region_left", explain("no region is chosen", fix="mark a region first"))
         captions, back = list(session.captions), list(session.back)
-        captions[place] = caption
-        text = caption.strip()
-        empty = np.zeros(session.image.shape[:2], bool)
-        back[place] = self.predictor.segment(session.image, text)[0].mask if text else empty
+        captions[place], back[place] = caption, np.zeros(session.image.shape[:2], bool)
+        if text := caption.strip():
+            back[place] = self.predictor.segment(session.image, text)[0].mask
         return replace(session, captions=captions, back=back)
 
 
@@ -170,14 +173,14 @@ def read_uploads(paths: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     return regions
 
 
-def read_drawing(value: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+def read_drawing(value: EditorValue | None) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return (image, mask) of an image editor's value: RGB pixels, and where anything was drawn; None where neither."""
-    if not value or value.get("background") is None:
+    if not value or value["background"] is None:
         return None, None
-    image = np.ascontiguousarray(np.asarray(value["background"])[:, :, :3])
+    image = np.ascontiguousarray(value["background"][:, :, :3])
     drawn = np.zeros(image.shape[:2], bool)
-    for layer in value.get("layers") or []:
-        drawn |= np.asarray(layer)[:, :, 3] > 0
+    for layer in value["layers"]:
+        drawn |= layer[:, :, 3] > 0
     return image, drawn if drawn.any() else None
 
 
@@ -185,15 +188,13 @@ def matrix_html(session: Session) -> str:
     """Return the IoU of every caption's mask with every region as a table; the own region is outlined."""
     if not session.masks:
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in session.names)
-    rows = []
+    table = "".join(f"<th>{html.escape(name)}</th>" for name in session.names)
     for place, values in enumerate(session.matrix()):
-        cells = []
+        table += f"</tr><tr><th>“{html.escape(session.captions[place])}”</th>"
         for column, value in enumerate(values):
-            kind = ' class="own"' if column == place else ""
-            cells.append(f'<td{kind} style="background:rgba(0,150,220,{0.65 * value:.2f})">{value:.2f}</td>')
-        rows.append(f"<tr><th>“{html.escape(session.captions[place])}”</th>{''.join(cells)}</tr>")
-    return f"<table><tr><th>caption \\ region</th>{head}</tr>{''.join(rows)}</table>"
+            own = ' class="own"' if column == place else ""
+            table += f'<td{own} style="background:rgba(0,150,220,{0.65 * value:.2f})">{value:.2f}</td>'
+    return f"<table><tr><th>caption \\ region</th>{table}</tr></table>"
 
 
 def pictures(session: Session, place: int) -> tuple[np.ndarray | None, np.ndarray | None, str]:
@@ -214,94 +215,80 @@ class DemoPage:
         title: which weights, shown at the top.
     """
 
-    def __init__(self, gr: Any, predictor: Predictor, title: str) -> None:
+    def __init__(self, gr: ModuleType, predictor: Predictor, title: str) -> None:
         self.gr, self.logic = gr, DemoLogic(predictor)
         with gr.Blocks(title="dual_loop", analytics_enabled=False) as self.app:
             gr.Markdown(f"# dual_loop\nmask → caption → mask: does the caption lead back? &nbsp; *{title}*")
-            self.session = gr.State(Session())
+            session = gr.State(Session())
             with gr.Row():
                 with gr.Column(scale=1):
-                    self._drawing()
+                    editor = gr.ImageEditor(
+                        label="1. Mark a region",
+                        sources=["upload", "clipboard"],
+                        brush=gr.Brush(default_size=14, colors=["#ff8c00"], color_mode="fixed"),
+                        layers=False,
+                        transforms=(),
+                        elem_id="editor",
+                        height=460,
+                        format="png",  # a lossy format would change the image at every round
+                    )
+                    with gr.Row():
+                        add = gr.Button("Caption what I drew", variant="primary", elem_id="add")
+                        upload = gr.UploadButton("Upload masks", file_count="multiple", elem_id="upload", min_width=120)
+                        clear = gr.Button("Start over", elem_id="clear", min_width=100)
+                    scenes = [generate_scene(seed).image for seed in EXAMPLE_SEEDS]
+                    gr.Examples(examples=scenes, inputs=editor, label="Examples")
                 with gr.Column(scale=1):
-                    self._results()
+                    status = gr.Markdown(START_TEXT, elem_id="status")
+                    region = gr.Radio([], label="2. Region", elem_id="region", visible=False)
+                    caption = gr.Textbox(label="3. Caption (edit it: the mask follows)", lines=2, elem_id="caption")
+                    score = gr.Markdown("", elem_id="iou")
+                    with gr.Row():
+                        with gr.Column(min_width=160):
+                            gr.Markdown("given mask")
+                            given = gr.Image(show_label=False, interactive=False, elem_id="given", buttons=[])
+                        with gr.Column(min_width=160):
+                            gr.Markdown("mask that came back")
+                            back = gr.Image(show_label=False, interactive=False, elem_id="back", buttons=[])
             gr.Markdown("### Does every caption pick its own region?")
-            self.matrix = gr.HTML("", elem_id="matrix")
-            self._connect()
+            matrix = gr.HTML("", elem_id="matrix")
+            shown = [session, status, region, caption, score, given, back, matrix]
+            add.click(self.on_add, [session, editor], shown)
+            upload.upload(self.on_add, [session, editor, upload], shown)
+            clear.click(lambda: [None, *self.show(Session(), START_TEXT)], None, [editor, *shown])
+            inputs, edited = [session, region, caption], [session, status, score, given, back, matrix]
+            caption.input(self.on_edit, inputs, edited, trigger_mode="always_last", show_progress="hidden")
+            region.input(self.on_choose, inputs[:2], [caption, score, given, back])
 
-    def _drawing(self) -> None:
-        gr = self.gr
-        self.editor = gr.ImageEditor(
-            label="1. Mark a region",
-            sources=["upload", "clipboard"],
-            brush=gr.Brush(default_size=14, colors=["#ff8c00"], color_mode="fixed"),
-            layers=False,
-            transforms=(),
-            elem_id="editor",
-            height=460,
-            format="png",  # a lossy format would change the image at every round
-        )
-        with gr.Row():
-            self.add = gr.Button("Caption what I drew", variant="primary", elem_id="add")
-            self.upload = gr.UploadButton("Upload masks", file_count="multiple", elem_id="upload", min_width=120)
-            self.clear = gr.Button("Start over", elem_id="clear", min_width=100)
-        scenes = [generate_scene(seed).image for seed in EXAMPLE_SEEDS]
-        gr.Examples(examples=scenes, inputs=self.editor, label="Examples")
-
-    def _results(self) -> None:
-        gr = self.gr
-        self.status = gr.Markdown(START_TEXT, elem_id="status")
-        self.region = gr.Radio([], label="2. Region", elem_id="region", visible=False)
-        self.caption = gr.Textbox(label="3. Caption (edit it: the mask follows)", lines=2, elem_id="caption")
-        self.score = gr.Markdown("", elem_id="iou")
-        with gr.Row():
-            with gr.Column(min_width=160):
-                gr.Markdown("given mask")
-                self.given = gr.Image(show_label=False, interactive=False, elem_id="given", buttons=[])
-            with gr.Column(min_width=160):
-                gr.Markdown("mask that came back")
-                self.back = gr.Image(show_label=False, interactive=False, elem_id="back", buttons=[])
-
-    def _connect(self) -> None:
-        shown = [self.session, self.status, self.region, self.caption, self.score, self.given, self.back, self.matrix]
-        self.add.click(self._on_draw, [self.session, self.editor], shown)
-        self.upload.upload(self._on_upload, [self.session, self.editor, self.upload], shown)
-        self.clear.click(lambda: [None, *self._show(Session(), START_TEXT)], None, [self.editor, *shown])
-        edited = [self.session, self.status, self.score, self.given, self.back, self.matrix]
-        inputs = [self.session, self.region, self.caption]
-        self.caption.input(self._on_edit, inputs, edited, trigger_mode="always_last", show_progress="hidden")
-        self.region.input(self._on_choose, inputs[:2], [self.caption, self.score, self.given, self.back])
-
-    def _show(self, session: Session, text: str) -> list[Any]:
+    def show(self, session: Session, text: str) -> list[object]:
         """Return the values of everything that is shown; the newest region is the chosen one.
 
         The editor keeps its strokes: setting its value from here would wipe what is being drawn.
         """
-        place = len(session.masks) - 1
-        given, back, iou = pictures(session, place)
-        name = session.names[place] if session.names else None
+        given, back, iou = pictures(session, len(session.masks) - 1)
+        name, words = (session.names[-1], session.captions[-1]) if session.names else (None, "")
         region = self.gr.Radio(choices=session.names, value=name, visible=bool(session.names))
-        words = session.captions[place] if session.captions else ""
         return [session, text, region, words, iou, given, back, matrix_html(session)]
 
-    def _on_draw(self, session: Session, value: Any) -> list[Any]:
+    def on_add(self, session: Session, value: EditorValue | None, files: Sequence[str] | None = None) -> list[object]:
+        """Caption what was drawn since the last region, or the regions of mask files."""
+        image, drawn = read_drawing(value)
         try:
-            session = self.logic.add_drawing(session, *read_drawing(value))
+            if files is None:
+                session = self.logic.add_drawing(session, image, drawn)
+                text = "Draw the next region, or edit the caption. The thin outline is the given mask."
+            else:
+                regions = read_uploads(files)
+                session = self.logic.add_regions(session, image, regions)
+                text = f"{len(regions)} region(s) added."
         except DualLoopError as error:
-            return self._show(session, _error(error))
-        return self._show(session, "Draw the next region, or edit the caption. The thin outline is the given mask.")
+            text = _error(error)
+        return self.show(session, text)
 
-    def _on_upload(self, session: Session, value: Any, files: Sequence[str] | None) -> list[Any]:
-        image, _ = read_drawing(value)
-        try:
-            regions = read_uploads(files or [])
-            session = self.logic.add_regions(session, image, regions)
-        except DualLoopError as error:
-            return self._show(session, _error(error))
-        return self._show(session, f"{len(regions)} region(s) added.")
-
-    def _on_edit(self, session: Session, name: str | None, text: str) -> list[Any]:
+    def on_edit(self, session: Session, name: str | None, text: str) -> list[object]:
+        """Segment the caption as it is now."""
         place = _place(session, name)
-        message: Any = self.gr.skip()
+        message = self.gr.skip()
         try:
             session = self.logic.edit(session, place, text)
         except DualLoopError as error:
@@ -309,7 +296,8 @@ class DemoPage:
         given, back, iou = pictures(session, place)
         return [session, message, iou, given, back, matrix_html(session)]
 
-    def _on_choose(self, session: Session, name: str | None) -> list[Any]:
+    def on_choose(self, session: Session, name: str | None) -> list[object]:
+        """Show another region."""
         place = _place(session, name)
         given, back, iou = pictures(session, place)
         return [session.captions[place] if place >= 0 else "", iou, given, back]
@@ -323,29 +311,24 @@ def _error(error: Exception) -> str:
     return f"**Error:** {html.escape(str(error))}"
 
 
-def serve(predictor: Predictor, host: str, port: int, title: str, *, blocking: bool = True) -> Any:
-    """Start the server; return gradio's blocks, once it listens (``blocking``: when it ends).
+def serve(predictor: Predictor, host: str, port: int, title: str) -> None:
+    """Run the server until it is stopped.
 
     Raises:
-        EnvironmentProblem: gradio is not installed, or the port is taken.
+        EnvironmentProblem: gradio is not installed.
     """
     gr = import_gradio()
-    check_port(host, port)
-    app = DemoPage(gr, predictor, title).app
-    theme = gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    app.launch(
+    DemoPage(gr, predictor, title).app.launch(
         server_name=host,
         server_port=port,
         share=False,
         quiet=True,
-        prevent_thread_lock=not blocking,
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
         footer_links=[],
-        theme=theme,
+        theme=gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
     )
-    return app
 
 
 def check_port(host: str, port: int) -> None:
@@ -359,13 +342,11 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            fix = "choose another --port, or stop what listens there"
-            raise EnvironmentProblem(
-                explain("the server cannot listen", f"{host}:{port}", str(error), fix=fix)
-            ) from error
+            what, fix = "the server cannot listen", "choose another --port, or stop what listens there"
+            raise EnvironmentProblem(explain(what, f"{host}:{port}", str(error), fix=fix)) from error
 
 
-def import_gradio() -> Any:
+def import_gradio() -> ModuleType:
     """Return gradio, told to send nothing anywhere.
 
     Raises:
@@ -374,8 +355,7 @@ def import_gradio() -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import gradio
+        return importlib.import_module("gradio")
     except ImportError as error:
         fix = "pip install 'dual-loop[demo]', or DUAL_LOOP_EXTRAS=demo bash scripts/setup_env.sh"
         raise EnvironmentProblem(explain("the demo needs gradio", seen="not installed", fix=fix)) from error
-    return gradio

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
-from dual_loop.checkpoint.store import CHECKPOINT_DIR
+from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.state import fill_parameters, find_checkpoint, load_checkpoint
+from dual_loop.training.state import fill_parameters, find_checkpoint
 
 
 @dataclass
@@ -35,9 +35,9 @@ class LoadedModel:
     model: VideoLLaVASAMModel
     prompter: Prompter
     config: Config
-    origin: dict[str, Any]
+    origin: dict[str, str]
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Return the precision that the model computes in: bfloat16 where its frozen weights are."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16")
 
@@ -47,7 +47,7 @@ def load_trained(
     *,
     weights: str = "ema",
     config: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     device: str = "auto",
 ) -> LoadedModel:
     """Load a model for use.
@@ -65,28 +65,37 @@ def load_trained(
         ConfigError: a setting is wrong.
         EnvironmentProblem: ``cuda`` without a GPU.
     """
-    target = choose_device(device)
-    if checkpoint is not None and not Path(checkpoint).exists():
-        fix = "check the path; a run folder is what --output_dir named"
-        raise CheckpointError(explain("no such run or weights", str(checkpoint), "nothing there", fix=fix))
-    if checkpoint is not None and _is_run(Path(checkpoint)):
-        loaded = _load_run(Path(checkpoint), weights, overrides or {})
-    else:
-        loaded = _load_weights(checkpoint, config, overrides or {})
-    loaded.model.to(target).eval()
-    return loaded
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the device called ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        EnvironmentProblem: ``cuda`` without a GPU.
-    """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise EnvironmentProblem(explain("no GPU is visible", "--device", "cuda", "a CUDA device", "use --device cpu"))
-    return torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.exists():
+        fix = "check the path; a run folder is what --output_dir named"
+        raise CheckpointError(explain("no such run or weights", str(path), "nothing there", fix=fix))
+    settings = dict(overrides or {})
+    # Released weights have a config.json of another kind, and no checkpoints beside it.
+    around = () if path is None else (path, *path.absolute().parents[:2])
+    if path and any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in around):
+        folder, saved = find_run(path)
+        own = load_config(folder / "config.json", settings)
+        model, prompter = rebuild(own, weights_sources(own))
+        fill(model, saved, weights)
+        origin = {"path": str(folder), "checkpoint": saved.name, "weights": weights}
+        file = saved / (EMA_NAME if weights == "ema" else MODEL_NAME)
+    else:
+        if path is not None:
+            settings["train.pretrained_pth"] = str(path)
+        own = load_config(resolve_config_path(config or DEFAULT_CONFIG), settings)
+        sources = weights_sources(own)
+        if not sources:
+            raise CheckpointError(explain("no weights are given", own.model.name, fix="give --checkpoint"))
+        model, prompter = rebuild(own, sources)
+        file = sources[-1]
+        origin = {"path": "the tiny checkpoint in the package" if path is None else str(file)}
+    if file.is_file():
+        origin["sha256"] = hash_file(file)
+    model.to(torch.device("cuda" if has_cuda and device != "cpu" else "cpu")).eval()
+    return LoadedModel(model, prompter, own, origin)
 
 
 def find_run(path: Path) -> tuple[Path, Path]:
@@ -118,40 +127,8 @@ def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel
 
 def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:
     """Put the trained parameters of a run checkpoint, or their averages, into ``model``."""
-    content = load_checkpoint(checkpoint, 0, 1)
+    content = load_run_checkpoint(checkpoint)
     tensors = content.ema_tensors if weights == "ema" else content.model_tensors
     if tensors is None:
         raise CheckpointError(explain("no averages were saved", str(checkpoint), fix="use --weights live"))
     fill_parameters(trainable_parameters(model), tensors)
-
-
-def _is_run(path: Path) -> bool:
-    """Tell whether ``path`` is a run or lies in one; released weights have a ``config.json`` of another kind."""
-    folders = (path, *path.absolute().parents[:2])
-    return any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in folders)
-
-
-def _load_run(path: Path, weights: str, overrides: Mapping[str, Any]) -> LoadedModel:
-    folder, checkpoint = find_run(path)
-    config = load_config(folder / "config.json", overrides)
-    model, prompter = rebuild(config, weights_sources(config))
-    fill(model, checkpoint, weights)
-    name = EMA_NAME if weights == "ema" else MODEL_NAME
-    origin = {"path": str(folder), "checkpoint": checkpoint.name, "weights": weights}
-    return LoadedModel(model, prompter, config, {**origin, "sha256": hash_file(checkpoint / name)})
-
-
-def _load_weights(checkpoint: str | Path | None, config_name: str | None, overrides: Mapping[str, Any]) -> LoadedModel:
-    settings = dict(overrides)
-    if checkpoint is not None:
-        settings["train.pretrained_pth"] = str(checkpoint)
-    config = load_config(resolve_config_path(config_name or DEFAULT_CONFIG), settings)
-    sources = weights_sources(config)
-    if not sources:
-        raise CheckpointError(explain("no weights are given", config.model.name, fix="give --checkpoint"))
-    model, prompter = rebuild(config, sources)
-    source = sources[-1]
-    origin = {"path": str(source) if checkpoint is not None else "the tiny checkpoint in the package"}
-    if source.is_file():
-        origin["sha256"] = hash_file(source)
-    return LoadedModel(model, prompter, config, origin)

@@ -9,16 +9,16 @@ predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from dual_loop.config import LoopConfig
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.measure import resize_logits
@@ -81,11 +81,16 @@ class Predictor:
     def __init__(self, loaded: LoadedModel, max_new_tokens: int | None = None) -> None:
         self.loaded = loaded
         self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
+        loop = self.config.loop
         # A user sees what the model wrote; nothing is replaced and nothing stops.
-        changes: dict[str, Any] = {"temperature": 0.0, "on_rejected": "fallback", "max_rejected_fraction": 1.0}
-        if max_new_tokens is not None:
-            changes["max_new_tokens"] = max_new_tokens
-        self.settings: LoopConfig = dataclasses.replace(self.config.loop, segment_form="branches", **changes)
+        self.settings = dataclasses.replace(
+            loop,
+            segment_form="branches",
+            temperature=0.0,
+            on_rejected="fallback",
+            max_rejected_fraction=1.0,
+            max_new_tokens=loop.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        )
         self.geometry = geometry(self.config)
 
     @classmethod
@@ -96,7 +101,7 @@ class Predictor:
         weights: str = "ema",
         device: str = "auto",
         config: str | None = None,
-        overrides: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, object] | None = None,
         max_new_tokens: int | None = None,
     ) -> Predictor:
         """Load a run, a checkpoint or weights; see :func:`dual_loop.serve.loading.load_trained` for all of it."""
@@ -172,9 +177,8 @@ class Predictor:
         """:meth:`caption` for many images, eight at a time."""
         found: list[list[str]] = []
         for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
-            batch, seen = self._encode(chunk)
-            captions, _ = self._write(batch, seen)
-            found += _by_sample(captions, chunk)
+            captions, _ = self._write(*self._encode(chunk))
+            found += [captions[part] for part in _parts(sample.num_regions for sample in chunk)]
         return found
 
     @torch.no_grad()
@@ -184,22 +188,19 @@ class Predictor:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
         scorer = Scorer(self.model, self.prompter, self.settings)
-        for part in in_chunks(items, IMAGES_AT_ONCE):
-            # A text needs no region; a whole image stands in for one, so that one path serves all.
-            samples = [_texts_sample(to_array(image), texts) for image, texts in part]
-            flat = [text for _, texts in part for text in texts]
+        for chunk in in_chunks([(to_array(image), texts) for image, texts in items], IMAGES_AT_ONCE):
+            flat = [text for _, texts in chunk for text in texts]
             if not flat:
-                found += [[] for _ in part]
+                found += [[] for _ in chunk]
                 continue
-            batch, seen = self._encode([sample for sample in samples if sample is not None])
+            # A text needs no region; a whole image stands in for one, so that one path serves all.
+            samples = [region_sample(p, np.ones((len(texts), *p.shape[:2]), bool)) for p, texts in chunk if texts]
+            batch, seen = self._encode(samples)
             with self.loaded.autocast():
                 logits = scorer.segment(batch, seen, list(enumerate(flat)), generated=generated)
-            start = 0
-            for image, texts in part:
-                own = logits[start : start + len(texts)]
-                start += len(texts)
-                size = to_array(image).shape[:2]
-                found.append([self._united(t, m, (size[0], size[1])) for t, m in zip(texts, own, strict=True)])
+            parts = _parts(len(texts) for _, texts in chunk)
+            for (pixels, texts), part in zip(chunk, parts, strict=True):
+                found.append([self._united(t, m, pixels.shape) for t, m in zip(texts, logits[part], strict=True)])
         return found
 
     @torch.no_grad()
@@ -214,14 +215,10 @@ class Predictor:
             readable = [(n, text if reason is None else None) for n, (text, reason) in enumerate(pairs)]
             with self.loaded.autocast():
                 logits = join_masks(scorer.segment(batch, seen, readable), self.model.mask_size)
-            start = 0
-            for sample in chunk:
-                part = slice(start, start + sample.num_regions)
-                start += sample.num_regions
-                predicted = self._at_size(logits[part], sample.image.shape) > 0
-                table = iou_table(torch.from_numpy(predicted), torch.from_numpy(sample.masks)).double().numpy()
-                answer = (captions[part], rejected[part], predicted, table.diagonal().copy(), table)
-                results.append(LoopResult(*answer))
+            for sample, part in zip(chunk, _parts(sample.num_regions for sample in chunk), strict=True):
+                masks = self._at_size(logits[part], sample.image.shape) > 0
+                table = iou_table(torch.from_numpy(masks), torch.from_numpy(sample.masks)).double().numpy()
+                results.append(LoopResult(captions[part], rejected[part], masks, table.diagonal().copy(), table))
         return results
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -243,10 +240,10 @@ class Predictor:
         size = (int(shape[0]), int(shape[1]))
         return np.asarray(resize_logits(logits.float(), size, self.geometry.grounding_size).cpu().numpy())
 
-    def _united(self, text: str, logits: torch.Tensor, size: tuple[int, int]) -> SegmentedText:
+    def _united(self, text: str, logits: torch.Tensor, shape: Sequence[int]) -> SegmentedText:
         if not len(logits):
-            return SegmentedText(text, np.zeros(size, bool), 0, 0.0)
-        values = self._at_size(logits, size).max(axis=0)
+            return SegmentedText(text, np.zeros(shape[:2], bool), 0, 0.0)
+        values = self._at_size(logits, shape).max(axis=0)
         mask = values > 0
         confidence = float((1 / (1 + np.exp(-values[mask]))).mean()) if mask.any() else 0.0
         return SegmentedText(text, mask, len(logits), confidence)
@@ -257,8 +254,8 @@ class Predictor:
         side = self.geometry.grounding_size
         scale = torch.tensor([side / pixels.shape[1], side / pixels.shape[0]]).repeat(prompt.shape[1] // 2)
         scaled = (prompt * scale).to(self.model.device)
-        [sample] = [region_sample(pixels, np.ones(pixels.shape[:2], bool))]
-        batch = batch_from_samples([sample], self.geometry, seed=0).to(self.model.device)
+        sample = region_sample(pixels, np.ones(pixels.shape[:2], bool))
+        batch = batch_from_samples([sample], self.geometry).to(self.model.device)
         grounding = self.model.grounding
         with evaluating(self.model), self.loaded.autocast():
             levels = grounding.finish(self.model.encode_grounding(batch.g_pixel_values))
@@ -307,17 +304,7 @@ def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
     return RegionSample("given", "image", pixels, np.ascontiguousarray(stack), names, ((),) * len(stack))
 
 
-def _texts_sample(pixels: np.ndarray, texts: Sequence[str]) -> RegionSample | None:
-    if not texts:
-        return None
-    whole = np.ones((len(texts), *pixels.shape[:2]), bool)
-    names = tuple(str(number) for number in range(len(texts)))
-    return RegionSample("given", "image", pixels, whole, names, ((),) * len(texts))
-
-
-def _by_sample(values: Sequence[str], samples: Sequence[RegionSample]) -> list[list[str]]:
-    parts, start = [], 0
-    for sample in samples:
-        parts.append(list(values[start : start + sample.num_regions]))
-        start += sample.num_regions
-    return parts
+def _parts(counts: Iterable[int]) -> list[slice]:
+    """Return the slices that cut a list of all items into runs of ``counts``."""
+    ends = [0, *itertools.accumulate(counts)]
+    return [slice(first, last) for first, last in itertools.pairwise(ends)]
