@@ -26,9 +26,8 @@ IGNORE_INDEX = -100
 LOGITS_AT_ONCE = 1024
 """Positions whose vocabulary logits exist at once: 1024 x 151,674 x 4 bytes are 0.6 GB."""
 
-# The original reduction adds these to its divisors; they matter only for parity with published loss values.
+# The original reduction adds this to its divisors; it matters only for parity with published loss values.
 _ORIGINAL_AVERAGE_OFFSET = 1e-4
-_ORIGINAL_EPSILON = torch.finfo(torch.float32).eps
 
 
 def mask_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -108,12 +107,15 @@ def sample_points(
     Raises:
         ValueError: an argument is out of range or the number of seeds is not N.
     """
-    num_objects = mask_logits.shape[0]
-    num_drawn, num_uncertain = _split_points(num_points, oversample_ratio, importance_sample_ratio)
-    if seeds.shape != (num_objects,):
-        raise ValueError(explain("one seed an object is needed", "sample_points", tuple(seeds.shape), (num_objects,)))
+    if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_sample_ratio <= 1:
+        seen = f"num_points {num_points}, oversample {oversample_ratio}, importance {importance_sample_ratio}"
+        raise ValueError(explain("point sampling is out of range", "sample_points", seen, "P >= 1, >= 1, 0..1"))
+    count = len(mask_logits)
+    if seeds.shape != (count,):
+        raise ValueError(explain("one seed an object is needed", "sample_points", tuple(seeds.shape), (count,)))
+    num_drawn, num_uncertain = int(num_points * oversample_ratio), int(num_points * importance_sample_ratio)
     num_uniform = num_points - num_uncertain
-    random = torch.empty(num_objects, num_drawn + num_uniform, 2)
+    random = torch.empty(count, num_drawn + num_uniform, 2)
     for row, seed in zip(random, seeds.tolist(), strict=True):
         row.copy_(torch.rand(row.shape, generator=torch.Generator().manual_seed(seed)))
     drawn, uniform = random.to(mask_logits.device).split([num_drawn, num_uniform], dim=1)
@@ -195,28 +197,15 @@ def original_mask_losses(
         config: the weights.
         point_coords: (N, P, 2) points (x, y) in 0..1, None for all pixels.
     """
-    if point_coords is None:
-        entropy = mask_cross_entropy(mask_logits, target_masks)
-        dice = dice_loss(mask_logits, target_masks)
-        return {"loss_mask": entropy.mean() * config.mask_weight, "loss_dice": dice.mean() * config.dice_weight}
-    logits, targets = point_sample(mask_logits, point_coords), point_sample(target_masks, point_coords)
-    num_objects, num_points = logits.shape
-    entropy_sum = mask_cross_entropy(logits, targets).sum() * num_points
-    dice_sum = dice_loss(logits, targets).sum()
-    entropy_divisor = num_objects * num_points + _ORIGINAL_AVERAGE_OFFSET + _ORIGINAL_EPSILON
-    dice_divisor = num_objects + _ORIGINAL_AVERAGE_OFFSET + _ORIGINAL_EPSILON
+    logits, targets, num_points, extra = mask_logits, target_masks, 1, 0.0
+    if point_coords is not None:
+        logits, targets = point_sample(logits, point_coords), point_sample(targets, point_coords)
+        num_points, extra = logits.shape[1], _ORIGINAL_AVERAGE_OFFSET + torch.finfo(torch.float32).eps
+    entropy, dice, count = mask_cross_entropy(logits, targets).sum(), dice_loss(logits, targets).sum(), len(logits)
     return {
-        "loss_mask": entropy_sum / entropy_divisor * config.mask_weight,
-        "loss_dice": dice_sum / dice_divisor * config.dice_weight,
+        "loss_mask": entropy * num_points / (count * num_points + extra) * config.mask_weight,
+        "loss_dice": dice / (count + extra) * config.dice_weight,
     }
-
-
-def _split_points(num_points: int, oversample_ratio: float, importance_sample_ratio: float) -> tuple[int, int]:
-    """Return how many points are drawn to choose from, and how many uncertain ones are chosen."""
-    if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_sample_ratio <= 1:
-        seen = f"num_points {num_points}, oversample {oversample_ratio}, importance {importance_sample_ratio}"
-        raise ValueError(explain("point sampling is out of range", "sample_points", seen, "P >= 1, >= 1, 0..1"))
-    return int(num_points * oversample_ratio), int(num_points * importance_sample_ratio)
 
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:

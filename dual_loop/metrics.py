@@ -1,4 +1,4 @@
-"""Measures of masks and captions: pure functions, and sums that can be merged over batches and ranks.
+"""Measures of masks and captions: pure functions.
 
 Conventions, since published code differs in each of them:
 
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -85,71 +84,6 @@ def iou_table(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows) if rows else flat.new_zeros(0, len(flat))
 
 
-@dataclass
-class SegmentationSums:
-    """Sums over pairs of masks, from which gIoU, cIoU and Pr@t follow; merge those of all batches and ranks.
-
-    Attributes:
-        intersection, union: pixels, summed over all pairs.
-        iou_sum: sum of the IoUs; a pair of empty masks adds 1.
-        count: number of pairs.
-        hits: for each of :data:`PRECISION_THRESHOLDS`, the number of pairs whose IoU is at least that.
-    """
-
-    intersection: int = 0
-    union: int = 0
-    iou_sum: float = 0.0
-    count: int = 0
-    hits: list[int] = field(default_factory=lambda: [0] * len(PRECISION_THRESHOLDS))
-
-    def update(self, intersection: Any, union: Any) -> None:
-        """Add N pairs: ``sums.update(*mask_overlap(pred, target))``.
-
-        Args:
-            intersection: (N,) integers in pixels; tensor, array or sequence.
-            union: (N,) the same, each at least its intersection.
-
-        Raises:
-            ValueError: lengths differ, or a number is negative, or an intersection exceeds its union.
-        """
-        inner, outer = _to_integers(intersection), _to_integers(union)
-        if inner.shape != outer.shape or (inner < 0).any() or (inner > outer).any():
-            seen = f"intersections {inner.tolist()[:8]}, unions {outer.tolist()[:8]}"
-            raise ValueError(explain("not the areas of mask pairs", "update", seen, "0 <= intersection <= union"))
-        ious = iou(inner, outer)
-        self.intersection += int(inner.sum())
-        self.union += int(outer.sum())
-        self.iou_sum += float(ious.sum())
-        self.count += len(ious)
-        self.hits = [hits + int((ious >= t).sum()) for hits, t in zip(self.hits, PRECISION_THRESHOLDS, strict=True)]
-
-    def merge(self, other: SegmentationSums) -> None:
-        """Add the pairs that ``other`` has seen."""
-        self.intersection += other.intersection
-        self.union += other.union
-        self.iou_sum += other.iou_sum
-        self.count += other.count
-        self.hits = [own + more for own, more in zip(self.hits, other.hits, strict=True)]
-
-    def as_dict(self) -> dict[str, float]:
-        """Return ``gIoU``, ``cIoU``, ``Pr@0.5`` to ``Pr@0.9`` (fractions of 1) and ``count``.
-
-        When every pair was empty, cIoU is 1 like gIoU.
-
-        Raises:
-            ValueError: no pair was added, so there is no average.
-        """
-        if self.count == 0:
-            raise ValueError(explain("no masks were compared", "SegmentationSums.as_dict", "0 pairs", "at least 1"))
-        precisions = {f"Pr@{t:g}": h / self.count for t, h in zip(PRECISION_THRESHOLDS, self.hits, strict=True)}
-        return {
-            "gIoU": self.iou_sum / self.count,
-            "cIoU": self.intersection / self.union if self.union else 1.0,
-            **precisions,
-            "count": float(self.count),
-        }
-
-
 def normalise_caption(text: str) -> str:
     """Return ``text`` in lower case, with single spaces, without white space at the ends and full stops at the end."""
     return " ".join(text.lower().split()).rstrip(" .")
@@ -197,11 +131,8 @@ def paired_bootstrap(
     if not np.isfinite(differences).all() or num_resamples < 1:
         seen = f"{int((~np.isfinite(differences)).sum())} not finite, num_resamples {num_resamples}"
         raise ValueError(explain("the bootstrap needs finite scores and at least one resample", seen=seen))
-    numbers: dict[Hashable, int] = {}
-    group_of_item = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
-    means = _resample_means(differences, group_of_item, len(numbers), num_resamples, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(differences.mean()), "ci95_low": float(low), "ci95_high": float(high)}
+    low, high = bootstrap_ratio(differences, np.ones_like(differences), labels, num_resamples, seed)
+    return {"mean": float(differences.mean()), "ci95_low": low, "ci95_high": high}
 
 
 def bootstrap_ratio(
@@ -244,35 +175,6 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
-def _resample_means(
-    values: npt.NDArray[np.float64],
-    group_of_item: npt.NDArray[np.int64],
-    num_groups: int,
-    num_resamples: int,
-    seed: int,
-) -> npt.NDArray[np.float64]:
-    """Draw ``num_groups`` groups with replacement, ``num_resamples`` times; return the mean over their items."""
-    sums = np.bincount(group_of_item, weights=values, minlength=num_groups)
-    sizes = np.bincount(group_of_item, minlength=num_groups)
-    generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    piece = max(1, _MAX_DRAWS_AT_ONCE // num_groups)
-    for start in range(0, num_resamples, piece):
-        stop = min(start + piece, num_resamples)
-        drawn = generator.integers(num_groups, size=(stop - start, num_groups))
-        means[start:stop] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    return means
-
-
-def _to_integers(values: Any) -> npt.NDArray[np.int64]:
-    """Turn a tensor on any device, an array or a sequence of whole numbers into (N,) int64."""
-    array = np.asarray(values.tolist() if hasattr(values, "tolist") else values)
-    integers = array.astype(np.int64)
-    if array.ndim != 1 or (integers != array).any():
-        raise ValueError(explain("areas must be whole numbers of pixels", seen=repr(values), expected="(N,) integers"))
-    return integers
-
-
 def distinct_ngrams(texts: Sequence[str], length: int) -> float:
     """Return distinct n-grams over all n-grams of ``texts`` (distinct-n, 1510.03055): 0..1, 0 where there is none."""
     runs = []
@@ -288,6 +190,7 @@ comparable."""
 
 _ALPHA, _BETA, _GAMMA, _STEM_WEIGHT = 0.85, 0.20, 0.60, 0.6
 _BEAM = 32
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 def meteor_exact_stem(candidate: str, references: Sequence[str]) -> float:
@@ -298,27 +201,28 @@ def meteor_exact_stem(candidate: str, references: Sequence[str]) -> float:
     discount for function words, so its values differ from those of the Java program. The alignment has the largest
     weight of matches and then the fewest chunks, found by a beam search of width 32.
     """
-    words = _meteor_words(candidate)
-    return max((_meteor_pair(words, _meteor_words(reference)) for reference in references), default=0.0)
-
-
-def _meteor_pair(candidate: Sequence[str], reference: Sequence[str]) -> float:
-    if not candidate or not reference:
-        return 0.0
-    matched, matches, chunks = _align(candidate, reference)
-    if matches == 0:
-        return 0.0
-    precision, recall = matched / len(candidate), matched / len(reference)
-    mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
-    # One unbroken run over both whole texts is no fragmentation at all.
-    whole = chunks == 1 and matches == len(candidate) == len(reference)
-    penalty = 0.0 if whole else _GAMMA * (chunks / matches) ** _BETA
-    return mean * (1 - penalty)
+    words = _WORD.findall(candidate.lower())
+    best = 0.0
+    for reference in references:
+        others = _WORD.findall(reference.lower())
+        matched, matches, chunks = _align(words, others)
+        if matches == 0:
+            continue
+        precision, recall = matched / len(words), matched / len(others)
+        mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
+        # One unbroken run over both whole texts is no fragmentation at all.
+        whole = chunks == 1 and matches == len(words) == len(others)
+        best = max(best, mean * (1 - (0.0 if whole else _GAMMA * (chunks / matches) ** _BETA)))
+    return best
 
 
 def _align(candidate: Sequence[str], reference: Sequence[str]) -> tuple[float, int, int]:
     """Return weight, number of matches and number of chunks of the best one-to-one alignment."""
-    options = [_word_matches(word, reference) for word in candidate]
+    stem, stems = _stemmer(), [_stemmer()(word) for word in reference]
+    options = [
+        [(k, 1.0 if other == word else _STEM_WEIGHT) for k, other in enumerate(reference) if stems[k] == stem(word)]
+        for word in candidate
+    ]
     # State: weight, chunks, matches, positions used, position that the previous word matched (-2: none).
     beam: list[tuple[float, int, int, frozenset[int], int]] = [(0.0, 0, 0, frozenset(), -2)]
     for matches in options:
@@ -335,25 +239,9 @@ def _align(candidate: Sequence[str], reference: Sequence[str]) -> tuple[float, i
     return weight, count, chunks
 
 
-def _word_matches(word: str, reference: Sequence[str]) -> list[tuple[int, float]]:
-    exact = [(position, 1.0) for position, other in enumerate(reference) if other == word]
-    stem = _stem(word)
-    return exact + [
-        (position, _STEM_WEIGHT) for position, other in enumerate(reference) if other != word and _stem(other) == stem
-    ]
-
-
-def _meteor_words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['\u2019-]\w+)*", text.lower())
-
-
-@functools.lru_cache(maxsize=65536)
-def _stem(word: str) -> str:
-    return str(_stemmer().stemWord(word))
-
-
-@functools.lru_cache(maxsize=1)
-def _stemmer() -> Any:
+@functools.cache
+def _stemmer() -> Callable[[str], str]:
     import snowballstemmer
 
-    return snowballstemmer.stemmer("english")
+    stem: Callable[[str], str] = snowballstemmer.stemmer("english").stemWord
+    return functools.lru_cache(maxsize=65536)(stem)
