@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, 
 from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.iteration import evenly_spread
 from dual_loop.metrics import paired_bootstrap
+from dual_loop.model.ema import weights
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import end_processes
 from dual_loop.training.dry_run import dry_run as dry_run
@@ -82,7 +84,7 @@ def train(config: Config) -> FitResult:
     placed = place(run, loaded)
     ready = wire(run, placed, stream)
     trainer, folder = ready.trainer, run.folder
-    evaluator = Evaluator(run, placed, ready.task.starting.swapped)
+    evaluator = Evaluator(run, placed, partial(weights, ready.task.starting))
     before = evaluator.before(trainer.progress.step)
     result = trainer.fit()
     after = evaluator.after(trainer) if result.stopped_by is None else None
@@ -109,9 +111,9 @@ def check_paths(config: Config) -> None:
             problems.append(f"data.{SETTING_PREFIX[name]}_dir: no such folder: {path}")
     folders = {"data.eval_dir": config.data.eval_dir, "train.model_path": config.train.model_path}
     problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
-    for key, weights in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
-        if weights and not Path(weights).exists():
-            problems.append(f"train.{key}: no such file: {weights}")
+    for key, file in (("pretrained_pth", config.train.pretrained_pth), ("sam2_path", config.train.sam2_path)):
+        if file and not Path(file).exists():
+            problems.append(f"train.{key}: no such file: {file}")
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")
@@ -146,7 +148,7 @@ class Evaluator:
             return None
         if self.config.train.eval_weights == "live":
             return self._measure("after", self.frozen_listener)
-        with trainer.ema.swapped():
+        with weights(trainer.ema):
             return self._measure("after", self.frozen_listener)
 
     def _measure(self, name: str, listener: Listener | None) -> list[MeasuredRegion]:

@@ -6,22 +6,16 @@ Letters: ``B`` images, ``N`` regions in the batch (ragged over images), ``K`` ca
 ``D`` language width, ``C`` SAM 2 prompt width, ``S`` SAM 2 input side, ``Q = S/4`` side of the mask logits,
 ``H, W`` original size. ``G``, ``M``, ``S``, ``Q`` follow from the model's configuration.
 
-Only these types cross from one package to another:
-
-* :class:`RegionSample`: one image (or frame pair) of any data set, on the CPU, in numpy.
-* :class:`Batch`: tensors, made from region samples by ``data.prepare``.
-* :class:`Seen`: what the frozen image encoders make of a batch.
-* :class:`RegionCaption`: the caption of one region, and the :class:`WrittenCaption` of step 1 behind it.
-* :class:`PackedBatch`: the rows of token ids of steps 2 and 3, made of :class:`RegionTurn`.
-* :class:`LossTerm`, :class:`StepOutput`: what step 3 returns.
+Only these types cross from one package to another: ``RegionSample`` -> ``Batch`` -> ``Seen``, ``RegionCaption`` ->
+``PackedBatch`` -> ``StepOutput``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,17 +164,17 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on ``device``."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()}
+        return replace(self, **tensors)
 
     def pin_memory(self) -> Batch:
         """Return the batch with every tensor in pinned memory (called by the data loader)."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
 
-    def _map_tensors(self, function: Any) -> Batch:
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor))
 
 
 @dataclass(frozen=True)
@@ -345,10 +339,16 @@ class Segmentation:
     seg_embeds: torch.Tensor | None = None
 
 
-class RunState(TypedDict):
-    """What a resumed run needs of a rank's task: counts of generated and rejected captions, and remembered captions."""
+class RunState(TypedDict, total=False):
+    """What a resumed run needs of a rank's task.
+
+    Attributes:
+        captioner: counts of generated and rejected captions.
+        probe: captions that the cheating probe remembers. auditor: the same, as older runs wrote it.
+    """
 
     captioner: list[int]
+    probe: list[str]
     auditor: dict[str, list[str]]
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import Config, LossConfig, RewardConfig
-from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.decode import Decoder
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import NEW_TOKENS, REGION_END, REGION_START
 from dual_loop.model.sa2va import Sa2VA
@@ -69,4 +69,4 @@ def gradients(
 
 def write_ids(monkeypatch: pytest.MonkeyPatch, ids_of: Callable[..., list[int]]) -> None:
     """Let every captioner write ``ids_of(request)``; a request has ``region`` and ``draw`` (-1 is greedy)."""
-    monkeypatch.setattr(Captioner, "_decode", lambda self, decoder, requests: [ids_of(one) for one in requests])
+    monkeypatch.setattr(Decoder, "write_all", lambda self, rows_at_once: [ids_of(one) for one in self.prompts])

@@ -80,3 +80,8 @@ def pair_samples(count: int) -> list[RegionSample]:
 
 def small_batch(config: Config, samples: list[RegionSample]) -> Batch:
     return batch_from_samples(samples, geometry(config), seed=0)
+
+
+def recomputed_layers(model: Any) -> int:
+    """Return how many decoder layers recompute their activations."""
+    return sum(layer.gradient_checkpointing for layer in model.mllm.model.language_model.layers)

@@ -132,7 +132,7 @@ def test_the_package_is_seen() -> None:
         ("model/build.py", "from dual_loop.checkpoint import store\n", "'model' imports 'checkpoint'"),
         ("training/trainer.py", "from dual_loop.evaluation import evaluate\n", "'training' imports 'evaluation'"),
         ("html.py", "from dual_loop.drawing import x\n", "'html' imports 'drawing', which is beside it"),
-        ("model/grounding.py", "from dual_loop import accelerate\n", "'accelerate', which is beside it"),
+        ("model/sa2va.py", "from dual_loop import accelerate\n", "'accelerate', which is beside it"),
         ("loop/x.py", "from dual_loop.accelerate import lora\n", "only model/build.py may import it"),
         ("training/x.py", "from dual_loop.testing import scenes\n", "only preflight, serve, commands may import it"),
         ("data/x.py", "from dual_loop.testing import scenes\n", "only preflight, serve, commands may import it"),
@@ -157,7 +157,7 @@ def test_a_violation_is_caught(tmp_path: Path, file: str, source: str, expected:
         ("model/build.py", "def f():\n    from dual_loop import accelerate\n"),
         ("testing/demo_data.py", "from dual_loop.data.masks import encode_rle\n"),
         ("serve/demo_app.py", "from dual_loop.testing.scenes import generate_scene\n"),
-        ("accelerate/sam2.py", "from dual_loop.model.grounding import GroundingDecoder\n"),
+        ("accelerate/sam2.py", "from dual_loop.model.sa2va import GroundingDecoder\n"),
     ],
 )
 def test_imports_from_below_pass(tmp_path: Path, file: str, source: str) -> None:

@@ -2,8 +2,8 @@
 
 ``build_model`` calls :func:`apply` once and nothing else of the package imports from here. A lever is a file with a
 function ``apply(model, config)``. It sets instance attributes in place of the model's plain methods (``run_language``,
-``step_language``, ``token_loss``, and ``encode``, ``finish``, ``level_width`` of ``model.grounding``), or changes the
-class of library layers. What needs loaded weights is appended to ``model.after_loading``.
+``step_language``, ``new_cache``, ``token_loss``, and ``encode``, ``finish``, ``level_width`` of ``model.grounding``),
+or changes the class of library layers. What needs loaded weights is appended to ``model.after_loading``.
 """
 
 from __future__ import annotations

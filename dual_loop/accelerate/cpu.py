@@ -16,12 +16,13 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,8 +32,7 @@ from dual_loop.accelerate import replace
 from dual_loop.config import Config
 from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.model import hardware
-from dual_loop.model.grounding import GroundingDecoder
-from dual_loop.model.sa2va import Sa2VA
+from dual_loop.model.sa2va import GroundingDecoder, Sa2VA
 
 GROUPED = "sdpa_grouped_decoding"
 """The name of :func:`grouped_attention` among transformers' attention functions."""
@@ -159,17 +159,13 @@ class PackedLinear(nn.Module):
         """(out, in), unpacked: a copy."""
         return self.packed.to_dense()
 
-    def stored(self) -> Tensor:
-        """Return the matrix as it is kept, for :meth:`restore`."""
-        return self.packed
-
-    def restore(self, stored: Tensor) -> None:
-        """Take back what :meth:`stored` returned."""
-        self.packed = stored
-
-    def put(self, matrix: Tensor) -> None:
-        """Keep another matrix (out, in)."""
-        self.packed = pack_matrix(matrix)
+    @staticmethod
+    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
+        """Add the adapters of ``layers``, whose base layers are packed, to the matrices; ``undo`` restores them."""
+        for layer in layers:
+            base: Any = layer.get_base_layer()
+            undo.callback(setattr, base, "packed", base.packed)
+            base.packed = pack_matrix(base.packed.to_dense() + layer.get_delta_weight(layer.active_adapters[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""

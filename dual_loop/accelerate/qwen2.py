@@ -5,7 +5,7 @@
   left out; in a packed row of one region nine of ten positions are such.
 * Rows of like length together: a micro-batch of uneven rows runs group by group, each padded to its own longest.
 * One more token for many rows: with a few rows a decoding step is bound by reading the weights, and what transformers
-  does around layers for a token (masks, recorded outputs, keyword arguments) counts.
+  does around layers for a token (masks, recorded outputs, keyword arguments) counts; keys and values grow in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, eager_attention_forward, rotate_half
 
@@ -29,8 +29,8 @@ SLACK = 0.1
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Replace ``run_language`` and ``step_language``, and let the last layer be trimmed."""
-    replace(model, step_language, run_language)
+    """Replace ``run_language``, ``step_language`` and ``new_cache``, and let the last layer be trimmed."""
+    replace(model, step_language, run_language, new_cache)
     if config.speed.trim_last_layer:
         make_trimmable(model.mllm.model.language_model)
 
@@ -182,3 +182,52 @@ def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor
         hidden = hidden + attend(layer.self_attn, layer.input_layernorm(hidden), mask, turn, cache)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return torch.as_tensor(language_model.norm(hidden)[:, 0])
+
+
+def new_cache(model: Sa2VA, reserve: int) -> Cache:
+    """``Sa2VA.new_cache``: each layer's keys and values grow in place."""
+    return Cache(layers=[GrowingLayer(reserve) for _ in range(model.num_layers)])
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that is written in place; for inference only.
+
+    The stock layer copies all keys and values for each new token.
+
+    Args:
+        reserve: columns to keep free behind what is first written.
+    """
+
+    def __init__(self, reserve: int) -> None:
+        super().__init__()
+        self.reserve = reserve
+        self._buffers: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append (R, heads, new, d) keys and values; return all of them, (R, heads, columns, d)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if not self._buffers or self._buffers[0].shape[-2] < end:
+            rows, heads, _, width = key_states.shape
+            grown = [key_states.new_empty(rows, heads, end + self.reserve, width) for _ in range(2)]
+            for new, old in zip(grown, self._buffers, strict=False):
+                new[:, :, :length] = old[:, :, :length]
+            self._buffers = grown
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length:end] = states
+        return self._view(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` alone."""
+        length = self.get_seq_length()
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self._view(length)
+
+    def _view(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values

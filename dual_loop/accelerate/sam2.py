@@ -31,8 +31,7 @@ from transformers.models.sam2.modeling_sam2 import (
 
 from dual_loop.accelerate import replace
 from dual_loop.config import Config
-from dual_loop.model.grounding import GroundingDecoder
-from dual_loop.model.sa2va import Sa2VA
+from dual_loop.model.sa2va import GroundingDecoder, Sa2VA
 
 BAND_TOKENS = 8192
 """Most tokens of all images in a band, unless one row of windows has more."""

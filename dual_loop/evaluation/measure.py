@@ -36,7 +36,7 @@ IMAGES_PER_BATCH = 8
 Rle = Mapping[str, object]
 """A mask as a COCO run-length code: ``{"size": [H, W], "counts": str}``."""
 Listener = Callable[[], AbstractContextManager[None]]
-"""Puts other weights into the model for the length of a ``with`` block (``StartingWeights.swapped``)."""
+"""Puts other weights into the model for the length of a ``with`` block (``model.ema.weights``)."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dual_loop.config import GATES, LoopConfig
 from dual_loop.errors import DualLoopError, explain
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.model.adapters import merged_adapters
-from dual_loop.model.decode import Decoder, Prompts, Sampling
+from dual_loop.model.decode import Decoder, Prompt
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionCaption, Seen, WrittenCaption
@@ -24,17 +24,13 @@ WARN_FIRST, WARN_EVERY = 5, 100
 GREEDY = -1
 
 
-@dataclass
-class _Request:
-    """One caption to be generated: where it belongs, what the prompt needs, and how its tokens are chosen."""
+@dataclass(frozen=True)
+class Request(Prompt):
+    """A caption to be generated: draw number ``draw`` of a region of micro-batch ``batch``."""
 
-    batch: int
-    region: int
-    draw: int
-    image: int
-    question: list[int]
-    mask: Tensor
-    sampling: Sampling
+    batch: int = 0
+    region: int = 0
+    draw: int = GREEDY
 
 
 class CaptionRejected(DualLoopError):
@@ -45,10 +41,7 @@ class Captioner:
     """Writes a caption for every region that has no text of its own, and samples for those who learn from them.
 
     Args:
-        model: the model.
-        prompter: builds the region prompts.
-        config: decoding, rejection policy and batch size of the roll-out.
-        gates: says which captions may earn no reward.
+        gates: say which captions may earn no reward.
         sample_temperature: of the K samples (``policy.temperature``).
         is_silent: do not warn of rejected captions (for measurements beside training).
     """
@@ -96,111 +89,78 @@ class Captioner:
         Raises:
             CaptionRejected: under ``on_rejected = error``, or when more than ``max_rejected_fraction`` were rejected.
         """
-        requests, prompts, features = self._requests(seen, batches, use_references, greedy, num_samples)
-        written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
-        if requests:
-            with evaluating(self.model), merged_adapters(self.model):
-                projected = torch.cat([self.model.project_vision(feature) for feature in features])
-                decoder = Decoder(self.model, self.prompter, prompts, projected, self.config.max_new_tokens)
-                for request, ids in zip(requests, self._decode(decoder, requests), strict=True):
-                    own = written.setdefault((request.batch, request.region), {})
-                    own[request.draw] = self._written(ids)
-        captions = []
-        for index, batch in enumerate(batches):
-            references = batch.captions if use_references else [None] * len(batch.captions)
-            parts = enumerate(zip(references, batch.region_names, strict=True))
-            captions.append([self._caption(written.get((index, n), {}), text, name) for n, (text, name) in parts])
-        return captions
-
-    def _requests(
-        self, seen: Sequence[Seen], batches: Sequence[Batch], use_references: bool, greedy: bool, num_samples: int
-    ) -> tuple[list[_Request], Prompts, list[Tensor]]:
-        """Return one request a draw of a region, their prompts, and the features of the images that they ask about."""
-        requests: list[_Request] = []
+        requests: list[Request] = []
         features: list[Tensor] = []
-        tiles: list[range] = []
-        draws = [*([GREEDY] if greedy else []), *range(num_samples)]
+        tiles: list[range] = []  # of each image, counted over the features
         for index, batch in enumerate(batches):
-            offsets, image_of_view = batch.tile_offsets, dict[int, int]()
+            keeps = use_references and not num_samples
+            asked = [n for n, text in enumerate(batch.captions) if text is None or not keeps]
+            owners, offsets = batch.region_image.tolist(), batch.tile_offsets
             cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-            for region, owner in enumerate(batch.region_image.tolist()):
-                if use_references and batch.captions[region] is not None and not num_samples:
-                    continue
-                view = batch.caption_view[owner]
+            questions = self.prompter.caption_questions(
+                [(cells[region], seeds[region]) for region in asked], self.config.caption_question
+            )
+            image_of_view: dict[int, int] = {}
+            for region, question in zip(asked, questions, strict=True):
+                view = batch.caption_view[owners[region]]
                 if view not in image_of_view:
                     image_of_view[view] = len(features)
                     first, count = offsets[view], batch.tiles_per_view[view]
                     features.append(seen[index].vision[first : first + count])
                     start = tiles[-1].stop if tiles else 0
                     tiles.append(range(start, start + count))
-                seed, image = seeds[region], image_of_view[view]
-                question = self.prompter.caption_question(cells[region], self.config.caption_question, seed)
-                for draw in draws:
-                    sampling = Sampling(self.config.temperature, seed, self.config.top_p)
-                    if draw != GREEDY:
-                        sampling = Sampling(self.sample_temperature, sample_seed(seed, draw))
-                    mask = batch.prompt_masks[region]
-                    requests.append(_Request(index, region, draw, image, question, mask, sampling))
-        # Rows of like length share a generation, so little is spent on padding.
-        requests.sort(key=lambda request: len(request.question))
-        prefixes = [self.prompter.image_prefix(len(group)) for group in tiles]
-        prompts = Prompts(
-            questions=[request.question for request in requests],
-            images=[request.image for request in requests],
-            prefixes=prefixes,
-            tiles=tiles,
-            masks=[request.mask for request in requests],
-        )
-        return requests, prompts, features
-
-    def _decode(self, decoder: Decoder, requests: Sequence[_Request]) -> list[list[int]]:
-        """Return the new ids of every request, ``rollout_batch_size`` rows at a time."""
-        ids: list[list[int]] = []
-        for start in range(0, len(requests), self.config.rollout_batch_size):
-            rows = range(start, min(start + self.config.rollout_batch_size, len(requests)))
-            sampling = [requests[row].sampling for row in rows]
-            ids += decoder.write(rows, sampling if any(one.temperature > 0 for one in sampling) else ())
-        return ids
-
-    def _written(self, token_ids: list[int]) -> WrittenCaption:
-        ids, text, ended = self.prompter.read_caption(token_ids)
-        unreadable = self.prompter.unreadable(text)
-        gate = self.gates.check(text, not ended, unreadable)
-        return WrittenCaption(text, tuple(ids), gate, not ended, unreadable)
+                place, seed = (question, image_of_view[view], batch.prompt_masks[region]), seeds[region]
+                if greedy:
+                    settings = (self.config.temperature, seed, self.config.top_p)
+                    requests.append(Request(*place, *settings, index, region))
+                for draw in range(num_samples):
+                    settings = (self.sample_temperature, sample_seed(seed, draw), 1.0)
+                    requests.append(Request(*place, *settings, index, region, draw))
+        written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
+        if requests:
+            with evaluating(self.model), merged_adapters(self.model):
+                projected = torch.cat([self.model.project_vision(feature) for feature in features])
+                limit, at_once = self.config.max_new_tokens, self.config.rollout_batch_size
+                ids = Decoder(self.model, self.prompter, requests, tiles, projected, limit).write_all(at_once)
+            for request, one in zip(requests, self.prompter.read_captions(ids), strict=True):
+                gate = self.gates.check(one.text, one.truncated, one.unreadable)
+                written.setdefault((request.batch, request.region), {})[request.draw] = replace(one, gate=gate)
+        return [
+            [
+                self._caption(written.get((index, region), {}), reference if use_references else None, name)
+                for region, (reference, name) in enumerate(zip(batch.captions, batch.region_names, strict=True))
+            ]
+            for index, batch in enumerate(batches)
+        ]
 
     def _caption(self, own: dict[int, WrittenCaption], reference: str | None, name: str) -> RegionCaption:
-        greedy = own.get(GREEDY)
-        samples = tuple(own[draw] for draw in sorted(own) if draw != GREEDY)
+        greedy, config = own.pop(GREEDY, None), self.config
+        samples = tuple(own.values())
         if reference is not None:
             return RegionCaption(reference, True, greedy=greedy, samples=samples)
         read = greedy or samples[0]
         self.num_generated += 1
         if read.unreadable is None:
             return RegionCaption(read.text, token_ids=read.token_ids, greedy=greedy, samples=samples)
-        self._count_rejected(read.unreadable, name)
-        is_kept, text = self.config.on_rejected != "drop", self.config.fallback_caption
-        return RegionCaption(text, False, read.token_ids, read.unreadable, is_kept, greedy, samples)
-
-    def _count_rejected(self, reason: str, name: str) -> None:
-        config = self.config
         self.num_rejected += 1
+        reason, counts = read.unreadable, (self.num_rejected, self.num_generated)
         if not self.is_silent and (self.num_rejected <= WARN_FIRST or self.num_rejected % WARN_EVERY == 0):
-            logger.warning(
-                "Warning: Caption generation failed (%s) for %s; policy %s; %d of %d captions so far",
-                *(reason, name, config.on_rejected, self.num_rejected, self.num_generated),
-            )
+            text = "Warning: Caption generation failed (%s) for %s; policy %s; %d of %d captions so far"
+            logger.warning(text, reason, name, config.on_rejected, *counts)
         too_many = self.num_rejected > config.max_rejected_fraction * self.num_generated
         if config.on_rejected == "error" or (too_many and self.num_generated >= config.max_rejected_grace):
             raise CaptionRejected(
                 explain(
                     "caption generation fails too often" if too_many else "caption generation failed",
                     where=name,
-                    seen=f"{reason}; {self.num_rejected} of {self.num_generated} captions rejected",
+                    seen=f"{reason}; {counts[0]} of {counts[1]} captions rejected",
                     expected=f"at most {config.max_rejected_fraction:.0%} rejected (loop.max_rejected_fraction)",
                     fix="check that pretrained weights were loaded (a model without them writes nothing of use), "
                     "raise loop.max_new_tokens, or set loop.on_rejected",
                 )
             )
+        is_kept = config.on_rejected != "drop"
+        return RegionCaption(config.fallback_caption, False, read.token_ids, reason, is_kept, greedy, samples)
 
 
 def generate_caption_from_mask(

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner
-from dual_loop.loop.packing import pack_turns
-from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
+from dual_loop.loop.scorer import Scorer, own_and_margin
 from dual_loop.loop.step_metrics import ratio
 from dual_loop.metrics import distinct_ngrams, iou_table
 from dual_loop.model.adapters import adapters_disabled
-from dual_loop.model.ema import StartingWeights
+from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import PackedBatch, RankComm, RegionCaption, RegionTurn, Seen, Segmentation
+from dual_loop.types import PackedBatch, RankComm, RegionCaption, Seen, Segmentation
 
 REMEMBERED_CAPTIONS = 512
 LEAST_PREFERENCE = 0.02
@@ -35,14 +35,7 @@ _RATIOS = ("own_cycle_iou", "frozen_cycle_iou", "kl", "seg_probability", "seg_em
 
 
 class CheatingProbe:
-    """Measures the panel on the micro-batches of one optimiser step; runs without graph, in eval mode.
-
-    Args:
-        model: the model.
-        prompter, config: prompts of both steps.
-        starting: the weights that training started from.
-        comm: sums and texts of all ranks.
-    """
+    """Measures the panel on the micro-batches of one optimiser step; runs without graph, in eval mode."""
 
     def __init__(
         self, model: Sa2VA, prompter: Prompter, config: LoopConfig, starting: StartingWeights, comm: RankComm
@@ -78,12 +71,26 @@ class CheatingProbe:
                 hidden = self.model.read(self.model.embed(rows), rows)
                 self._add_cycle(rows, self.model.segment(hidden, rows), sums, "own")
                 self._add_seg(rows, hidden, sums)
-            with self.starting.swapped():
+            with weights(self.starting):
                 for rows in packed:
                     self._add_cycle(rows, self.model.predict(rows), sums, "frozen")
+                first = self.captioner.write(seen, [rows.batch for rows in packed])
+                frozen = self._prefer(seen, packed, first)
+            own = self._prefer(seen, packed, first)
             for rows, features in zip(packed, seen, strict=True):
                 self._add_divergence(rows, features, sums)
-        return {**sums, **self._language(), **self._preferences(seen, packed)}
+        texts = self.comm.gather(list(self.recent))
+        spread = {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
+        spread["vocabulary"] = float(len({word for text in texts for word in text.lower().split()}))
+        # The same on every rank: sums over ranks divide out again.
+        for name, value in spread.items():
+            sums |= {f"{name}/sum": value, f"{name}/count": 1.0}
+        preferences = {**ratio("own_preference", own), **ratio("frozen_preference", frozen)}
+        squares = {f"{who}_preference/squares": sum(v * v for v in x) for who, x in (("own", own), ("frozen", frozen))}
+        total = self.comm.reduce({**preferences, **squares, "ranks": 1.0})
+        is_private = _beyond_chance(total, "own_preference", 1.0) and _beyond_chance(total, "frozen_preference", -1.0)
+        # A counter: the ranks' parts add up to 1.
+        return {**sums, **preferences, "flag/private_code": 1.0 / total["ranks"] if is_private else 0.0}
 
     def _add_cycle(self, rows: PackedBatch, masks: Segmentation, sums: dict[str, float], who: str) -> None:
         ious = iou_table(masks.mask_logits > 0, rows.batch.target_masks > 0).diagonal().tolist()
@@ -109,21 +116,12 @@ class CheatingProbe:
 
     def _add_divergence(self, rows: PackedBatch, seen: Seen, sums: dict[str, float]) -> None:
         """Add the exact divergence from the adapter-free captioner along the generated captions."""
-        batch, turns = rows.batch, []
-        cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-        spoken = [(region, one) for region, one in enumerate(rows.captions) if one.token_ids]
-        for region, one in spoken:
-            place = (cells[region], one.token_ids, self.config.caption_question, seeds[region])
-            turns.append(RegionTurn(region, self.prompter.sampled_turn(*place), is_caption=True))
-        if not turns:
+        spoken = [(region, one.token_ids) for region, one in enumerate(rows.captions) if one.token_ids]
+        if not spoken:
             return
-        packed = pack_turns(batch, rows.captions, turns, self.prompter, vision=seen.vision, segments=False)
-        index = [
-            (turn.row, turn.start + len(turn.turn.input_ids) - len(one.token_ids) + number)
-            for turn, (_, one) in zip(turns, spoken, strict=True)
-            for number in range(len(one.token_ids))
-        ]
-        row, column = torch.tensor(index, device=packed.input_ids.device).unbind(1)
+        turns = spoken_turns(rows.batch, spoken, self.prompter, self.config.caption_question)
+        packed = pack_turns(rows.batch, rows.captions, turns, self.prompter, vision=seen.vision, segments=False)
+        row, column = predicting_positions(turns, spoken).to(packed.input_ids.device)
         live = self.model.read(self.model.embed(packed), packed)[row, column]
         with adapters_disabled(self.model):
             reference = self.model.read(self.model.embed(packed), packed)[row, column]
@@ -133,44 +131,20 @@ class CheatingProbe:
             sums["kl/sum"] += float((own_log.exp() * (own_log - bare_log)).sum())
         sums["kl/count"] += float(len(row))
 
-    def _language(self) -> dict[str, float]:
-        texts = self.comm.gather(list(self.recent))
-        values = {"vocabulary": float(len({word for text in texts for word in text.lower().split()}))}
-        values.update({f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)})
-        # The same on every rank: sums over ranks divide out again.
-        return {f"{name}/{part}": v for name, value in values.items() for part, v in (("sum", value), ("count", 1.0))}
-
-    def _preferences(self, seen: Sequence[Seen], packed: Sequence[PackedBatch]) -> dict[str, float]:
-        """Let both listeners hear today's captions and those that the starting captioner writes of the same regions.
-
-        Where both wrote the same the preference is 0, so the comparison has little noise: it is paired by region.
-        """
-        with self.starting.swapped():
-            first = self.captioner.write(seen, [rows.batch for rows in packed])
-        own = self._prefer(seen, packed, first)
-        with self.starting.swapped():
-            frozen = self._prefer(seen, packed, first)
-        sums = {**ratio("own_preference", own), **ratio("frozen_preference", frozen)}
-        squares = {
-            f"{name}/squares": float(sum(value * value for value in values))
-            for name, values in (("own_preference", own), ("frozen_preference", frozen))
-        }
-        total = self.comm.reduce({**sums, **squares, "ranks": 1.0})
-        is_private = _beyond_chance(total, "own_preference", 1.0) and _beyond_chance(total, "frozen_preference", -1.0)
-        # A counter: the ranks' parts add up to 1.
-        return {**sums, "flag/private_code": 1.0 / total["ranks"] if is_private else 0.0}
-
     def _prefer(
         self, seen: Sequence[Seen], packed: Sequence[PackedBatch], first: Sequence[Sequence[RegionCaption]]
     ) -> list[float]:
-        """Return for each generated caption its IoU minus that of the starting captioner's caption."""
-        found = []
+        """Return for each generated caption its IoU minus that of the starting captioner's of the same region.
+
+        Where both wrote the same it is 0, so the comparison has little noise: it is paired by region.
+        """
+        found: list[float] = []
         for features, rows, before in zip(seen, packed, first, strict=True):
             regions = [n for n, caption in enumerate(rows.captions) if not caption.is_reference]
             asked = [(n, caption.text) for n in regions for caption in (rows.captions[n], before[n])]
             table = self.scorer.score(rows.batch, features, asked)
-            own = [float(table[row, region]) for row, (region, _) in enumerate(asked)]
-            found += [new - old for new, old in zip(own[0::2], own[1::2], strict=True)]
+            ious, _ = own_and_margin(table, torch.tensor([n for n, _ in asked], dtype=torch.long))
+            found += (ious[0::2] - ious[1::2]).tolist()
         return found
 
 

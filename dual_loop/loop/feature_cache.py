@@ -9,6 +9,7 @@ this is for small sets that are seen many times; ``docs/performance.md`` says wh
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import Batch, Seen
 
+logger = logging.getLogger("dual_loop")
+
 GIB = 2**30
 
 
@@ -32,25 +35,22 @@ class FeatureCache:
     Ranks and runs may share a folder: files are written under another name and moved into place.
 
     Args:
-        model: the unwrapped model.
         folder: where the files are; made if missing.
         limit_gib: nothing more is written once the folder holds so much.
+        num_images: of an epoch, for the line that is printed before anything is written.
 
     Raises:
         ConfigError: an encoder trains, so its features change.
         EnvironmentProblem: the folder cannot be made.
     """
 
-    def __init__(self, model: Sa2VA, folder: str | Path, limit_gib: float) -> None:
+    def __init__(self, model: Sa2VA, folder: str | Path, limit_gib: float, num_images: int = 0) -> None:
         encoders = {"vision": model.mllm.model.vision_tower, "grounding": model.grounding_encoder.vision_encoder}
         for name, encoder in encoders.items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
-                what, fix = (
-                    f"the {name} encoder trains, so its features cannot be cached",
-                    "set speed.feature_cache none",
-                )
-                raise ConfigError(explain(what, "speed.feature_cache", str(folder), fix=fix))
-        self.model, self.folder, self.limit = model, Path(folder), int(limit_gib * GIB)
+                what = f"the {name} encoder trains, so its features cannot be cached"
+                raise ConfigError(explain(what, "speed.feature_cache", str(folder), fix="set speed.feature_cache none"))
+        self.model, self.folder, self.limit, self.num_images = model, Path(folder), int(limit_gib * GIB), num_images
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,6 +65,8 @@ class FeatureCache:
     @torch.no_grad()
     def see(self, batch: Batch) -> Seen:
         """Return ``model.see(batch)``, from disk as far as it is there."""
+        if not self.is_announced:
+            logger.info("%s", self.announcement(batch))
         [vision] = self._look_up("vision", batch.pixel_values, lambda x: [self.model.encode_vision(x)])
         return Seen(vision, self._look_up("grounding", batch.g_pixel_values, self.model.encode_grounding))
 
@@ -73,21 +75,19 @@ class FeatureCache:
         with torch.no_grad():
             tile = self.model.encode_vision(batch.pixel_values[:1])
             levels = self.model.encode_grounding(batch.g_pixel_values[:1])
-        image = sum(level.numel() * level.element_size() for level in levels)
-        return tile.numel() * tile.element_size() * len(batch.pixel_values) + image * batch.num_images
+        return tile.nbytes * len(batch.pixel_values) + sum(level.nbytes for level in levels) * batch.num_images
 
-    def announcement(self, batch: Batch, num_images: int) -> str:
-        """Return the line that is printed before anything is written: what ``num_images`` images take."""
+    def announcement(self, batch: Batch) -> str:
+        """Return the line that says what an image and all images of an epoch take."""
         self.is_announced = True
         each = self.bytes_of(batch) / batch.num_images
-        whole = each * num_images
-        text = (
-            f"Feature cache {self.folder}: {each / 2**20:.1f} MiB an image, {whole / GIB:.1f} GiB for {num_images:,} "
-            f"images; {self.used / GIB:.1f} GiB are there, at most {self.limit / GIB:.1f} GiB are kept"
+        whole = each * self.num_images
+        rest = " (the rest is computed anew every time)" if whole > self.limit else ""
+        return (
+            f"Feature cache {self.folder}: {each / 2**20:.1f} MiB an image, {whole / GIB:.1f} GiB for "
+            f"{self.num_images:,} images; {self.used / GIB:.1f} GiB are there, at most {self.limit / GIB:.1f} GiB are "
+            f"kept{rest}"
         )
-        if whole > self.limit:
-            text += " (the rest is computed anew every time)"
-        return text
 
     def _look_up(self, name: str, pixels: Tensor, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """Return the features of all pixels, (n, ...) each: those on disk, and one pass over all others."""
@@ -96,9 +96,7 @@ class FeatureCache:
         rows = [self._read(path, pixels.device) for path in paths]
         missing = [index for index, row in enumerate(rows) if row is None]
         if missing:
-            computed = compute(pixels[missing])
-            for place, index in enumerate(missing):
-                row = [level[place] for level in computed]
+            for index, *row in zip(missing, *compute(pixels[missing]), strict=True):
                 rows[index] = row
                 self._write(paths[index], row)
         self.num_read += len(rows) - len(missing)
@@ -121,7 +119,7 @@ class FeatureCache:
         return [stored[f"{level}"] for level in range(len(stored))]
 
     def _write(self, path: Path, levels: list[Tensor]) -> None:
-        size = sum(level.numel() * level.element_size() for level in levels)
+        size = sum(level.nbytes for level in levels)
         if self.used + size > self.limit:
             self.num_not_stored += 1
             return

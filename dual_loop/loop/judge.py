@@ -18,7 +18,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError, DualLoopError, explain
@@ -65,8 +64,18 @@ class Judge:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self.url = _endpoint(config.judge_url)
-        self._headers = {"Content-Type": "application/json", **_authorisation(config.judge_key_variable)}
+        parts, base = urllib.parse.urlsplit(config.judge_url or ""), (config.judge_url or "").rstrip("/")
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            what, expected = "the judge's address is no URL", "http://HOST:PORT/v1"
+            raise ConfigError(explain(what, "reward.judge_url", config.judge_url, expected, "set --judge_url"))
+        self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        self._headers = {"Content-Type": "application/json"}
+        if config.judge_key_variable is not None:
+            key, where = os.environ.get(config.judge_key_variable), f"environment variable {config.judge_key_variable}"
+            if not key:
+                fix = "export it, or leave reward.judge_key_variable out"
+                raise ConfigError(explain("the judge's key is not set", where, fix=fix))
+            self._headers["Authorization"] = f"Bearer {key}"
         self.counters = dict.fromkeys(("judge/asked", "judge/answered", "judge/failed", "judge/skipped"), 0)
         self._failed_in_a_row, self._resting = 0, 0
         self._has_warned = False
@@ -134,32 +143,32 @@ class Judge:
         return marks, problem
 
     def _ask_one(self, question: JudgeQuestion, deadline: float) -> tuple[float | None, str | None]:
+        content = PROMPT.format(references=" | ".join(question.references), generated=question.generated)
+        messages = [{"role": "user", "content": content}]
+        settings = {"model": self.config.judge_model, "temperature": 0, "max_tokens": 8}
+        body = json.dumps({**settings, "messages": messages}).encode()
         reason: str | None = None
         for attempt in range(self.config.judge_retries + 1):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            seconds = min(deadline - time.monotonic(), self.config.judge_timeout)
+            if seconds <= 0:
                 break
+            limit, answer = time.monotonic() + seconds, b""
             try:
-                return parse_mark(self._post(question, min(left, self.config.judge_timeout))), None
+                request = urllib.request.Request(self.url, body, self._headers)
+                with urllib.request.urlopen(request, timeout=seconds) as response:
+                    # Of bounded size and in bounded time, also from a server that sends a byte now and then.
+                    while chunk := response.read1(65536):
+                        answer += chunk
+                        if len(answer) > MAX_ANSWER_BYTES:
+                            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+                        if time.monotonic() > limit:
+                            raise TimeoutError("the answer took too long")
+                return parse_mark(str(json.loads(answer)["choices"][0]["message"]["content"])), None
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
                 # OSError covers refused connections, HTTP errors and time-outs; the others an answer of another shape.
                 reason = f"{type(error).__name__}: {error}"[:200]
             time.sleep(min(BACK_OFF_SECONDS * 2**attempt, max(0.0, deadline - time.monotonic())))
         return None, reason
-
-    def _post(self, question: JudgeQuestion, seconds: float) -> str:
-        content = PROMPT.format(references=" | ".join(question.references), generated=question.generated)
-        body = {
-            "model": self.config.judge_model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": 8,
-        }
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), self._headers)
-        limit = time.monotonic() + seconds
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            answer = json.loads(_read(response, limit))
-        return str(answer["choices"][0]["message"]["content"])
 
     def _fail(self, problem: str) -> None:
         message = explain(
@@ -186,36 +195,3 @@ def parse_mark(text: str) -> float:
     if match is None or float(match[1]) > HIGHEST_MARK:
         raise ValueError(f"the answer is no number from 0 to 10: {text[:60]!r}")
     return float(match[1]) / HIGHEST_MARK
-
-
-def _read(response: Any, limit: float) -> bytes:
-    """Read an answer of bounded size in bounded time, also from a server that sends a byte now and then."""
-    parts, size = [], 0
-    while chunk := response.read1(65536):
-        parts.append(chunk)
-        size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        if time.monotonic() > limit:
-            raise TimeoutError("the answer took too long")
-    return b"".join(parts)
-
-
-def _endpoint(url: str | None) -> str:
-    parts = urllib.parse.urlsplit(url or "")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(
-            explain("the judge's address is no URL", "reward.judge_url", url, "http://HOST:PORT/v1", "set --judge_url")
-        )
-    base = (url or "").rstrip("/")
-    return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-
-
-def _authorisation(variable: str | None) -> dict[str, str]:
-    if variable is None:
-        return {}
-    key = os.environ.get(variable)
-    if not key:
-        fix = "export it, or leave reward.judge_key_variable out"
-        raise ConfigError(explain("the judge's key is not set", f"environment variable {variable}", fix=fix))
-    return {"Authorization": f"Bearer {key}"}

@@ -8,54 +8,115 @@ while the image tokens, most of the row, are paid for once. The same idea is des
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
+from dual_loop.model.object_count import object_multiplicity
 from dual_loop.model.prompts import Prompter
-from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, Turn
+from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, Seen, Turn
 
 IGNORED = -100
 
 
-def segmentation_turns(
-    batch: Batch, captions: Sequence[RegionCaption], weights: Tensor, prompter: Prompter, config: LoopConfig
+@dataclass
+class RowPlan:
+    """What the rows of one micro-batch are made of; signals change it before they are packed.
+
+    Attributes:
+        weights: (N,) float32 weight of each region's caption in step 2; to begin with 1, and 0 where it is left out.
+        turns: further captioning turns, packed before all others.
+        segmentation: turns with [SEG] that stand in for the caption's own, by region.
+        metrics: sums and counts for the records.
+    """
+
+    weights: Tensor
+    turns: list[RegionTurn] = field(default_factory=list)
+    segmentation: dict[int, RegionTurn] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def for_captions(cls, captions: Sequence[RegionCaption]) -> RowPlan:
+        """Return the plan that a micro-batch begins with."""
+        return cls(torch.tensor([caption.is_kept for caption in captions], dtype=torch.float32))
+
+
+def step_turns(
+    batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan, prompter: Prompter, config: LoopConfig
 ) -> list[RegionTurn]:
-    """Return the turn of each region that asks for its mask, with the answer that holds [SEG].
+    """Return the turns of steps 2 and 3: what signals add, [SEG] of every region, supervised captions.
 
     ``segment_form = turns`` puts the regions of an image into one conversation. A region of weight 0 stays in the row,
-    so that every rank runs the same graph, but its answer teaches nothing.
-
-    Args:
-        weights: (N,) float.
+    so that every rank runs the same graph, but its answer teaches nothing. A region's own caption also trains step 1
+    under ``caption_supervision``.
     """
     names, seeds = (config.segment_question, config.segment_answer), batch.region_seeds.tolist()
-    turns, is_seen = [], set[int]()
-    for region, (image, weight) in enumerate(zip(batch.region_image.tolist(), weights.tolist(), strict=True)):
+    turns, is_seen = list(plan.turns), set[int]()
+    for region, (image, weight) in enumerate(zip(batch.region_image.tolist(), plan.weights.tolist(), strict=True)):
         continues = config.segment_form == "turns" and image in is_seen
         is_seen.add(image)
-        turn = prompter.segment_turn(captions[region].text, *names, seeds[region], not continues)
+        turn = plan.segmentation.get(region)
+        if turn is None:
+            own = prompter.segment_turn(captions[region].text, *names, seeds[region], not continues)
+            turn = RegionTurn(region, own, continues=continues)
         if weight == 0.0:
-            turn = silent(turn)
-        turns.append(RegionTurn(region, turn, continues=continues))
+            turn.turn = silent(turn.turn)
+        turns.append(turn)
+    if config.caption_supervision:
+        cells = batch.prompt_masks.flatten(1).sum(1).tolist()
+        for region, caption in enumerate(captions):
+            if caption.is_reference:
+                place = (cells[region], caption.text, config.caption_question, seeds[region])
+                turns.append(RegionTurn(region, prompter.caption_turn(*place), is_caption=True))
     return turns
 
 
-def supervised_turns(
-    batch: Batch, captions: Sequence[RegionCaption], prompter: Prompter, config: LoopConfig
+def pack_step(
+    model: Sa2VA,
+    batch: Batch,
+    seen: Seen,
+    captions: list[RegionCaption],
+    plan: RowPlan,
+    prompter: Prompter,
+    loop: LoopConfig,
+    num_objects: int | None,
+) -> PackedBatch:
+    """Pack :func:`step_turns`; with ``num_objects`` every image counts with so many objects in the mask losses."""
+    turns, weights = step_turns(batch, captions, plan, prompter, loop), plan.weights
+    if num_objects is not None:
+        image = batch.region_image.cpu()
+        weights = weights * object_multiplicity(image, batch.num_images, num_objects, batch.region_seeds)
+    vision = None if model.trains_vision else seen.vision
+    packed = pack_turns(batch, captions, turns, prompter, vision=vision, levels=seen.levels, weights=weights)
+    packed.metrics = plan.metrics
+    return packed
+
+
+def spoken_turns(
+    batch: Batch, spoken: Sequence[tuple[int, Sequence[int]]], prompter: Prompter, question: str
 ) -> list[RegionTurn]:
-    """Return captioning turns of the regions whose own caption also trains step 1 (``caption_supervision``)."""
+    """Return captioning turns whose answers are generated ids, given as (region, ids); nothing carries loss."""
     cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
     return [
-        RegionTurn(
-            region,
-            prompter.caption_turn(cells[region], caption.text, config.caption_question, seeds[region]),
-            is_caption=True,
-        )
-        for region, caption in enumerate(captions)
-        if caption.is_reference and config.caption_supervision
+        RegionTurn(region, prompter.sampled_turn(cells[region], ids, question, seeds[region]), is_caption=True)
+        for region, ids in spoken
     ]
+
+
+def predicting_positions(turns: Sequence[RegionTurn], spoken: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    """Return rows and columns of the hidden states that predict the generated ids of packed turns: (2, P) int64.
+
+    A turn leaves its last id out, and the state before an id predicts it.
+    """
+    index = [
+        (turn.row, turn.start + len(turn.turn.input_ids) - len(ids) + number)
+        for turn, (_, ids) in zip(turns, spoken, strict=True)
+        for number in range(len(ids))
+    ]
+    return torch.tensor(index, dtype=torch.long).reshape(-1, 2).T
 
 
 def silent(turn: Turn) -> Turn:
@@ -100,19 +161,6 @@ def pack_turns(
                 rows.append([])
         turn.row = row
         rows[row].append(turn)
-    return _pack(batch, list(captions), views, rows, prompter, vision, levels, weights)
-
-
-def _pack(
-    batch: Batch,
-    captions: list[RegionCaption],
-    views: Sequence[int],
-    rows: Sequence[Sequence[RegionTurn]],
-    prompter: Prompter,
-    vision: Tensor | None,
-    levels: list[Tensor] | None,
-    weights: Tensor | None,
-) -> PackedBatch:
     device, offsets, counts = batch.pixel_values.device, batch.tile_offsets, batch.tiles_per_view
     ids: list[list[int]] = []
     positions: list[list[int]] = []
@@ -146,7 +194,7 @@ def _pack(
     objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
     return PackedBatch(
         batch=batch,
-        captions=captions,
+        captions=list(captions),
         input_ids=_pad(ids, length, prompter.tokenizer.pad_token_id or 0).to(device),
         position_ids=_pad(positions, length, 0).to(device),
         attention_mask=conversation_mask(_pad(conversations, length, -1)).to(device),

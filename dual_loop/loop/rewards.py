@@ -17,6 +17,7 @@ from torch import Tensor
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.loop.judge import Judge, JudgeQuestion
+from dual_loop.loop.scorer import own_and_margin
 from dual_loop.metrics import meteor_exact_stem
 
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
@@ -24,23 +25,6 @@ METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
 
 class RewardError(DualLoopError):
     """A caption cannot be rewarded: no reward that is on applies to it."""
-
-
-def own_and_margin(table: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the IoU (R,) of each caption's mask with its own region, and that minus the best of the other regions.
-
-    Args:
-        table: (R, N) float, the IoU of each caption's mask with every region; NaN for regions of other images.
-        regions: (R,) int64, the region of each caption.
-
-    Returns:
-        Both (R,); the margin is in -1..1, NaN where the image has no other region.
-    """
-    own = table.gather(1, regions[:, None])[:, 0]
-    is_own = torch.zeros_like(table, dtype=torch.bool).scatter(1, regions[:, None], True)
-    others = table.masked_fill(is_own | table.isnan(), float("-inf"))
-    best = others.amax(1) if table.shape[1] else table.new_zeros(len(table))
-    return own, torch.where(best.isinf(), float("nan"), own - best)
 
 
 def combined_caption_reward(
@@ -83,32 +67,19 @@ def length_rewards(captions: Sequence[str], min_words: int, max_words: int) -> l
     BalCapRL (2605.07394) conditions other rewards on the length instead; here the length is an objective of its own,
     whose advantage is normalised before it is added, so that a weight has one meaning.
     """
-    rewards = []
-    for caption in captions:
-        count = len(caption.split())
-        below, above = count / min_words, (2 * max_words - count) / max_words
-        rewards.append(max(0.0, min(1.0, below, above)))
-    return rewards
+    counts = [len(caption.split()) for caption in captions]
+    return [max(0.0, min(1.0, count / min_words, (2 * max_words - count) / max_words)) for count in counts]
 
 
 class RewardSet:
-    """The rewards that are on, with their weights.
-
-    Args:
-        config: weights and length range.
-        judge: for the caption reward.
+    """The rewards that are on, with their weights; the judge takes part in the caption reward.
 
     Raises:
         ConfigError: a negative weight, or no reward at all.
     """
 
     def __init__(self, config: RewardConfig, judge: Judge | None = None) -> None:
-        weights = {
-            "cycle": config.cycle_weight,
-            "contrast": config.contrast_weight,
-            "caption": config.caption_weight,
-            "length": config.length_weight,
-        }
+        weights = {n: float(getattr(config, f"{n}_weight")) for n in ("cycle", "contrast", "caption", "length")}
         negative = [name for name, weight in weights.items() if weight < 0 or math.isnan(weight)]
         if negative:
             where = ", ".join(f"reward.{name}_weight" for name in negative)
@@ -131,12 +102,9 @@ class RewardSet:
         """Return what R captions earn in every objective that is on.
 
         Args:
-            captions: R texts.
-            regions: (R,) int64, their regions.
+            regions: (R,) int64. references, names: of the region of each caption.
             table: (R, N), the IoU of each caption's mask with every region; NaN for regions of other images.
-            references: for each caption the captions of its region.
             gates: for each caption the gate that closed on it; such a caption earns 0 wherever a reward applies.
-            names: for each caption the name of its region, for messages.
 
         Returns:
             objective -> (R,) float32, NaN where it does not apply.
@@ -145,10 +113,20 @@ class RewardSet:
             RewardError: no objective applies to a caption.
         """
         own, margin = own_and_margin(table, regions)
+
+        def caption_scores() -> list[float]:
+            # The judge is not asked about captions that earn nothing anyway.
+            scores = [0.0 if own else float("nan") for own in references]
+            is_open = [index for index, gate in enumerate(gates) if gate is None and references[index]]
+            asked = [captions[index] for index in is_open], [references[index] for index in is_open]
+            for index, score in zip(is_open, combined_caption_reward(*asked, self.judge), strict=True):
+                scores[index] = score
+            return scores
+
         makers: dict[str, Callable[[], Tensor]] = {
             "cycle": own.float,
             "contrast": margin.float,
-            "caption": lambda: self._caption_scores(captions, references, gates),
+            "caption": lambda: torch.tensor(caption_scores()),
             "length": lambda: torch.tensor(length_rewards(captions, self.config.min_words, self.config.max_words)),
         }
         closed = torch.tensor([gate is not None for gate in gates], dtype=torch.bool)
@@ -158,26 +136,11 @@ class RewardSet:
             rewards[name] = torch.where(closed & ~value.isnan(), torch.zeros_like(value), value)
         applies = torch.stack([~reward.isnan() for reward in rewards.values()]).any(0)
         if len(captions) and not bool(applies.all()):
-            raise RewardError(
-                explain(
-                    "no reward applies to a caption",
-                    names[int((~applies).nonzero()[0])],
-                    f"only {', '.join(self.weights)} {'is' if len(self.weights) == 1 else 'are'} on",
-                    "at least one reward that applies to every region",
-                    "set --cycle_reward_weight, or --regions_per_image 2 and images with several masks for contrast, "
-                    "or give the region a caption",
-                )
+            where, expected = names[int((~applies).nonzero()[0])], "at least one reward that applies to every region"
+            seen = f"only {', '.join(self.weights)} {'is' if len(self.weights) == 1 else 'are'} on"
+            fix = (
+                "set --cycle_reward_weight, or --regions_per_image 2 and images with several masks for contrast, "
+                "or give the region a caption"
             )
+            raise RewardError(explain("no reward applies to a caption", where, seen, expected, fix))
         return rewards
-
-    def _caption_scores(
-        self, captions: Sequence[str], references: Sequence[Sequence[str]], gates: Sequence[str | None]
-    ) -> Tensor:
-        """Return likeness to references; the judge is not asked about captions that earn nothing anyway."""
-        scores = torch.tensor([0.0 if own else float("nan") for own in references])
-        is_open = [index for index, gate in enumerate(gates) if gate is None and references[index]]
-        found = combined_caption_reward(
-            [captions[index] for index in is_open], [references[index] for index in is_open], self.judge
-        )
-        scores[is_open] = torch.tensor(found, dtype=scores.dtype)
-        return scores

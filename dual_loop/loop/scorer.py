@@ -14,7 +14,7 @@ from torch import Tensor
 from dual_loop.config import LoopConfig
 from dual_loop.loop.packing import pack_turns, silent
 from dual_loop.metrics import iou_table
-from dual_loop.model.decode import Decoder, Prompts
+from dual_loop.model.decode import Decoder, Prompt
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionTurn, Seen, Turn
@@ -27,13 +27,7 @@ RegionText = tuple[int, str | None]
 
 
 class Scorer:
-    """Segments texts as step 2 does.
-
-    Args:
-        model: the model; runs in eval mode.
-        prompter: builds the questions.
-        config: ``segment_question`` and ``segment_answer`` are read.
-    """
+    """Segments texts as step 2 does, with ``loop.segment_question`` and ``loop.segment_answer``; in eval mode."""
 
     def __init__(self, model: Sa2VA, prompter: Prompter, config: LoopConfig) -> None:
         self.model, self.prompter, self.config = model, prompter, config
@@ -58,7 +52,7 @@ class Scorer:
         masks: dict[RegionText, Tensor] = {}
         if asked:
             with evaluating(self.model):
-                turns = self._written(batch, seen, asked) if generated else self._given(batch, asked)
+                turns = self._answers(batch, seen, asked, generated)
                 counts = [turn.turn.input_ids.count(self.prompter.seg_id) for turn in turns]
                 logits = torch.zeros(0, side, side, device=self.model.device)
                 if sum(counts):
@@ -79,33 +73,27 @@ class Scorer:
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
         return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)
 
-    def _given(self, batch: Batch, texts: Sequence[tuple[int, str]]) -> list[RegionTurn]:
-        names, seeds = (self.config.segment_question, self.config.segment_answer), batch.region_seeds.tolist()
-        return [
-            RegionTurn(region, silent(self.prompter.segment_turn(text, *names, seed=seeds[region])))
-            for region, text in texts
-        ]
-
-    def _written(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]]) -> list[RegionTurn]:
+    def _answers(
+        self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool
+    ) -> list[RegionTurn]:
+        """Return a turn for each text, with the given answer or with the one that the model writes."""
         owners, seeds, offsets = batch.region_image.tolist(), batch.region_seeds.tolist(), batch.tile_offsets
-        question = self.config.segment_question
+        question, answer = self.config.segment_question, self.config.segment_answer
+        if not generated:
+            own = [self.prompter.segment_turn(text, question, answer, seeds[region]) for region, text in texts]
+            return [RegionTurn(region, silent(turn)) for (region, _), turn in zip(texts, own, strict=True)]
         questions = [self.prompter.segment_question(text, question, seeds[region]) for region, text in texts]
         views = sorted({batch.target_view[owners[region]] for region, _ in texts})
-        counts = [batch.tiles_per_view[view] for view in views]
-        prompts = Prompts(
-            questions=questions,
-            images=[views.index(batch.target_view[owners[region]]) for region, _ in texts],
-            prefixes=[self.prompter.image_prefix(count) for count in counts],
-            tiles=[range(offsets[view], offsets[view] + count) for view, count in zip(views, counts, strict=True)],
-            masks=[None] * len(questions),
-        )
+        tiles = [range(offsets[view], offsets[view] + batch.tiles_per_view[view]) for view in views]
+        images = [views.index(batch.target_view[owners[region]]) for region, _ in texts]
+        prompts = [Prompt(asked, image) for asked, image in zip(questions, images, strict=True)]
         features = self.model.project_vision(seen.vision)
-        decoder = Decoder(self.model, self.prompter, prompts, features, ANSWER_TOKENS)
+        decoder = Decoder(self.model, self.prompter, prompts, tiles, features, ANSWER_TOKENS)
         turns = []
-        for (region, _), asked, answer in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
+        for (region, _), asked, written in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
             # A written placeholder would ask for image features that nobody gave.
-            kept = [token for token in self.prompter.cut_turn(answer) if token != self.prompter.image_context_id]
-            ids = (*asked, *kept)
+            kept = self.prompter.cut_answer(written, is_caption=False)
+            ids = (*asked, *(token for token in kept if token != self.prompter.image_context_id))
             turns.append(RegionTurn(region, silent(Turn(ids, ids))))
         return turns
 
@@ -122,3 +110,20 @@ def own_image_only(table: Tensor, regions: Tensor, region_image: Tensor) -> Tens
     """Return an IoU table (R, N) with NaN where region n lies on another image than region ``regions[r]``."""
     images = region_image.to(table.device)
     return table.masked_fill(images[regions.to(table.device)][:, None] != images[None], float("nan"))
+
+
+def own_and_margin(table: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the IoU (R,) of each caption's mask with its own region, and that minus the best of the other regions.
+
+    Args:
+        table: (R, N) float, the IoU of each caption's mask with every region; NaN for regions of other images.
+        regions: (R,) int64, the region of each caption.
+
+    Returns:
+        Both (R,); the margin is in -1..1, NaN where the image has no other region.
+    """
+    own = table.gather(1, regions[:, None])[:, 0]
+    is_own = torch.zeros_like(table, dtype=torch.bool).scatter(1, regions[:, None], True)
+    others = table.masked_fill(is_own | table.isnan(), float("-inf"))
+    best = others.amax(1) if table.shape[1] else table.new_zeros(len(table))
+    return own, torch.where(best.isinf(), float("nan"), own - best)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from dual_loop.config import GATES
-from dual_loop.loop.rewards import own_and_margin
-from dual_loop.loop.scorer import own_image_only
+from dual_loop.loop.scorer import own_and_margin, own_image_only
 from dual_loop.metrics import iou_table
-from dual_loop.types import PackedBatch, RegionCaption, Segmentation
+from dual_loop.types import PackedBatch, Segmentation
 
 
 @torch.no_grad()
 def step_metrics(packed: PackedBatch, masks: Segmentation) -> dict[str, float]:
-    """Return what steps 2 and 3 give: IoU of mask' and mask by where the caption is from, lengths, counters."""
+    """Return what a step gives: IoU of mask' and mask by where the caption is from, lengths, and counters.
+
+    Of everything that step 1 wrote it is counted how often each gate closed on it, and how often it was cut off.
+    """
     batch, captions = packed.batch, packed.captions
     rejected = torch.tensor([caption.rejected is not None for caption in captions])
     # A rejected caption is an empty mask, whatever step 2 reads in its place.
@@ -25,6 +27,7 @@ def step_metrics(packed: PackedBatch, masks: Segmentation) -> dict[str, float]:
     ious, margins = (values.tolist() for values in own_and_margin(table, own))
     pairs = list(zip(captions, ious, margins, strict=True))
     generated = [caption for caption in captions if not caption.is_reference]
+    written = [one for caption in captions for one in caption.written]
     return {
         "regions": float(len(ious)),
         "tokens": float(packed.input_ids.numel()),
@@ -35,17 +38,10 @@ def step_metrics(packed: PackedBatch, masks: Segmentation) -> dict[str, float]:
         **ratio("caption_words", [len(caption.text.split()) for caption in generated]),
         "caption/rejected": float(sum(caption.rejected is not None for caption in captions)),
         "prompt/grid_rescued": float(batch.grid_rescued.sum()),
-        **packed.metrics,
-    }
-
-
-def caption_metrics(captions: Sequence[RegionCaption]) -> dict[str, float]:
-    """Return how many generated captions each gate closed on, and how many were cut off."""
-    written = [one for caption in captions for one in caption.written]
-    return {
         **{f"gate/{name}": float(sum(one.gate == name for one in written)) for name in GATES},
         **ratio("gated", [float(one.gate is not None) for one in written]),
         **ratio("truncated", [float(one.truncated) for one in written]),
+        **packed.metrics,
     }
 
 

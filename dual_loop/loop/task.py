@@ -8,7 +8,6 @@ Options are signals (``loop.signals``): each may add turns, lessons and terms, a
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,14 +21,13 @@ from dual_loop.loop.cheating_probe import CheatingProbe
 from dual_loop.loop.feature_cache import FeatureCache
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.loop.judge import Judge
-from dual_loop.loop.packing import pack_turns, segmentation_turns, silent, supervised_turns
-from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.packing import RowPlan, pack_step
+from dual_loop.loop.scorer import RegionText, Scorer
 from dual_loop.loop.signals import build_signals
-from dual_loop.loop.signals.base import RowPlan, Window
+from dual_loop.loop.signals.base import Window
 from dual_loop.losses import dice_loss, mask_cross_entropy, point_sample, sample_points, sum_objects
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights
-from dual_loop.model.object_count import object_multiplicity
+from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights, weights
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import (
@@ -44,8 +42,6 @@ from dual_loop.types import (
     SingleProcess,
     StepOutput,
 )
-
-logger = logging.getLogger("dual_loop")
 
 
 class DualLoopTask(nn.Module):
@@ -73,7 +69,7 @@ class DualLoopTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.prompter, self.config, self.average = model, prompter, config, average
-        self.num_images, comm = num_images, comm or SingleProcess()
+        comm = comm or SingleProcess()
         gates, temperature = CaptionGates(config.reward.gates, prompt_texts()), config.policy.temperature
         self.captioner = Captioner(model, prompter, config.loop, gates, temperature)
         self.scorer = Scorer(model, prompter, config.loop)
@@ -81,8 +77,8 @@ class DualLoopTask(nn.Module):
         on_disk = config.speed.start_on_disk and config.reward.listener != "frozen"  # else read at every step
         self.starting = StartingWeights(trainable_parameters(model), on_disk)
         self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm)
-        folder = config.speed.feature_cache
-        self.cache = None if folder is None else FeatureCache(model, folder, config.speed.feature_cache_gib)
+        folder, limit = config.speed.feature_cache, config.speed.feature_cache_gib
+        self.cache = None if folder is None else FeatureCache(model, folder, limit, num_images)
 
     # ---- step 1: image + mask -> caption -----------------------------------------------------------------------------
 
@@ -106,9 +102,11 @@ class DualLoopTask(nn.Module):
             list(dict.fromkeys(text for signal in self.signals for text in signal.asks(batch, own)))
             for batch, own in zip(batches, captions, strict=True)
         ]
-        with self.scoring_weights() if any(asked) else nullcontext():
-            tables = [self.scorer.score(*part) for part in zip(batches, seen, asked, strict=True)]
-        scores = [dict(zip(texts, table, strict=True)) for texts, table in zip(asked, tables, strict=True)]
+        scores: list[dict[RegionText, Tensor]] = [{} for _ in batches]
+        if any(asked):
+            with self.scoring_weights():
+                tables = [self.scorer.score(*part) for part in zip(batches, seen, asked, strict=True)]
+            scores = [dict(zip(texts, table, strict=True)) for texts, table in zip(asked, tables, strict=True)]
         window = Window(batches, seen, captions, plans, scores, progress)
         for signal in self.signals:
             signal.plan(window)
@@ -121,36 +119,20 @@ class DualLoopTask(nn.Module):
 
     def see(self, batch: Batch) -> Seen:
         """Run both frozen image encoders, once an image; or read what they computed before."""
-        if self.cache is None:
-            return self.model.see(batch)
-        if not self.cache.is_announced:
-            logger.info("%s", self.cache.announcement(batch, self.num_images))
-        return self.cache.see(batch)
+        return self.model.see(batch) if self.cache is None else self.cache.see(batch)
 
     def pack(self, batch: Batch, seen: Seen, captions: list[RegionCaption], plan: RowPlan) -> PackedBatch:
-        """Put the turns about each image into one row: what signals add, [SEG] of every region, supervised captions."""
-        loop = self.config.loop
-        turns = segmentation_turns(batch, captions, plan.weights, self.prompter, loop)
-        for region, turn in plan.segmentation.items():
-            turn.turn = silent(turn.turn) if plan.weights[region] == 0.0 else turn.turn
-            turns[region] = turn
-        turns = [*plan.turns, *turns, *supervised_turns(batch, captions, self.prompter, loop)]
-        weights, num_objects = plan.weights, self.config.loss.num_objects
-        if num_objects is not None:
-            image = batch.region_image.cpu()
-            weights = weights * object_multiplicity(image, batch.num_images, num_objects, batch.region_seeds)
-        vision = None if self.model.trains_vision else seen.vision
-        packed = pack_turns(batch, captions, turns, self.prompter, vision=vision, levels=seen.levels, weights=weights)
-        packed.metrics = plan.metrics
-        return packed
+        """Put the turns about each image into one row."""
+        loop, count = self.config.loop, self.config.loss.num_objects
+        return pack_step(self.model, batch, seen, captions, plan, self.prompter, loop, count)
 
     def scoring_weights(self) -> AbstractContextManager[None]:
         """Lend the model the weights that score captions (``reward.listener``)."""
         listener = self.config.reward.listener
         if listener == "average":
             assert self.average is not None, "the weight average is to listen, and there is none"
-            return self.average.swapped()
-        return self.starting.swapped() if listener == "frozen" else nullcontext()
+            return weights(self.average)
+        return weights(self.starting) if listener == "frozen" else nullcontext()
 
     # ---- steps 2 and 3: image + caption -> mask' -> losses -----------------------------------------------------------
 
@@ -169,12 +151,13 @@ class DualLoopTask(nn.Module):
     def run_state(self) -> RunState:
         """Return what a resumed run needs of this rank's task, as JSON values."""
         counts = [self.captioner.num_generated, self.captioner.num_rejected]
-        return {"captioner": counts, "auditor": {"recent": list(self.probe.recent)}}
+        return {"captioner": counts, "probe": list(self.probe.recent)}
 
     def load_run_state(self, state: RunState) -> None:
         """Continue from :meth:`run_state`."""
         self.captioner.num_generated, self.captioner.num_rejected = state["captioner"]
-        self.probe.recent = deque(state["auditor"]["recent"], self.probe.recent.maxlen)
+        recent = state["probe"] if "probe" in state else state["auditor"]["recent"]
+        self.probe.recent = deque(recent, self.probe.recent.maxlen)
 
 
 def plain_terms(
@@ -185,7 +168,7 @@ def plain_terms(
     Masks are compared at sampled points or (``num_points`` 0) at all pixels. Logits of the vocabulary are computed
     where a token of an answer carries loss, and nowhere else.
     """
-    logits, targets, weights = masks.mask_logits, packed.batch.target_masks, packed.region_weights
+    logits, targets, factors = masks.mask_logits, packed.batch.target_masks, packed.region_weights
     if loss.num_points > 0:
         ratios = (loss.oversample_ratio, loss.importance_sample_ratio)
         points = sample_points(logits, packed.batch.region_seeds, loss.num_points, *ratios)
@@ -193,7 +176,7 @@ def plain_terms(
     rows, columns = packed.answer_positions
     language = model.token_loss(hidden[rows, columns], packed.answer_ids) * loss.language_weight
     return {
-        "mask_loss": sum_objects(mask_cross_entropy(logits, targets), loss.mask_weight, weights),
-        "dice_loss": sum_objects(dice_loss(logits, targets), loss.dice_weight, weights),
+        "mask_loss": sum_objects(mask_cross_entropy(logits, targets), loss.mask_weight, factors),
+        "dice_loss": sum_objects(dice_loss(logits, targets), loss.dice_weight, factors),
         "llm_loss": LossTerm(language, packed.counts["llm_loss"]),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -75,14 +76,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 @runtime_checkable
 class KeepsMatrix(Protocol):
-    """A frozen layer that keeps its matrix elsewhere than in a parameter ``weight``.
+    """A frozen layer that keeps its matrix elsewhere than in a parameter."""
 
-    Its ``weight`` is a copy, (out, in). ``put`` takes another one; ``restore`` takes back what ``stored`` returned.
-    """
+    dtype: torch.dtype
 
-    def stored(self) -> Tensor: ...
-    def restore(self, stored: Tensor) -> None: ...
-    def put(self, matrix: Tensor) -> None: ...
+    @staticmethod
+    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
+        """Add the adapters of ``layers``, whose base layers are of this class, to the matrices; ``undo`` restores."""
+        ...
 
 
 @contextmanager
@@ -92,35 +93,30 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     The frozen matrices themselves are put aside and come back as they were, whatever happens inside or in merging.
     Layers whose matrices have another dtype, or live elsewhere than in a plain tensor, keep their adapters.
     """
+    plain: list[LoraLinear] = []
+    kept: dict[type[KeepsMatrix], list[LoraLinear]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, LoraLinear)):
+        if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters or layer.lora_variant:
+            continue
+        base: Any = layer.get_base_layer()
+        keeps = isinstance(base, KeepsMatrix)
+        weight = None if keeps else getattr(base, "weight", None)
+        if keeps and base.dtype in _WIDE:
+            kept.setdefault(type(base), []).append(layer)
+        elif isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE:
+            plain.append(layer)
     with ExitStack() as undo:
         with torch.no_grad():
-            for layer in model.modules():
-                if isinstance(layer, LoraLinear) and _can_merge(layer):
-                    _merge(layer, undo)
+            for layer in plain:
+                matrix: Any = layer.get_base_layer().weight
+                undo.callback(setattr, matrix, "data", matrix.data)
+                matrix.data = matrix + layer.get_delta_weight(layer.active_adapters[0])
+            for cls, layers in kept.items():
+                cls.merge(layers, undo)
+        for layer in chain(plain, *kept.values()):
+            undo.callback(setattr, layer, "_disable_adapters", False)
+            layer._disable_adapters = True
         yield
-
-
-def _merge(layer: LoraLinear, undo: ExitStack) -> None:
-    base: Any = layer.get_base_layer()
-    merged = base.weight + layer.get_delta_weight(layer.active_adapters[0])
-    undo.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
-    if isinstance(base, KeepsMatrix):
-        undo.callback(base.restore, base.stored())
-        base.put(merged)
-    else:
-        undo.callback(setattr, base.weight, "data", base.weight.data)
-        base.weight.data = merged
-    layer._disable_adapters = True
-
-
-def _can_merge(layer: LoraLinear) -> bool:
-    base: Any = layer.get_base_layer()
-    is_single = len(layer.active_adapters) == 1 and not (layer.merged or layer.disable_adapters or layer.lora_variant)
-    if isinstance(base, KeepsMatrix):
-        return is_single and base.stored().dtype in _WIDE  # its weight would be unpacked to be asked
-    weight = getattr(base, "weight", None)
-    is_plain = isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE
-    return is_single and is_plain
 
 
 def group_of(name: str) -> str | None:

@@ -54,22 +54,14 @@ def build_tokenizer(config: ModelConfig, model_path: str | None = None) -> Any:
         return load_tokenizer_file(TINY_ASSETS / "tokenizer.json")
     folder = config.tokenizer or model_path
     if folder is None or not Path(folder).is_dir():
-        raise CheckpointError(
-            explain(
-                "no tokenizer",
-                where=str(folder),
-                expected="a folder with tokenizer files (InternVL2_5-4B/)",
-                fix="set --model_path (MODEL_PATH for the launch scripts)",
-            )
-        )
+        expected, fix = "a folder with tokenizer files (InternVL2_5-4B/)", "set --model_path (MODEL_PATH for scripts)"
+        raise CheckpointError(explain("no tokenizer", str(folder), None, expected, fix))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            explain("tokenizer cannot be read", folder, f"{error}", fix="check the folder")
-        ) from error
-    missing = [token for token in NEW_TOKENS if token not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(missing, special_tokens=True)
+        what = "tokenizer cannot be read"
+        raise CheckpointError(explain(what, folder, f"{error}", fix="check the folder")) from error
+    tokenizer.add_tokens([token for token in NEW_TOKENS if token not in tokenizer.get_vocab()], special_tokens=True)
     return tokenizer
 
 
@@ -117,11 +109,12 @@ def build_model(
         sam = Sam2Model(sam2_config(settings.sam2))
         # One random matrix encodes positions of prompts and of the image; transformers draws it twice.
         sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
-        fcs = text_hidden_fcs(settings, int(settings.text["hidden_size"]))
+        width, prompt_width = int(settings.text["hidden_size"]), int(settings.sam2["fpn_hidden_size"])
+        inner = settings.text_hidden_dim or width
         model = VideoLLaVASAMModel(
             mllm,
             sam,
-            fcs,
+            nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, prompt_width)),  # as LISA and Sa2VA
             seg_id=tokenizer.convert_tokens_to_ids(SEG),
             image_context_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
             image_mean=IMAGENET_MEAN,
@@ -129,43 +122,27 @@ def build_model(
             single_mask=settings.single_mask,
         )
         model.loss_config = config.loss
-    groups = list(settings.trainable)
-    mode = settings.train_embeddings
+    groups, mode = list(settings.trainable), settings.train_embeddings
     if mode == "auto":
         mode = "none" if weights_imported else "new_tokens"
     if mode == "new_tokens":
-        add_new_token_rows(model, tokenizer)
+        ids = tokenizer.convert_tokens_to_ids(list(NEW_TOKENS))
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            expected = "five ids that follow each other"
+            raise ConfigError(explain("new tokens are not consecutive", "tokenizer", ids, expected))
+        model.new_token_rows = NewTokenRows(ids[0], len(ids), model.mllm.get_input_embeddings(), model.mllm.lm_head)
         groups.append("new_tokens")
     elif mode == "all":
         groups.append("embeddings")
     apply_freeze_policy(model, groups, settings.single_mask)
-    language: Any = mllm.model.language_model
-    num_layers = len(language.layers)
-    wanted = requested_layers(config, num_layers)
+    wanted = requested_layers(config, model.num_layers)
     # Where memory decides, all layers are recomputed until it is known.
-    checkpoint_first(model, num_layers if wanted is None else wanted)
+    checkpoint_first(model, model.num_layers if wanted is None else wanted)
     if config.speed.accelerate:
         from dual_loop import accelerate  # here, so that the plain model needs nothing of it
 
         accelerate.apply(model, config)
     return model
-
-
-def text_hidden_fcs(settings: ModelConfig, width: int) -> nn.Sequential:
-    """Linear, ReLU, Linear from the language width to the SAM 2 prompt width, as in LISA and Sa2VA."""
-    inner = settings.text_hidden_dim or width
-    prompt_width = int(settings.sam2["fpn_hidden_size"])
-    return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, prompt_width))
-
-
-def add_new_token_rows(model: VideoLLaVASAMModel, tokenizer: Any) -> None:
-    """Give the five new tokens trainable rows; their ids must follow each other."""
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in NEW_TOKENS]
-    if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise ConfigError(
-            explain("new tokens are not consecutive", "tokenizer", ids, "five ids that follow each other")
-        )
-    model.new_token_rows = NewTokenRows(ids[0], len(ids), model.mllm.get_input_embeddings(), model.mllm.lm_head)
 
 
 def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:
@@ -175,11 +152,8 @@ def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:
     text_values = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, **settings.text}
     text = _strict(Qwen2Config, text_values, "model.text")
     if text.vocab_size < len(tokenizer):
-        raise ConfigError(
-            explain(
-                "the vocabulary is smaller than the tokenizer", "model.text", text.vocab_size, f">= {len(tokenizer)}"
-            )
-        )
+        what = "the vocabulary is smaller than the tokenizer"
+        raise ConfigError(explain(what, "model.text", text.vocab_size, f">= {len(tokenizer)}"))
     grid = _side(vision.image_size) // _side(vision.patch_size) * settings.downsample_ratio
     config = InternVLConfig(
         vision_config=vision,

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trainable parameters, the "mean teacher" of 1703.01780."""
+"""Weights that stand in for the trainable parameters for a while: their moving average, and those of the start."""
 
 from __future__ import annotations
 
@@ -15,8 +15,52 @@ from dual_loop.model.shards import is_sharded, place_like
 _MAX_NAMES_SHOWN = 5
 
 
-class ExponentialMovingAverage:
-    """Keeps float32 averages of parameters and lends them to the model (mean teacher, 1703.01780).
+class StoredWeights:
+    """Values for the parameters of a model, which :func:`weights` puts into it for a while.
+
+    Attributes:
+        parameters: those that train, by name.
+        values: a tensor for each.
+        is_lent: whether the model holds them now.
+    """
+
+    parameters: Mapping[str, torch.nn.Parameter]
+    values: Mapping[str, torch.Tensor]
+    is_lent = False
+
+
+@contextmanager
+def weights(stored: StoredWeights) -> Iterator[None]:
+    """Put stored values into the model for the length of a ``with`` block, then restore the live weights bitwise.
+
+    The live weights come back also when the block raises. Whatever the block writes to the parameters is lost. Costs
+    one copy of the trainable parameters in their own dtype.
+
+    Raises:
+        RuntimeError: the block is entered a second time inside itself.
+    """
+    if stored.is_lent:
+        raise RuntimeError("the model already holds these weights; weights() cannot be nested")
+    with torch.no_grad():
+        live = {name: parameter.detach().clone() for name, parameter in stored.parameters.items()}
+    stored.is_lent = True
+    try:
+        _fill(stored.parameters, stored.values)
+        yield
+    finally:
+        _fill(stored.parameters, live)
+        stored.is_lent = False
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+    torch.clear_autocast_cache()  # it holds casts of what the parameters were
+
+
+class ExponentialMovingAverage(StoredWeights):
+    """Keeps float32 averages of parameters (mean teacher, 1703.01780).
 
     After update number t (counted from 0) ``average = d * average + (1 - d) * live`` with
     ``d = min(decay, (1 + t) / (10 + t))``: without this warm-up the starting weights would dominate for the first
@@ -26,44 +70,28 @@ class ExponentialMovingAverage:
     Args:
         named_parameters: names to parameters, on their final device; those without ``requires_grad`` are left out,
             since frozen weights equal their own average.
-        decay: 0..1; 0 makes the average a copy of the live weights, 1 never moves it (without warm-up).
-        warmup: apply the schedule above; False uses ``decay`` from the first update.
-        is_fused: move all averages in one foreach operation.
+        decay: 0..1; 0 makes the average a copy of the live weights.
 
     Raises:
         ValueError: the decay is out of range, or nothing is trainable.
     """
 
-    def __init__(
-        self,
-        named_parameters: Mapping[str, torch.nn.Parameter],
-        decay: float = 0.999,
-        warmup: bool = True,
-        is_fused: bool = True,
-    ) -> None:
+    values: dict[str, torch.Tensor]
+
+    def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], decay: float = 0.999) -> None:
         if not 0 <= decay <= 1:
             raise ValueError(explain("the decay of the weight average is out of range", seen=decay, expected="0..1"))
-        self.decay = decay
-        self.warmup = warmup
-        self.is_fused = is_fused and not any(is_sharded(p) for p in named_parameters.values())
-        self.num_updates = 0
-        self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        if not self._parameters:
-            raise ValueError(
-                explain(
-                    "there is nothing to average",
-                    seen=f"{len(named_parameters)} parameters, none of them trainable",
-                    fix="build the average after the freeze policy, or check model.trainable",
-                )
-            )
-        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
-        self._is_swapped = False
+        self.decay, self.num_updates = decay, 0
+        self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        if not self.parameters:
+            seen = f"{len(named_parameters)} parameters, none of them trainable"
+            fix = "build the average after the freeze policy, or check model.trainable"
+            raise ValueError(explain("there is nothing to average", seen=seen, fix=fix))
+        self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
 
     @property
     def current_decay(self) -> float:
         """The decay that the next update will use."""
-        if not self.warmup:
-            return self.decay
         return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     @torch.no_grad()
@@ -71,85 +99,56 @@ class ExponentialMovingAverage:
         """Move the averages towards the live weights. Call once an optimiser step, never once a micro-batch.
 
         Raises:
-            RuntimeError: called inside :meth:`swapped`, where the model holds the averages themselves.
+            RuntimeError: called inside :func:`weights`, where the model holds the averages themselves.
         """
-        if self._is_swapped:
-            raise RuntimeError(
-                "the weight average was updated while the model held the averages; leave swapped() first"
-            )
-        decay = self.current_decay
-        averages = [self._averages[name] for name in self._parameters]
-        live = [parameter.detach().to(torch.float32) for parameter in self._parameters.values()]
+        if self.is_lent:
+            raise RuntimeError("the weight average was updated while the model held the averages; leave weights()")
+        decay, averages = self.current_decay, list(self.values.values())
+        live = [parameter.detach().to(torch.float32) for parameter in self.parameters.values()]
         if decay == 0:
             for average, value in zip(averages, live, strict=True):
                 average.copy_(value)  # lerp would keep a NaN of the old average
-        elif self.is_fused:
-            torch._foreach_lerp_(averages, live, 1 - decay)
-        else:
+        elif any(is_sharded(average) for average in averages):  # no foreach kernel takes them beside whole ones
             for average, value in zip(averages, live, strict=True):
                 average.lerp_(value, 1 - decay)
+        else:
+            torch._foreach_lerp_(averages, live, 1 - decay)
         self.num_updates += 1
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Put the averages into the model for the length of a ``with`` block, then restore the live weights bitwise.
-
-        The live weights come back also when the block raises. Whatever the block writes to the parameters is lost.
-        Costs one copy of the trainable parameters in their own dtype.
-
-        Raises:
-            RuntimeError: the block is entered a second time inside itself.
-        """
-        if self._is_swapped:
-            raise RuntimeError("the model already holds the averages; swapped() cannot be nested")
-        self._is_swapped = True
-        try:
-            with _borrowed(self._parameters, self._averages):
-                yield
-        finally:
-            self._is_swapped = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``{"num_updates": int, "averages": {name: float32 tensor}}``; the tensors are not copied."""
-        return {"num_updates": self.num_updates, "averages": dict(self._averages)}
+        return {"num_updates": self.num_updates, "averages": dict(self.values)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; decay and warm-up stay those of this object.
+        """Restore what :meth:`state_dict` returned; the decay stays that of this object.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ from the model's trainable parameters. Nothing is changed
                 then.
         """
         if set(state) != {"num_updates", "averages"}:
-            raise CheckpointError(
-                explain(
-                    "the state of the weight average is malformed", seen=sorted(state), expected="num_updates, averages"
-                )
-            )
+            what, expected = "the state of the weight average is malformed", "num_updates, averages"
+            raise CheckpointError(explain(what, seen=sorted(state), expected=expected))
         averages: Mapping[str, torch.Tensor] = state["averages"]
-        missing, unexpected = sorted(self._averages.keys() - averages), sorted(averages.keys() - self._averages)
+        missing, unexpected = sorted(self.values.keys() - averages), sorted(averages.keys() - self.values)
         wrong = [
             f"{name}: {tuple(averages[name].shape)} {averages[name].dtype}, not {tuple(own.shape)} torch.float32"
-            for name, own in self._averages.items()
+            for name, own in self.values.items()
             if name in averages and (averages[name].shape != own.shape or averages[name].dtype != torch.float32)
         ]
         if missing or unexpected or wrong:
-            raise CheckpointError(
-                explain(
-                    "the saved weight average does not fit the trainable parameters",
-                    seen=f"missing {_show(missing)}, unexpected {_show(unexpected)}, wrong {_show(wrong)}",
-                    expected=f"{len(self._averages)} float32 tensors",
-                    fix="resume with the model settings of the saved run (model.trainable, model.lora_r)",
-                )
-            )
-        for name, own in self._averages.items():
+            what = "the saved weight average does not fit the trainable parameters"
+            seen = f"missing {_show(missing)}, unexpected {_show(unexpected)}, wrong {_show(wrong)}"
+            fix = "resume with the model settings of the saved run (model.trainable, model.lora_r)"
+            raise CheckpointError(explain(what, "", seen, f"{len(self.values)} float32 tensors", fix))
+        for name, own in self.values.items():
             own.copy_(place_like(averages[name], own))
         self.num_updates = int(state["num_updates"])
 
 
-class StartingWeights:
-    """A copy of the trainable parameters as they were when training began; lent to the model at audits.
+class StartingWeights(StoredWeights):
+    """A copy of the trainable parameters as they were when training began.
 
     The starting model is the listener that training cannot talk to in a private code. A resumed run starts from the
     same weights again before its checkpoint is read, so nothing of this needs to be saved.
@@ -164,19 +163,11 @@ class StartingWeights:
     """
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
-        self._parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        is_stored = on_disk and not any(is_sharded(p) for p in self._parameters.values())
-        self._values: Mapping[str, torch.Tensor]
-        if is_stored:
-            self._values = _TensorFile(self._parameters)
+        self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        if on_disk and not any(is_sharded(p) for p in self.parameters.values()):
+            self.values = _TensorFile(self.parameters)
         else:
-            self._values = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Put the starting weights into the model for the length of a ``with`` block, then restore the live ones."""
-        with _borrowed(self._parameters, self._values):
-            yield
+            self.values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
 
 class _TensorFile(Mapping[str, torch.Tensor]):
@@ -208,23 +199,6 @@ class _TensorFile(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-@contextmanager
-def _borrowed(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    with torch.no_grad():
-        live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        _fill(parameters, values)
-        yield
-    finally:
-        _fill(parameters, live)
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 def _show(names: list[str]) -> str:

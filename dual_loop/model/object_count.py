@@ -33,15 +33,9 @@ def object_order(image_index: Tensor, num_images: int, num_objects: int, seeds: 
     for image in range(num_images):
         own = [index for index, owner in enumerate(owners) if owner == image]
         if not own:
-            raise PromptError(
-                explain(
-                    "an image has no object",
-                    f"image {image} of the batch",
-                    "no [SEG] token",
-                    f"1 or more, to be brought to {num_objects}",
-                    "leave the image out of the batch, or set loss.num_objects=None",
-                )
-            )
+            where, expected = f"image {image} of the batch", f"1 or more, to be brought to {num_objects}"
+            fix = "leave the image out of the batch, or set loss.num_objects=None"
+            raise PromptError(explain("an image has no object", where, "no [SEG] token", expected, fix))
         if len(own) > num_objects:
             generator = torch.Generator().manual_seed(int(seeds[own[0]]))
             own = [own[k] for k in torch.randperm(len(own), generator=generator).tolist()]

@@ -7,12 +7,13 @@ are single tokens. An image always comes first, so that every question about it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dual_loop.errors import PromptError, explain
-from dual_loop.types import Turn
+from dual_loop.types import Turn, WrittenCaption
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SEG = "[SEG]"
@@ -120,13 +121,9 @@ def list_regions(num_cells: Sequence[int]) -> str:
         PromptError: a region has no grid cell.
     """
     if min(num_cells) < 1:
-        raise PromptError(
-            explain("a region prompt needs at least one grid cell", seen=list(num_cells), expected=">= 1 each")
-        )
-    parts = [
-        f"region{number}{REGION_START}{IMAGE_CONTEXT * count}{REGION_END}"
-        for number, count in enumerate(num_cells, start=1)
-    ]
+        what = "a region prompt needs at least one grid cell"
+        raise PromptError(explain(what, seen=list(num_cells), expected=">= 1 each"))
+    parts = [f"region{n}{REGION_START}{IMAGE_CONTEXT * count}{REGION_END}" for n, count in enumerate(num_cells, 1)]
     return f"There are {len(parts)} part regions in the picture: {', '.join(parts)}."
 
 
@@ -137,6 +134,9 @@ class Prompter:
         tokenizer: a transformers tokenizer that holds the image tokens and :data:`NEW_TOKENS` as single tokens.
         template: key of :data:`TEMPLATES`.
         image_tokens_per_tile: M, the number of tokens of one image tile.
+
+    Raises:
+        PromptError: an unknown template, or a marker that the tokenizer cuts into several tokens.
     """
 
     def __init__(self, tokenizer: Any, template: str, image_tokens_per_tile: int) -> None:
@@ -145,30 +145,18 @@ class Prompter:
         self.tokenizer = tokenizer
         self.template = TEMPLATES[template]
         self.image_tokens_per_tile = image_tokens_per_tile
-        self._with_space: list[int] | None = None
+        self.segment_parts = self.template.segment_turn.split("{question}")
+        self.caption_parts = self.template.caption_turn.split("{question}")
         self.markers = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, *NEW_TOKENS)
-        self.seg_id, self.image_context_id = self.token_id(SEG), self.token_id(IMAGE_CONTEXT)
+        self.marker_ids: dict[str, int] = {}
         for marker in self.markers:
-            self.token_id(marker)
-
-    def token_id(self, marker: str) -> int:
-        """Return the id of a marker that must be exactly one token.
-
-        Raises:
-            PromptError: the tokenizer cuts the marker into several tokens or does not know it.
-        """
-        ids = self.tokenizer.encode(marker, add_special_tokens=False)
-        if len(ids) != 1:
-            raise PromptError(
-                explain(
-                    "a special token is not a single token of the tokenizer",
-                    where=marker,
-                    seen=f"ids {ids}",
-                    expected="one id",
-                    fix="add the tokens of dual_loop.model.prompts.NEW_TOKENS to the tokenizer",
-                )
-            )
-        return int(ids[0])
+            ids = self.encode(marker)
+            if len(ids) != 1:
+                what = "a special token is not a single token of the tokenizer"
+                fix = "add the tokens of dual_loop.model.prompts.NEW_TOKENS to the tokenizer"
+                raise PromptError(explain(what, marker, f"ids {ids}", "one id", fix))
+            self.marker_ids[marker] = ids[0]
+        self.seg_id, self.image_context_id = self.marker_ids[SEG], self.marker_ids[IMAGE_CONTEXT]
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
@@ -178,22 +166,22 @@ class Prompter:
         forbidden = (*self.markers, *self.template.stop_texts, "<|user|>", "<|assistant|>", "<|im_start|>")
         return next((marker for marker in forbidden if marker in text), None)
 
-    def _split_turn(self, turn: str) -> tuple[str, str]:
-        before, after = turn.split("{question}")
-        return before, after
-
     def image_prefix(self, num_tiles: int) -> list[int]:
         """Return the ids from the start of the turn to the end of the image: the part that questions share."""
-        before, _ = self._split_turn(self.template.segment_turn)
+        before, _ = self.segment_parts
         count = num_tiles * self.image_tokens_per_tile
-        start, end = self.token_id(IMAGE_START), self.token_id(IMAGE_END)
+        start, end = self.marker_ids[IMAGE_START], self.marker_ids[IMAGE_END]
         return [*self.encode(before), start, *[self.image_context_id] * count, end]
 
     def caption_question(self, num_cells: int, question: str, seed: int = 0) -> list[int]:
         """Return the ids that ask for the caption of a region of ``num_cells`` grid cells, after the image prefix."""
-        _, after = self._split_turn(self.template.caption_turn)
+        _, after = self.caption_parts
         text = choose(CAPTION_QUESTIONS, question, seed)
         return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
+
+    def caption_questions(self, regions: Iterable[tuple[int, int]], question: str) -> list[list[int]]:
+        """Return :meth:`caption_question` for many regions, given as (grid cells, seed)."""
+        return [self.caption_question(num_cells, question, seed) for num_cells, seed in regions]
 
     def sampled_turn(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with generated ids as the answer, verbatim; nothing carries language loss.
@@ -226,7 +214,7 @@ class Prompter:
             PromptError: the caption holds a special token.
         """
         self._refuse_markers(caption)
-        before, after = self._split_turn(self.template.segment_turn)
+        before, after = self.segment_parts
         text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=caption)
         start = "\n" if is_first else before
         return self.encode(f"{start}{text}{after}")
@@ -243,7 +231,7 @@ class Prompter:
             stock: the template's stock form between turns, with its separator; else Sa2VA's segmentation form.
         """
         template = self.template
-        before, after = self._split_turn(template.caption_turn if stock else template.segment_turn)
+        before, after = self.caption_parts if stock else self.segment_parts
         ids, labels = self.image_prefix(num_tiles), [-100] * len(self.image_prefix(num_tiles))
         listing = f"{list_regions(num_cells)}\n" if num_cells else ""
         for number, (question, answer) in enumerate(turns):
@@ -258,40 +246,34 @@ class Prompter:
     ) -> tuple[Turn, int]:
         """Return a segmentation turn around ready caption ids, and where they start in it.
 
-        The text before the caption ends without its space: the first caption id brings it (:meth:`with_space`).
+        The text before the caption ends without its space: the first caption id brings it (:attr:`with_space`).
         """
-        before, after = self._split_turn(self.template.segment_turn)
+        before, after = self.segment_parts
         start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
         head = self.encode(("\n" if is_first else before) + start.removesuffix(" "))
         tail = self.encode(end + after)
         turn = self._turn([*head, *caption_ids, *tail], choose(SEGMENT_ANSWERS, answer, seed + 1))
         return turn, len(head)
 
+    @cached_property
     def with_space(self) -> list[int]:
-        """Return for every token id the id of the same text with a space before it; itself where there is none.
+        """For every token id the id of the same text with a space before it; itself where there is none.
 
         Byte-level vocabularies write that space as the first letter of the token.
         """
-        if self._with_space is None:
-            vocabulary = self.tokenizer.get_vocab()
-            table = list(range(max(vocabulary.values()) + 1))
-            for text, token in vocabulary.items():
-                table[token] = vocabulary.get(SPACE_LETTER + text, token)
-            self._with_space = table
-        return self._with_space
+        vocabulary = self.tokenizer.get_vocab()
+        table = list(range(max(vocabulary.values()) + 1))
+        for text, token in vocabulary.items():
+            table[token] = vocabulary.get(SPACE_LETTER + text, token)
+        return table
 
-    def cut_answer(self, token_ids: Sequence[int]) -> list[int]:
-        """Return generated ids up to and with what ended the answer, or its first special token.
+    def cut_answer(self, token_ids: Sequence[int], is_caption: bool = True) -> list[int]:
+        """Return generated ids up to and with what ended the answer.
 
-        The text is no caption from a special token on, whatever follows, so what follows teaches nothing.
+        A caption also ends with its first special token: from there on the text is no caption, whatever follows, so
+        what follows teaches nothing. In another answer special tokens such as [SEG] stay.
         """
-        return self._cut(token_ids, {self.tokenizer.eos_token_id, *(self.token_id(marker) for marker in self.markers)})
-
-    def cut_turn(self, token_ids: Sequence[int]) -> list[int]:
-        """Return generated ids up to and with what ended the turn; special tokens such as [SEG] stay in it."""
-        return self._cut(token_ids, {self.tokenizer.eos_token_id})
-
-    def _cut(self, token_ids: Sequence[int], ends: set[int]) -> list[int]:
+        ends = {self.tokenizer.eos_token_id, *(self.marker_ids.values() if is_caption else ())}
         last = next((number for number, token in enumerate(token_ids) if token in ends), len(token_ids))
         ids = list(token_ids[: last + 1])
         for length in range(1, len(ids) + 1):
@@ -308,21 +290,18 @@ class Prompter:
     def _refuse_markers(self, caption: str) -> None:
         marker = self.find_marker(caption)
         if marker is not None:
-            raise PromptError(
-                explain(
-                    "a caption holds a special token",
-                    where=repr(caption),
-                    seen=marker,
-                    expected="plain text",
-                    fix="reject the caption (the captioner does) or clean the data set's text",
-                )
-            )
+            fix = "reject the caption (the captioner does) or clean the data set's text"
+            raise PromptError(explain("a caption holds a special token", repr(caption), marker, "plain text", fix))
 
-    def read_caption(self, token_ids: Sequence[int]) -> tuple[list[int], str, bool]:
-        """Return generated ids up to what ended them, their text as a caption, and whether it came to an end."""
-        ids = self.cut_answer(token_ids)
-        text, ended = self.decode_caption(ids)
-        return ids, clean_caption(text), ended
+    def read_captions(self, rows: Iterable[Sequence[int]]) -> list[WrittenCaption]:
+        """Return what generated ids say, up to what ended them; no gate was asked yet."""
+        found = []
+        for token_ids in rows:
+            ids = self.cut_answer(token_ids)
+            text, ended = self.decode_caption(ids)
+            text = clean_caption(text)
+            found.append(WrittenCaption(text, tuple(ids), None, not ended, self.unreadable(text)))
+        return found
 
     def unreadable(self, text: str) -> str | None:
         """Return why step 2 cannot read a caption: ``empty``, ``special_token``, or None where it can."""

@@ -44,8 +44,3 @@ def checkpoint_first(model: Any, count: int) -> None:
     for layer, is_on in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = is_on
-
-
-def checkpointed_layers(model: Any) -> int:
-    """Return how many decoder layers recompute their activations."""
-    return sum(bool(layer.gradient_checkpointing) for layer in model.mllm.model.language_model.layers)

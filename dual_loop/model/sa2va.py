@@ -19,21 +19,109 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Sam2Model
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from dual_loop.errors import PromptError, explain
 from dual_loop.losses import token_cross_entropy
 from dual_loop.model.adapters import NewTokenRows
-from dual_loop.model.grounding import GroundingDecoder
 from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
 from dual_loop.types import Batch, PackedBatch, Seen, Segmentation
+
+
+class GroundingDecoder:
+    """From [SEG] embeddings to masks with transformers' SAM 2, as Sa2VA does it on single frames.
+
+    Three things differ from SAM 2's own point-prompt path: the sparse prompt is two "not a point" tokens followed by
+    the language embedding, the image features carry the learned no-memory embedding (memory attention is not run), and
+    masks are never replaced where the object score is not positive.
+
+    Not a module itself: the model owns ``sam`` as ``grounding_encoder``, and a parameter must have one name.
+
+    Args:
+        sam: transformers' ``Sam2Model``.
+        single_mask: take mask token 0 instead of the best of three by predicted IoU.
+    """
+
+    def __init__(self, sam: Any, single_mask: bool = False) -> None:
+        self.sam = sam
+        self.single_mask = single_mask
+
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Run trunk and neck: (B, 3, S, S) normalised float -> three levels, before the layers that train.
+
+        They are (B, C0, 4Q', 4Q'), (B, C1, 2Q', 2Q'), (B, C, Q', Q') with Q' = S/16, fine to coarse, before ``conv_s0``
+        and ``conv_s1``. C0 and C1 are :meth:`level_width`.
+        """
+        encoder = self.sam.vision_encoder
+        with torch.set_grad_enabled(_trains(encoder) and torch.is_grad_enabled()):
+            return list(encoder(pixels, return_dict=True).fpn_hidden_states)
+
+    def finish(self, levels: list[Tensor]) -> list[Tensor]:
+        """Apply ``conv_s0``, ``conv_s1`` (they belong to the trained decoder) and add the no-memory embedding."""
+        decoder = self.sam.mask_decoder
+        fine, middle, coarse = levels
+        coarse = coarse + self.sam.no_memory_embedding.reshape(1, -1, 1, 1)
+        return [decoder.conv_s0(fine), decoder.conv_s1(middle), coarse]
+
+    def level_width(self, level: int) -> int:
+        """Return the channels of a level, 0 the finest, as :meth:`encode` hands it out."""
+        return int(self.sam.vision_encoder.neck.config.fpn_hidden_size)
+
+    def sparse_prompts(self, seg_embeds: Tensor) -> Tensor:
+        """(N, C) projected [SEG] embeddings -> (N, 1, 3, C) sparse prompts."""
+        blank = self.sam.prompt_encoder.not_a_point_embed.weight.to(seg_embeds.dtype)
+        return torch.cat([blank.expand(seg_embeds.shape[0], 2, -1), seg_embeds[:, None]], dim=1)[:, None]
+
+    def decode_prompts(self, sparse: Tensor, levels: list[Tensor], image_index: Tensor) -> Segmentation:
+        """Segment N objects, each on its image.
+
+        Args:
+            sparse: (N, 1, P, C) prompts: :meth:`sparse_prompts`, or SAM 2's own of points or boxes.
+            levels: what :meth:`finish` returns, for B images.
+            image_index: (N,) int64, the image of each object.
+
+        Returns:
+            The chosen masks as logits (N, Q, Q), with predicted IoUs, choices and object scores.
+        """
+        masks, ious, scores = self.decode_candidates(sparse, levels, image_index)
+        chosen = ious.argmax(dim=-1)  # 0 where there is one candidate
+        picked = masks[torch.arange(len(masks), device=masks.device), chosen]
+        return Segmentation(picked.float(), ious, chosen, scores)
+
+    def decode_candidates(
+        self, sparse: Tensor, levels: list[Tensor], image_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all candidate logits (N, 3 or 1, Q, Q), predicted IoUs (N, 3 or 1) and object scores (N, 1)."""
+        fine, middle, coarse = (level[image_index] for level in levels)
+        dense = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(coarse)
+        positions = self.sam.get_image_wide_positional_embeddings().to(coarse.dtype).expand(len(sparse), -1, -1, -1)
+        masks, ious, _, scores = self.sam.mask_decoder(
+            image_embeddings=coarse,
+            image_positional_embeddings=positions,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=not self.single_mask,
+            high_resolution_features=[fine, middle],
+        )
+        return masks[:, 0], ious[:, 0], scores[:, 0]
+
+    def point_prompts(self, points: Tensor) -> Tensor:
+        """SAM 2's own prompt for one positive point an object: (N, 2) pixels in 0..S -> (N, 1, 2, C)."""
+        labels = torch.ones(len(points), 1, 1, dtype=torch.long, device=points.device)
+        sparse, _ = self.sam.prompt_encoder(points[:, None, None], labels, None, None)
+        return torch.as_tensor(sparse)
+
+    def box_prompts(self, boxes: Tensor) -> Tensor:
+        """SAM 2's own prompt for one box an object: (N, 4) x1, y1, x2, y2 pixels in 0..S -> (N, 1, 2 or 3, C)."""
+        sparse, _ = self.sam.prompt_encoder(None, None, boxes[:, None], None)
+        return torch.as_tensor(sparse)
 
 
 class Sa2VA(nn.Module):
     """Sa2VA on transformers' native classes: caption a region, segment from a caption.
 
-    ``run_language``, ``step_language``, ``token_loss`` and ``grounding.encode``/``finish`` are the seams at which
-    ``accelerate`` puts faster functions of the same results.
+    ``run_language``, ``step_language``, ``new_cache``, ``token_loss`` and ``grounding.encode``/``finish`` are the seams
+    at which ``accelerate`` puts faster functions of the same results.
 
     Attributes:
         mllm: ``InternVLForConditionalGeneration`` with LoRA injected into its language model.
@@ -82,8 +170,7 @@ class Sa2VA(nn.Module):
 
         Frozen matrices may be no parameters any more after it.
         """
-        lines = [run(device) for run in self.after_loading]
-        return [line for line in lines if line is not None]
+        return [line for run in self.after_loading if (line := run(device)) is not None]
 
     @property
     def device(self) -> torch.device:
@@ -109,9 +196,8 @@ class Sa2VA(nn.Module):
         """
         with torch.no_grad():
             vision = self.encode_vision(batch.pixel_values)
-            levels = None
-            if not _trains(self.grounding_encoder.vision_encoder):
-                levels = self.encode_grounding(batch.g_pixel_values)
+            trains = _trains(self.grounding_encoder.vision_encoder)
+            levels = None if trains else self.encode_grounding(batch.g_pixel_values)
         return Seen(vision, levels)
 
     @property
@@ -223,13 +309,13 @@ class Sa2VA(nn.Module):
             cache: one layer for each of the model's; keys and values are appended.
         """
         output = self.mllm.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
         )
         return torch.as_tensor(output.last_hidden_state[:, -1])
+
+    def new_cache(self, reserve: int) -> Cache:
+        """Return an empty cache for :meth:`step_language`; ``reserve``: columns that will follow the first ones."""
+        return Cache(layers=[DynamicLayer() for _ in range(self.num_layers)])
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (P, V) of chosen hidden states (P, D)."""
@@ -252,9 +338,7 @@ class Sa2VA(nn.Module):
     def segment(self, hidden: Tensor, packed: PackedBatch) -> Segmentation:
         """Segment the n [SEG] of packed rows, row by row, each on the image of its row."""
         rows, columns = packed.seg_positions
-        levels = packed.levels
-        if levels is None:
-            levels = self.encode_grounding(packed.batch.g_pixel_values)
+        levels = self.encode_grounding(packed.batch.g_pixel_values) if packed.levels is None else packed.levels
         return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, rows)
 
     def seg_embeds(self, hidden: Tensor) -> Tensor:
@@ -263,7 +347,8 @@ class Sa2VA(nn.Module):
 
     def decode_masks(self, seg_embeds: Tensor, levels: list[Tensor], image_index: Tensor) -> Segmentation:
         """Segment from projected [SEG] embeddings (n, C), each on the image that ``image_index`` (n,) names."""
-        masks = self.grounding.decode(seg_embeds, self.grounding.finish(levels), image_index)
+        prompts, finished = self.grounding.sparse_prompts(seg_embeds), self.grounding.finish(levels)
+        masks = self.grounding.decode_prompts(prompts, finished, image_index)
         masks.seg_embeds = seg_embeds
         return masks
 

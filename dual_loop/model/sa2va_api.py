@@ -6,6 +6,7 @@ this package does not pass through it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -72,8 +73,7 @@ class VideoLLaVASAMModel(Sa2VA):
         Raises:
             PromptError: something is missing, of a wrong kind, or does not fit together.
         """
-        if mode not in ("loss", "predict"):
-            raise PromptError(explain("unknown forward mode", "mode", mode, "loss or predict"))
+        _need(mode in ("loss", "predict"), "unknown forward mode", "mode", mode, "loss or predict")
         ids = self._ids(data)
         has_masks = data.get("masks") is not None
         levels = None
@@ -155,18 +155,16 @@ class VideoLLaVASAMModel(Sa2VA):
     # ---- what the original's collate hands over ----------------------------------------------------------------------
 
     def _ids(self, data: Mapping[str, Any]) -> Tensor:
-        if not isinstance(data, Mapping):
-            raise PromptError(explain("the model takes a dict", "data", type(data).__name__, "a dict of tensors"))
+        _need(isinstance(data, Mapping), "the model takes a dict", "data", type(data).__name__, "a dict of tensors")
         ids = _tensor(data, "input_ids", self.device)
-        if ids.dim() != 2 or not ids.numel():
-            raise PromptError(explain("token ids have a wrong form", "input_ids", tuple(ids.shape), "(B, L) int64"))
+        is_table = ids.dim() == 2 and ids.numel() > 0
+        _need(is_table, "token ids have a wrong form", "input_ids", tuple(ids.shape), "(B, L) int64")
         self._check_vocabulary(ids, "input_ids")
         return ids
 
     def _check_vocabulary(self, ids: Tensor, name: str) -> None:
         size = self.mllm.get_input_embeddings().num_embeddings
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise PromptError(explain("token ids have a wrong form", name, ids.dtype, "int64"))
+        _need(ids.dtype in (torch.int32, torch.int64), "token ids have a wrong form", name, ids.dtype, "int64")
         if bool(((ids < 0) | (ids >= size)).any()):
             seen = f"{int(ids.min())} to {int(ids.max())}"
             raise PromptError(explain("a token id is outside of the vocabulary", name, seen, f"0 to {size - 1}"))
@@ -174,33 +172,23 @@ class VideoLLaVASAMModel(Sa2VA):
     def _tiles(self, pixel_values: Tensor | Sequence[Tensor] | None) -> Tensor:
         """Return the tiles of all samples, (T, 3, I, I), in order; none at all where no image is given."""
         side = self.mllm.model.vision_tower.config.image_size
-        if pixel_values is None:
-            return torch.zeros(0, 3, *side, device=self.device)
+        parts = [torch.zeros(0, 3, *side)]
         if isinstance(pixel_values, Tensor):
             parts = [pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values]
-        else:
-            parts = [part[None] if part.dim() == 3 else part for part in _tensors(pixel_values, "pixel_values")]
-        if any(part.dim() != 4 or tuple(part.shape[1:]) != (3, *side) for part in parts):
-            seen, expected = [tuple(part.shape) for part in parts], f"(tiles, 3, {side[0]}, {side[1]}) each"
-            raise PromptError(explain("image tiles have the wrong size", "pixel_values", seen, expected))
-        return torch.cat(parts).to(self.device) if parts else torch.zeros(0, 3, *side, device=self.device)
+        elif pixel_values is not None:
+            parts += [part[None] if part.dim() == 3 else part for part in _tensors(pixel_values, "pixel_values")]
+        seen, expected = [tuple(part.shape) for part in parts], f"(tiles, 3, {side[0]}, {side[1]}) each"
+        fits = all(len(shape) == 4 and shape[1:] == (3, *side) for shape in seen)
+        _need(fits, "image tiles have the wrong size", "pixel_values", seen, expected)
+        return torch.cat([part.to(self.device) for part in parts])
 
     def _frames(self, g_pixel_values: Tensor | Sequence[Tensor]) -> Tensor:
         side = self.grounding_encoder.prompt_encoder.input_image_size
-        if isinstance(g_pixel_values, Tensor):
-            frames = g_pixel_values
-        else:
-            parts = _tensors(g_pixel_values, "g_pixel_values")
-            if len({tuple(part.shape) for part in parts}) != 1:
-                seen = [tuple(part.shape) for part in parts]
-                expected = f"(3, {side}, {side}) each"
-                raise PromptError(explain("grounding images differ in form", "g_pixel_values", seen, expected))
-            frames = torch.stack(parts)
-        if frames.dim() != 4 or tuple(frames.shape[1:]) != (3, side, side):
-            expected = f"(frames, 3, {side}, {side}), pixels of 0..255"
-            what, where = "grounding images have the wrong size", "g_pixel_values"
-            raise PromptError(explain(what, where, tuple(frames.shape), expected))
-        return frames.to(self.device)
+        parts = _tensors(g_pixel_values, "g_pixel_values")
+        shapes, expected = [tuple(part.shape) for part in parts], f"(3, {side}, {side}) each, pixels of 0..255"
+        fits = shapes and all(shape == (3, side, side) for shape in shapes)
+        _need(fits, "grounding images have the wrong size", "g_pixel_values", shapes, expected)
+        return torch.stack(parts).to(self.device)
 
     def _region_prompts(self, data: Mapping[str, Any], holds_image: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``region_tile`` (P,), counted over the tiles that hold an image, and ``prompt_masks`` (P, G, G)."""
@@ -208,20 +196,19 @@ class VideoLLaVASAMModel(Sa2VA):
         side = int(self.mllm.config.image_seq_length**0.5)
         masks = [] if given is None else [mask.to(self.device).bool() for mask in _tensors(given, "prompt_masks")]
         masks = [mask[None] if mask.dim() == 2 else mask for mask in masks]
-        if any(mask.dim() != 3 or mask.shape[1:] != (side, side) for mask in masks):
-            shapes, expected = [tuple(mask.shape) for mask in masks], f"(regions, {side}, {side}) each"
-            raise PromptError(explain("region prompts have the wrong size", "prompt_masks", shapes, expected))
+        fits = all(mask.dim() == 3 and mask.shape[1:] == (side, side) for mask in masks)
+        shapes, expected = [tuple(mask.shape) for mask in masks], f"(regions, {side}, {side}) each"
+        _need(fits, "region prompts have the wrong size", "prompt_masks", shapes, expected)
         if not masks:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             return none, torch.zeros(0, side, side, dtype=torch.bool, device=self.device)
         overall = _tensor(data, "vp_overall_mask", self.device).flatten() > 0
-        if len(overall) != len(holds_image):
-            seen, expected = f"{len(overall)} entries", f"{len(holds_image)}, one for each tile"
-            raise PromptError(explain("vp_overall_mask does not fit the tiles", "vp_overall_mask", seen, expected))
+        seen, expected = f"{len(overall)} entries", f"{len(holds_image)}, one for each tile"
+        fits = len(overall) == len(holds_image)
+        _need(fits, "vp_overall_mask does not fit the tiles", "vp_overall_mask", seen, expected)
         tiles = overall[holds_image].nonzero().flatten()
-        if len(tiles) != len(masks):
-            where, seen = "vp_overall_mask and prompt_masks", f"{len(tiles)} tiles and {len(masks)} groups of regions"
-            raise PromptError(explain("vp_overall_mask and prompt_masks differ", where, seen, "as many"))
+        where, seen = "vp_overall_mask and prompt_masks", f"{len(tiles)} tiles and {len(masks)} groups of regions"
+        _need(len(tiles) == len(masks), "vp_overall_mask and prompt_masks differ", where, seen, "as many")
         counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
         return tiles.repeat_interleave(counts), torch.cat(masks)
 
@@ -233,40 +220,35 @@ class VideoLLaVASAMModel(Sa2VA):
         frames = [1] * (num_frames if listed is None else 0)
         if listed is not None:
             frames = listed.tolist() if isinstance(listed, Tensor) else listed
-            if not isinstance(frames, (list, tuple)) or not all(isinstance(count, Integral) for count in frames):
-                raise PromptError(explain("frames are no numbers", "frames_per_batch", listed, "a list of integers"))
+            are_numbers = isinstance(frames, (list, tuple)) and all(isinstance(count, Integral) for count in frames)
+            _need(are_numbers, "frames are no numbers", "frames_per_batch", listed, "a list of integers")
         if len(frames) == len(ids) != len(samples):
             samples = list(range(len(ids)))  # a sample without [SEG] may bring an image all the same
-        if len(frames) != len(samples) or sum(frames) != num_frames or min(frames, default=1) < 1:
-            seen = f"frames_per_batch {frames} over {num_frames} images and {len(samples)} samples with [SEG]"
-            expected = "one number for each sample with [SEG], which add up to the images"
-            raise PromptError(explain("frames and images do not fit", "frames_per_batch", seen, expected))
-        rows: list[int] = []
-        columns: list[int] = []
-        places: list[int] = []
-        first = 0
+        seen = f"frames_per_batch {frames} over {num_frames} images and {len(samples)} samples with [SEG]"
+        expected = "one number for each sample with [SEG], which add up to the images"
+        fits = len(frames) == len(samples) and sum(frames) == num_frames and min(frames, default=1) >= 1
+        _need(fits, "frames and images do not fit", "frames_per_batch", seen, expected)
+        places, first = [], 0
         for row, count in zip(samples, frames, strict=True):
-            for column in seg[row].nonzero().flatten().tolist():
-                rows += [row] * count
-                columns += [column] * count
-                places += range(first, first + count)
+            columns = seg[row].nonzero().flatten().tolist()
+            places += [(row, column, frame) for column in columns for frame in range(first, first + count)]
             first += count
-        index = torch.tensor([rows, columns, places], dtype=torch.long, device=self.device)
+        index = torch.tensor(places, dtype=torch.long, device=self.device).reshape(-1, 3).T
         targets = None
         if data.get("masks") is not None:
             targets = self._targets(data["masks"])
-            if len(targets) != len(rows):
-                seen = f"{int(seg.sum())} [SEG] tokens, frames {frames} and {len(targets)} masks"
-                fix = "give each [SEG] one mask for each frame of its sample"
-                raise PromptError(explain("every [SEG] needs one mask a frame", "masks", seen, str(len(rows)), fix))
+            seen = f"{int(seg.sum())} [SEG] tokens, frames {frames} and {len(targets)} masks"
+            fix = "give each [SEG] one mask for each frame of its sample"
+            fits = len(targets) == len(places)
+            _need(fits, "every [SEG] needs one mask a frame", "masks", seen, str(len(places)), fix)
         return _Objects(index[0], index[1], index[2], targets)
 
     def _targets(self, masks: Tensor | Sequence[Tensor]) -> Tensor:
         """Bring target masks to (N, Q, Q) by nearest neighbour, without padding."""
         parts = [masks] if isinstance(masks, Tensor) else _tensors(masks, "masks")
-        if any(part.dim() != 3 for part in parts):
-            seen = [tuple(part.shape) for part in parts]
-            raise PromptError(explain("target masks have a wrong form", "masks", seen, "(objects, H, W) each"))
+        seen = [tuple(part.shape) for part in parts]
+        fits = all(len(shape) == 3 for shape in seen)
+        _need(fits, "target masks have a wrong form", "masks", seen, "(objects, H, W) each")
         side = self.mask_size
         resized = [F.interpolate(part[None].float(), (side, side), mode="nearest")[0] for part in parts]
         return torch.cat(resized).to(self.device) if parts else torch.zeros(0, side, side, device=self.device)
@@ -274,9 +256,8 @@ class VideoLLaVASAMModel(Sa2VA):
     def _mask_losses(
         self, data: Mapping[str, Any], ids: Tensor, hidden: Tensor, levels: list[Tensor]
     ) -> dict[str, Tensor]:
-        if data.get("region_weights") is not None:
-            what, fix = "the original weighs no regions", "use loop.task.DualLoopTask"
-            raise PromptError(explain(what, "region_weights", "a value", "nothing", fix))
+        is_plain, fix = data.get("region_weights") is None, "use loop.task.DualLoopTask"
+        _need(is_plain, "the original weighs no regions", "region_weights", "a value", "nothing", fix)
         objects, config = self._objects(data, ids, len(levels[0])), self.loss_config
         targets = objects.targets
         assert targets is not None
@@ -286,26 +267,25 @@ class VideoLLaVASAMModel(Sa2VA):
         seeds = torch.arange(count)
         if data.get("region_seeds") is not None:
             seeds = _tensor(data, "region_seeds", self.device)
-            if tuple(seeds.shape) != (count,) or seeds.dtype != torch.int64:
-                seen, expected = f"{tuple(seeds.shape)} {seeds.dtype}", f"({count},) int64"
-                raise PromptError(explain("one seed an object is needed", "region_seeds", seen, expected))
+            fits = tuple(seeds.shape) == (count,) and seeds.dtype == torch.int64
+            seen, expected = f"{tuple(seeds.shape)} {seeds.dtype}", f"({count},) int64"
+            _need(fits, "one seed an object is needed", "region_seeds", seen, expected)
         order = torch.arange(count, device=self.device)
         if config.num_objects is not None:
             order = object_order(objects.frame, len(levels[0]), config.num_objects, seeds)
         if data.get("object_order") is not None:
             order = _tensor(data, "object_order", self.device)
             is_list = order.dim() == 1 and order.dtype == torch.int64 and len(order)
-            if not is_list or bool(((order < 0) | (order >= count)).any()):
-                expected = f"numbers of objects, 0 to {count - 1}, int64"
-                raise PromptError(explain("no such object", "object_order", order.tolist(), expected))
+            fits = bool(is_list) and int(order.min()) >= 0 and int(order.max()) < count
+            expected = f"numbers of objects, 0 to {count - 1}, int64"
+            _need(fits, "no such object", "object_order", order.tolist(), expected)
         embeds = self.seg_embeds(hidden[objects.row, objects.column])
         masks: Segmentation = self.decode_masks(embeds[order], levels, objects.frame[order])
         points = None
         if data.get("point_coords") is not None:
             points = _tensor(data, "point_coords", self.device)
-            if points.dim() != 3 or (len(points), points.shape[2]) != (len(order), 2):
-                expected = f"({len(order)}, points, 2)"
-                raise PromptError(explain("points do not fit", "point_coords", tuple(points.shape), expected))
+            fits = points.dim() == 3 and (len(points), points.shape[2]) == (len(order), 2)
+            _need(fits, "points do not fit", "point_coords", tuple(points.shape), f"({len(order)}, points, 2)")
         elif config.num_points > 0:
             ratios = config.oversample_ratio, config.importance_sample_ratio
             own = _different(seeds[order.to(seeds.device)])
@@ -321,6 +301,12 @@ class VideoLLaVASAMModel(Sa2VA):
         return {"loss_mask": zero, "loss_dice": zero.clone()}
 
 
+def _need(holds: object, what: str, where: str, seen: object, expected: object, fix: str = "") -> None:
+    """Refuse an input of the model unless ``holds``."""
+    if not holds:
+        raise PromptError(explain(what, where, seen, expected, fix))
+
+
 def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
     value = data.get(name)
     if not isinstance(value, Tensor):
@@ -331,13 +317,12 @@ def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
 
 def _beside(ids: Tensor, data: Mapping[str, Any], name: str) -> Tensor:
     value = _tensor(data, name, ids.device)
-    if value.shape != ids.shape:
-        seen, expected = tuple(value.shape), f"{tuple(ids.shape)}, as input_ids"
-        raise PromptError(explain(f"{name} does not fit input_ids", name, seen, expected))
+    expected = f"{tuple(ids.shape)}, as input_ids"
+    _need(value.shape == ids.shape, f"{name} does not fit input_ids", name, tuple(value.shape), expected)
     return value
 
 
-def _tensors(values: Any, name: str) -> list[Tensor]:
+def _tensors(values: object, name: str) -> list[Tensor]:
     if isinstance(values, Tensor) and values.dim():
         return list(values)
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor) for value in values):
@@ -347,9 +332,9 @@ def _tensors(values: Any, name: str) -> list[Tensor]:
 
 def _different(seeds: Tensor) -> Tensor:
     """Give the repetitions of an object points of their own: the k-th adds k to its seed."""
-    seen: dict[int, int] = {}
+    repeats: Counter[int] = Counter()
     values = []
     for seed in seeds.tolist():
-        values.append((seed + seen.get(seed, 0)) % 2**63)
-        seen[seed] = seen.get(seed, 0) + 1
+        values.append((seed + repeats[seed]) % 2**63)
+        repeats[seed] += 1
     return torch.tensor(values, dtype=torch.long)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Tell whether each rank holds a part of ``tensor``."""
     return isinstance(tensor, DTensor)
 
@@ -26,12 +23,3 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     placed = tensor.to(device=like.device, dtype=like.dtype)
     # Every rank has the same values already: each takes its part, nothing is sent.
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """Apply ``function`` to all tensors inside dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    return [map_tensors(item, function) for item in value] if isinstance(value, list) else value

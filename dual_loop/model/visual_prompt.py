@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.errors import PromptError, explain
+
+__all__ = ["pool_mask_to_grid", "region_features", "insert_image_tokens", "fill_placeholders"]
 
 
 def region_features(image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor) -> Tensor:
@@ -25,31 +28,11 @@ def region_features(image_features: Tensor, region_tile: Tensor, prompt_masks: T
     """
     grid = prompt_masks.flatten(1).to(device=image_features.device, dtype=torch.bool)
     if grid.shape[1] != image_features.shape[1]:
-        raise PromptError(
-            explain(
-                "the prompt grid does not fit the image tokens",
-                seen=f"{grid.shape[1]} cells",
-                expected=f"{image_features.shape[1]} image tokens",
-                fix="build the grid with the side that the model's geometry gives",
-            )
-        )
+        seen, expected = f"{grid.shape[1]} cells", f"{image_features.shape[1]} image tokens"
+        fix = "build the grid with the side that the model's geometry gives"
+        raise PromptError(explain("the prompt grid does not fit the image tokens", "prompt_masks", seen, expected, fix))
     region, cell = grid.nonzero(as_tuple=True)
     return image_features[region_tile.to(image_features.device)[region], cell]
-
-
-def fill_order(num_tiles: int, tokens_per_tile: int, region_tile: Tensor, cells: Tensor) -> Tensor:
-    """Return the reading order of image tokens and region tokens, tile by tile.
-
-    After the tokens of a tile come those of the regions that refer to it. The result indexes the concatenation of all
-    image tokens (T * M) and all region tokens.
-
-    Args:
-        region_tile: (N,) int64, ascending.
-        cells: (N,) int64, true cells of each region.
-    """
-    image_key = torch.arange(num_tiles, device=cells.device).repeat_interleave(tokens_per_tile) * 2
-    region_key = region_tile.to(cells.device).repeat_interleave(cells) * 2 + 1
-    return torch.cat([image_key, region_key]).argsort(stable=True)
 
 
 def insert_image_tokens(
@@ -68,12 +51,15 @@ def insert_image_tokens(
         PromptError: the number of placeholders is not the number of features (the original repeats or cuts silently).
     """
     num_tiles, tokens_per_tile, width = image_features.shape
-    cells = prompt_masks.flatten(1).sum(1).to(image_features.device)
-    features = torch.cat(
-        [image_features.reshape(-1, width), region_features(image_features, region_tile, prompt_masks)]
-    )
-    features = features[fill_order(num_tiles, tokens_per_tile, region_tile, cells)]
-    expected = f"{num_tiles} x {tokens_per_tile} + {int(cells.sum())} cells of regions = {features.shape[0]}"
+    device = image_features.device
+    cells = prompt_masks.flatten(1).sum(1).to(device)
+    regions = region_features(image_features, region_tile, prompt_masks)
+    # After the tokens of a tile come those of the regions that refer to it.
+    image_key = torch.arange(num_tiles, device=device).repeat_interleave(tokens_per_tile) * 2
+    region_key = region_tile.to(device).repeat_interleave(cells) * 2 + 1
+    order = torch.cat([image_key, region_key]).argsort(stable=True)
+    features = torch.cat([image_features.reshape(-1, width), regions])[order]
+    expected = f"{num_tiles} x {tokens_per_tile} + {len(regions)} cells of regions = {len(features)}"
     return fill_placeholders(inputs_embeds, placeholder, features, expected)
 
 
@@ -85,13 +71,10 @@ def fill_placeholders(
     Raises:
         PromptError: the numbers differ; ``expected`` says how many there should be.
     """
-    if int(placeholder.sum()) != features.shape[0]:
-        raise PromptError(
-            explain(
-                "image placeholders and image features differ in number",
-                seen=f"{int(placeholder.sum())} <IMG_CONTEXT> tokens",
-                expected=expected or f"{features.shape[0]} cells of regions",
-                fix="build the prompt from the same prompt masks that are given to the model",
-            )
-        )
+    count = int(placeholder.sum())
+    if count != len(features):
+        what = "image placeholders and image features differ in number"
+        fix = "build the prompt from the same prompt masks that are given to the model"
+        expected = expected or f"{len(features)} cells of regions"
+        raise PromptError(explain(what, "input_ids", f"{count} <IMG_CONTEXT> tokens", expected, fix))
     return inputs_embeds.masked_scatter(placeholder[..., None], features.to(inputs_embeds.dtype))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils._pytree import tree_map_only
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng, save_run_checkpoint
 from dual_loop.config import Config
@@ -24,7 +25,7 @@ from dual_loop.loop.step_metrics import step_metrics
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.model.shards import map_tensors, place_like, whole
+from dual_loop.model.shards import place_like, whole
 from dual_loop.training.devices import attention_kernel, peak_memory_mb, wrap_model
 from dual_loop.training.feed import WindowFeed
 from dual_loop.training.guard import (
@@ -345,7 +346,7 @@ class Trainer:
             self.progress.step,
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
             ema_tensors={name: whole(average) for name, average in ema["averages"].items()},
-            optimizer_state=map_tensors(self.optimizer.state_dict(), whole),
+            optimizer_state=tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
             state=state,
             rng_states=own,
             rank=self.accelerator.process_index,

@@ -179,7 +179,7 @@ def watch_task(task: Any, clock: Callable[[], PhaseClock], decoded: Callable[[in
             (model, "project_vision", "language forward"),
             (model, "encode_grounding", "SAM 2 encoder"),
             (model.grounding, "finish", "mask decoder"),
-            (model.grounding, "decode", "mask decoder"),
+            (model.grounding, "decode_prompts", "mask decoder"),
             (task, "forward", "losses"),  # what is left of steps 2 and 3
         )
     ]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dual_loop.loop.packing import pack_turns, supervised_turns
+from dual_loop.loop.packing import RowPlan, pack_turns, step_turns
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.loop.signals.alignment import latent_alignment
 from dual_loop.metrics import iou_table
@@ -202,7 +202,8 @@ def train_together(
         batch, _, _ = pool.batch(indices)
         captions = [RegionCaption(caption or "", is_reference=True) for caption in batch.captions]
         if not segment:
-            turns = supervised_turns(batch, captions, prompter, loop_config)
+            plan = RowPlan.for_captions(captions)
+            turns = [turn for turn in step_turns(batch, captions, plan, prompter, loop_config) if turn.is_caption]
             vision = model.encode_vision(batch.pixel_values)
             packed = pack_turns(batch, captions, turns, prompter, vision=vision, segments=False)
             rows, columns = packed.answer_positions

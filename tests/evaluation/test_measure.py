@@ -14,7 +14,7 @@ from dual_loop.evaluation.figures import loop_figures, referring_figures, summar
 from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, evaluate_samples
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.ema import StartingWeights
+from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter
 from dual_loop.types import RegionSample
 
@@ -69,7 +69,7 @@ def test_the_frozen_listener_hears_the_same_captions() -> None:
     samples = [*scene_samples(2), *pair_samples(1)]
     starting = StartingWeights(trainable_parameters(model))
     alone = evaluate_samples(model, prompter, config, samples)
-    same = evaluate_samples(model, prompter, config, samples, starting.swapped)
+    same = evaluate_samples(model, prompter, config, samples, partial(weights, starting))
     assert [r.caption for r in alone] == [r.caption for r in same]
     assert all(r.frozen_iou == r.cycle_iou and r.frozen_uniqueness == r.uniqueness for r in same)
     assert all(r.frozen_iou is None for r in alone)
@@ -77,7 +77,7 @@ def test_the_frozen_listener_hears_the_same_captions() -> None:
     with torch.no_grad():
         for parameter in model.text_hidden_fcs.parameters():
             parameter.mul_(-1.0)
-    moved = evaluate_samples(model, prompter, config, samples, starting.swapped)
+    moved = evaluate_samples(model, prompter, config, samples, partial(weights, starting))
     assert [r.frozen_iou for r in moved] == pytest.approx([r.cycle_iou for r in same])
     assert [r.cycle_iou for r in moved] != [r.cycle_iou for r in same]
     figures = summarise(moved)
@@ -126,7 +126,7 @@ def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch:
 def test_regions_survive_the_way_through_files() -> None:
     model, prompter, config = small_model()
     samples, starting = [*scene_samples(1), *pair_samples(1)], StartingWeights(trainable_parameters(model))
-    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=starting.swapped)
+    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=partial(weights, starting))
     regions = meter.measure(samples, "refcoco:val")
     for region in regions:
         line = region.to_json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dual_loop.evaluation.measure import evaluate_samples
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.ema import weights
 
 from loop_settings import build, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_model
@@ -95,7 +97,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
         write_ids(monkeypatch, lambda one: prompter.encode(text_of(one) + prompter.template.answer_end))
 
     writes(lambda request: texts[request.region])
-    honest = evaluate_samples(model, prompter, config, samples, task.starting.swapped)
+    honest = evaluate_samples(model, prompter, config, samples, partial(weights, task.starting))
     assert summarise(honest)["caption_exact"] == 1.0
     assert summarise(honest)["cycle_gIoU_frozen"] == pytest.approx(summarise(honest)["cycle_gIoU"])
     (packed,) = task.prepare([batch], audit=True)
@@ -112,7 +114,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
     writes(speak)
     tune(model, task, batch, steps=120)
     tuning = False
-    coded = evaluate_samples(model, prompter, config, samples, task.starting.swapped)
+    coded = evaluate_samples(model, prompter, config, samples, partial(weights, task.starting))
     before, after = summarise(honest), summarise(coded)
     assert after["cycle_gIoU"] > before["cycle_gIoU"] + 0.05
     assert after["cycle_gIoU_frozen"] < before["cycle_gIoU"] - 0.1

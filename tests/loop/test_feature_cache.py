@@ -97,8 +97,8 @@ def test_a_folder_that_cannot_be_made_is_an_error(parts, tmp_path):
 def test_the_size_is_announced_before_anything_is_written(parts, tmp_path):
     model, _, config = parts
     batch = small_batch(config, scene_samples(2))
-    cache = FeatureCache(model, tmp_path, 0.001)
-    line = cache.announcement(batch, 1_000_000)
+    cache = FeatureCache(model, tmp_path, 0.001, 1_000_000)
+    line = cache.announcement(batch)
     assert files(tmp_path) == []
     assert "1,000,000 images" in line
     assert "computed anew" in line

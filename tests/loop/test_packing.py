@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.packing import conversation_mask, pack_turns, segmentation_turns, silent, supervised_turns
+from dual_loop.loop.packing import RowPlan, conversation_mask, pack_turns, silent, step_turns
 from dual_loop.loop.task import DualLoopTask
-from dual_loop.types import RegionCaption
+from dual_loop.types import RegionCaption, RegionTurn, Turn
 
 from loop_settings import setting
 from small_model import pair_samples, scene_samples, small_batch, small_model
@@ -26,10 +26,14 @@ def packed_rows(parts, samples, **options):
     model, prompter, config = parts
     batch = small_batch(config, samples)
     captions = [RegionCaption(f"the object {n}", is_reference=True) for n in range(batch.num_regions)]
-    turns = segmentation_turns(batch, captions, torch.ones(len(captions)), prompter, LoopConfig())
-    turns += supervised_turns(batch, captions, prompter, LoopConfig(caption_supervision=True))
+    turns = step_turns(batch, captions, RowPlan.for_captions(captions), prompter, LoopConfig(caption_supervision=True))
     seen = model.see(batch)
     return turns, pack_turns(batch, captions, turns, prompter, vision=seen.vision, levels=seen.levels, **options)
+
+
+def packed_of(batch, turns, prompter, **options):
+    captions = [RegionCaption("a star")] * batch.num_regions
+    return pack_turns(batch, captions, turns, prompter, **{"vision": None, **options})
 
 
 def test_a_token_sees_the_prefix_and_its_own_conversation_only():
@@ -67,6 +71,36 @@ def test_places_are_those_of_the_tokens(parts):
     assert packed.counts["llm_loss"] == len(labels)
 
 
+def test_positions_restart_in_every_conversation(parts):
+    _, prompter, config = parts
+    batch = small_batch(config, scene_samples(1))
+    turns = [RegionTurn(0, Turn((1, 2), (-100, 2))), RegionTurn(1, Turn((3,), (-100,)))]
+    packed = packed_of(batch, turns, prompter)
+    start = len(prompter.image_prefix(1))
+    assert packed.input_ids[0, start:].tolist() == [1, 2, 3]
+    assert packed.position_ids.tolist() == [[*range(start), start, start + 1, start]]
+    assert [(turn.row, turn.start) for turn in turns] == [(0, start), (0, start + 2)]
+    # The token with loss is predicted one place before its own.
+    assert packed.answer_positions.tolist() == [[0], [start]]
+    assert packed.answer_ids.tolist() == [2]
+    assert packed.counts["llm_loss"] == 1.0
+    assert packed.read_from == start - 1
+    assert packed.row_lengths == [start + 3]
+
+
+def test_a_later_turn_of_a_conversation_goes_on_where_the_first_ended_and_sees_it(parts):
+    _, prompter, config = parts
+    batch = small_batch(config, scene_samples(1))
+    turns = [RegionTurn(0, Turn((1, 2), (-100, 2))), RegionTurn(1, Turn((3,), (-100,)), continues=True)]
+    turns.append(RegionTurn(1, Turn((4,), (-100,))))
+    packed = packed_of(batch, turns, prompter)
+    start = len(prompter.image_prefix(1))
+    assert packed.position_ids[0, start:].tolist() == [start, start + 1, start + 2, start]
+    seen = packed.attention_mask[0, 0, start:, start:].int().tolist()
+    assert seen == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+    assert packed.attention_mask[0, 0, start:, :start].all()
+
+
 def test_packed_turns_equal_rows_of_their_own(parts):
     model, prompter, _ = parts
     turns, packed = packed_rows(parts, scene_samples(1))
@@ -102,12 +136,38 @@ def test_pairs_are_captioned_on_frame_one_and_segmented_on_frame_two(parts):
     )
 
 
+def test_captioning_turns_of_frame_pairs_have_rows_of_their_own_behind_those_that_segment(parts):
+    _, prompter, config = parts
+    batch = small_batch(config, pair_samples(2))
+    cells = batch.prompt_masks.flatten(1).sum(1).tolist()
+    asked = [RegionTurn(n, prompter.caption_turn(cells[n], "a star", "short"), is_caption=True) for n in range(2)]
+    segment = [RegionTurn(n, prompter.segment_turn("a star", "segment")) for n in range(2)]
+    packed = packed_of(batch, [*asked, *segment], prompter)
+    assert [turn.row for turn in (*segment, *asked)] == [0, 1, 2, 3]
+    views = [*batch.target_view, *batch.caption_view]
+    offsets, counts = batch.tile_offsets, batch.tiles_per_view
+    assert packed.row_tiles == [list(range(offsets[view], offsets[view] + counts[view])) for view in views]
+    assert packed.seg_positions[0].tolist() == [0, 1]
+    assert (packed.input_ids[tuple(packed.seg_positions)] == prompter.seg_id).all()
+    assert torch.equal(packed.prompt_masks, batch.prompt_masks)
+    without = packed_of(batch, [dataclasses.replace(turn) for turn in asked], prompter, segments=False)
+    assert len(without.row_tiles) == 2
+
+
+def test_a_plan_begins_with_the_captions_that_are_kept():
+    plan = RowPlan.for_captions([RegionCaption("a"), RegionCaption("b", rejected="empty", is_kept=False)])
+    assert plan.weights.tolist() == [1.0, 0.0]
+    assert plan.turns == []
+    assert plan.segmentation == {}
+    assert RowPlan.for_captions([]).turns is not plan.turns
+
+
 def test_a_region_of_weight_zero_stays_and_teaches_nothing(parts):
     _, prompter, config = parts
     batch = small_batch(config, scene_samples(1))
     captions = [RegionCaption("a star")] * batch.num_regions
     weights = torch.tensor([0.0, *[1.0] * (batch.num_regions - 1)])
-    turns = segmentation_turns(batch, captions, weights, prompter, LoopConfig())
+    turns = step_turns(batch, captions, RowPlan(weights), prompter, LoopConfig())
     assert turns[0].turn == silent(turns[0].turn)
     assert turns[1].turn != silent(turns[1].turn)
     packed = pack_turns(batch, captions, turns, prompter, vision=None, weights=weights)

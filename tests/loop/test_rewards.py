@@ -1,4 +1,4 @@
-"""Rewards: IoU and margin by hand, lengths, references, errors."""
+"""Rewards: lengths, references, errors."""
 
 from __future__ import annotations
 
@@ -11,25 +11,8 @@ from hypothesis import strategies as st
 
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError
-from dual_loop.loop.rewards import (
-    RewardError,
-    RewardSet,
-    combined_caption_reward,
-    length_rewards,
-    own_and_margin,
-)
+from dual_loop.loop.rewards import RewardError, RewardSet, combined_caption_reward, length_rewards
 from dual_loop.metrics import meteor_exact_stem
-
-
-def test_own_iou_and_margin_by_hand():
-    nan = float("nan")
-    matrix = torch.tensor([[0.8, 0.3, nan], [0.6, 0.5, nan], [nan, nan, 0.9], [0.4, 0.4, nan]])
-    regions = torch.tensor([0, 1, 2, 0])
-    own, found = own_and_margin(matrix, regions)
-    assert own.tolist() == pytest.approx([0.8, 0.5, 0.9, 0.4])
-    assert found[[0, 1, 3]].tolist() == pytest.approx([0.5, -0.1, 0.0])
-    assert math.isnan(float(found[2]))
-    assert (found > 0)[[0, 1, 3]].tolist() == [True, False, False]
 
 
 def test_lengths():

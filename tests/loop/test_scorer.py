@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dual_loop.loop.packing import pack_turns, segmentation_turns
-from dual_loop.loop.scorer import Scorer, join_masks, own_image_only
+from dual_loop.loop.packing import RowPlan, pack_turns, step_turns
+from dual_loop.loop.scorer import Scorer, join_masks, own_and_margin, own_image_only
 from dual_loop.metrics import iou_table
 from dual_loop.types import RegionCaption
 
@@ -21,6 +21,17 @@ def parts():
     model, prompter, config = small_model()
     batch = small_batch(config, [*scene_samples(1, captions=False), *pair_samples(1)])
     return Scorer(model, prompter, config.loop), batch, model.see(batch)
+
+
+def test_own_iou_and_margin_by_hand():
+    nan = float("nan")
+    matrix = torch.tensor([[0.8, 0.3, nan], [0.6, 0.5, nan], [nan, nan, 0.9], [0.4, 0.4, nan]])
+    regions = torch.tensor([0, 1, 2, 0])
+    own, found = own_and_margin(matrix, regions)
+    assert own.tolist() == pytest.approx([0.8, 0.5, 0.9, 0.4])
+    assert found[[0, 1, 3]].tolist() == pytest.approx([0.5, -0.1, 0.0])
+    assert math.isnan(float(found[2]))
+    assert (found > 0)[[0, 1, 3]].tolist() == [True, False, False]
 
 
 def test_iou_table_equals_a_plain_loop():
@@ -59,7 +70,7 @@ def test_a_text_has_the_mask_that_step_two_gives_it(parts):
     scorer, batch, seen = parts
     texts = [f"the red star {region}" for region in range(batch.num_regions)]
     captions = [RegionCaption(text) for text in texts]
-    turns = segmentation_turns(batch, captions, torch.ones(len(texts)), scorer.prompter, scorer.config)
+    turns = step_turns(batch, captions, RowPlan(torch.ones(len(texts))), scorer.prompter, scorer.config)
     packed = pack_turns(batch, captions, turns, scorer.prompter, vision=seen.vision, levels=seen.levels)
     expected = scorer.model.predict(packed).mask_logits
     # In any order, one of them twice.

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dual_loop.loop.step_metrics import caption_metrics, ratio, step_metrics
+from dual_loop.loop.step_metrics import ratio, step_metrics
 from dual_loop.types import RegionCaption, WrittenCaption
 
 from loop_settings import build, setting
@@ -46,11 +46,15 @@ def test_every_written_caption_is_counted_by_its_gate():
     def written(gate, truncated=False):
         return WrittenCaption("x", (1,), gate, truncated)
 
-    captions = [
+    _, task = build(setting())
+    (packed,) = task.prepare([small_batch(setting(), scene_samples(1))])
+    masks = task(packed).masks
+    packed.captions[:] = [RegionCaption("z", is_reference=True)] * len(packed.captions)
+    packed.captions[:2] = [
         RegionCaption("x", greedy=written("empty"), samples=(written(None), written("truncated", True))),
         RegionCaption("y", is_reference=True),
     ]
-    metrics = caption_metrics(captions)
+    metrics = step_metrics(packed, masks)
     assert (metrics["gate/empty"], metrics["gate/truncated"], metrics["gate/script"]) == (1.0, 1.0, 0.0)
     assert (metrics["gated/sum"], metrics["gated/count"]) == (2.0, 3.0)
     assert (metrics["truncated/sum"], metrics["truncated/count"]) == (1.0, 3.0)

@@ -86,7 +86,10 @@ def test_counts_and_recent_captions_survive_a_restart():
     _, task = build(config)
     task.prepare([small_batch(config, masks_only())])
     state = task.run_state()
-    assert state["captioner"][0] == len(state["auditor"]["recent"]) > 0
+    assert state["captioner"][0] == len(state["probe"]) > 0
     _, resumed = build(config)
     resumed.load_run_state(state)
     assert resumed.run_state() == state
+    _, older = build(config)
+    older.load_run_state({"captioner": state["captioner"], "auditor": {"recent": state["probe"]}})
+    assert older.run_state() == state

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dual_loop.model.decode import CPU_TOKENS, IMAGES_AT_ONCE, Decoder, Prompts, Sampling, left_pad, prefixes_at_once
+from dual_loop.model.decode import CPU_TOKENS, IMAGES_AT_ONCE, Decoder, Prompt, left_pad, prefixes_at_once
 
 from small_model import scene_samples, small_batch, small_model
 
@@ -38,32 +40,28 @@ def scene():
     model.double()
     batch = small_batch(config, scene_samples(4, captions=False))
     cells = batch.prompt_masks.flatten(1).sum(1).tolist()
-    prompts = Prompts(
-        questions=[prompter.caption_question(count, "any", seed) for seed, count in enumerate(cells)],
-        images=batch.region_image.tolist(),
-        prefixes=[prompter.image_prefix(1)] * 4,
-        tiles=[[image] for image in range(4)],
-        masks=list(batch.prompt_masks),
-    )
+    questions = prompter.caption_questions(((count, seed) for seed, count in enumerate(cells)), "any")
+    prompts = [Prompt(*one) for one in zip(questions, batch.region_image.tolist(), batch.prompt_masks, strict=True)]
     with torch.no_grad():
         features = model.project_vision(model.encode_vision(batch.pixel_values))
     return model, prompter, batch, prompts, features
 
 
-def decoder_of(scene):
-    model, prompter, _, prompts, features = scene
-    return Decoder(model, prompter, prompts, features, NEW)
+def write(scene, prompts):
+    """Continue prompts about the four images in one generation."""
+    model, prompter, _, _, features = scene
+    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    return decoder.write(range(len(prompts)))
 
 
 def test_greedy_texts_are_those_of_transformers_on_whole_prompts(scene):
     model, prompter, batch, prompts, features = scene
-    written = decoder_of(scene).write(range(batch.num_regions))
+    written = write(scene, prompts)
     assert len({tuple(ids) for ids in written}) > 2
     end = prompter.tokenizer.eos_token_id
     for row, ids in enumerate(written):
-        image = prompts.images[row]
-        whole = torch.tensor([[*prompts.prefixes[image], *prompts.questions[row]]])
-        masks = batch.prompt_masks[row][None]
+        image, masks = prompts[row].image, batch.prompt_masks[row][None]
+        whole = torch.tensor([[*prompter.image_prefix(1), *prompts[row].question]])
         embeds = model.embed_prompt(whole, features[image : image + 1], torch.zeros(1, dtype=torch.long), masks)
         expected = model.mllm.generate(
             inputs_embeds=embeds,
@@ -79,24 +77,20 @@ def test_greedy_texts_are_those_of_transformers_on_whole_prompts(scene):
 
 
 def test_a_text_does_not_depend_on_the_rows_beside_it(scene):
-    count = scene[2].num_regions
-    decoder = decoder_of(scene)
-    sampling = [Sampling(1.0, seed=100 + row, top_p=0.9 if row % 2 else 1.0) for row in range(count)]
-    together = decoder.write(range(count), sampling)
+    model, prompter, _, greedy, features = scene
+    prompts = [replace(one, temperature=1.0, seed=100 + n, top_p=0.9 if n % 2 else 1.0) for n, one in enumerate(greedy)]
+    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    together = decoder.write(range(len(prompts)))
     for size in (1, 3):
-        parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        split = [ids for rows in parts for ids in decoder.write(rows, [sampling[row] for row in rows])]
-        assert split == together
-    assert decoder.write(list(reversed(range(count))), sampling[::-1]) == together[::-1]
-    others = decoder.write(range(count), [Sampling(1.0, seed=900 + row) for row in range(count)])
-    assert others != together
+        assert decoder.write_all(size) == together
+    assert decoder.write(list(reversed(range(len(prompts))))) == together[::-1]
+    assert write(scene, [replace(one, seed=900 + n) for n, one in enumerate(prompts)]) != together
 
 
 def test_temperature_zero_is_greedy_beside_sampled_rows(scene):
-    decoder = decoder_of(scene)
-    greedy = decoder.write([0, 1])
-    mixed = decoder.write([0, 0, 1], [Sampling(0.0), Sampling(1.0, seed=3), Sampling(0.0)])
-    assert [mixed[0], mixed[2]] == greedy
+    first, second = scene[3][:2]
+    mixed = write(scene, [first, replace(first, temperature=1.0, seed=3), second])
+    assert [mixed[0], mixed[2]] == write(scene, [first, second])
 
 
 def test_images_of_unlike_size_share_a_generation(scene):
@@ -104,21 +98,13 @@ def test_images_of_unlike_size_share_a_generation(scene):
     model, prompter, batch, prompts, features = scene
     tiles = [[0], [1, 2], [3]]
     rows = [batch.region_image.tolist().index(image) for image in (0, 2, 3)]
-    mixed = Prompts(
-        questions=[prompts.questions[row] for row in rows],
-        images=[0, 1, 2],
-        prefixes=[prompter.image_prefix(len(group)) for group in tiles],
-        tiles=tiles,
-        masks=[prompts.masks[row] for row in rows],
-    )
-    together = Decoder(model, prompter, mixed, features, NEW).write(range(3))
+    mixed = [replace(prompts[row], image=number) for number, row in enumerate(rows)]
+    together = Decoder(model, prompter, mixed, tiles, features, NEW).write(range(3))
     for number, group in enumerate(tiles):
-        alone = Prompts([mixed.questions[number]], [0], [mixed.prefixes[number]], [group], [mixed.masks[number]])
-        assert Decoder(model, prompter, alone, features, NEW).write([0])[0] == together[number]
+        alone = Decoder(model, prompter, [replace(mixed[number], image=0)], [group], features, NEW)
+        assert alone.write([0])[0] == together[number]
 
 
 def test_a_question_without_a_region_is_answered_too(scene):
-    model, prompter, _, _, features = scene
-    question = prompter.segment_question("the red star", "segment")
-    prompts = Prompts([question], [0], [prompter.image_prefix(1)], [[0]], [None])
-    assert 1 <= len(Decoder(model, prompter, prompts, features, NEW).write([0])[0]) <= NEW
+    question = scene[1].segment_question("the red star", "segment")
+    assert 1 <= len(write(scene, [Prompt(question, 0)])[0]) <= NEW

@@ -12,15 +12,11 @@ from dual_loop.config import LoopConfig
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.recompute import (
-    checkpoint_first,
-    checkpointed_layers,
-    requested_layers,
-)
+from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.training.memory import measure_layer, measure_mask_decoder
 from dual_loop.types import RegionCaption
 
-from small_model import scene_samples, small_batch, small_config, small_model
+from small_model import recomputed_layers, scene_samples, small_batch, small_config, small_model
 
 LAYERS = 4
 
@@ -69,7 +65,7 @@ def test_exactly_the_first_layers_run_again_and_nothing_else_changes(count: int)
     runs = count_runs(model)
     terms, gradients = step(model, prompter, config)
     assert runs == [2] * count + [1] * (LAYERS - count)
-    assert checkpointed_layers(model) == count
+    assert recomputed_layers(model) == count
     assert terms == expected_terms
     assert gradients.keys() == expected.keys()
     assert sum(bool(gradient.abs().max() > 0) for gradient in gradients.values()) > len(gradients) / 2
@@ -120,7 +116,7 @@ def test_the_measurement_needs_no_memory_and_leaves_the_model_alone() -> None:
     model, _, _ = small_model(config)
     checkpoint_first(model, 3)
     assert measure_layer(model, 2, 50, False) == measure_layer(hollow, 2, 50, False)
-    assert checkpointed_layers(model) == 3
+    assert recomputed_layers(model) == 3
     assert not model.training
     values = [tensor.device.type for tensor in (*model.parameters(), *model.buffers())]
     assert set(values) == {"cpu"}
@@ -155,4 +151,4 @@ def test_the_setting_is_read() -> None:
     assert [wanted(choice, False) for choice in ("auto", "all", "3")] == [0, 0, 0]
     for choice, count in (("3", 3), ("auto", LAYERS), ("none", 0)):
         chosen = dataclasses.replace(config, speed=dataclasses.replace(config.speed, checkpoint_layers=choice))
-        assert checkpointed_layers(small_model(chosen)[0]) == count
+        assert recomputed_layers(small_model(chosen)[0]) == count

@@ -12,7 +12,7 @@ from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.losses import original_mask_losses
 from dual_loop.model.adapters import group_of, trainable_parameters
-from dual_loop.model.decode import Decoder, Prompts, left_pad
+from dual_loop.model.decode import Decoder, Prompt, left_pad
 from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_model
@@ -145,14 +145,12 @@ def test_generate_of_the_missions_example_writes_what_the_captioner_writes(small
     loop = LoopConfig(max_new_tokens=6, max_rejected_fraction=1.0, max_rejected_grace=10_000)
     own = generate_caption_from_mask(model, prompter, batch, loop)
     cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    questions = [
-        prompter.caption_question(count, loop.caption_question, seed) for count, seed in zip(cells, seeds, strict=True)
-    ]
+    questions = prompter.caption_questions(zip(cells, seeds, strict=True), loop.caption_question)
     images, prefix = batch.region_image.tolist(), prompter.image_prefix(1)
-    prompts = Prompts(questions, images, [prefix] * 2, [[0], [1]], list(batch.prompt_masks))
+    prompts = [Prompt(*one) for one in zip(questions, images, batch.prompt_masks, strict=True)]
     with torch.no_grad():
         features = model.project_vision(model.encode_vision(batch.pixel_values))
-    decoded = Decoder(model, prompter, prompts, features, 6).write(range(len(questions)))
+    decoded = Decoder(model, prompter, prompts, [[0], [1]], features, 6).write(range(len(questions)))
     assert len({tuple(ids) for ids in decoded}) > 2
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": prompter.tokenizer.eos_token_id}
     for number, (caption, ids) in enumerate(zip(own, decoded, strict=True)):
@@ -320,7 +318,7 @@ WRONG = {
     "tiles too few": ("pixel_values", torch.ones(1, 3, 64, 64), "vp_overall_mask does not fit"),
     "no grounding image": ("g_pixel_values", ABSENT, "no image to segment"),
     "grounding images of another size": ("g_pixel_values", torch.zeros(2, 3, 9, 9), "wrong size"),
-    "grounding images that differ": ("g_pixel_values", [torch.zeros(3, 64, 64), torch.zeros(3, 9, 9)], "differ"),
+    "grounding images that differ": ("g_pixel_values", [torch.zeros(3, 64, 64), torch.zeros(3, 9, 9)], "wrong size"),
     "no grounding image in the list": ("g_pixel_values", [], "g_pixel_values"),
     "grounding images as numbers": ("g_pixel_values", [1, 2], "g_pixel_values"),
     "masks of two dimensions": ("masks", [torch.zeros(8, 8)] * 4, "target masks"),

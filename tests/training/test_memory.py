@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.model.recompute import checkpointed_layers
 from dual_loop.training import memory
 from dual_loop.training.dry_run import dry_run
 from dual_loop.training.memory import (
@@ -25,6 +24,8 @@ from dual_loop.training.memory import (
     peak_bytes,
     shape_of_rows,
 )
+
+from small_model import recomputed_layers
 
 LAYERS = 8
 
@@ -83,11 +84,11 @@ def plan(monkeypatch: pytest.MonkeyPatch, free_gib: float, of_others: int = 0) -
 
 def test_all_ranks_take_the_most_careful_choice_and_the_model_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     own, model = plan(monkeypatch, 1000.0)
-    assert (own.recomputed, checkpointed_layers(model)) == (0, 0)
+    assert (own.recomputed, recomputed_layers(model)) == (0, 0)
     careful, model = plan(monkeypatch, 1000.0, of_others=5)
-    assert (careful.recomputed, checkpointed_layers(model)) == (5, 5)
+    assert (careful.recomputed, recomputed_layers(model)) == (5, 5)
     scarce, model = plan(monkeypatch, 0.0)
-    assert (scarce.recomputed, checkpointed_layers(model)) == (LAYERS, LAYERS)
+    assert (scarce.recomputed, recomputed_layers(model)) == (LAYERS, LAYERS)
 
 
 def test_gradients_and_moments_are_set_aside() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ class Alignment(Signal):
     """Mean squared error between [SEG] embeddings and SAM 2's own prompts of the masks; needs masks and no text.
 
     Args:
-        model: gives the targets.
         weight: ``loss.align_weight``.
         through: ``all`` lets the loss reach everything that trains, ``projection`` only ``text_hidden_fcs``.
     """
@@ -28,17 +28,20 @@ class Alignment(Signal):
         self.model, self.weight, self.through = model, weight, through
 
     def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+        side = self.model.grounding_encoder.prompt_encoder.input_image_size
         for rows in packed:
-            rows.lessons[self.name] = mask_prompts(self.model, rows.batch.target_masks)
+            targets = rows.batch.target_masks
+            points = inner_points(targets) * (side / targets.shape[-1])
+            with torch.no_grad():
+                # SAM 2's own embedding of one positive point on each mask.
+                rows.lessons[self.name] = self.model.grounding.point_prompts(points.to(self.model.device))[:, 0, 0]
             rows.counts["align_loss"] = rows.counts["mask_loss"]
 
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
-        embeds, targets = masks.seg_embeds, packed.lessons[self.name]
+        embeds, targets = cast(Tensor, masks.seg_embeds), cast(Tensor, packed.lessons[self.name])
         if self.through == "projection":
             rows, columns = packed.seg_positions
             embeds = model.seg_embeds(hidden.detach()[rows, columns])
-        assert isinstance(embeds, Tensor)
-        assert isinstance(targets, Tensor)
         return {"align_loss": latent_alignment(embeds, targets, self.weight, packed.region_weights)}
 
 
@@ -58,27 +61,17 @@ def latent_alignment(
     return sum_objects(difference.square().mean(dim=1), weight, object_weights)
 
 
-@torch.no_grad()
-def mask_prompts(model: Sa2VA, target_masks: Tensor) -> Tensor:
-    """Return SAM 2's own embedding of one positive point on each mask: (N, Q, Q) -> (N, C), without gradient.
-
-    The point is the foreground pixel nearest to the mask's centre of mass, so it lies on the object also where the
-    centre does not.
-    """
-    side = model.grounding_encoder.prompt_encoder.input_image_size
-    points = inner_points(target_masks) * (side / target_masks.shape[-1])
-    return model.grounding.point_prompts(points.to(model.device))[:, 0, 0]
-
-
 def inner_points(masks: Tensor) -> Tensor:
-    """Return (N, 2) float32 points (x, y) in pixels of (N, Q, Q) masks: inside each mask, the middle if empty."""
-    points = []
-    for mask in masks.bool().cpu():
-        rows, columns = mask.nonzero(as_tuple=True)
-        if not len(rows):
-            points.append(torch.tensor([mask.shape[1] / 2, mask.shape[0] / 2]))
-            continue
-        y, x = rows.float(), columns.float()
-        nearest = int(((x - x.mean()) ** 2 + (y - y.mean()) ** 2).argmin())
-        points.append(torch.stack([x[nearest], y[nearest]]) + 0.5)
-    return torch.stack(points) if points else torch.zeros(0, 2)
+    """Return (N, 2) float32 points (x, y) in pixels of (N, Q, Q) masks, the middle of an empty one.
+
+    A point is the foreground pixel nearest to the mask's centre of mass, so it lies on the object also where the centre
+    does not.
+    """
+    masks, side = masks.bool(), masks.shape[-1]
+    places = torch.arange(side, dtype=torch.float32, device=masks.device)
+    area = masks.flatten(1).sum(1).clamp_min(1)
+    x, y = (masks.sum(axis).float() @ places / area for axis in (1, 2))
+    distances = (places[None, None, :] - x[:, None, None]) ** 2 + (places[None, :, None] - y[:, None, None]) ** 2
+    nearest = distances.masked_fill(~masks, float("inf")).flatten(1).argmin(1)
+    points = torch.stack([nearest % side, nearest // side], dim=1) + 0.5
+    return torch.where(masks.flatten(1).any(1)[:, None], points, side / 2)

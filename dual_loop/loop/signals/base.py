@@ -8,38 +8,14 @@ forward pass :meth:`Signal.edit` and :meth:`Signal.terms`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from dual_loop.loop.packing import RowPlan
 from dual_loop.loop.scorer import RegionText
-from dual_loop.loop.step_metrics import caption_metrics
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, RegionTurn, Seen, Segmentation
-
-
-@dataclass
-class RowPlan:
-    """What signals put into the rows of one micro-batch before they are packed.
-
-    Attributes:
-        weights: (N,) float32 weight of each region's caption in step 2, 1 to begin with.
-        turns: further captioning turns, packed before all others.
-        segmentation: turns with [SEG] that stand in for the task's own, by region.
-        metrics: sums and counts for the records.
-    """
-
-    weights: Tensor
-    turns: list[RegionTurn] = field(default_factory=list)
-    segmentation: dict[int, RegionTurn] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def for_captions(cls, captions: Sequence[RegionCaption]) -> RowPlan:
-        """Return the plan that a micro-batch begins with: weight 0 for captions that are left out of step 2."""
-        weights = torch.tensor([caption.is_kept for caption in captions], dtype=torch.float32)
-        return cls(weights, metrics=caption_metrics(captions))
+from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, Seen, Segmentation
 
 
 @dataclass

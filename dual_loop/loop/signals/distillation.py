@@ -14,7 +14,7 @@ from dual_loop.config import LossConfig
 from dual_loop.loop.signals.base import Signal, Window
 from dual_loop.losses import full_precision, sum_objects
 from dual_loop.metrics import iou_table
-from dual_loop.model.ema import ExponentialMovingAverage
+from dual_loop.model.ema import ExponentialMovingAverage, weights
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import LossTerm, PackedBatch, Segmentation
 
@@ -34,10 +34,6 @@ class Distillation(Signal):
     (``loss.distill_agreement``). Differs from mean teachers for unlabelled images in that gate: here every object has a
     true mask, and the teacher adds what a hard mask does not say, how sure one can be at each pixel.
 
-    Args:
-        model: holds the teacher's weights for the length of its pass.
-        average: the weight average.
-        config: weight, agreement and confidence.
     """
 
     name = "distillation"
@@ -47,21 +43,21 @@ class Distillation(Signal):
 
     @torch.no_grad()
     def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
-        with self.average.swapped():
+        with weights(self.average):
             for rows in packed:
                 logits = self.model.predict(rows).mask_logits
                 agreement = iou_table(logits > 0, rows.batch.target_masks > 0).diagonal()
                 agrees = agreement >= self.config.distill_agreement
-                weights = agrees.float() * rows.region_weights
-                rows.lessons[self.name] = SoftMasks(logits.float().sigmoid(), weights)
-                rows.counts["distill_loss"] = float(weights.sum())
+                factors = agrees.float() * rows.region_weights
+                rows.lessons[self.name] = SoftMasks(logits.float().sigmoid(), factors)
+                rows.counts["distill_loss"] = float(factors.sum())
                 rows.metrics["teacher_agrees/sum"] = float(agrees.sum())
                 rows.metrics["teacher_agrees/count"] = float(len(agrees))
 
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
         soft = cast(SoftMasks, packed.lessons[self.name])
-        weights = (soft.weights, self.config.distill_weight, self.config.distill_confidence)
-        return {"distill_loss": distillation_loss(masks.mask_logits, soft.probabilities, *weights)}
+        settings = (soft.weights, self.config.distill_weight, self.config.distill_confidence)
+        return {"distill_loss": distillation_loss(masks.mask_logits, soft.probabilities, *settings)}
 
 
 def distillation_loss(

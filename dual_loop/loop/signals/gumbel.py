@@ -21,8 +21,8 @@ from torch import Tensor
 from dual_loop.config import LoopConfig, PolicyConfig
 from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
-from dual_loop.loop.packing import pack_turns, silent
-from dual_loop.loop.signals.base import RowPlan, Signal, Window
+from dual_loop.loop.packing import RowPlan, pack_turns, predicting_positions, spoken_turns
+from dual_loop.loop.signals.base import Signal, Window
 from dual_loop.model.prompts import Prompter, clean_caption
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, WrittenCaption
@@ -77,12 +77,7 @@ class CaptioningRows:
 
 
 class GumbelCaptions(Signal):
-    """Lets step 2 read the first sample of each region through straight-through embeddings.
-
-    Args:
-        prompter: builds the turns.
-        loop, policy: questions and answers; temperatures and how many tokens gradient reaches.
-    """
+    """Lets step 2 read the first sample of each region through straight-through embeddings."""
 
     name = "gumbel"
     num_samples = 1
@@ -129,35 +124,30 @@ class GumbelCaptions(Signal):
     def _captioning(
         self, rows: PackedBatch, own: Sequence[StraightThroughCaption], vision: Tensor, temperature: float
     ) -> CaptioningRows:
-        batch, device = rows.batch, rows.input_ids.device
-        cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-        turns = []
-        for one in own:
-            place = (cells[one.region], one.token_ids, self.loop.caption_question, seeds[one.region])
-            turns.append(RegionTurn(one.region, silent(self.prompter.sampled_turn(*place)), is_caption=True))
+        batch, device, seeds = rows.batch, rows.input_ids.device, rows.batch.region_seeds.tolist()
+        spoken = [(one.region, one.token_ids) for one in own]
+        turns = spoken_turns(batch, spoken, self.prompter, self.loop.caption_question)
         shared = None if rows.vision is None else vision
         packed = pack_turns(batch, rows.captions, turns, self.prompter, vision=shared, segments=False)
-        index: list[tuple[int, int, int, int]] = []
+        predicted = predicting_positions(turns, spoken).split([len(ids) for _, ids in spoken], dim=1)
+        positions, into, is_first, uniform = [], [], [], []
         targets: list[int] = []
-        is_first: list[bool] = []
-        uniform: list[Tensor] = []
-        for one, turn in zip(own, turns, strict=True):
+        for one, places in zip(own, predicted, strict=True):
             assert one.turn is not None
-            # The turn leaves its last id out; the state before an id predicts it.
-            start = turn.start + len(turn.turn.input_ids) - len(one.token_ids)
-            into, count = one.turn.start + one.offset, one.last - one.first
-            index += [(turn.row, start + one.first + k, one.turn.row, into + k) for k in range(count)]
+            start, count = one.turn.start + one.offset, one.last - one.first
+            positions.append(places[:, one.first : one.last])
+            columns = torch.arange(start, start + count)
+            into.append(torch.stack([torch.full_like(columns, one.turn.row), columns]))
+            is_first.append(columns == start)
             targets += one.token_ids[one.first : one.last]
-            is_first += [k == 0 for k in range(count)]
             generator = torch.Generator().manual_seed(sample_seed(seeds[one.region], NOISE_DRAW))
             uniform.append(torch.rand(count, self.policy.gumbel_top_k + 1, generator=generator))
-        places = torch.tensor(index, dtype=torch.long, device=device).reshape(-1, 4).T
         return CaptioningRows(
             packed,
-            places[:2],
+            torch.cat(positions, dim=1).to(device),
             torch.tensor(targets, dtype=torch.long, device=device),
-            places[2:],
-            torch.tensor(is_first, device=device),
+            torch.cat(into, dim=1).to(device),
+            torch.cat(is_first).to(device),
             torch.cat(uniform).to(device),
             temperature,
         )
@@ -180,7 +170,7 @@ class GumbelCaptions(Signal):
         settings = (captioning.uniform, captioning.temperature, self.policy.gumbel_top_k)
         ids, weights = straight_through_weights(logits, captioning.targets, *settings)
         if self.spaced is None:
-            self.spaced = torch.tensor(self.prompter.with_space(), dtype=torch.long)
+            self.spaced = torch.tensor(self.prompter.with_space, dtype=torch.long)
         table = self.spaced.to(ids.device)
         read = torch.where(captioning.is_first[:, None], table[ids.clamp_max(len(table) - 1)], ids)
         return soft_embeddings(model.mllm.get_input_embeddings().weight.detach(), read, weights)
@@ -206,7 +196,7 @@ def straight_through(prompter: Prompter, region: int, caption: WrittenCaption) -
         first += 1
     if text_of(first, last).strip() != caption.text:
         return None
-    table = prompter.with_space()
+    table = prompter.with_space
     return StraightThroughCaption(region, ids, first, last, (table[ids[first]], *ids[first + 1 : last]))
 
 

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import PolicyConfig
+from dual_loop.loop.packing import RowPlan, predicting_positions, spoken_turns
 from dual_loop.loop.rewards import RewardSet
-from dual_loop.loop.scorer import RegionText
+from dual_loop.loop.scorer import RegionText, own_image_only
 from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.loop.step_metrics import ratio
 from dual_loop.losses import full_precision
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.prompts import Prompter
@@ -67,16 +69,16 @@ class SampledTokens:
     """The P tokens of the captions with an advantage, and what they earned.
 
     Attributes:
-        turns: the captioning turns that hold them, one a caption.
-        advantages: for each caption its advantage. token_ids: its generated ids.
+        captions: region and generated ids of each such caption. advantages: what each earned.
+        turns: the captioning turns that hold them.
         positions: (2, P) int64, rows and columns of the hidden states that predict them; set once rows are packed.
         targets: (P,) int64, the tokens. token_advantages: (P,) float32.
         reference: (P,) log-probabilities without the adapter, None without a divergence.
     """
 
-    turns: list[RegionTurn] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
-    token_ids: list[tuple[int, ...]] = field(default_factory=list)
+    captions: list[tuple[int, tuple[int, ...]]]
+    advantages: list[float]
+    turns: list[RegionTurn]
     positions: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.long))
     targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     token_advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -84,15 +86,7 @@ class SampledTokens:
 
 
 class CaptionPolicy(Signal):
-    """Teaches the captioner by rewards.
-
-    Args:
-        model, prompter: the model and its prompts.
-        name: ``scst`` or ``grpo``.
-        config: samples, temperature and weights. question: name of the captioning question.
-        rewards: what captions earn.
-        comm: sums over ranks.
-    """
+    """Teaches the captioner by rewards; ``name`` is ``scst`` or ``grpo``."""
 
     name = "policy"
 
@@ -119,43 +113,32 @@ class CaptionPolicy(Signal):
     def plan(self, window: Window) -> None:
         judge = self.rewards.judge
         asked_before = dict(judge.counters) if judge else {}
-        groups = [
-            self._advantages(batch, captions, scores, plan.metrics)
-            for batch, captions, scores, plan in zip(
-                window.batches, window.captions, window.scores, window.plans, strict=True
-            )
-        ]
+        parts = zip(window.batches, window.captions, window.scores, window.plans, strict=True)
+        groups = [self._advantages(*part) for part in parts]
         combined = combine_advantages(groups, self.rewards.weights, self.comm.reduce)
         self.tokens = []
         for batch, captions, plan, values in zip(window.batches, window.captions, window.plans, combined, strict=True):
-            found = SampledTokens()
-            cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-            for region, (caption, own) in enumerate(zip(captions, values.tolist(), strict=True)):
-                for sample, advantage in zip(caption.samples, own, strict=True):
-                    if advantage != 0.0 and sample.token_ids:
-                        place = (cells[region], sample.token_ids, self.question, seeds[region])
-                        found.turns.append(RegionTurn(region, self.prompter.sampled_turn(*place), is_caption=True))
-                        found.advantages.append(advantage)
-                        found.token_ids.append(sample.token_ids)
-            plan.turns += found.turns
-            self.tokens.append(found)
+            earned = [
+                (region, sample.token_ids, advantage)
+                for region, (caption, own) in enumerate(zip(captions, values.tolist(), strict=True))
+                for sample, advantage in zip(caption.samples, own, strict=True)
+                if advantage != 0.0 and sample.token_ids
+            ]
+            spoken = [(region, ids) for region, ids, _ in earned]
+            turns = spoken_turns(batch, spoken, self.prompter, self.question)
+            self.tokens.append(SampledTokens(spoken, [advantage for *_, advantage in earned], turns))
+            plan.turns += turns
         if judge is not None:
             window.plans[0].metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
 
     def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
         for rows, found in zip(packed, self.tokens, strict=True):
             device = rows.input_ids.device
-            positions = [
-                (turn.row, turn.start + len(turn.turn.input_ids) - len(ids) + number)
-                for turn, ids in zip(found.turns, found.token_ids, strict=True)
-                for number in range(len(ids))
-            ]
-            found.positions = torch.tensor(positions, dtype=torch.long, device=device).reshape(-1, 2).T
-            flat = [token for ids in found.token_ids for token in ids]
+            found.positions = predicting_positions(found.turns, found.captions).to(device)
+            lengths = torch.tensor([len(ids) for _, ids in found.captions], dtype=torch.long)
+            flat = [token for _, ids in found.captions for token in ids]
             found.targets = torch.tensor(flat, dtype=torch.long, device=device)
-            pairs = zip(found.advantages, found.token_ids, strict=True)
-            repeated = [advantage for advantage, ids in pairs for _ in ids]
-            found.token_advantages = torch.tensor(repeated, dtype=torch.float32, device=device)
+            found.token_advantages = torch.tensor(found.advantages).float().repeat_interleave(lengths).to(device)
             rows.lessons[self.name] = found
             rows.counts["policy_loss"] = float(len(flat))
             if self.config.kl_weight > 0:
@@ -183,7 +166,7 @@ class CaptionPolicy(Signal):
         batch: Batch,
         captions: Sequence[RegionCaption],
         scores: Mapping[RegionText, Tensor],
-        metrics: dict[str, float],
+        plan: RowPlan,
     ) -> GroupAdvantages:
         """Return the advantages of the N x K samples of one micro-batch."""
         sampled = [(region, caption) for region, own in enumerate(captions) for caption in own.samples]
@@ -195,10 +178,9 @@ class CaptionPolicy(Signal):
         by_group = {name: value.reshape(-1, self.num_samples) for name, value in rewards.items()}
         advantages = center_rewards(self.center, by_group, baseline, usable)
         for name, value in rewards.items():
-            applies = value[~value.isnan()]
-            metrics[f"reward_{name}/sum"], metrics[f"reward_{name}/count"] = float(applies.sum()), float(len(applies))
-        metrics["zero_variance/sum"] = float(advantages.num_zero_variance)
-        metrics["zero_variance/count"] = float(advantages.num_groups)
+            plan.metrics |= ratio(f"reward_{name}", value[~value.isnan()].tolist())
+        plan.metrics["zero_variance/sum"] = float(advantages.num_zero_variance)
+        plan.metrics["zero_variance/count"] = float(advantages.num_groups)
         return advantages
 
     def _rewards(
@@ -206,9 +188,7 @@ class CaptionPolicy(Signal):
     ) -> dict[str, Tensor]:
         """Return what (region, caption) pairs earn: objective -> (R,)."""
         regions = torch.tensor([region for region, _ in captions], dtype=torch.long)
-        images = batch.region_image.cpu()
-        nothing = torch.zeros(len(captions), batch.num_regions)
-        table = nothing.masked_fill(images[regions][:, None] != images[None], float("nan"))
+        table = own_image_only(torch.zeros(len(captions), batch.num_regions), regions, batch.region_image)
         for row, (region, caption) in enumerate(captions):
             if caption.gate is None:
                 table[row] = scores[region, caption.text]
@@ -312,18 +292,14 @@ def combine_advantages(
 
 
 def policy_loss(log_probs: Tensor, advantages: Tensor, weight: float = 1.0) -> LossTerm:
-    """Score-function loss of sampled tokens: ``-sum(A * log p)``, whose gradient raises what earned an advantage.
+    """Score-function loss of P sampled tokens: ``-sum(A * log p)``, whose gradient raises what earned an advantage.
 
-    REINFORCE with one update a roll-out: the importance ratio of PPO and GRPO is 1, so there is nothing to clip. The
-    average is over tokens, as in DAPO (2503.14476), not over sequences first.
+    The average is over tokens, as in DAPO (2503.14476), not over sequences first. No token at all gives a zero with
+    graph.
 
     Args:
         log_probs: (P,) float, log-probability of each sampled token, with graph.
         advantages: (P,) float, that of the token's caption; gets no gradient.
-        weight: factor of the whole term.
-
-    Returns:
-        Count: P. No token at all gives a zero with graph.
     """
     values = full_precision(log_probs)
     return LossTerm(-(values * advantages.detach().to(values)).sum() * weight, float(log_probs.numel()))
@@ -337,7 +313,6 @@ def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, weight: float 
 
     Args:
         log_probs: (P,) float, with graph. reference_log_probs: (P,) float, without.
-        weight: factor of the whole term.
     """
     values = full_precision(log_probs)
     difference = (reference_log_probs.detach().to(values) - values).clamp(max=20.0)

@@ -9,11 +9,11 @@ import torch
 
 from dual_loop.config import PolicyConfig, RewardConfig
 from dual_loop.loop.signals import build_signals
-from dual_loop.loop.signals.base import RowPlan, Signal
+from dual_loop.loop.signals.base import Signal
 from dual_loop.loop.signals.gumbel import GumbelCaptions
 from dual_loop.loop.signals.policy import CaptionPolicy, against_greedy, against_group, against_scaled_group
 from dual_loop.loop.task import DualLoopTask
-from dual_loop.types import RegionCaption, SingleProcess
+from dual_loop.types import SingleProcess
 
 from loop_settings import masks_only
 from small_model import small_batch, small_config, small_model
@@ -81,14 +81,6 @@ def test_what_each_compares_a_reward_with(parts, name, scale, center):
     built = build_signals(parts[0], parts[1], config, None, SingleProcess())
     (signal,) = [one for one in built if isinstance(one, CaptionPolicy)]
     assert signal.center is center
-
-
-def test_a_plan_begins_with_the_captions_that_are_kept():
-    plan = RowPlan.for_captions([RegionCaption("a"), RegionCaption("b", rejected="empty", is_kept=False)])
-    assert plan.weights.tolist() == [1.0, 0.0]
-    assert plan.turns == []
-    assert plan.segmentation == {}
-    assert RowPlan.for_captions([]).turns is not plan.turns
 
 
 def test_a_signal_as_it_stands_changes_nothing(parts):

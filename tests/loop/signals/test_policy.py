@@ -20,6 +20,7 @@ from dual_loop.loop.signals.policy import (
     kl_divergence,
     policy_loss,
 )
+from dual_loop.loop.step_metrics import step_metrics
 from dual_loop.loop.task import DualLoopTask
 
 from loop_settings import build, captioner_rows, gradients, masks_only, setting, write_ids
@@ -268,7 +269,7 @@ def test_sampled_special_tokens_are_punished_not_obeyed(monkeypatch):
     assert prompter.seg_id in packed.lessons["policy"].targets.tolist()
     output = task(packed)
     assert len(output.masks.mask_logits) == packed.batch.num_regions
-    assert packed.metrics["gate/special_token"] >= 2 * packed.batch.num_regions
+    assert step_metrics(packed, output.masks)["gate/special_token"] >= 2 * packed.batch.num_regions
 
 
 def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
@@ -285,7 +286,8 @@ def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
     write_ids(monkeypatch, lambda request: ids(codes[max(request.draw, 0)]))
     batch = small_batch(config, scene_samples(2, captions=False))
     (packed,) = task.prepare([batch])
-    assert packed.metrics["gate/coordinates"] == 3 * batch.num_regions  # the greedy caption among them
+    # The greedy caption is among them.
+    assert step_metrics(packed, task(packed).masks)["gate/coordinates"] == 3 * batch.num_regions
     gates = [[sample.gate for sample in caption.samples] for caption in packed.captions]
     assert all(row == ["coordinates", "coordinates", None] for row in gates)
     found, taught = packed.lessons["policy"], [caption.samples for caption in packed.captions]
