@@ -12,8 +12,9 @@ Only these types cross from one package to another: ``RegionSample`` -> ``Batch`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
@@ -164,17 +165,20 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with every tensor on ``device``."""
-        tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()}
-        return replace(self, **tensors)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch with every tensor in pinned memory (called by the data loader)."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _with_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         import torch
 
-        return ((name, value) for name, value in vars(self).items() if isinstance(value, torch.Tensor))
+        changed = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(changed, name, function(value))
+        return changed
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from dual_loop.loop.feature_cache import FeatureCache
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.packing import RowPlan, pack_step
-from dual_loop.loop.scorer import RegionText, Scorer
+from dual_loop.loop.scorer import Scorer
 from dual_loop.loop.signals import build_signals
-from dual_loop.loop.signals.base import Window
+from dual_loop.loop.signals.base import MicroBatch
 from dual_loop.losses import dice_loss, mask_cross_entropy, point_sample, sample_points, sum_objects
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage, StartingWeights, weights
@@ -35,7 +35,6 @@ from dual_loop.types import (
     LossTerm,
     PackedBatch,
     RankComm,
-    RegionCaption,
     RunState,
     Seen,
     Segmentation,
@@ -97,22 +96,21 @@ class DualLoopTask(nn.Module):
         greedy = not replaced or any(signal.needs_greedy for signal in self.signals)
         captions = self.captioner.write(seen, batches, greedy=greedy, num_samples=samples)
         self.probe.remember(captions)
-        plans = [RowPlan.for_captions(own) for own in captions]
-        asked = [
-            list(dict.fromkeys(text for signal in self.signals for text in signal.asks(batch, own)))
-            for batch, own in zip(batches, captions, strict=True)
-        ]
-        scores: list[dict[RegionText, Tensor]] = [{} for _ in batches]
+        parts = zip(batches, seen, captions, strict=True)
+        window = [MicroBatch(*part, RowPlan.for_captions(part[2])) for part in parts]
+        asked = [dict.fromkeys(text for signal in self.signals for text in signal.asks(micro)) for micro in window]
         if any(asked):
             with self.scoring_weights():
-                tables = [self.scorer.score(*part) for part in zip(batches, seen, asked, strict=True)]
-            scores = [dict(zip(texts, table, strict=True)) for texts, table in zip(asked, tables, strict=True)]
-        window = Window(batches, seen, captions, plans, scores, progress)
+                for micro, texts in zip(window, asked, strict=True):
+                    table = self.scorer.score(micro.batch, micro.seen, list(texts))
+                    micro.scores = dict(zip(texts, table, strict=True))
         for signal in self.signals:
             signal.plan(window)
-        packed = [self.pack(*part) for part in zip(batches, seen, captions, plans, strict=True)]
+        for micro in window:
+            micro.rows = self.pack(micro)
         for signal in self.signals:
-            signal.lessons(window, packed)
+            signal.lessons(window, progress)
+        packed = [micro.rows for micro in window]
         if audit:
             packed[0].metrics.update(self.probe.measure(seen, packed))
         return packed
@@ -121,10 +119,10 @@ class DualLoopTask(nn.Module):
         """Run both frozen image encoders, once an image; or read what they computed before."""
         return self.model.see(batch) if self.cache is None else self.cache.see(batch)
 
-    def pack(self, batch: Batch, seen: Seen, captions: list[RegionCaption], plan: RowPlan) -> PackedBatch:
+    def pack(self, micro: MicroBatch) -> PackedBatch:
         """Put the turns about each image into one row."""
-        loop, count = self.config.loop, self.config.loss.num_objects
-        return pack_step(self.model, batch, seen, captions, plan, self.prompter, loop, count)
+        place, loop = (micro.batch, micro.seen, micro.captions, micro.plan), self.config.loop
+        return pack_step(self.model, *place, self.prompter, loop, self.config.loss.num_objects)
 
     def scoring_weights(self) -> AbstractContextManager[None]:
         """Lend the model the weights that score captions (``reward.listener``)."""

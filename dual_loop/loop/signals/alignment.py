@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.losses import full_precision, sum_objects
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import LossTerm, PackedBatch, Segmentation
@@ -27,9 +27,9 @@ class Alignment(Signal):
     def __init__(self, model: Sa2VA, weight: float, through: str) -> None:
         self.model, self.weight, self.through = model, weight, through
 
-    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+    def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         side = self.model.grounding_encoder.prompt_encoder.input_image_size
-        for rows in packed:
+        for rows in (micro.rows for micro in window):
             targets = rows.batch.target_masks
             points = inner_points(targets) * (side / targets.shape[-1])
             with torch.no_grad():

@@ -8,7 +8,7 @@ forward pass :meth:`Signal.edit` and :meth:`Signal.terms`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,22 +19,22 @@ from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, Seen, S
 
 
 @dataclass
-class Window:
-    """One accumulation window after step 1; every list has an entry for each micro-batch.
+class MicroBatch:
+    """One micro-batch of an accumulation window, as step 1 leaves it.
 
     Attributes:
-        batches, seen, captions: images, their features, and one caption a region.
-        plans: what signals put into the rows.
-        scores: for each micro-batch the IoU (N,) of a text's mask with every region, by region and text.
-        progress: share of the run that is done, 0..1.
+        batch, seen, captions: images, their features, and one caption a region.
+        plan: what goes into its rows.
+        scores: the IoU (N,) of a text's mask with every region, by region and text.
+        rows: what steps 2 and 3 read; set once they are packed.
     """
 
-    batches: Sequence[Batch]
-    seen: Sequence[Seen]
-    captions: list[list[RegionCaption]]
-    plans: list[RowPlan]
-    scores: list[dict[RegionText, Tensor]]
-    progress: float = 0.0
+    batch: Batch
+    seen: Seen
+    captions: list[RegionCaption]
+    plan: RowPlan
+    scores: dict[RegionText, Tensor] = field(default_factory=dict)
+    rows: PackedBatch = field(init=False)
 
 
 class Signal:
@@ -52,15 +52,18 @@ class Signal:
     needs_greedy = False
     reads_samples = False
 
-    def asks(self, batch: Batch, captions: Sequence[RegionCaption]) -> Iterable[RegionText]:
+    def asks(self, micro: MicroBatch) -> Iterable[RegionText]:
         """Return the texts of a micro-batch whose masks it wants to be compared with the regions."""
         return ()
 
-    def plan(self, window: Window) -> None:
-        """Add turns, weights and metrics to ``window.plans``; every rank calls this once a step."""
+    def plan(self, window: Sequence[MicroBatch]) -> None:
+        """Change the plans of all micro-batches before rows are packed; every rank calls this once a step."""
 
-    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
-        """Keep in ``packed[i].lessons`` what :meth:`terms` needs, and count its items in ``packed[i].counts``."""
+    def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
+        """Keep in ``rows.lessons`` what :meth:`terms` needs, and count its items in ``rows.counts``.
+
+        ``progress``: share of the run that is done, 0..1, for schedules.
+        """
 
     def edit(self, model: Sa2VA, embeds: Tensor, packed: PackedBatch) -> Tensor:
         """Change what enters the language model, (R, L, D)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dual_loop.loop.scorer import RegionText
-from dual_loop.loop.signals.base import Signal, Window
-from dual_loop.types import Batch, RegionCaption
+from dual_loop.loop.signals.base import MicroBatch, Signal
+from dual_loop.loop.step_metrics import ratio
 
 
 class CycleFilter(Signal):
@@ -21,16 +21,15 @@ class CycleFilter(Signal):
     def __init__(self, keep: float, drop: float) -> None:
         self.keep, self.drop = keep, drop
 
-    def asks(self, batch: Batch, captions: Sequence[RegionCaption]) -> Iterable[RegionText]:
-        return [(region, caption.text) for region, caption in enumerate(captions) if not caption.is_reference]
+    def asks(self, micro: MicroBatch) -> Iterable[RegionText]:
+        return [(region, caption.text) for region, caption in enumerate(micro.captions) if not caption.is_reference]
 
-    def plan(self, window: Window) -> None:
-        for captions, scores, plan in zip(window.captions, window.scores, window.plans, strict=True):
+    def plan(self, window: Sequence[MicroBatch]) -> None:
+        for micro in window:
             own = []
-            for region, caption in enumerate(captions):
-                if not caption.is_reference:
-                    iou = float(scores[region, caption.text][region])
-                    own.append(min(1.0, max(0.0, (iou - self.drop) / (self.keep - self.drop))))
-                    plan.weights[region] *= own[-1]
-            plan.metrics.update({"filter_weight/sum": sum(own), "filter_weight/count": float(len(own))})
-            plan.metrics["caption/filtered"] = float(sum(weight == 0.0 for weight in own))
+            for region, text in self.asks(micro):
+                iou = float(micro.scores[region, text][region])
+                own.append(min(1.0, max(0.0, (iou - self.drop) / (self.keep - self.drop))))
+                micro.plan.weights[region] *= own[-1]
+            micro.plan.metrics |= ratio("filter_weight", own)
+            micro.plan.metrics["caption/filtered"] = float(own.count(0.0))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dual_loop.config import LossConfig
-from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.losses import full_precision, sum_objects
 from dual_loop.metrics import iou_table
 from dual_loop.model.ema import ExponentialMovingAverage, weights
@@ -42,9 +42,9 @@ class Distillation(Signal):
         self.model, self.average, self.config = model, average, config
 
     @torch.no_grad()
-    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
+    def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         with weights(self.average):
-            for rows in packed:
+            for rows in (micro.rows for micro in window):
                 logits = self.model.predict(rows).mask_logits
                 agreement = iou_table(logits > 0, rows.batch.target_masks > 0).diagonal()
                 agrees = agreement >= self.config.distill_agreement

@@ -22,7 +22,7 @@ from dual_loop.config import LoopConfig, PolicyConfig
 from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
 from dual_loop.loop.packing import RowPlan, pack_turns, predicting_positions, spoken_turns
-from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.model.prompts import Prompter, clean_caption
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, WrittenCaption
@@ -88,9 +88,8 @@ class GumbelCaptions(Signal):
         self.captions: list[list[StraightThroughCaption]] = []
         self.spaced: Tensor | None = None
 
-    def plan(self, window: Window) -> None:
-        parts = zip(window.batches, window.captions, window.plans, strict=True)
-        self.captions = [self._plan(*part) for part in parts]
+    def plan(self, window: Sequence[MicroBatch]) -> None:
+        self.captions = [self._plan(micro.batch, micro.captions, micro.plan) for micro in window]
 
     def _plan(
         self, batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan
@@ -114,12 +113,11 @@ class GumbelCaptions(Signal):
         plan.metrics["gumbel/not_aligned"] = float(missed)
         return found
 
-    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
-        start, end = self.policy.gumbel_temperature, self.policy.gumbel_temperature_end
-        temperature = temperature_at(window.progress, start, end)
-        for rows, own, seen in zip(packed, self.captions, window.seen, strict=True):
+    def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
+        temperature = temperature_at(progress, self.policy.gumbel_temperature, self.policy.gumbel_temperature_end)
+        for micro, own in zip(window, self.captions, strict=True):
             if own:
-                rows.lessons[self.name] = self._captioning(rows, own, seen.vision, temperature)
+                micro.rows.lessons[self.name] = self._captioning(micro.rows, own, micro.seen.vision, temperature)
 
     def _captioning(
         self, rows: PackedBatch, own: Sequence[StraightThroughCaption], vision: Tensor, temperature: float

@@ -14,28 +14,26 @@ clipping, unlike PPO and GRPO as published.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from dual_loop.config import PolicyConfig
-from dual_loop.loop.packing import RowPlan, predicting_positions, spoken_turns
+from dual_loop.loop.packing import predicting_positions, spoken_turns
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText, own_image_only
-from dual_loop.loop.signals.base import Signal, Window
+from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.loop.step_metrics import ratio
 from dual_loop.losses import full_precision
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import (
-    Batch,
     LossTerm,
     PackedBatch,
     RankComm,
-    RegionCaption,
     RegionTurn,
     Segmentation,
     WrittenCaption,
@@ -69,19 +67,14 @@ class SampledTokens:
     """The P tokens of the captions with an advantage, and what they earned.
 
     Attributes:
-        captions: region and generated ids of each such caption. advantages: what each earned.
-        turns: the captioning turns that hold them.
-        positions: (2, P) int64, rows and columns of the hidden states that predict them; set once rows are packed.
-        targets: (P,) int64, the tokens. token_advantages: (P,) float32.
+        positions: (2, P) int64, rows and columns of the hidden states that predict them.
+        targets: (P,) int64, the tokens. advantages: (P,) float32, each that of its caption.
         reference: (P,) log-probabilities without the adapter, None without a divergence.
     """
 
-    captions: list[tuple[int, tuple[int, ...]]]
-    advantages: list[float]
-    turns: list[RegionTurn]
-    positions: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.long))
-    targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    token_advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    positions: Tensor
+    targets: Tensor
+    advantages: Tensor
     reference: Tensor | None = None
 
 
@@ -105,40 +98,42 @@ class CaptionPolicy(Signal):
         group = against_scaled_group if config.advantage_scale == "group" else against_group
         self.center: Center = against_greedy if name == "scst" else group
         self.num_samples, self.needs_greedy = config.captions_per_region, name == "scst"
-        self.tokens: list[SampledTokens] = []
+        self.earned: list[tuple[list[tuple[int, tuple[int, ...]]], list[float], list[RegionTurn]]] = []
 
-    def asks(self, batch: Batch, captions: Sequence[RegionCaption]) -> Iterable[RegionText]:
-        return [(n, one.text) for n, own in enumerate(captions) for one in own.written if one.gate is None]
+    def asks(self, micro: MicroBatch) -> Iterable[RegionText]:
+        return [(n, one.text) for n, own in enumerate(micro.captions) for one in own.written if one.gate is None]
 
-    def plan(self, window: Window) -> None:
+    def plan(self, window: Sequence[MicroBatch]) -> None:
         judge = self.rewards.judge
         asked_before = dict(judge.counters) if judge else {}
-        parts = zip(window.batches, window.captions, window.scores, window.plans, strict=True)
-        groups = [self._advantages(*part) for part in parts]
-        combined = combine_advantages(groups, self.rewards.weights, self.comm.reduce)
-        self.tokens = []
-        for batch, captions, plan, values in zip(window.batches, window.captions, window.plans, combined, strict=True):
-            earned = [
-                (region, sample.token_ids, advantage)
-                for region, (caption, own) in enumerate(zip(captions, values.tolist(), strict=True))
+        groups = [self._advantages(micro) for micro in window]
+        self.earned = []
+        for micro, values in zip(
+            window, combine_advantages(groups, self.rewards.weights, self.comm.reduce), strict=True
+        ):
+            pairs = [
+                ((region, sample.token_ids), advantage)
+                for region, (caption, own) in enumerate(zip(micro.captions, values.tolist(), strict=True))
                 for sample, advantage in zip(caption.samples, own, strict=True)
                 if advantage != 0.0 and sample.token_ids
             ]
-            spoken = [(region, ids) for region, ids, _ in earned]
-            turns = spoken_turns(batch, spoken, self.prompter, self.question)
-            self.tokens.append(SampledTokens(spoken, [advantage for *_, advantage in earned], turns))
-            plan.turns += turns
+            spoken, advantages = [one for one, _ in pairs], [advantage for _, advantage in pairs]
+            turns = spoken_turns(micro.batch, spoken, self.prompter, self.question)
+            self.earned.append((spoken, advantages, turns))
+            micro.plan.turns += turns
         if judge is not None:
-            window.plans[0].metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
+            window[0].plan.metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
 
-    def lessons(self, window: Window, packed: Sequence[PackedBatch]) -> None:
-        for rows, found in zip(packed, self.tokens, strict=True):
-            device = rows.input_ids.device
-            found.positions = predicting_positions(found.turns, found.captions).to(device)
-            lengths = torch.tensor([len(ids) for _, ids in found.captions], dtype=torch.long)
-            flat = [token for _, ids in found.captions for token in ids]
-            found.targets = torch.tensor(flat, dtype=torch.long, device=device)
-            found.token_advantages = torch.tensor(found.advantages).float().repeat_interleave(lengths).to(device)
+    def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
+        for micro, (spoken, advantages, turns) in zip(window, self.earned, strict=True):
+            rows, device = micro.rows, micro.rows.input_ids.device
+            lengths = torch.tensor([len(ids) for _, ids in spoken], dtype=torch.long)
+            flat = [token for _, ids in spoken for token in ids]
+            found = SampledTokens(
+                predicting_positions(turns, spoken).to(device),
+                torch.tensor(flat, dtype=torch.long, device=device),
+                torch.tensor(advantages, dtype=torch.float32).repeat_interleave(lengths).to(device),
+            )
             rows.lessons[self.name] = found
             rows.counts["policy_loss"] = float(len(flat))
             if self.config.kl_weight > 0:
@@ -150,7 +145,7 @@ class CaptionPolicy(Signal):
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
         found = cast(SampledTokens, packed.lessons[self.name])
         log_probs = self.log_probs(model, hidden, found)
-        terms = {"policy_loss": policy_loss(log_probs, found.token_advantages, self.config.weight)}
+        terms = {"policy_loss": policy_loss(log_probs, found.advantages, self.config.weight)}
         if found.reference is not None:
             terms["kl_loss"] = kl_divergence(log_probs, found.reference, self.config.kl_weight)
         return terms
@@ -161,18 +156,12 @@ class CaptionPolicy(Signal):
         logits = model.answer_logits(hidden[rows, columns]).float() / self.config.temperature
         return logits.log_softmax(-1).gather(1, found.targets[:, None])[:, 0]
 
-    def _advantages(
-        self,
-        batch: Batch,
-        captions: Sequence[RegionCaption],
-        scores: Mapping[RegionText, Tensor],
-        plan: RowPlan,
-    ) -> GroupAdvantages:
+    def _advantages(self, micro: MicroBatch) -> GroupAdvantages:
         """Return the advantages of the N x K samples of one micro-batch."""
-        sampled = [(region, caption) for region, own in enumerate(captions) for caption in own.samples]
-        rewards = self._rewards(batch, sampled, scores)
-        greedy = [(region, own.greedy) for region, own in enumerate(captions) if own.greedy is not None]
-        baseline = self._rewards(batch, greedy, scores) if greedy else {}
+        sampled = [(region, caption) for region, own in enumerate(micro.captions) for caption in own.samples]
+        rewards, plan = self._rewards(micro, sampled), micro.plan
+        greedy = [(region, own.greedy) for region, own in enumerate(micro.captions) if own.greedy is not None]
+        baseline = self._rewards(micro, greedy) if greedy else {}
         truncated = torch.tensor([caption.truncated for _, caption in sampled]).reshape(-1, self.num_samples)
         usable = ~truncated if self.config.mask_truncated else torch.ones_like(truncated)
         by_group = {name: value.reshape(-1, self.num_samples) for name, value in rewards.items()}
@@ -183,15 +172,13 @@ class CaptionPolicy(Signal):
         plan.metrics["zero_variance/count"] = float(advantages.num_groups)
         return advantages
 
-    def _rewards(
-        self, batch: Batch, captions: Sequence[tuple[int, WrittenCaption]], scores: Mapping[RegionText, Tensor]
-    ) -> dict[str, Tensor]:
+    def _rewards(self, micro: MicroBatch, captions: Sequence[tuple[int, WrittenCaption]]) -> dict[str, Tensor]:
         """Return what (region, caption) pairs earn: objective -> (R,)."""
-        regions = torch.tensor([region for region, _ in captions], dtype=torch.long)
+        batch, regions = micro.batch, torch.tensor([region for region, _ in captions], dtype=torch.long)
         table = own_image_only(torch.zeros(len(captions), batch.num_regions), regions, batch.region_image)
         for row, (region, caption) in enumerate(captions):
             if caption.gate is None:
-                table[row] = scores[region, caption.text]
+                table[row] = micro.scores[region, caption.text]
         references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
         texts, gates = [caption.text for _, caption in captions], [caption.gate for _, caption in captions]
         names = [batch.region_names[region] for region, _ in captions]

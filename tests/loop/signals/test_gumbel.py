@@ -146,7 +146,7 @@ def test_straight_through_ids_read_as_the_caption():
     assert straight_through(prompter, 0, other) is None
 
 
-@pytest.mark.parametrize("text, unreadable", [("red [SEG] circle", "special_token"), ("", "empty")])
+@pytest.mark.parametrize(("text", "unreadable"), [("red [SEG] circle", "special_token"), ("", "empty")])
 def test_a_caption_that_step_two_cannot_read_has_no_straight_through_turn(text, unreadable):
     _, prompter, _ = small_model()
     caption = WrittenCaption(text, tuple(prompter.encode(text or ".")), unreadable, False, unreadable)

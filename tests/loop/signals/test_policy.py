@@ -292,7 +292,7 @@ def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
     assert all(row == ["coordinates", "coordinates", None] for row in gates)
     found, taught = packed.lessons["policy"], [caption.samples for caption in packed.captions]
     assert len(found.targets) > 0
-    for advantage, target in zip(found.token_advantages.tolist(), found.targets.tolist(), strict=True):
+    for advantage, target in zip(found.advantages.tolist(), found.targets.tolist(), strict=True):
         honest = any(target in samples[2].token_ids for samples in taught)
         assert advantage < 0 or honest
     # A captioner that only cheats earns nothing at all, and so learns nothing.
