@@ -64,7 +64,6 @@ def sum_objects(per_object: torch.Tensor, weight: float, object_weights: torch.T
 
     Args:
         per_object: (N,) float.
-        weight: factor of the whole term.
         object_weights: (N,) factor of each object; the count is then their sum instead of N.
 
     Raises:
@@ -95,11 +94,7 @@ def sample_points(
     batch nor on the device.
 
     Args:
-        mask_logits: (N, Q, Q) float.
-        seeds: (N,) int64.
-        num_points: P, at least 1.
-        oversample_ratio: at least 1.
-        importance_sample_ratio: 0..1.
+        mask_logits: (N, Q, Q) float. seeds: (N,) int64. num_points: P.
 
     Returns:
         (N, P, 2) float32, (x, y) in 0..1, on the device of ``mask_logits``; no gradient.
@@ -161,8 +156,7 @@ def token_cross_entropy(
     (P, V) is kept at any time.
 
     Args:
-        logits_of: (p, D) -> (p, V).
-        hidden: (P, D) float.
+        logits_of: (p, D) -> (p, V). hidden: (P, D) float.
         labels: (P,) int64, -100 where there is no loss; row p of ``hidden`` predicts ``labels[p]``.
         chunk: most positions at once.
 
@@ -192,9 +186,7 @@ def original_mask_losses(
     divides dice by ``N + 1e-4`` and cross-entropy by ``N * P + 1e-4``, and adds the float32 machine epsilon to both.
 
     Args:
-        mask_logits: (N, Q, Q) float, N >= 1.
-        target_masks: (N, Q, Q) in 0..1.
-        config: the weights.
+        mask_logits: (N, Q, Q) float, N >= 1. target_masks: (N, Q, Q) in 0..1.
         point_coords: (N, P, 2) points (x, y) in 0..1, None for all pixels.
     """
     logits, targets, num_points, extra = mask_logits, target_masks, 1, 0.0

@@ -77,14 +77,10 @@ class Captioner:
         ``loop.temperature``, if that is not 0), else the first sample.
 
         Args:
-            seen: what the image encoders made of each batch.
-            batches: the micro-batches of one accumulation window.
+            seen, batches: the micro-batches of one accumulation window, and what the image encoders made of them.
             use_references: take the data set's own caption where there is one.
             greedy: write a greedy caption; where samples are asked for, also for regions with a caption of their own.
             num_samples: K, captions sampled for each region.
-
-        Returns:
-            For each batch one caption a region.
 
         Raises:
             CaptionRejected: under ``on_rejected = error``, or when more than ``max_rejected_fraction`` were rejected.

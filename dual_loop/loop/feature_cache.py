@@ -70,11 +70,11 @@ class FeatureCache:
         [vision] = self._look_up("vision", batch.pixel_values, lambda x: [self.model.encode_vision(x)])
         return Seen(vision, self._look_up("grounding", batch.g_pixel_values, self.model.encode_grounding))
 
+    @torch.no_grad()
     def bytes_of(self, batch: Batch) -> int:
         """Return how many bytes the features of ``batch`` take; it runs both encoders on its first image."""
-        with torch.no_grad():
-            tile = self.model.encode_vision(batch.pixel_values[:1])
-            levels = self.model.encode_grounding(batch.g_pixel_values[:1])
+        tile = self.model.encode_vision(batch.pixel_values[:1])
+        levels = self.model.encode_grounding(batch.g_pixel_values[:1])
         return tile.nbytes * len(batch.pixel_values) + sum(level.nbytes for level in levels) * batch.num_images
 
     def announcement(self, batch: Batch) -> str:

@@ -52,9 +52,6 @@ class JudgeQuestion:
 class Judge:
     """Asks for marks.
 
-    Args:
-        config: address, time limits, retries, and what to do on failure.
-
     Attributes:
         counters: ``judge/asked``, ``judge/answered``, ``judge/failed``, ``judge/skipped`` (not asked while it rests).
 
@@ -104,9 +101,8 @@ class Judge:
             return [None] * len(questions)
         marks, problem = self._ask_all(questions)
         answered = sum(mark is not None for mark in marks)
-        self.counters["judge/asked"] += len(questions)
-        self.counters["judge/answered"] += answered
-        self.counters["judge/failed"] += len(questions) - answered
+        for name, count in (("asked", len(questions)), ("answered", answered), ("failed", len(questions) - answered)):
+            self.counters[f"judge/{name}"] += count
         self._failed_in_a_row = 0 if answered else self._failed_in_a_row + 1
         if self._failed_in_a_row >= REST_AFTER:
             self._failed_in_a_row, self._resting = 0, REST_CALLS

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dual_loop.config import LoopConfig
 from dual_loop.model.object_count import object_multiplicity
@@ -138,10 +139,7 @@ def pack_turns(
     """Pack turns into rows, in the order given; set where each of them stands.
 
     Args:
-        batch: B images with N regions.
-        captions: one a region.
         turns: those with [SEG] in ascending order of their regions.
-        prompter: gives the image prefixes.
         vision: (T, M, D_vision) of all views; None lets the model run its tower on the rows.
         levels: SAM 2's features of the B images, where they are at hand.
         weights: (N,) weight of each region in the mask losses, 1 where not given.
@@ -162,54 +160,49 @@ def pack_turns(
         turn.row = row
         rows[row].append(turn)
     device, offsets, counts = batch.pixel_values.device, batch.tile_offsets, batch.tiles_per_view
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    conversations: list[list[int]] = []
-    segs: list[tuple[int, int]] = []
-    answers: list[tuple[int, int, int]] = []
-    prefixes = [prompter.image_prefix(counts[view]) for view in views]
-    for row, (prefix, turns) in enumerate(zip(prefixes, rows, strict=True)):
-        own, place, conversation = list(prefix), list(range(len(prefix))), [0] * len(prefix)
-        for turn in turns:
-            turn.start, count = len(own), len(turn.turn.input_ids)
-            first = place[-1] + 1 if turn.continues else len(prefix)
-            own += turn.turn.input_ids
-            place += range(first, first + count)
-            conversation += [conversation[-1] + (not turn.continues)] * count
-            labelled = enumerate(turn.turn.labels, start=turn.start - 1)
-            answers += [(row, column, label) for column, label in labelled if label != IGNORED]
-        segs += [(row, column) for column, token in enumerate(own) if token == prompter.seg_id]
-        ids.append(own)
-        positions.append(place)
-        conversations.append(conversation)
-    length = max(len(own) for own in ids)
     tiles = [list(range(offsets[view], offsets[view] + counts[view])) for view in views]
+    prefixes = [prompter.image_prefix(len(group)) for group in tiles]
+    columns: list[tuple[list[int], list[int], list[int], list[int]]] = []
+    for prefix, own in zip(prefixes, rows, strict=True):
+        count = len(prefix)
+        ids, places, conversations, labels = list(prefix), list(range(count)), [0] * count, [IGNORED] * count
+        for turn in own:
+            turn.start, count = len(ids), len(turn.turn.input_ids)
+            first = places[-1] + 1 if turn.continues else len(prefix)
+            ids += turn.turn.input_ids
+            places += range(first, first + count)
+            conversations += [conversations[-1] + (not turn.continues)] * count
+            labels += turn.turn.labels
+        columns.append((ids, places, conversations, labels))
+    fills = (prompter.tokenizer.pad_token_id or 0, 0, -1, IGNORED)
+    input_ids, position_ids, conversation, label_ids = (
+        pad_sequence([torch.tensor(part) for part in parts], batch_first=True, padding_value=fill)
+        for parts, fill in zip(zip(*columns, strict=True), fills, strict=True)
+    )
+    answers = (label_ids[:, 1:] != IGNORED).nonzero().T
     # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
     last_tile = torch.tensor([len(group) for group in tiles]).cumsum(0) - 1
-    placed = [(row, turn) for row, turns in enumerate(rows) for turn in turns]
-    prompted = [(int(last_tile[row]), turn.region) for row, turn in placed if turn.is_caption]
-    columns = torch.tensor(segs, dtype=torch.long).reshape(-1, 2)
-    answered = torch.tensor(answers, dtype=torch.long).reshape(-1, 3)
+    prompted = [(last_tile[row], turn.region) for row, own in enumerate(rows) for turn in own if turn.is_caption]
     weights = torch.ones(batch.num_regions) if weights is None else weights
     objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
     return PackedBatch(
         batch=batch,
         captions=list(captions),
-        input_ids=_pad(ids, length, prompter.tokenizer.pad_token_id or 0).to(device),
-        position_ids=_pad(positions, length, 0).to(device),
-        attention_mask=conversation_mask(_pad(conversations, length, -1)).to(device),
-        row_lengths=[len(own) for own in ids],
+        input_ids=input_ids.to(device),
+        position_ids=position_ids.to(device),
+        attention_mask=conversation_mask(conversation).to(device),
+        row_lengths=[len(ids) for ids, *_ in columns],
         read_from=max(0, min(len(prefix) for prefix in prefixes) - 1),
         row_tiles=tiles,
         region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long, device=device),
         prompt_masks=batch.prompt_masks[[region for _, region in prompted]],
-        seg_positions=columns.T.to(device),
-        answer_positions=answered[:, :2].T.to(device),
-        answer_ids=answered[:, 2].to(device),
+        seg_positions=(input_ids == prompter.seg_id).nonzero().T.to(device),
+        answer_positions=answers.to(device),
+        answer_ids=label_ids[answers[0], answers[1] + 1].to(device),
         region_weights=weights.to(device),
         vision=None if vision is None else vision[flat_tiles],
         levels=levels,
-        counts={"mask_loss": objects, "dice_loss": objects, "llm_loss": float(len(answers))},
+        counts={"mask_loss": objects, "dice_loss": objects, "llm_loss": float(answers.shape[1])},
     )
 
 
@@ -223,7 +216,3 @@ def conversation_mask(conversation: Tensor) -> Tensor:
     seen, seer = conversation[:, None, :], conversation[:, :, None]
     allowed = causal & (seen >= 0) & ((seen == 0) | (seen == seer))
     return (allowed | torch.eye(length, dtype=torch.bool, device=conversation.device))[:, None]
-
-
-def _pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
-    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

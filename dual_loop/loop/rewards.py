@@ -35,11 +35,6 @@ def combined_caption_reward(
     The score is ``metrics.meteor_exact_stem`` over the references. With a judge: 0.25 of it and 0.75 of the judge's
     mark; where the judge gave none (``judge_failure = skip``), the score alone.
 
-    Args:
-        generated: R captions.
-        references: for each the captions of its region, possibly none.
-        judge: an LLM behind an OpenAI-compatible endpoint.
-
     Raises:
         ValueError: the lengths differ.
         JudgeError: the judge failed and the policy is ``error``.
@@ -47,10 +42,8 @@ def combined_caption_reward(
     if len(generated) != len(references):
         seen = f"{len(generated)} and {len(references)}"
         raise ValueError(explain("captions and references differ in number", "combined_caption_reward", seen))
-    scores = [
-        meteor_exact_stem(caption, own) if own else float("nan")
-        for caption, own in zip(generated, references, strict=True)
-    ]
+    pairs = zip(generated, references, strict=True)
+    scores = [meteor_exact_stem(caption, own) if own else float("nan") for caption, own in pairs]
     asked = [index for index, own in enumerate(references) if own]
     if judge is None or not asked:
         return scores
@@ -116,12 +109,9 @@ class RewardSet:
 
         def caption_scores() -> list[float]:
             # The judge is not asked about captions that earn nothing anyway.
-            scores = [0.0 if own else float("nan") for own in references]
-            is_open = [index for index, gate in enumerate(gates) if gate is None and references[index]]
-            asked = [captions[index] for index in is_open], [references[index] for index in is_open]
-            for index, score in zip(is_open, combined_caption_reward(*asked, self.judge), strict=True):
-                scores[index] = score
-            return scores
+            heard = [own if gate is None else () for own, gate in zip(references, gates, strict=True)]
+            scores = combined_caption_reward(captions, heard, self.judge)
+            return [0.0 if own and not h else score for score, own, h in zip(scores, references, heard, strict=True)]
 
         makers: dict[str, Callable[[], Tensor]] = {
             "cycle": own.float,

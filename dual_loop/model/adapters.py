@@ -159,15 +159,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_table(model: nn.Module) -> str:
     """Return the printed table of what trains: a row a group with tensors and values, trained and frozen."""
     rows: dict[str, list[int]] = {}
+    total = [0, 0, 0]
     for name, parameter in model.named_parameters():
-        row = rows.setdefault(group_of(name) or "other (SAM 2 prompt encoder)", [0, 0, 0])
-        row[0] += parameter.requires_grad
-        row[1] += parameter.numel() if parameter.requires_grad else 0
-        row[2] += 0 if parameter.requires_grad else parameter.numel()
+        trains, size = parameter.requires_grad, parameter.numel()
+        for row in (rows.setdefault(group_of(name) or "other (SAM 2 prompt encoder)", [0, 0, 0]), total):
+            row[:] = row[0] + trains, row[1] + trains * size, row[2] + (not trains) * size
     lines = [f"{'group':<30}{'tensors':>9}{'trained':>15}{'frozen':>16}"]
-    lines += [f"{group:<30}{r[0]:>9,}{r[1]:>15,}{r[2]:>16,}" for group, r in rows.items()]
-    total = [sum(row[column] for row in rows.values()) for column in range(3)]
-    lines.append(f"{'total':<30}{total[0]:>9,}{total[1]:>15,}{total[2]:>16,}")
+    lines += [f"{group:<30}{r[0]:>9,}{r[1]:>15,}{r[2]:>16,}" for group, r in [*rows.items(), ("total", total)]]
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers import (
     Sam2PromptEncoderConfig,
     Sam2VisionConfig,
 )
+from transformers.modeling_utils import local_torch_dtype
 
 from dual_loop.config import Config, ModelConfig
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
@@ -102,10 +102,11 @@ def build_model(
         weights_imported: whether pretrained weights will follow; decides ``train_embeddings = auto``.
     """
     settings = config.model
-    with torch.device(device), _default_dtype(getattr(torch, settings.dtype)):
+    # In its own dtype at once: a float32 copy of a 4B model would not fit beside it.
+    with torch.device(device), local_torch_dtype(getattr(torch, settings.dtype)):
         mllm = InternVLForConditionalGeneration(internvl_config(settings, tokenizer))
         add_lora(mllm.model.language_model, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
-    with torch.device(device), _default_dtype(torch.float32):
+    with torch.device(device), local_torch_dtype(torch.float32):
         sam = Sam2Model(sam2_config(settings.sam2))
         # One random matrix encodes positions of prompts and of the image; transformers draws it twice.
         sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
@@ -216,14 +217,3 @@ def _strict(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 def _side(value: Any) -> int:
     return int(value[0]) if isinstance(value, (list, tuple)) else int(value)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Any:
-    """Create parameters in ``dtype`` at once: a float32 copy of a 4B model would not fit beside it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

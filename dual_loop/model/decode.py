@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
@@ -184,9 +185,9 @@ def _perturbed(logits: Tensor, prompt: Prompt, generator: torch.Generator) -> Te
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad prompts on the left: (R, L) int64 ids and (R, L) bool, true on real tokens."""
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[*[pad_id] * (length - len(row)), *row] for row in rows], dtype=torch.long)
-    valid = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+    parts = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(parts, batch_first=True, padding_value=pad_id, padding_side="left")
+    valid = pad_sequence([part >= 0 for part in parts], batch_first=True, padding_side="left")
     return ids.to(device), valid.to(device)
 
 

@@ -128,8 +128,8 @@ class ExponentialMovingAverage(StoredWeights):
                 then.
         """
         if set(state) != {"num_updates", "averages"}:
-            what, expected = "the state of the weight average is malformed", "num_updates, averages"
-            raise CheckpointError(explain(what, seen=sorted(state), expected=expected))
+            what = "the state of the weight average is malformed"
+            raise CheckpointError(explain(what, seen=sorted(state), expected="num_updates, averages"))
         averages: Mapping[str, torch.Tensor] = state["averages"]
         missing, unexpected = sorted(self.values.keys() - averages), sorted(averages.keys() - self.values)
         wrong = [

@@ -24,14 +24,14 @@ NEW_TOKENS = (SEG, "<p>", "</p>", REGION_START, REGION_END)
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """One turn of a conversation, split where the question and the answer go.
+    """The texts around one turn of a conversation.
 
     Attributes:
-        segment_turn: text around the question of a segmentation turn, up to where the answer starts.
+        segment_turn: around the question of a segmentation turn, up to where the answer starts.
         caption_turn: the same for a captioning turn; the stock form of the template.
-        answer_end: text that closes an answer; it carries loss.
+        answer_end: closes an answer; it carries loss.
         stop_texts: generation ends where one of these appears.
-        system_turn: text around a system message, before the first turn; Sa2VA sends none.
+        system_turn: around a system message, before the first turn; Sa2VA sends none.
         turn_separator: between the turns of a stock conversation, without loss; Sa2VA's segmentation turns have none.
     """
 
@@ -161,6 +161,9 @@ class Prompter:
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def find_marker(self, text: str) -> str | None:
         """Return the first image or region marker or turn delimiter inside ``text``, None where there is none."""
         forbidden = (*self.markers, *self.template.stop_texts, "<|user|>", "<|assistant|>", "<|im_start|>")
@@ -277,8 +280,7 @@ class Prompter:
         last = next((number for number, token in enumerate(token_ids) if token in ends), len(token_ids))
         ids = list(token_ids[: last + 1])
         for length in range(1, len(ids) + 1):
-            text = self.tokenizer.decode(ids[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if any(stop in text for stop in self.template.stop_texts):
+            if any(stop in self._decode(ids[:length]) for stop in self.template.stop_texts):
                 return ids[:length]
         return ids
 
@@ -323,8 +325,7 @@ class Prompter:
         """Return the text of generated ids and whether a stop text or end token closed it."""
         end_id = self.tokenizer.eos_token_id
         ended = end_id is not None and end_id in token_ids
-        ids = token_ids[: token_ids.index(end_id)] if ended else token_ids
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = self._decode(token_ids[: token_ids.index(end_id)] if ended else token_ids)
         for stop in self.template.stop_texts:
             if stop in text:
                 text, ended = text.split(stop)[0], True

@@ -182,6 +182,11 @@ class Sa2VA(nn.Module):
         return int(self.grounding_encoder.prompt_encoder.mask_input_size[0])
 
     @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower trains, so that its features of step 1 cannot serve step 2."""
+        return _trains(self.mllm.model.vision_tower)
+
+    @property
     def num_layers(self) -> int:
         """The number of decoder layers of the language model."""
         return len(self.mllm.model.language_model.layers)
@@ -199,11 +204,6 @@ class Sa2VA(nn.Module):
             trains = _trains(self.grounding_encoder.vision_encoder)
             levels = None if trains else self.encode_grounding(batch.g_pixel_values)
         return Seen(vision, levels)
-
-    @property
-    def trains_vision(self) -> bool:
-        """Whether the vision tower trains, so that its features of step 1 cannot serve step 2."""
-        return _trains(self.mllm.model.vision_tower)
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """Run the vision tower: (T, 3, I, I) -> (T, M, D_vision), pixel-shuffled, before the projector.

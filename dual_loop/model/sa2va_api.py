@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -21,23 +20,6 @@ from dual_loop.errors import PromptError, explain
 from dual_loop.losses import original_mask_losses, sample_points
 from dual_loop.model.object_count import object_order
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.types import Segmentation
-
-
-@dataclass
-class _Objects:
-    """The N objects of a batch, one for each [SEG] and frame.
-
-    Attributes:
-        row, column: (N,) int64, the [SEG] of each object.
-        frame: (N,) int64, the grounding image of each.
-        targets: (N, Q, Q) in 0..1, None where no masks were given.
-    """
-
-    row: Tensor
-    column: Tensor
-    frame: Tensor
-    targets: Tensor | None
 
 
 class VideoLLaVASAMModel(Sa2VA):
@@ -86,9 +68,8 @@ class VideoLLaVASAMModel(Sa2VA):
         hidden = self.hidden_states(data)
         if mode == "predict":
             assert levels is not None
-            objects = self._objects(data, ids, len(levels[0]))
-            embeds = self.seg_embeds(hidden[objects.row, objects.column])
-            return {"segmentation": self.decode_masks(embeds, levels, objects.frame)}
+            row, column, frame = self._objects(data, ids, len(levels[0]))
+            return {"segmentation": self.decode_masks(self.seg_embeds(hidden[row, column]), levels, frame)}
         labels = _beside(ids, data, "labels")
         carries = labels[:, 1:] != -100
         self._check_vocabulary(labels[:, 1:][carries], "labels")
@@ -212,8 +193,11 @@ class VideoLLaVASAMModel(Sa2VA):
         counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
         return tiles.repeat_interleave(counts), torch.cat(masks)
 
-    def _objects(self, data: Mapping[str, Any], ids: Tensor, num_frames: int) -> _Objects:
-        """Return one object for each [SEG] and frame: samples in order, then [SEG] by [SEG], then frame by frame."""
+    def _objects(self, data: Mapping[str, Any], ids: Tensor, num_frames: int) -> Tensor:
+        """Return row and column of the [SEG], and the frame, of the N objects: (3, N) int64.
+
+        There is one for each [SEG] and frame: samples in order, then [SEG] by [SEG], then frame by frame.
+        """
         seg = ids == self.seg_id
         samples = [row for row, count in enumerate(seg.sum(1).tolist()) if count]
         listed = data.get("frames_per_batch")
@@ -233,15 +217,7 @@ class VideoLLaVASAMModel(Sa2VA):
             columns = seg[row].nonzero().flatten().tolist()
             places += [(row, column, frame) for column in columns for frame in range(first, first + count)]
             first += count
-        index = torch.tensor(places, dtype=torch.long, device=self.device).reshape(-1, 3).T
-        targets = None
-        if data.get("masks") is not None:
-            targets = self._targets(data["masks"])
-            seen = f"{int(seg.sum())} [SEG] tokens, frames {frames} and {len(targets)} masks"
-            fix = "give each [SEG] one mask for each frame of its sample"
-            fits = len(targets) == len(places)
-            _need(fits, "every [SEG] needs one mask a frame", "masks", seen, str(len(places)), fix)
-        return _Objects(index[0], index[1], index[2], targets)
+        return torch.tensor(places, dtype=torch.long, device=self.device).reshape(-1, 3).T
 
     def _targets(self, masks: Tensor | Sequence[Tensor]) -> Tensor:
         """Bring target masks to (N, Q, Q) by nearest neighbour, without padding."""
@@ -258,10 +234,11 @@ class VideoLLaVASAMModel(Sa2VA):
     ) -> dict[str, Tensor]:
         is_plain, fix = data.get("region_weights") is None, "use loop.task.DualLoopTask"
         _need(is_plain, "the original weighs no regions", "region_weights", "a value", "nothing", fix)
-        objects, config = self._objects(data, ids, len(levels[0])), self.loss_config
-        targets = objects.targets
-        assert targets is not None
-        count = len(targets)
+        row, column, frame = self._objects(data, ids, len(levels[0]))
+        config, targets, count = self.loss_config, self._targets(data["masks"]), len(row)
+        seen = f"{int((ids == self.seg_id).sum())} [SEG] tokens, {len(levels[0])} frames and {len(targets)} masks"
+        fix = "give each [SEG] one mask for each frame of its sample"
+        _need(len(targets) == count, "every [SEG] needs one mask a frame", "masks", seen, str(count), fix)
         if not count:
             return self._zero_losses(hidden)
         seeds = torch.arange(count)
@@ -272,15 +249,14 @@ class VideoLLaVASAMModel(Sa2VA):
             _need(fits, "one seed an object is needed", "region_seeds", seen, expected)
         order = torch.arange(count, device=self.device)
         if config.num_objects is not None:
-            order = object_order(objects.frame, len(levels[0]), config.num_objects, seeds)
+            order = object_order(frame, len(levels[0]), config.num_objects, seeds)
         if data.get("object_order") is not None:
             order = _tensor(data, "object_order", self.device)
             is_list = order.dim() == 1 and order.dtype == torch.int64 and len(order)
             fits = bool(is_list) and int(order.min()) >= 0 and int(order.max()) < count
             expected = f"numbers of objects, 0 to {count - 1}, int64"
             _need(fits, "no such object", "object_order", order.tolist(), expected)
-        embeds = self.seg_embeds(hidden[objects.row, objects.column])
-        masks: Segmentation = self.decode_masks(embeds[order], levels, objects.frame[order])
+        logits = self.decode_masks(self.seg_embeds(hidden[row, column])[order], levels, frame[order]).mask_logits
         points = None
         if data.get("point_coords") is not None:
             points = _tensor(data, "point_coords", self.device)
@@ -288,9 +264,14 @@ class VideoLLaVASAMModel(Sa2VA):
             _need(fits, "points do not fit", "point_coords", tuple(points.shape), f"({len(order)}, points, 2)")
         elif config.num_points > 0:
             ratios = config.oversample_ratio, config.importance_sample_ratio
-            own = _different(seeds[order.to(seeds.device)])
-            points = sample_points(masks.mask_logits, own, config.num_points, *ratios)
-        return original_mask_losses(masks.mask_logits, targets[order], config, points)
+            # The k-th repetition of an object adds k to its seed, for points of its own.
+            repeats: Counter[int] = Counter()
+            own = seeds[order.to(seeds.device)].tolist()
+            for place, seed in enumerate(own):
+                own[place] = (seed + repeats[seed]) % 2**63
+                repeats[seed] += 1
+            points = sample_points(logits, torch.tensor(own, dtype=torch.long), config.num_points, *ratios)
+        return original_mask_losses(logits, targets[order], config, points)
 
     def _zero_losses(self, hidden: Tensor) -> dict[str, Tensor]:
         """Return mask losses of 0 whose graph reaches all that segments, so that every rank has the same gradients."""
@@ -328,13 +309,3 @@ def _tensors(values: object, name: str) -> list[Tensor]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor) for value in values):
         raise PromptError(explain("an input of the model has a wrong kind", name, type(values).__name__, "tensors"))
     return list(values)
-
-
-def _different(seeds: Tensor) -> Tensor:
-    """Give the repetitions of an object points of their own: the k-th adds k to its seed."""
-    repeats: Counter[int] = Counter()
-    values = []
-    for seed in seeds.tolist():
-        values.append((seed + repeats[seed]) % 2**63)
-        repeats[seed] += 1
-    return torch.tensor(values, dtype=torch.long)

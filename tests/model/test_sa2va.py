@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig
-from dual_loop.errors import CheckpointError, ConfigError, PromptError
+from dual_loop.errors import PromptError
 from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import group_of, trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_tokenizer, sam2_config
 from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
@@ -92,26 +91,3 @@ def test_batched_left_padded_generation_equals_one_by_one():
     assert len(together) == batch.num_regions
     assert all(caption.token_ids for caption in together)
     assert [caption.token_ids for caption in together] == [caption.token_ids for caption in alone]
-
-
-def test_unknown_config_names_are_refused():
-    config = small_config(text={**small_config().model.text, "hiden_size": 3})
-    with pytest.raises(ConfigError, match="hiden_size"):
-        build_model(config, build_tokenizer(config.model))
-    with pytest.raises(ConfigError, match="unknown key"):
-        sam2_config({"image_sise": 3})
-    with pytest.raises(ConfigError, match="unknown parameter group"):
-        build_model(small_config(trainable=("loar",)), build_tokenizer(config.model))
-
-
-def test_a_missing_tokenizer_is_named():
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        build_tokenizer(small_config(tokenizer=None).model, "nowhere/at/all")
-
-
-def test_prompt_and_image_positions_use_one_matrix():
-    model, _, _ = small_model()
-    sam = model.grounding_encoder
-    assert torch.equal(
-        sam.prompt_encoder.shared_embedding.positional_embedding, sam.shared_image_embedding.positional_embedding
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dual_loop.config import Config, caption_gradient
 from dual_loop.loop.judge import Judge
-from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.signals.alignment import Alignment
 from dual_loop.loop.signals.base import Signal
 from dual_loop.loop.signals.cycle_filter import CycleFilter
@@ -31,18 +30,16 @@ def build_signals(
     ``gumbel+grpo``.
     """
     loop, loss = config.loop, config.loss
-    *relaxed, estimator = caption_gradient(config.policy, config.reward).split("+")
+    *straight_through, estimator = caption_gradient(config.policy, config.reward).split("+")
     signals: list[Signal] = []
     if loop.cycle_keep is not None:
         signals.append(CycleFilter(loop.cycle_keep, loop.cycle_drop))
     if estimator in ("scst", "grpo"):
-        rewards = RewardSet(config.reward, judge)
-        question = loop.caption_question
-        signals.append(CaptionPolicy(model, prompter, estimator, config.policy, question, rewards, comm))
-    if "gumbel" in (*relaxed, estimator):
-        signals.append(GumbelCaptions(prompter, loop, config.policy))
+        signals.append(CaptionPolicy(model, prompter, config, estimator, comm, judge))
+    if "gumbel" in (*straight_through, estimator):
+        signals.append(GumbelCaptions(prompter, config))
     if loss.align_weight > 0:
-        signals.append(Alignment(model, loss.align_weight, loss.align_through))
+        signals.append(Alignment(model, loss))
     if loss.distill_weight > 0:
         if average is None:
             raise ValueError("distillation needs the weight average")

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dual_loop.config import LossConfig
 from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.losses import full_precision, sum_objects
 from dual_loop.model.sa2va import Sa2VA
@@ -17,15 +18,13 @@ from dual_loop.types import LossTerm, PackedBatch, Segmentation
 class Alignment(Signal):
     """Mean squared error between [SEG] embeddings and SAM 2's own prompts of the masks; needs masks and no text.
 
-    Args:
-        weight: ``loss.align_weight``.
-        through: ``all`` lets the loss reach everything that trains, ``projection`` only ``text_hidden_fcs``.
+    Under ``loss.align_through = projection`` it reaches ``text_hidden_fcs`` alone, else everything that trains.
     """
 
     name = "alignment"
 
-    def __init__(self, model: Sa2VA, weight: float, through: str) -> None:
-        self.model, self.weight, self.through = model, weight, through
+    def __init__(self, model: Sa2VA, config: LossConfig) -> None:
+        self.model, self.config = model, config
 
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         side = self.model.grounding_encoder.prompt_encoder.input_image_size
@@ -39,10 +38,10 @@ class Alignment(Signal):
 
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
         embeds, targets = cast(Tensor, masks.seg_embeds), cast(Tensor, packed.lessons[self.name])
-        if self.through == "projection":
+        if self.config.align_through == "projection":
             rows, columns = packed.seg_positions
             embeds = model.seg_embeds(hidden.detach()[rows, columns])
-        return {"align_loss": latent_alignment(embeds, targets, self.weight, packed.region_weights)}
+        return {"align_loss": latent_alignment(embeds, targets, self.config.align_weight, packed.region_weights)}
 
 
 def latent_alignment(
@@ -50,12 +49,7 @@ def latent_alignment(
 ) -> LossTerm:
     """Mean squared error between prompt embeddings (N, C) and their fixed targets: mean over C, summed over objects.
 
-    Args:
-        weight: factor of the whole term.
-        object_weights: (N,) factor of each object; the count is then their sum instead of N.
-
-    Raises:
-        ValueError: the shapes differ.
+    ``object_weights`` (N,) as in ``losses.sum_objects``.
     """
     difference = full_precision(seg_embeds) - full_precision(target_embeds.detach())
     return sum_objects(difference.square().mean(dim=1), weight, object_weights)

@@ -73,7 +73,6 @@ def distillation_loss(
         mask_logits: (N, Q, Q) float, the student's, with graph.
         teacher_probabilities: (N, Q, Q) float in 0..1, without.
         object_weights: (N,) factor of each object; the count is their sum.
-        weight: factor of the whole term.
         confidence: pixels count where the teacher's ``|2p - 1|`` is at least this much. An object without any such
             pixel adds 0, and is counted.
 

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dual_loop.config import LoopConfig, PolicyConfig
+from dual_loop.config import Config
 from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
 from dual_loop.loop.packing import RowPlan, pack_turns, predicting_positions, spoken_turns
@@ -55,14 +55,12 @@ class StraightThroughCaption:
 
 @dataclass
 class CaptioningRows:
-    """The captioning turns of straight-through captions, and the P tokens that step 2 reads of them.
+    """The captioning turns of straight-through captions in rows of their own, and the P tokens that step 2 reads.
 
     Attributes:
-        packed: the turns in rows of their own.
         positions: (2, P) int64, rows and columns of the hidden states that predict the tokens.
-        targets: (P,) int64, the tokens.
+        targets: (P,) int64, the tokens. is_first: (P,) bool, those that are read with a space before them.
         into: (2, P) int64, rows and columns of step 2 that read them.
-        is_first: (P,) bool, tokens that are read with a space before them.
         uniform: (P, top_k + 1) random numbers of each region's own seed.
         temperature: of the softmax.
     """
@@ -83,8 +81,8 @@ class GumbelCaptions(Signal):
     num_samples = 1
     reads_samples = True
 
-    def __init__(self, prompter: Prompter, loop: LoopConfig, policy: PolicyConfig) -> None:
-        self.prompter, self.loop, self.policy = prompter, loop, policy
+    def __init__(self, prompter: Prompter, config: Config) -> None:
+        self.prompter, self.loop, self.policy = prompter, config.loop, config.policy
         self.captions: list[list[StraightThroughCaption]] = []
         self.spaced: Tensor | None = None
 
@@ -229,16 +227,14 @@ def straight_through_weights(
     """Return the tokens that gradient reaches at each position and their straight-through weights.
 
     Args:
-        logits: (P, V) float, with graph.
-        token_ids: (P,) int64, the sampled tokens.
+        logits: (P, V) float, with graph. token_ids: (P,) int64, the sampled tokens.
         uniform: (P, top_k + 1) float in 0..1, random.
         temperature: of the softmax over perturbed logits, above 0.
         top_k: how many of the most likely other tokens take part.
 
     Returns:
-        ids: (P, k + 1) int64, the sampled token first; k is ``top_k``, or V - 1 where that is less.
-        weights: (P, k + 1) float32: 1 for the sampled token and 0 for the others, exactly; the gradient is that of
-        the softmax.
+        (P, k + 1) int64, the sampled token first; k is ``top_k``, or V - 1 where that is less. And (P, k + 1) float32:
+        1 for the sampled token and 0 for the others, exactly; the gradient is that of the softmax.
 
     Raises:
         ValueError: the temperature or the number of random numbers is wrong.

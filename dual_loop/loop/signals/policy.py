@@ -20,7 +20,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dual_loop.config import PolicyConfig
+from dual_loop.config import Config
+from dual_loop.loop.judge import Judge
 from dual_loop.loop.packing import predicting_positions, spoken_turns
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText, own_image_only
@@ -30,14 +31,7 @@ from dual_loop.losses import full_precision
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import (
-    LossTerm,
-    PackedBatch,
-    RankComm,
-    RegionTurn,
-    Segmentation,
-    WrittenCaption,
-)
+from dual_loop.types import LossTerm, PackedBatch, RankComm, RegionTurn, Segmentation, WrittenCaption
 
 _EPSILON = 1e-6
 
@@ -79,25 +73,19 @@ class SampledTokens:
 
 
 class CaptionPolicy(Signal):
-    """Teaches the captioner by rewards; ``name`` is ``scst`` or ``grpo``."""
+    """Teaches the captioner by rewards; the estimator is ``scst`` or ``grpo``."""
 
     name = "policy"
 
     def __init__(
-        self,
-        model: Sa2VA,
-        prompter: Prompter,
-        name: str,
-        config: PolicyConfig,
-        question: str,
-        rewards: RewardSet,
-        comm: RankComm,
+        self, model: Sa2VA, prompter: Prompter, config: Config, estimator: str, comm: RankComm, judge: Judge | None
     ) -> None:
-        self.model, self.prompter, self.config, self.question = model, prompter, config, question
-        self.rewards, self.comm = rewards, comm
-        group = against_scaled_group if config.advantage_scale == "group" else against_group
-        self.center: Center = against_greedy if name == "scst" else group
-        self.num_samples, self.needs_greedy = config.captions_per_region, name == "scst"
+        self.model, self.prompter, self.comm = model, prompter, comm
+        self.config, self.question = config.policy, config.loop.caption_question
+        self.rewards = RewardSet(config.reward, judge)
+        group = against_scaled_group if config.policy.advantage_scale == "group" else against_group
+        self.center: Center = against_greedy if estimator == "scst" else group
+        self.num_samples, self.needs_greedy = config.policy.captions_per_region, estimator == "scst"
         self.earned: list[tuple[list[tuple[int, tuple[int, ...]]], list[float], list[RegionTurn]]] = []
 
     def asks(self, micro: MicroBatch) -> Iterable[RegionText]:
@@ -108,9 +96,8 @@ class CaptionPolicy(Signal):
         asked_before = dict(judge.counters) if judge else {}
         groups = [self._advantages(micro) for micro in window]
         self.earned = []
-        for micro, values in zip(
-            window, combine_advantages(groups, self.rewards.weights, self.comm.reduce), strict=True
-        ):
+        combined = combine_advantages(groups, self.rewards.weights, self.comm.reduce)
+        for micro, values in zip(window, combined, strict=True):
             pairs = [
                 ((region, sample.token_ids), advantage)
                 for region, (caption, own) in enumerate(zip(micro.captions, values.tolist(), strict=True))
@@ -180,7 +167,7 @@ class CaptionPolicy(Signal):
             if caption.gate is None:
                 table[row] = micro.scores[region, caption.text]
         references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
-        texts, gates = [caption.text for _, caption in captions], [caption.gate for _, caption in captions]
+        texts, gates = [one.text for _, one in captions], [one.gate for _, one in captions]
         names = [batch.region_names[region] for region, _ in captions]
         return self.rewards.score(texts, regions, table, references, gates, names)
 
@@ -225,7 +212,6 @@ def center_rewards(
     """Turn rewards into advantages, objective by objective.
 
     Args:
-        center: :func:`against_greedy`, :func:`against_group` or :func:`against_scaled_group`.
         rewards: objective -> (N, K) float32, NaN where the objective does not apply.
         baseline: objective -> (N,) float32, what the greedy captions earned; empty where none were written.
         usable: (N, K) bool, False for captions that must not take part (truncated).
@@ -244,23 +230,15 @@ def combine_advantages(
     weights: Mapping[str, float],
     reduce: Callable[[Mapping[str, float]], dict[str, float]],
 ) -> list[Tensor]:
-    """Add the advantages of all objectives, each brought to the same size first.
+    """Add the advantages of all objectives, each brought to the same size first: (N, K) float32 for each micro-batch.
 
     With several objectives each is divided by the root mean square of its advantages over all captions that take part,
     of all micro-batches and ranks: else the objective with the widest range rules (reward-decoupled normalisation, as
     in BalCapRL 2605.07394; there over groups, here over the step). All are then multiplied by the weighted mean of
     these root mean squares, so that a second objective does not change the size of the policy gradient against the
     other losses: with advantages of size 1 the policy loss drowned the mask losses (docs/experiments.md). A single
-    objective keeps its values.
-
-    Args:
-        groups: one for each micro-batch.
-        weights: objective -> weight.
-        reduce: adds sums over ranks; called exactly once, with keys that depend on ``weights`` alone, where there are
-            several objectives.
-
-    Returns:
-        For each micro-batch (N, K) float32.
+    objective keeps its values. ``reduce`` is called exactly once, with keys that depend on ``weights`` alone, where
+    there are several.
     """
     scales = dict.fromkeys(weights, 1.0)
     if len(weights) > 1:
