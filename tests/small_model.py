@@ -11,6 +11,7 @@ import torch
 from dual_loop.config import Config, LossConfig, load_config, resolve_config_path
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.decode import Prompt
 from dual_loop.testing.scenes import generate_pair, generate_scene
 from dual_loop.types import Batch, RegionSample
 
@@ -80,6 +81,13 @@ def pair_samples(count: int) -> list[RegionSample]:
 
 def small_batch(config: Config, samples: list[RegionSample]) -> Batch:
     return batch_from_samples(samples, geometry(config), seed=0)
+
+
+def caption_prompts(prompter: Any, batch: Batch, question: str) -> list[Prompt]:
+    """Prompts that ask for the caption of every region of a batch of one-tile images."""
+    cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
+    questions = prompter.caption_questions(zip(cells, seeds, strict=True), question)
+    return [Prompt(*one) for one in zip(questions, batch.region_image.tolist(), batch.prompt_masks, strict=True)]
 
 
 def recomputed_layers(model: Any) -> int:

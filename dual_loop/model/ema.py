@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -57,6 +57,13 @@ def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, tor
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
     torch.clear_autocast_cache()  # it holds casts of what the parameters were
+
+
+class AverageState(TypedDict):
+    """What a checkpoint keeps of a weight average: its updates, and float32 tensors by name."""
+
+    num_updates: int
+    averages: Mapping[str, torch.Tensor]
 
 
 class ExponentialMovingAverage(StoredWeights):
@@ -115,12 +122,12 @@ class ExponentialMovingAverage(StoredWeights):
             torch._foreach_lerp_(averages, live, 1 - decay)
         self.num_updates += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return ``{"num_updates": int, "averages": {name: float32 tensor}}``; the tensors are not copied."""
+    def state_dict(self) -> AverageState:
+        """Return the state; the tensors are not copied."""
         return {"num_updates": self.num_updates, "averages": dict(self.values)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: AverageState) -> None:
         """Restore what :meth:`state_dict` returned; the decay stays that of this object.
 
         Raises:
@@ -130,7 +137,7 @@ class ExponentialMovingAverage(StoredWeights):
         if set(state) != {"num_updates", "averages"}:
             what = "the state of the weight average is malformed"
             raise CheckpointError(explain(what, seen=sorted(state), expected="num_updates, averages"))
-        averages: Mapping[str, torch.Tensor] = state["averages"]
+        averages = state["averages"]
         missing, unexpected = sorted(self.values.keys() - averages), sorted(averages.keys() - self.values)
         wrong = [
             f"{name}: {tuple(averages[name].shape)} {averages[name].dtype}, not {tuple(own.shape)} torch.float32"
@@ -144,7 +151,7 @@ class ExponentialMovingAverage(StoredWeights):
             raise CheckpointError(explain(what, "", seen, f"{len(self.values)} float32 tensors", fix))
         for name, own in self.values.items():
             own.copy_(place_like(averages[name], own))
-        self.num_updates = int(state["num_updates"])
+        self.num_updates = state["num_updates"]
 
 
 class StartingWeights(StoredWeights):

@@ -20,6 +20,10 @@ from dual_loop.errors import PromptError, explain
 from dual_loop.losses import original_mask_losses, sample_points
 from dual_loop.model.object_count import object_order
 from dual_loop.model.sa2va import Sa2VA
+from dual_loop.types import Segmentation
+
+Data = Mapping[str, Any]
+"""What the original's collate function hands over: tensors, lists of tensors, numbers."""
 
 
 class VideoLLaVASAMModel(Sa2VA):
@@ -31,7 +35,7 @@ class VideoLLaVASAMModel(Sa2VA):
 
     loss_config = LossConfig()
 
-    def forward(self, data: Mapping[str, Any], mode: str = "loss") -> dict[str, Any]:
+    def forward(self, data: Data, mode: str = "loss") -> dict[str, Tensor | Segmentation]:
         """Segment every [SEG] of a batch and compute the losses, as the original does.
 
         Args:
@@ -112,14 +116,14 @@ class VideoLLaVASAMModel(Sa2VA):
         output = self.mllm.generate(inputs_embeds=embeds, attention_mask=mask, **options)
         return torch.as_tensor(getattr(output, "sequences", output))
 
-    def hidden_states(self, data: Mapping[str, Any]) -> Tensor:
+    def hidden_states(self, data: Data) -> Tensor:
         """Run the vision-language part of :meth:`forward`: last hidden states (B, L, D)."""
         ids = self._ids(data)
         mask = torch.ones_like(ids) if data.get("attention_mask") is None else _beside(ids, data, "attention_mask")
         positions = None if data.get("position_ids") is None else _beside(ids, data, "position_ids")
         return self.run_language(self.input_embeddings(data), mask, positions)
 
-    def input_embeddings(self, data: Mapping[str, Any]) -> Tensor:
+    def input_embeddings(self, data: Data) -> Tensor:
         """Return what enters the language model in :meth:`forward`: (B, L, D), image and region tokens in place."""
         ids = self._ids(data)
         tiles = self._tiles(data.get("pixel_values"))
@@ -135,7 +139,7 @@ class VideoLLaVASAMModel(Sa2VA):
 
     # ---- what the original's collate hands over ----------------------------------------------------------------------
 
-    def _ids(self, data: Mapping[str, Any]) -> Tensor:
+    def _ids(self, data: Data) -> Tensor:
         _need(isinstance(data, Mapping), "the model takes a dict", "data", type(data).__name__, "a dict of tensors")
         ids = _tensor(data, "input_ids", self.device)
         is_table = ids.dim() == 2 and ids.numel() > 0
@@ -171,7 +175,7 @@ class VideoLLaVASAMModel(Sa2VA):
         _need(fits, "grounding images have the wrong size", "g_pixel_values", shapes, expected)
         return torch.stack(parts).to(self.device)
 
-    def _region_prompts(self, data: Mapping[str, Any], holds_image: Tensor) -> tuple[Tensor, Tensor]:
+    def _region_prompts(self, data: Data, holds_image: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``region_tile`` (P,), counted over the tiles that hold an image, and ``prompt_masks`` (P, G, G)."""
         given = data.get("prompt_masks")
         side = int(self.mllm.config.image_seq_length**0.5)
@@ -193,7 +197,7 @@ class VideoLLaVASAMModel(Sa2VA):
         counts = torch.tensor([len(mask) for mask in masks], device=tiles.device)
         return tiles.repeat_interleave(counts), torch.cat(masks)
 
-    def _objects(self, data: Mapping[str, Any], ids: Tensor, num_frames: int) -> Tensor:
+    def _objects(self, data: Data, ids: Tensor, num_frames: int) -> Tensor:
         """Return row and column of the [SEG], and the frame, of the N objects: (3, N) int64.
 
         There is one for each [SEG] and frame: samples in order, then [SEG] by [SEG], then frame by frame.
@@ -229,9 +233,7 @@ class VideoLLaVASAMModel(Sa2VA):
         resized = [F.interpolate(part[None].float(), (side, side), mode="nearest")[0] for part in parts]
         return torch.cat(resized).to(self.device) if parts else torch.zeros(0, side, side, device=self.device)
 
-    def _mask_losses(
-        self, data: Mapping[str, Any], ids: Tensor, hidden: Tensor, levels: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _mask_losses(self, data: Data, ids: Tensor, hidden: Tensor, levels: list[Tensor]) -> dict[str, Tensor]:
         is_plain, fix = data.get("region_weights") is None, "use loop.task.DualLoopTask"
         _need(is_plain, "the original weighs no regions", "region_weights", "a value", "nothing", fix)
         row, column, frame = self._objects(data, ids, len(levels[0]))
@@ -288,7 +290,7 @@ def _need(holds: object, what: str, where: str, seen: object, expected: object, 
         raise PromptError(explain(what, where, seen, expected, fix))
 
 
-def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
+def _tensor(data: Data, name: str, device: torch.device) -> Tensor:
     value = data.get(name)
     if not isinstance(value, Tensor):
         seen = "nothing" if value is None else type(value).__name__
@@ -296,7 +298,7 @@ def _tensor(data: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
     return value.to(device)
 
 
-def _beside(ids: Tensor, data: Mapping[str, Any], name: str) -> Tensor:
+def _beside(ids: Tensor, data: Data, name: str) -> Tensor:
     value = _tensor(data, name, ids.device)
     expected = f"{tuple(ids.shape)}, as input_ids"
     _need(value.shape == ids.shape, f"{name} does not fit input_ids", name, tuple(value.shape), expected)

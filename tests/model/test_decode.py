@@ -9,7 +9,7 @@ import torch
 
 from dual_loop.model.decode import CPU_TOKENS, IMAGES_AT_ONCE, Decoder, Prompt, left_pad, prefixes_at_once
 
-from small_model import scene_samples, small_batch, small_model
+from small_model import caption_prompts, scene_samples, small_batch, small_model
 
 NEW = 6
 
@@ -39,9 +39,7 @@ def scene():
                     parameter.mul_(6.0)
     model.double()
     batch = small_batch(config, scene_samples(4, captions=False))
-    cells = batch.prompt_masks.flatten(1).sum(1).tolist()
-    questions = prompter.caption_questions(((count, seed) for seed, count in enumerate(cells)), "any")
-    prompts = [Prompt(*one) for one in zip(questions, batch.region_image.tolist(), batch.prompt_masks, strict=True)]
+    prompts = caption_prompts(prompter, batch, "any")
     with torch.no_grad():
         features = model.project_vision(model.encode_vision(batch.pixel_values))
     return model, prompter, batch, prompts, features

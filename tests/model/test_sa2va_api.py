@@ -12,10 +12,10 @@ from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.losses import original_mask_losses
 from dual_loop.model.adapters import group_of, trainable_parameters
-from dual_loop.model.decode import Decoder, Prompt, left_pad
+from dual_loop.model.decode import Decoder, left_pad
 from dual_loop.types import RegionCaption
 
-from small_model import scene_samples, small_batch, small_model
+from small_model import caption_prompts, scene_samples, small_batch, small_model
 
 SEGMENTS = [("Please segment the left thing in this image.", "Sure, [SEG]."), ("And the other?", "It is [SEG].")]
 TALK = [("What is in this image?", "A star and a cloud.")]
@@ -144,10 +144,8 @@ def test_generate_of_the_missions_example_writes_what_the_captioner_writes(small
     model, prompter, batch = small
     loop = LoopConfig(max_new_tokens=6, max_rejected_fraction=1.0, max_rejected_grace=10_000)
     own = generate_caption_from_mask(model, prompter, batch, loop)
-    cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    questions = prompter.caption_questions(zip(cells, seeds, strict=True), loop.caption_question)
-    images, prefix = batch.region_image.tolist(), prompter.image_prefix(1)
-    prompts = [Prompt(*one) for one in zip(questions, images, batch.prompt_masks, strict=True)]
+    prompts, prefix = caption_prompts(prompter, batch, loop.caption_question), prompter.image_prefix(1)
+    questions, images = [one.question for one in prompts], [one.image for one in prompts]
     with torch.no_grad():
         features = model.project_vision(model.encode_vision(batch.pixel_values))
     decoded = Decoder(model, prompter, prompts, [[0], [1]], features, 6).write(range(len(questions)))

@@ -56,16 +56,16 @@ def latent_alignment(
 
 
 def inner_points(masks: Tensor) -> Tensor:
-    """Return (N, 2) float32 points (x, y) in pixels of (N, Q, Q) masks, the middle of an empty one.
+    """Return (N, 2) float32 points (x, y) in pixels of (N, H, W) masks, the middle of an empty one.
 
     A point is the foreground pixel nearest to the mask's centre of mass, so it lies on the object also where the centre
     does not.
     """
-    masks, side = masks.bool(), masks.shape[-1]
-    places = torch.arange(side, dtype=torch.float32, device=masks.device)
+    masks, (height, width) = masks.bool(), masks.shape[1:]
+    columns, rows = (torch.arange(size, dtype=torch.float32, device=masks.device) for size in (width, height))
     area = masks.flatten(1).sum(1).clamp_min(1)
-    x, y = (masks.sum(axis).float() @ places / area for axis in (1, 2))
-    distances = (places[None, None, :] - x[:, None, None]) ** 2 + (places[None, :, None] - y[:, None, None]) ** 2
+    x, y = masks.sum(1).float() @ columns / area, masks.sum(2).float() @ rows / area
+    distances = (columns - x[:, None, None]) ** 2 + (rows[:, None] - y[:, None, None]) ** 2
     nearest = distances.masked_fill(~masks, float("inf")).flatten(1).argmin(1)
-    points = torch.stack([nearest % side, nearest // side], dim=1) + 0.5
-    return torch.where(masks.flatten(1).any(1)[:, None], points, side / 2)
+    points = torch.stack([nearest % width, nearest // width], dim=1) + 0.5
+    return torch.where(masks.flatten(1).any(1)[:, None], points, points.new_tensor([width / 2, height / 2]))
