@@ -95,6 +95,8 @@ class ExponentialMovingAverage(StoredWeights):
             fix = "build the average after the freeze policy, or check model.trainable"
             raise ValueError(explain("there is nothing to average", seen=seen, fix=fix))
         self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
+        # No foreach kernel takes sharded tensors beside whole ones.
+        self.is_fused = not any(is_sharded(average) for average in self.values.values())
 
     @property
     def current_decay(self) -> float:
@@ -115,11 +117,11 @@ class ExponentialMovingAverage(StoredWeights):
         if decay == 0:
             for average, value in zip(averages, live, strict=True):
                 average.copy_(value)  # lerp would keep a NaN of the old average
-        elif any(is_sharded(average) for average in averages):  # no foreach kernel takes them beside whole ones
+        elif self.is_fused:
+            torch._foreach_lerp_(averages, live, 1 - decay)
+        else:
             for average, value in zip(averages, live, strict=True):
                 average.lerp_(value, 1 - decay)
-        else:
-            torch._foreach_lerp_(averages, live, 1 - decay)
         self.num_updates += 1
 
     def state_dict(self) -> AverageState:
