@@ -1,20 +1,17 @@
-"""What a CPU alone takes: attention, matrices in its own layout or width, SAM 2's encoder in float32, the heap.
+"""What a CPU alone takes: frozen matrices in its own layout or width, attention and SAM 2's encoder in float32.
 
-Three kinds of CPU are about: those without bfloat16 (torch emulates it, up to a hundred times slower than float32),
-those whose kernels for it are faster than for float32 (AMX, AMD since Zen 4), and those with ``avx512_bf16`` alone, on
-which many rows take longer than in float32, while few rows, bound by reading the matrix, take half as long.
+Two kinds of CPU are about: those that multiply bfloat16 faster than float32 (AMX, AMD since Zen 4), and those that do
+not (without bfloat16 torch emulates it, up to a hundred times slower; with ``avx512_bf16`` alone many rows are slower).
 
-* :class:`PackedLinear`: a frozen matrix in oneDNN's blocked layout. The stock product brings the matrix into such a
-  layout at every call, which for a few rows takes longer than the product.
-* :class:`WidenedLinear`: a frozen bfloat16 matrix multiplied in float32 a slice at a time.
-* :class:`HybridLinear`: both, where bfloat16 is faster for few rows and float32 for many.
+* :class:`PackedLinear`: a matrix in oneDNN's blocked layout. The stock product brings the matrix into such a layout at
+  every call, which for a few rows takes longer than the product.
+* :class:`WidenedLinear`: a bfloat16 matrix that is multiplied in float32 a slice at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import cache, partial
@@ -34,39 +31,24 @@ from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.model import hardware
 from dual_loop.model.sa2va import GroundingDecoder, Sa2VA
 
-GROUPED = "sdpa_grouped_decoding"
-"""The name of :func:`grouped_attention` among transformers' attention functions."""
+WIDE = "sdpa_wide"
+"""The name of :func:`wide_attention` among transformers' attention functions."""
 MARGIN = 1.2
 """How much longer bfloat16 has to take to count as slower: far from both kinds of CPU, so the answer is stable."""
-_ROWS, _WIDTH, _REPEATS = 256, 1024, 5
-_KEPT_BLOCK, _NEVER = 2**30, 2**31 - 1
-_PACKED_ROWS = 8
-_SLICE_VALUES = 2**21
-"""Most values of a plain matrix that exist in float32 at a time: 8 MiB, which a processor's cache holds."""
-_PRODUCT_VALUES = 2**23
-"""Most values of an unpacked matrix multiplied at a time: 32 MiB, so that a wide output is written in parts."""
-_SLICE_STEP = 32
+SLICE_VALUES = 2**21
+"""Most values of a matrix that exist in float32 at a time: 8 MiB, which a processor's cache holds."""
+SLICE_STEP = 32
 """Rows of a slice are a multiple of this: a product with 95 columns takes half as long again as one with 96."""
-_MANY_ROWS = 96
-"""From here on a hybrid multiplies in float32; below, unpacking the matrix costs more than it saves."""
-_PART_VALUES = 2**25
-"""Most values of a hybrid's packed parts: what is unpacked at a time, 128 MiB. Only heads are larger."""
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Choose the attention and SAM 2's precision; the heap and the matrices wait for the device and the weights."""
+    """Choose the attention and SAM 2's precision; the matrices wait for the device and the weights."""
     if config.model.attn_implementation == "sdpa":
-        AttentionInterface.register(GROUPED, grouped_attention)
-        AttentionMaskInterface.register(GROUPED, sdpa_mask)
-        model.mllm.model.language_model.set_attn_implementation(GROUPED)
+        AttentionInterface.register(WIDE, wide_attention)
+        AttentionMaskInterface.register(WIDE, sdpa_mask)
+        model.mllm.model.language_model.set_attn_implementation(WIDE)
     replace(model.grounding, encode)
-    model.after_loading.append(partial(_after_loading, model, config))
-
-
-def _after_loading(model: Sa2VA, config: Config, device: torch.device) -> None:
-    if device.type == "cpu":
-        keep_heap()
-    pack_model(model, config, device)
+    model.after_loading.append(partial(convert_matrices, model, config))
 
 
 @cache
@@ -78,19 +60,19 @@ def is_slower_in_bfloat16() -> bool:
     if not hardware.has_bfloat16_kernels():
         return True
     with ThreadPoolExecutor(1) as apart:
-        half, full = apart.map(_seconds, (torch.bfloat16, torch.float32))
+        half, full = apart.map(seconds_of_product, (torch.bfloat16, torch.float32))
     return half > MARGIN * full
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    x, matrix = torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            F.linear(x, matrix)
-            best = min(best, time.perf_counter() - start)
-    return best
+@torch.no_grad()
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """Return the seconds of the quickest of five products of 256 rows with a square matrix of width 1,024."""
+    x, matrix, seconds = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype), []
+    for _ in range(5):
+        start = time.perf_counter()
+        F.linear(x, matrix)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def encode(grounding: GroundingDecoder, pixels: Tensor) -> list[Tensor]:
@@ -101,14 +83,10 @@ def encode(grounding: GroundingDecoder, pixels: Tensor) -> list[Tensor]:
         return GroundingDecoder.encode(grounding, pixels)
 
 
-def grouped_attention(
+def wide_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' form, in torch's fused kernel; on a GPU the stock call is this already.
-
-    For a single new token, query heads that share keys and values go through the kernel as so many queries of one head:
-    keys and values are neither repeated nor copied. Where the CPU is faster in float32, bfloat16 is taken in float32
-    and rounded once.
+    """transformers' attention; on a CPU that is faster in float32, bfloat16 is taken in that and rounded once.
 
     Args:
         query: (R, heads, n, d). key, value: (R, key-value heads, columns, d).
@@ -117,12 +95,7 @@ def grouped_attention(
     Returns:
         (R, n, heads, d), and no weights.
     """
-    kind, dtype, (rows, heads, new, width) = query.device.type, query.dtype, query.shape
-    if new == 1 and kind == "cpu" and not torch.is_grad_enabled():
-        grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-        mask = None if attention_mask is None else attention_mask.expand(-1, -1, grouped.shape[2], -1)
-        output = F.scaled_dot_product_attention(grouped, key, value, mask, scale=options.get("scaling"))
-        return output.reshape(rows, 1, heads, width), None
+    kind, dtype = query.device.type, query.dtype
     if kind != "cpu" or dtype != torch.bfloat16 or not is_slower_in_bfloat16():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
     mask = attention_mask
@@ -133,31 +106,41 @@ def grouped_attention(
     return output.to(dtype), None
 
 
-class PackedLinear(nn.Module):
+def pack_matrix(matrix: Tensor) -> Tensor:
+    """Return a matrix (out, in) in oneDNN's blocked layout for few rows of input, which serves many as well."""
+    return torch.as_tensor(torch.ops.mkldnn._reorder_linear_weight(matrix, 8))
+
+
+class FrozenProduct(torch.autograd.Function):
+    """``layer.product(x)``, with the gradient of ``x`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear | WidenedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.product_back(gradients[0]), None
+
+
+class PackedLinear(nn.Linear):
     """A frozen ``nn.Linear`` whose matrix is kept in oneDNN's blocked layout alone; CPU, float32 or bfloat16.
 
-    The backward pass unpacks the matrix for a moment. The matrix is no parameter any more: nothing that reads weights
-    by name sees it, so a model is packed last, and saved by what trains.
-
-    Args:
-        linear: the layer; its weight is given up.
+    Made by :func:`pack_frozen_linears`. The backward pass unpacks the matrix for a moment. The matrix is no parameter
+    any more: nothing that reads weights by name sees it, so a model is packed last, and saved by what trains.
     """
 
     packed: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        self.packed = pack_matrix(linear.weight.detach())
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        del linear.weight
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """(out, in), unpacked: a copy."""
         return self.packed.to_dense()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
 
     @staticmethod
     def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
@@ -165,30 +148,17 @@ class PackedLinear(nn.Module):
         for layer in layers:
             base: Any = layer.get_base_layer()
             undo.callback(setattr, base, "packed", base.packed)
-            base.packed = pack_matrix(base.packed.to_dense() + layer.get_delta_weight(layer.active_adapters[0]))
+            base.packed = pack_matrix(base.weight + layer.get_delta_weight(layer.active_adapters[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""
-        x = x.to(self.dtype)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return _packed_product(x, self.packed, self.bias)
-        return torch.as_tensor(_PackedProduct.apply(x, self.packed, self.bias))
+        return torch.as_tensor(FrozenProduct.apply(x.to(self.packed.dtype).contiguous(), self))
 
+    def product(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], ""))
 
-def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.as_tensor(torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], ""))
-
-
-class _PackedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.packed = packed
-        return _packed_product(x, packed, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        matrix = ctx.packed.to_dense()
-        return gradients[0].to(matrix.dtype) @ matrix, None, None
+    def product_back(self, gradient: Tensor) -> Tensor:
+        return gradient.to(self.packed.dtype) @ self.weight
 
 
 class WidenedLinear(nn.Linear):
@@ -197,153 +167,72 @@ class WidenedLinear(nn.Linear):
     Made by :func:`widen_frozen_linears`; the weight stays the parameter that it was.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in the matrix's dtype."""
-        sizes = (self.out_features, self.in_features)
-        return torch.as_tensor(_WidenedProduct.apply(x.to(self.weight.dtype), self._slices, sizes, self.bias))
-
-    def widens(self, x: Tensor) -> bool:
-        """Tell whether ``x`` will be multiplied in float32."""
-        return True
-
-    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        buffer = torch.empty(0)
-        for rows in _row_slices(self.weight, _SLICE_VALUES):
-            values = self.weight[rows]
-            if buffer.numel() < values.numel():
-                buffer = torch.empty(values.shape)
-            yield rows, buffer[: len(values)].copy_(values)
-
-
-class HybridLinear(nn.Module):
-    """A frozen bfloat16 matrix, packed: few rows are multiplied in bfloat16, many in float32; CPU.
-
-    For many rows the matrix is unpacked into float32. As with :class:`PackedLinear`, it is no parameter any more.
-
-    Args:
-        linear: the layer; its weight is given up.
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        count = max(1, _PART_VALUES // self.in_features)
-        self.parts = [pack_matrix(part) for part in linear.weight.detach().split(count)]
-        del linear.weight
+    widens = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""
-        x, sizes = x.to(self.dtype), (self.out_features, self.in_features)
-        if self.widens(x) or (torch.is_grad_enabled() and x.requires_grad):
-            return torch.as_tensor(_WidenedProduct.apply(x, self._slices, sizes, self.bias))
-        if len(self.parts) == 1:
-            return _packed_product(x, self.parts[0], self.bias)
-        product = torch.cat([_packed_product(x, part, None) for part in self.parts], dim=-1)
-        return product if self.bias is None else product + self.bias
+        return torch.as_tensor(FrozenProduct.apply(x.to(self.weight.dtype), self))
 
-    def widens(self, x: Tensor) -> bool:
-        """Tell whether ``x`` (..., in) has so many rows that it will be multiplied in float32."""
-        return x.numel() >= _MANY_ROWS * self.in_features
-
-    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        start = 0
-        for part in self.parts:
-            matrix = part.to_dense(torch.float32)  # one pass: unpacked and widened
-            for rows in _row_slices(matrix, _PRODUCT_VALUES):
-                yield slice(start + rows.start, start + rows.stop), matrix[rows]
-            start += len(matrix)
-
-
-def _row_slices(matrix: Tensor, most: int) -> Iterator[slice]:
-    """Cut the rows of a matrix (rows, in) into slices of at most ``most`` values."""
-    count = most // matrix.shape[1]
-    count = max(1, count - count % _SLICE_STEP)
-    for start in range(0, len(matrix), count):
-        yield slice(start, min(start + count, len(matrix)))
-
-
-class _WidenedProduct(torch.autograd.Function):
-    """A product in float32, rounded once, with the gradient of ``x`` alone.
-
-    ``slices`` yields rows of the matrix and their values; ``sizes`` is (out, in).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        slices: Callable[[], Iterator[tuple[slice, Tensor]]],
-        sizes: tuple[int, int],
-        bias: Tensor | None,
-    ) -> Tensor:
-        ctx.slices, ctx.in_features = slices, sizes[1]
+    def product(self, x: Tensor) -> Tensor:
         wide = x.flatten(0, -2).float()
-        output = x.new_empty(len(wide), sizes[0])
+        output = x.new_empty(len(wide), self.out_features)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, part in slices():
-                product = wide @ part.t() if bias is None else torch.addmm(bias[rows].float(), wide, part.t())
-                output[:, rows] = product
+            for rows, part in self._slices():
+                bias = None if self.bias is None else self.bias[rows].float()
+                output[:, rows] = F.linear(wide, part, bias)
         return output.view(*x.shape[:-1], -1)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        wide = gradients[0].flatten(0, -2).float()
-        total = wide.new_zeros(len(wide), ctx.in_features)
+    def product_back(self, gradient: Tensor) -> Tensor:
+        wide = gradient.flatten(0, -2).float()
+        total = wide.new_zeros(len(wide), self.in_features)
         with torch.autocast(wide.device.type, enabled=False):
-            for rows, part in ctx.slices():
+            for rows, part in self._slices():
                 total.addmm_(wide[:, rows], part)
-        return total.to(gradients[0].dtype).view(*gradients[0].shape[:-1], -1), None, None, None
+        return total.to(gradient.dtype).view(*gradient.shape[:-1], -1)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the matrix and their values in float32, which last until the next ones."""
+        count = max(SLICE_STEP, SLICE_VALUES // self.in_features // SLICE_STEP * SLICE_STEP)
+        buffer = torch.empty(min(count, self.out_features), self.in_features)
+        for start in range(0, self.out_features, count):
+            values = self.weight[start : start + count]
+            yield slice(start, start + len(values)), buffer[: len(values)].copy_(values)
+
+
+def _frozen_linears(model: nn.Module, dtypes: Collection[torch.dtype]) -> list[nn.Linear]:
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    return [layer for layer in layers if layer.weight.dtype in dtypes and not layer.weight.requires_grad]
 
 
 def widen_frozen_linears(model: nn.Module) -> int:
     """Let every frozen bfloat16 ``nn.Linear`` inside ``model`` compute in float32; return how many there are."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    chosen = [layer for layer in layers if layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad]
-    for layer in chosen:
+    layers = _frozen_linears(model, [torch.bfloat16])
+    for layer in layers:
         layer.__class__ = WidenedLinear
-    return len(chosen)
+    return len(layers)
 
 
-def pack_matrix(weight: Tensor) -> Tensor:
-    """Return a matrix (out, in) in oneDNN's blocked layout for few rows, which serves many rows as well."""
-    return torch.as_tensor(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS))
-
-
-def pack_frozen_linears(
-    model: nn.Module,
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    kind: type[PackedLinear] | type[HybridLinear] = PackedLinear,
-) -> int:
-    """Replace every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` by a ``kind``; return how many.
+def pack_frozen_linears(model: nn.Module, dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16)) -> int:
+    """Turn every frozen ``nn.Linear`` of ``dtypes`` inside ``model`` into a :class:`PackedLinear`; return how many.
 
     Raises:
         EnvironmentProblem: this torch or processor has no such layout, or the weights are not on the CPU.
     """
-    count = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child.weight.requires_grad or child.weight.dtype not in dtypes:
-                continue
-            if child.weight.device.type != "cpu" or not can_pack(child.weight.dtype):
-                seen = f"{child.weight.dtype} on {child.weight.device}"
-                expected = "a dtype that oneDNN has packed kernels for on this processor"
-                where = f"speed.pack_weights, {name}"
-                fix = "set it to auto or off"
-                raise EnvironmentProblem(explain("frozen weights cannot be packed", where, seen, expected, fix))
-            setattr(parent, name, kind(child))
-            count += 1
-    return count
+    layers = _frozen_linears(model, dtypes)
+    for layer in layers:
+        matrix = layer.weight.detach()
+        if matrix.device.type != "cpu" or not can_pack(matrix.dtype):
+            seen, expected = f"{matrix.dtype} on {matrix.device}", "a dtype that oneDNN packs on this processor"
+            what, fix = "frozen weights cannot be packed", "set it to auto or off"
+            raise EnvironmentProblem(explain(what, "speed.pack_weights", seen, expected, fix))
+        del layer.weight
+        layer.__class__ = PackedLinear
+        layer.packed = pack_matrix(matrix)
+    return len(layers)
 
 
 def can_pack(dtype: torch.dtype = torch.float32) -> bool:
-    """Tell whether this torch has oneDNN's packed linear layer, and this processor its kernels for ``dtype``.
-
-    Those for bfloat16 need AVX-512 or its successor.
-    """
+    """Tell whether this torch has oneDNN's packed linear layer, and this processor its kernels for ``dtype``."""
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return is_there and (dtype != torch.bfloat16 or hardware.has_bfloat16_kernels())
 
@@ -360,43 +249,24 @@ def gains_from_packing(dtype: torch.dtype = torch.float32) -> bool:
     return can_pack(dtype) and not is_lean
 
 
-def pack_model(model: Sa2VA, config: Config, device: torch.device) -> int:
-    """Pack the frozen matrices where ``speed.pack_weights`` says so; return how many.
+def convert_matrices(model: Sa2VA, config: Config, device: torch.device) -> None:
+    """Widen or pack the frozen matrices where ``speed.pack_weights`` says so.
 
-    ``auto`` does so on a CPU, for the dtypes that gain from it. A CPU that is faster in float32 multiplies bfloat16
-    matrices in that: all of them, or where it has bfloat16 those that meet many rows. Float32 matrices that autocast
-    would round are left alone. Call it after weights were loaded, before training: the packed matrices are no
-    parameters any more. The output head stays plain where trained rows are written into it.
+    ``auto`` does so on a CPU: bfloat16 is widened where float32 is faster, what gains from packing is packed. Float32
+    matrices that autocast would round are left alone. Call it after weights were loaded, before training: packed
+    matrices are no parameters any more. The output head stays plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
     # A packed matrix cannot be sharded.
     if config.train.parallel == "fsdp" or choice == "off" or (choice == "auto" and device.type != "cpu"):
-        return 0
-    language = model.mllm if model.new_token_rows is None else model.mllm.model
-    encoder, precision = model.grounding_encoder.vision_encoder, config.train.mixed_precision
+        return
+    precision = config.train.mixed_precision
     is_full = precision == "no" or (precision == "auto" and config.model.dtype != "bfloat16")
-    dtypes, done = [torch.bfloat16, *([torch.float32] if is_full else [])], 0
+    dtypes = [torch.bfloat16, *([torch.float32] if is_full else [])]
     if choice == "auto":
-        if is_slower_in_bfloat16():
-            # Images are always many rows, tokens may be few. What was converted once is left alone by what follows.
-            done = sum(widen_frozen_linears(tower) for tower in (model.mllm.model.vision_tower, encoder))
-            if can_pack(torch.bfloat16):
-                done += pack_frozen_linears(language, [torch.bfloat16], HybridLinear)
-            else:
-                done += widen_frozen_linears(language)
         dtypes = [dtype for dtype in dtypes if gains_from_packing(dtype)]
-    return done + (sum(pack_frozen_linears(part, dtypes) for part in (language, encoder)) if dtypes else 0)
-
-
-def keep_heap() -> bool:
-    """Let glibc serve large tensors from memory that was freed before; return whether it can be told so.
-
-    By default it maps every block over 32 MiB anew and unmaps it afterwards, so each such tensor pays for a page fault
-    every 4 KiB. Memory that is kept belongs to this process until it ends.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_threshold, _KEPT_BLOCK) and mallopt(trim_threshold, _NEVER))
+    language = model.mllm if model.new_token_rows is None else model.mllm.model
+    for part in (language, model.grounding_encoder.vision_encoder):
+        if choice == "auto" and is_slower_in_bfloat16():
+            widen_frozen_linears(part)
+        pack_frozen_linears(part, dtypes)

@@ -5,6 +5,7 @@ peft's layer makes a float32 copy of the input, and writes the wide output three
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -36,17 +37,17 @@ class FusedLora(LoraLinear):
         output = self.base_layer(x)
         down, up = (cast(Tensor, layers[name].weight) for layers in (self.lora_A, self.lora_B))
         rate = float(getattr(self.lora_dropout[name], "p", 0.0)) if self.training else 0.0
-        widens = getattr(self.base_layer, "widens", None)
-        if widens is not None and widens(x):  # a bfloat16 matrix that this CPU multiplies in float32
-            with torch.autocast(x.device.type, enabled=False):
-                low = _low_rank(x, down, rate, self.scaling[name], down.dtype)
-                return torch.as_tensor((output + F.linear(low, up)).to(output.dtype))
-        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else down.dtype
-        low = _low_rank(x, down, rate, self.scaling[name], dtype)
-        if not torch.is_grad_enabled() and output.dtype == low.dtype:
-            # Autocast keeps what it casts for ``linear`` until its context ends; decoding calls this for every token.
-            return torch.as_tensor(output.add_(F.linear(low, up)))
-        added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
+        kind = x.device.type
+        widens = getattr(self.base_layer, "widens", False)  # a bfloat16 matrix that this CPU multiplies in float32
+        dtype = x.dtype if torch.is_autocast_enabled(kind) and not widens else down.dtype
+        kept, factor = sixteen_bit_dropout(x, rate)
+        with torch.autocast(kind, enabled=False) if widens else nullcontext():
+            # What the dropout divides by goes to the narrow side.
+            low = F.linear(kept.to(dtype), down) * (self.scaling[name] * factor)
+            if not torch.is_grad_enabled() and output.dtype == low.dtype:
+                # Autocast keeps what it casts for ``linear`` until its context ends, and decoding calls this often.
+                return torch.as_tensor(output.add_(F.linear(low, up)))
+            added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
         return added.view(output.shape).to(output.dtype)
 
 
@@ -61,12 +62,6 @@ def fuse_adapters(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = FusedLora
     return len(layers)
-
-
-def _low_rank(x: Tensor, down: Tensor, rate: float, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return ``s A dropout(x)``, (..., rank). What the dropout divides by goes to the narrow side."""
-    kept, factor = sixteen_bit_dropout(x, rate)
-    return F.linear(kept.to(dtype), down) * (scale * factor)
 
 
 def sixteen_bit_dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:

@@ -12,14 +12,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dual_loop.accelerate import cpu
 from dual_loop.accelerate.cpu import (
-    HybridLinear,
     PackedLinear,
     WidenedLinear,
     can_pack,
+    convert_matrices,
     gains_from_packing,
-    grouped_attention,
     pack_frozen_linears,
-    pack_model,
+    wide_attention,
     widen_frozen_linears,
 )
 from dual_loop.accelerate.lora import fuse_adapters
@@ -44,7 +43,8 @@ def test_a_packed_matrix_gives_the_stock_values_and_gradients(
 ) -> None:
     torch.manual_seed(0)
     stock = nn.Linear(48, 72, bias=bias, dtype=dtype).requires_grad_(False)
-    packed = PackedLinear(copy.deepcopy(stock))
+    packed = copy.deepcopy(stock)
+    assert pack_frozen_linears(packed) == 1
     assert torch.equal(packed.weight, stock.weight)
     x = torch.randn(2, rows, 48, dtype=dtype)
     results = []
@@ -78,22 +78,6 @@ def test_weights_elsewhere_are_refused() -> None:
         pack_frozen_linears(model)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("new", [1, 3])
-def test_grouped_attention_is_sdpas(masked: bool, new: int) -> None:
-    torch.manual_seed(0)
-    module = nn.Module()
-    module.num_key_value_groups, module.is_causal = 4, True
-    query, key, value = torch.randn(3, 8, new, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
-    mask = torch.zeros(3, 1, new, 9)
-    mask[:, :, :, :2] = torch.finfo(torch.float32).min
-    for given in (mask, mask == 0) if masked else (None,):
-        with torch.no_grad():
-            seen, _ = grouped_attention(module, query, key, value, given, scaling=0.25)
-            expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=0.25)
-        assert torch.allclose(seen, expected, atol=1e-6)
-
-
 @pytest.mark.parametrize("slower", [True, False])
 def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dual_loop.accelerate.cpu.is_slower_in_bfloat16", lambda: slower)
@@ -105,7 +89,7 @@ def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkey
     exact = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
     mask = torch.zeros(40, 40).masked_fill_(~torch.ones(40, 40, dtype=torch.bool).tril(), -1e4)[None, None]
     with torch.autocast("cpu", torch.bfloat16):
-        seen, _ = grouped_attention(module, *leaves, mask.bfloat16(), scaling=0.25)
+        seen, _ = wide_attention(module, *leaves, mask.bfloat16(), scaling=0.25)
     expected, _ = sdpa_attention_forward(module, *exact, mask.double(), scaling=0.25)
     seen.float().square().sum().backward()
     expected.square().sum().backward()
@@ -119,7 +103,7 @@ def test_attention_is_taken_in_float32_where_that_is_faster(slower: bool, monkey
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 50])
 def test_a_widened_matrix_rounds_once(bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dual_loop.accelerate.cpu._SLICE_VALUES", 48 * 10)
+    monkeypatch.setattr("dual_loop.accelerate.cpu.SLICE_VALUES", 48 * 10)
     torch.manual_seed(0)
     layer = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     exact = copy.deepcopy(layer).double()
@@ -147,34 +131,6 @@ def test_only_frozen_bfloat16_matrices_are_widened() -> None:
     assert [name for name, _ in model.named_parameters()] == names
 
 
-@needs_bfloat16
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [2, 50])
-def test_a_hybrid_matrix_rounds_few_rows_as_packed_ones_and_many_once(
-    bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("_SLICE_VALUES", 48 * 20), ("_PART_VALUES", 48 * 64), ("_MANY_ROWS", 96)):
-        monkeypatch.setattr(f"dual_loop.accelerate.cpu.{name}", value)
-    torch.manual_seed(0)
-    stock = nn.Linear(48, 72, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    exact, packed = copy.deepcopy(stock).double(), PackedLinear(copy.deepcopy(stock))
-    layer = HybridLinear(stock)
-    assert [part.shape[0] for part in layer.parts] == [64, 8]
-    x = torch.randn(2, rows, 48, dtype=torch.bfloat16)
-    assert layer.widens(x) == (rows == 50)
-    with torch.no_grad():
-        seen = layer(x)
-        if rows == 2:
-            assert torch.allclose(seen.float(), packed(x).float(), rtol=2**-7, atol=2**-7)
-    leaf, truth = x.clone().requires_grad_(True), x.double().requires_grad_(True)
-    gradient = torch.randn(seen.shape).bfloat16()
-    y, expected = layer(leaf), exact(truth)
-    y.backward(gradient)
-    expected.backward(gradient.double())
-    assert torch.allclose(y.double(), expected, rtol=2**-8, atol=1e-6)
-    assert torch.allclose(leaf.grad.double(), truth.grad, rtol=2**-8, atol=1e-6)
-
-
 @pytest.mark.parametrize(("slower", "kernels"), [(True, False), (True, True), (False, True)])
 def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
     slower: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
@@ -184,12 +140,10 @@ def test_bfloat16_is_packed_by_what_the_processor_is_good_at(
     monkeypatch.setattr("dual_loop.accelerate.cpu.is_slower_in_bfloat16", lambda: slower)
     monkeypatch.setattr("dual_loop.model.hardware.has_bfloat16_kernels", lambda: kernels)
     model, _, config = small_model(small_config(dtype="bfloat16"))
-    pack_model(model, config, torch.device("cpu"))
+    convert_matrices(model, config, torch.device("cpu"))
     language = model.mllm.model.language_model.layers[0].mlp.up_proj.base_layer
-    tower = next(m for m in model.mllm.model.vision_tower.modules() if isinstance(m, (nn.Linear, PackedLinear)))
-    expected = {(True, False): WidenedLinear, (True, True): HybridLinear, (False, True): PackedLinear}[slower, kernels]
-    assert type(language) is expected
-    assert type(tower) is (WidenedLinear if slower else PackedLinear)
+    tower = next(m for m in model.mllm.model.vision_tower.modules() if isinstance(m, nn.Linear))
+    assert type(language) is type(tower) is (WidenedLinear if slower else PackedLinear)
 
 
 @needs_packing
@@ -204,7 +158,8 @@ def test_float32_is_packed_unless_mkl_runs_on_its_own_processors(
     assert gains_from_packing(torch.float32) is gains
     assert gains_from_packing(torch.bfloat16) is can_pack(torch.bfloat16)
     model, _, config = small_model(small_config())
-    assert (pack_model(model, config, torch.device("cpu")) > 0) is gains
+    convert_matrices(model, config, torch.device("cpu"))
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) is gains
 
 
 @needs_bfloat16
@@ -221,7 +176,7 @@ def test_bfloat16_counts_as_slower_by_a_margin(
 ) -> None:
     taken = {torch.bfloat16: seconds, torch.float32: 1.0}
     monkeypatch.setattr("dual_loop.model.hardware.has_bfloat16_kernels", lambda: kernels)
-    monkeypatch.setattr(cpu, "_seconds", taken.__getitem__)
+    monkeypatch.setattr(cpu, "seconds_of_product", taken.__getitem__)
     assert cpu.is_slower_in_bfloat16.__wrapped__() is slower
 
 

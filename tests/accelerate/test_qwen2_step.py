@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.cache_utils import DynamicCache
 
 from dual_loop.accelerate import qwen2
-from dual_loop.accelerate.cpu import GROUPED, pack_frozen_linears
+from dual_loop.accelerate.cpu import WIDE, pack_frozen_linears
 from dual_loop.accelerate.lora import fuse_adapters
 from dual_loop.accelerate.qwen2 import make_trimmable
 from dual_loop.model.adapters import add_lora, merged_adapters
@@ -61,7 +61,7 @@ def continued(model: Any, is_lean: bool) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("attention", "dtype"),
     [
-        *((attention, dtype) for attention in ("sdpa", GROUPED) for dtype in (torch.float32, torch.float64)),
+        *((attention, dtype) for attention in ("sdpa", WIDE) for dtype in (torch.float32, torch.float64)),
         ("eager", torch.float32),  # its softmax is in float32 whatever the values are
     ],
 )

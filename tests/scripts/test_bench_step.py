@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from bench_step import run_variants
 
-from dual_loop.accelerate.cpu import PackedLinear, can_pack, widen_frozen_linears
+from dual_loop.accelerate.cpu import can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.config import SpeedConfig
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch
@@ -89,10 +89,11 @@ def test_products_are_counted_exactly():
 
 @pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
 def test_packed_products_count_like_plain_ones():
-    plain = torch.nn.Linear(32, 48).requires_grad_(False)
+    plain, packed = (torch.nn.Linear(32, 48).requires_grad_(False) for _ in range(2))
+    assert pack_frozen_linears(packed) == 1
     x = torch.randn(5, 32, requires_grad=True)
     counts = []
-    for layer in (plain, PackedLinear(torch.nn.Linear(32, 48).requires_grad_(False))):
+    for layer in (plain, packed):
         with ProductCounter() as counter:
             layer(x).sum().backward()
         counts.append(counter.flops)
