@@ -31,7 +31,8 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionSample, Seen
 
-IMAGES_PER_BATCH = 8
+CHUNK = 8
+"""Images of a batch, for all that measures: figures then agree to the last bits."""
 
 Rle = Mapping[str, object]
 """A mask as a COCO run-length code: ``{"size": [H, W], "counts": str}``."""
@@ -129,9 +130,11 @@ class MeasuredRegion:
     def to_json(self) -> dict[str, object]:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
-        absent = [key for key in ("cycle", "frozen") if line[key] is None]
+        absent = {"cycle", "own"} if self.cycle is None else set[str]()
+        if self.frozen is None:
+            absent.add("frozen")
         if not self.caption and self.rejected is None:
-            absent += ["caption", "rejected"]
+            absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
 
     @classmethod
@@ -300,7 +303,7 @@ def evaluate_samples(
 ) -> list[MeasuredRegion]:
     """Measure every region of every sample as ``dual-loop evaluate`` does by default: [SEG] is given in the answer."""
     meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=frozen_listener)
-    chunks = in_chunks(samples, IMAGES_PER_BATCH)
+    chunks = in_chunks(samples, CHUNK)
     return [region for chunk in chunks for region in meter.measure(chunk, config.data.eval_split)]
 
 

@@ -26,10 +26,9 @@ from tqdm import tqdm
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.evaluation.measure import MeasuredRegion, Rle
+from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, Rle
 from dual_loop.types import RegionSample
 
-CHUNK = 8
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
 
 
