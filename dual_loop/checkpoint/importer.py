@@ -29,7 +29,8 @@ from dual_loop.checkpoint.key_rules import (
     rows,
     sources_of,
 )
-from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, guess_load_checkpoint, has_weights, open_parts
+from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, open_parts
+from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.build import TINY_WEIGHTS
@@ -38,17 +39,6 @@ from dual_loop.model.sa2va import Sa2VA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "ImportReport",
-    "SourceReport",
-    "brings_new_tokens",
-    "guess_load_checkpoint",
-    "load_weights",
-    "match_keys",
-    "tokenizer_folder",
-    "weights_sources",
-]
 
 LORA = (".lora_A.", ".lora_B.")
 NEW_ROWS = "new_token_rows."

@@ -92,13 +92,11 @@ COPIES = {
         patch_embedding.{w}  patch_embeddings.projection.{w}
     """,
     ("vision_model.encoder.layers.{i}.", "mllm.model.vision_tower.encoder.layer.{i}."): """
-        ls1            lambda_1
-        ls2            lambda_2
+        ls{j}          lambda_{j}
         attn.proj.{w}  attention.projection_layer.{w}
         norm1.{w}      layernorm_before.{w}
         norm2.{w}      layernorm_after.{w}
-        mlp.fc1.{w}
-        mlp.fc2.{w}
+        mlp.fc{j}.{w}
     """,
     ("mlp1.", "mllm.model.multi_modal_projector."): """
         0.{w}  layer_norm.{w}
@@ -115,15 +113,14 @@ COPIES = {
         layers.{i}.{linear}.lora_{ab}.default.weight
     """,
     (SAM, "grounding_encoder."): """
-        no_mem_embed                         no_memory_embedding
+        no_mem_embed                           no_memory_embedding
         image_encoder.neck.convs.{i}.conv.{w}  vision_encoder.neck.convs.{i}.{w}
     """,
     (SAM + "image_encoder.trunk.", "grounding_encoder.vision_encoder.backbone."): """
         pos_embed
         pos_embed_window
         patch_embed.proj.{w}         patch_embed.projection.{w}
-        blocks.{i}.norm1.{w}         blocks.{i}.layer_norm1.{w}
-        blocks.{i}.norm2.{w}         blocks.{i}.layer_norm2.{w}
+        blocks.{i}.norm{j}.{w}       blocks.{i}.layer_norm{j}.{w}
         blocks.{i}.attn.qkv.{w}
         blocks.{i}.attn.proj.{w}
         blocks.{i}.proj.{w}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from dual_loop.config import Config, DataConfig, LossConfig, ModelConfig
+from dual_loop.config import Config, DataConfig, LossConfig, ModelConfig, load_config, resolve_config_path
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import LORA_TARGETS
@@ -22,23 +22,6 @@ from dual_loop.model.prompts import NEW_TOKENS, TEMPLATES
 
 Tree: TypeAlias = Mapping[str, Any]
 """JSON values by name, nested."""
-
-HIERA_LARGE: Tree = {
-    "image_size": 1024,
-    "hidden_dim": 256,
-    "image_encoder": {
-        "trunk": {
-            "embed_dim": 144,
-            "num_heads": 2,
-            "stages": [2, 6, 36, 4],
-            "global_att_blocks": [23, 33, 43],
-            "window_pos_embed_bkg_spatial_size": [7, 7],
-            "window_spec": [8, 4, 16, 8],
-        },
-        "neck": {"d_model": 256, "fpn_top_down_levels": [2, 3]},
-    },
-}
-"""SAM 2's large model, which every released Sa2VA holds and no released ``config.json`` describes."""
 
 TRUNK_DEFAULTS: Tree = {
     "q_pool": 3,
@@ -174,7 +157,7 @@ def config_from_original(original: Tree) -> Config:
             classes do not compute (another pixel shuffle, InternLM2, ...); all problems are listed.
     """
     released = dict(original.get("mllm") or {})
-    reader = _Reader({"sam2": HIERA_LARGE, **released, **original})
+    reader = _Reader({**released, **original})
     for group, (what, known) in KNOWN.items():
         for name in (*(reader.get(group + "architectures", None) or ()), reader.get(group + "model_type", None)):
             if name is not None and name not in known:
@@ -232,7 +215,7 @@ def _model(reader: _Reader) -> ModelConfig:
     )
 
 
-def _vision(reader: _Reader) -> dict[str, Any]:
+def _vision(reader: _Reader) -> Tree:
     size = reader.number("vision_config.image_size")
     patch = reader.number("vision_config.patch_size")
     side = reader.get("force_image_size", None) or size
@@ -251,7 +234,7 @@ def _vision(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _text(reader: _Reader) -> dict[str, Any]:
+def _text(reader: _Reader) -> Tree:
     sizes = {key: reader.number(f"llm_config.{key}") for key in ("vocab_size", *SIZES)}
     rope = {"rope_type": "default", "rope_theta": reader.number("llm_config.rope_theta", 1e6, float)}
     # Scaling of the kinds that one factor describes is known.
@@ -274,7 +257,10 @@ def _text(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _sam2(reader: _Reader) -> dict[str, Any]:
+def _sam2(reader: _Reader) -> Tree:
+    if "sam2" not in reader.tree:
+        # SAM 2's large model, which every released Sa2VA holds and no released file describes.
+        return load_config(resolve_config_path("sa2va_4b_full")).model.sam2
     for key, value in SAM_FIXED.items():
         reader.expect(f"sam2.{key}", value)
     size, width = reader.number("sam2.image_size", 1024), reader.number("sam2.image_encoder.neck.d_model")
@@ -300,7 +286,7 @@ def _sam2(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _trunk(reader: _Reader) -> dict[str, Any]:
+def _trunk(reader: _Reader) -> Tree:
     """Return the arguments of ``Sam2HieraDetConfig``: a trunk of four stages that halves the side three times."""
     where = "sam2.image_encoder.trunk"
     defaults = {**TRUNK_DEFAULTS, **reader.get("sam2.trunk_defaults", {})}

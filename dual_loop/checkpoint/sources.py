@@ -11,8 +11,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +33,6 @@ ADAPTER_EXTRA = "trained.safetensors"
 """Beside ``adapter_model.safetensors``: what else was trained, under the original's names."""
 PARTS = ("mllm", "sam2")
 """Sub-folders of a ``hf-native`` export, each a transformers folder of its own."""
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 class TensorInfo(NamedTuple):
@@ -68,9 +62,7 @@ class Checkpoint:
         """Yield the (name, tensor) pairs, file by file; each is closed, and its memory free, before the next."""
         yield from self.loaded.items()
         for file in self.files:
-            with _opened(file) as (names, get):
-                for name in names:
-                    yield name.removeprefix(DDP_PREFIX), get(name)
+            yield from _read_file(file)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every file, by its name inside ``path``."""
@@ -102,13 +94,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(explain("no weights in this folder", str(path), seen, expected, "check the path"))
     origin: dict[str, str] = {}
     for file in checkpoint.files:
-        with _opened(file, shapes_only=True) as (names, get):
-            for stored in names:
-                name, tensor = stored.removeprefix(DDP_PREFIX), get(stored)
-                if name in origin:
-                    where = f"{origin[name]} and {file.name}"
-                    raise CheckpointError(explain("a key is there twice", where, name, "every key once"))
-                checkpoint.tensors[name], origin[name] = TensorInfo(tuple(tensor.shape), tensor.dtype), file.name
+        for name, tensor in _read_file(file):
+            if name in origin:
+                where = f"{origin[name]} and {file.name}"
+                raise CheckpointError(explain("a key is there twice", where, name, "every key once"))
+            checkpoint.tensors[name], origin[name] = TensorInfo(tuple(tensor.shape), tensor.dtype), file.name
     return checkpoint
 
 
@@ -213,21 +203,16 @@ def _files_of_index(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-@contextmanager
-def _opened(file: Path, shapes_only: bool = False) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """Open one file: its names and a function from a name to its tensor (on ``meta`` for ``shapes_only``)."""
+def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the (name, tensor) pairs of one file; nothing of a tensor is in memory until it is used."""
     if file.suffix != ".safetensors":
-        tensors = _load_torch_file(file)
-        yield list(tensors), tensors.__getitem__
+        for name, tensor in _load_torch_file(file).items():
+            yield name.removeprefix(DDP_PREFIX), tensor
         return
     try:
         with safe_open(file, framework="pt") as handle:
-
-            def describe(name: str) -> Tensor:
-                view = handle.get_slice(name)
-                return torch.empty(view.get_shape(), dtype=SAFETENSORS_DTYPES[view.get_dtype()], device="meta")
-
-            yield list(handle.keys()), describe if shapes_only else handle.get_tensor
+            for name in handle.keys():  # noqa: SIM118
+                yield name.removeprefix(DDP_PREFIX), handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
         what, expected, fix = "weights cannot be read", "a whole .safetensors file", "copy it again"
         raise CheckpointError(explain(what, str(file), str(error), expected, fix)) from error

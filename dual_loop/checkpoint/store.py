@@ -221,12 +221,11 @@ def capture_rng() -> Plain:
         CheckpointError: numpy's global generator is not the standard Mersenne twister.
     """
     version, internal, gauss_next = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    if not isinstance(numpy_state, tuple) or numpy_state[0] != "MT19937":
-        raise CheckpointError(
-            explain("numpy's global generator cannot be saved", "capture_rng", expected="the default MT19937")
-        )
-    _, keys, position, has_gauss, cached_gaussian = numpy_state
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached_gaussian = numpy_state
+    if name != "MT19937":
+        what, expected = "numpy's global generator cannot be saved", "the default MT19937"
+        raise CheckpointError(explain(what, "capture_rng", name, expected))
     return {
         "python": (version, torch.tensor(internal, dtype=torch.int64), gauss_next),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached_gaussian)),
@@ -244,9 +243,8 @@ def restore_rng(states: Mapping[str, Any]) -> None:
         CheckpointError: ``states`` did not come from :func:`capture_rng`.
     """
     if set(states) != {"python", "numpy", "torch", "cuda"}:
-        raise CheckpointError(
-            explain("random states are malformed", "restore_rng", sorted(states), "python, numpy, torch, cuda")
-        )
+        expected = "python, numpy, torch, cuda"
+        raise CheckpointError(explain("random states are malformed", "restore_rng", sorted(states), expected))
     version, internal, gauss_next = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss_next))
     keys, position, has_gauss, cached_gaussian = states["numpy"]
@@ -360,10 +358,9 @@ def _load_plain(path: Path) -> Plain:
         content: Plain = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
+        what, seen = "a state file cannot be read safely", f"{type(error).__name__}: {error}"
         fix = "the file was not written by this package; do not load it from a source that you do not trust"
-        raise CheckpointError(
-            explain("a state file cannot be read safely", str(path), f"{type(error).__name__}: {error}", fix=fix)
-        ) from error
+        raise CheckpointError(explain(what, str(path), seen, fix=fix)) from error
 
 
 @contextmanager
@@ -372,33 +369,27 @@ def _disk_errors_explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what, seen = "the checkpoint cannot be written", f"{type(error).__name__}: {error}"
         fix = "free some space" if full else "check permissions and quota of train.output_dir"
-        raise EnvironmentProblem(
-            explain("the checkpoint cannot be written", str(path), f"{type(error).__name__}: {error}", fix=fix)
-        ) from error
+        raise EnvironmentProblem(explain(what, str(path), seen, fix=fix)) from error
 
 
 def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
     """Raise CheckpointError where ``value`` holds what ``weights_only=True`` (or JSON) would not give back."""
     kind = type(value)
-    if kind in (bool, int, float, str, type(None)) or (isinstance(value, Tensor) and not for_json):
-        return
     if kind in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) is not str and (for_json or type(key) is not int):
-                raise CheckpointError(
-                    explain("a key cannot be saved", where, repr(key), "a string" if for_json else "a string or int")
-                )
+                expected = "a string" if for_json else "a string or int"
+                raise CheckpointError(explain("a key cannot be saved", where, repr(key), expected))
             _check_plain(item, f"{where}[{key!r}]", for_json)
-        return
-    if kind is list or (kind is tuple and not for_json):
+    elif kind is list or (kind is tuple and not for_json):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]", for_json)
-        return
-    allowed = "JSON values (lists, not tuples)" if for_json else "tensors, numbers, strings, lists, tuples, dicts"
-    raise CheckpointError(
-        explain("a value cannot be saved", where, f"{kind.__module__}.{kind.__qualname__}", allowed, "convert it first")
-    )
+    elif kind not in (bool, int, float, str, type(None)) and (for_json or not isinstance(value, Tensor)):
+        allowed = "JSON values (lists, not tuples)" if for_json else "tensors, numbers, strings, lists, tuples, dicts"
+        seen = f"{kind.__module__}.{kind.__qualname__}"
+        raise CheckpointError(explain("a value cannot be saved", where, seen, allowed, "convert it first"))
 
 
 def _count_bytes(value: object) -> int:
