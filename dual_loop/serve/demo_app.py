@@ -11,7 +11,7 @@ import importlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
@@ -49,31 +49,41 @@ class EditorValue(TypedDict):
     layers: list[np.ndarray]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Region:
+    """A region: its mask (H, W) bool, its caption, as written or as edited, and the mask (H, W) that came back."""
+
+    name: str
+    mask: np.ndarray
+    caption: str
+    back: np.ndarray
+
+
+@dataclass(frozen=True)
 class Session:
-    """What one visitor has drawn: an image, its regions, and what the model made of them.
+    """What one visitor has drawn, and what the model made of it.
 
     Attributes:
         image: (H, W, 3) uint8, None before the first region.
-        names, masks: of the regions; masks are (H, W) bool.
-        captions: as written, or as edited.
-        back: the masks that the captions led to, (H, W) bool.
+        regions: in the order they were marked.
         drawn: (H, W) bool, all brush strokes that became regions; they stay on the canvas.
     """
 
     image: np.ndarray | None = None
-    names: list[str] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    back: list[np.ndarray] = field(default_factory=list)
+    regions: tuple[Region, ...] = ()
     drawn: np.ndarray | None = None
 
     def matrix(self) -> np.ndarray:
         """Return the IoU (N, N) of every mask that came back with every given mask."""
-        if not self.masks:
+        if not self.regions:
             return np.zeros((0, 0))
-        back, given = (torch.from_numpy(np.stack(masks)) for masks in (self.back, self.masks))
+        back = torch.from_numpy(np.stack([region.back for region in self.regions]))
+        given = torch.from_numpy(np.stack([region.mask for region in self.regions]))
         return iou_table(back, given).double().numpy()
+
+    def find(self, name: str | None) -> int:
+        """Return the place of the region called ``name``, -1 where there is none."""
+        return next((place for place, region in enumerate(self.regions) if region.name == name), -1)
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,8 @@ class DemoLogic:
             raise SampleError("empty_mask", explain("no region is marked", fix=fix))
         old = session if _is_same(session.image, image) else Session()
         image = image if old.image is None else old.image
-        if len(old.masks) + len(regions) > MAX_REGIONS:
-            seen, expected = len(old.masks) + len(regions), f"at most {MAX_REGIONS}"
+        if len(old.regions) + len(regions) > MAX_REGIONS:
+            seen, expected = len(old.regions) + len(regions), f"at most {MAX_REGIONS}"
             raise SampleError("too_many", explain("too many regions", seen=seen, expected=expected, fix="start over"))
         for name, mask in regions:
             if mask.shape != image.shape[:2]:
@@ -106,16 +116,12 @@ class DemoLogic:
                 message = explain("a mask and the image differ in size", name, mask.shape, image.shape[:2], fix)
                 raise SampleError("size_mismatch", message)
         result = self.predictor.loop(image, np.stack([mask for _, mask in regions]))
-        # Numbered, so that two files of one name stay apart.
-        numbered = enumerate((name for name, _ in regions), len(old.names) + 1)
-        return Session(
-            image=image,
-            names=[*old.names, *(f"{k}: {name}" if name else f"region {k}" for k, name in numbered)],
-            masks=[*old.masks, *(mask for _, mask in regions)],
-            captions=[*old.captions, *result.captions],
-            back=[*old.back, *result.masks],
-            drawn=old.drawn,
-        )
+        new, first = [], len(old.regions) + 1
+        for number, (name, mask) in enumerate(regions):
+            # Numbered, so that two files of one name stay apart.
+            label = f"{first + number}: {name}" if name else f"region {first + number}"
+            new.append(Region(label, mask, result.captions[number], result.masks[number]))
+        return Session(image, (*old.regions, *new), old.drawn)
 
     def add_drawing(self, session: Session, image: np.ndarray | None, drawn: np.ndarray | None) -> Session:
         """Make a region of what was drawn since the last one.
@@ -140,13 +146,14 @@ class DemoLogic:
         Raises:
             SampleError: there is no such region. PromptError: the caption holds a special token.
         """
-        if session.image is None or not 0 <= place < len(session.masks):
+        if session.image is None or not 0 <= place < len(session.regions):
             raise SampleError("no_region_left", explain("no region is chosen", fix="mark a region first"))
-        captions, back = list(session.captions), list(session.back)
-        captions[place], back[place] = caption, np.zeros(session.image.shape[:2], bool)
+        back = np.zeros(session.image.shape[:2], bool)
         if text := caption.strip():
-            back[place] = self.predictor.segment(session.image, text)[0].mask
-        return replace(session, captions=captions, back=back)
+            back = self.predictor.segment(session.image, text)[0].mask
+        regions = list(session.regions)
+        regions[place] = replace(regions[place], caption=caption, back=back)
+        return replace(session, regions=tuple(regions))
 
 
 def _is_same(first: np.ndarray | None, second: np.ndarray) -> bool:
@@ -186,11 +193,11 @@ def read_drawing(value: EditorValue | None) -> tuple[np.ndarray | None, np.ndarr
 
 def matrix_html(session: Session) -> str:
     """Return the IoU of every caption's mask with every region as a table; the own region is outlined."""
-    if not session.masks:
+    if not session.regions:
         return ""
-    table = "".join(f"<th>{html.escape(name)}</th>" for name in session.names)
+    table = "".join(f"<th>{html.escape(region.name)}</th>" for region in session.regions)
     for place, values in enumerate(session.matrix()):
-        table += f"</tr><tr><th>“{html.escape(session.captions[place])}”</th>"
+        table += f"</tr><tr><th>“{html.escape(session.regions[place].caption)}”</th>"
         for column, value in enumerate(values):
             own = ' class="own"' if column == place else ""
             table += f'<td{own} style="background:rgba(0,150,220,{0.65 * value:.2f})">{value:.2f}</td>'
@@ -199,10 +206,11 @@ def matrix_html(session: Session) -> str:
 
 def pictures(session: Session, place: int) -> tuple[np.ndarray | None, np.ndarray | None, str]:
     """Return the given mask and the one that came back, drawn on the image, and the IoU as text."""
-    if session.image is None or not 0 <= place < len(session.masks):
+    if session.image is None or not 0 <= place < len(session.regions):
         return None, None, ""
-    given = overlay(session.image, session.masks[place], GIVEN_COLOUR, SIDE)
-    back = overlay(session.image, session.back[place], PREDICTED_COLOUR, SIDE, outline=session.masks[place])
+    region = session.regions[place]
+    given = overlay(session.image, region.mask, GIVEN_COLOUR, SIDE)
+    back = overlay(session.image, region.back, PREDICTED_COLOUR, SIDE, outline=region.mask)
     return np.asarray(given), np.asarray(back), f"IoU {session.matrix()[place, place]:.3f}"
 
 
@@ -265,10 +273,11 @@ class DemoPage:
 
         The editor keeps its strokes: setting its value from here would wipe what is being drawn.
         """
-        given, back, iou = pictures(session, len(session.masks) - 1)
-        name, words = (session.names[-1], session.captions[-1]) if session.names else (None, "")
-        region = self.gr.Radio(choices=session.names, value=name, visible=bool(session.names))
-        return [session, text, region, words, iou, given, back, matrix_html(session)]
+        given, back, iou = pictures(session, len(session.regions) - 1)
+        names = [region.name for region in session.regions]
+        words = session.regions[-1].caption if names else ""
+        radio = self.gr.Radio(choices=names, value=names[-1] if names else None, visible=bool(names))
+        return [session, text, radio, words, iou, given, back, matrix_html(session)]
 
     def on_add(self, session: Session, value: EditorValue | None, files: Sequence[str] | None = None) -> list[object]:
         """Caption what was drawn since the last region, or the regions of mask files."""
@@ -287,7 +296,7 @@ class DemoPage:
 
     def on_edit(self, session: Session, name: str | None, text: str) -> list[object]:
         """Segment the caption as it is now."""
-        place = _place(session, name)
+        place = session.find(name)
         message = self.gr.skip()
         try:
             session = self.logic.edit(session, place, text)
@@ -298,13 +307,9 @@ class DemoPage:
 
     def on_choose(self, session: Session, name: str | None) -> list[object]:
         """Show another region."""
-        place = _place(session, name)
+        place = session.find(name)
         given, back, iou = pictures(session, place)
-        return [session.captions[place] if place >= 0 else "", iou, given, back]
-
-
-def _place(session: Session, name: str | None) -> int:
-    return session.names.index(name) if name in session.names else -1
+        return [session.regions[place].caption if place >= 0 else "", iou, given, back]
 
 
 def _error(error: Exception) -> str:

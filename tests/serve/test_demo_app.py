@@ -40,8 +40,8 @@ def test_regions_add_up_and_edits_move_the_mask(logic: DemoLogic) -> None:
     # An encoder in the browser may change pixels a little; the image stays the same.
     shaken = np.clip(SCENE.image.astype(int) + 2, 0, 255).astype(np.uint8)
     session = logic.add_regions(session, shaken, [("b", MASKS[1])])
-    assert session.names == ["region 1", "2: b"]
-    assert session.captions == list(SCENE.captions)
+    assert [region.name for region in session.regions] == ["region 1", "2: b"]
+    assert [region.caption for region in session.regions] == list(SCENE.captions)
     assert np.array_equal(session.image, SCENE.image)
     matrix = session.matrix()
     assert matrix.diagonal().min() > 0.5
@@ -49,24 +49,24 @@ def test_regions_add_up_and_edits_move_the_mask(logic: DemoLogic) -> None:
     edited = logic.edit(session, 0, SCENE.captions[1])
     assert edited.matrix()[0, 0] < 0.2
     assert edited.matrix()[0, 1] > 0.5
-    assert session.captions == list(SCENE.captions), "sessions are not changed in place"
-    assert not logic.edit(session, 0, "  ").back[0].any()
+    assert [region.caption for region in session.regions] == list(SCENE.captions), "sessions are not changed in place"
+    assert not logic.edit(session, 0, "  ").regions[0].back.any()
     other = logic.add_regions(
         session, generate_scene(1002).image, [("", np.ones(generate_scene(1002).image.shape[:2]) > 0)]
     )
-    assert len(other.masks) == 1, "another image starts anew"
+    assert len(other.regions) == 1, "another image starts anew"
 
 
 def test_strokes_become_regions_one_after_another(logic: DemoLogic) -> None:
     session = logic.add_drawing(Session(), SCENE.image, MASKS[0])
     session = logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
-    assert np.array_equal(session.masks[1], MASKS[1] & ~MASKS[0])
+    assert np.array_equal(session.regions[1].mask, MASKS[1] & ~MASKS[0])
     with pytest.raises(SampleError, match="no region is marked"):
         logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
     # The strokes were wiped and a whole was drawn over its part.
     whole = np.zeros_like(MASKS[0])
     whole[10:60, 10:60] = True
-    assert np.array_equal(logic.add_drawing(session, SCENE.image, whole).masks[-1], whole)
+    assert np.array_equal(logic.add_drawing(session, SCENE.image, whole).regions[-1].mask, whole)
     with pytest.raises(SampleError, match="no image is open"):
         logic.add_drawing(session, None, None)
 
