@@ -37,27 +37,6 @@ TRUNK_DEFAULTS: Tree = {
 }
 """What Hiera's constructor takes where a file is silent."""
 
-SAM_FIXED: Tree = {
-    "directly_add_no_mem_embed": True,
-    "use_high_res_features_in_sam": True,
-    "iou_prediction_use_sigmoid": True,
-    "pred_obj_scores": True,
-    "pred_obj_scores_mlp": True,
-    "backbone_stride": 16,
-    "image_encoder.scalp": 1,
-    "image_encoder.neck.fpn_interp_model": "nearest",
-    "image_encoder.neck.fuse_type": "sum",
-    "image_encoder.neck.kernel_size": 1,
-    "prompt_encoder.num_point_embeddings": 4,
-    "mask_decoder.iou_head_depth": 3,
-    "mask_decoder.transformer.activation": "relu",
-    "mask_decoder.use_high_res_features": True,
-    "mask_decoder.iou_prediction_use_sigmoid": True,
-    "mask_decoder.pred_obj_scores": True,
-    "mask_decoder.pred_obj_scores_mlp": True,
-}
-"""Settings of SAM 2 that the native classes compute one way only."""
-
 FIXED: Tree = {
     "ps_version": "v2",
     "select_layer": -1,
@@ -77,7 +56,25 @@ FIXED: Tree = {
     "losses.loss_dice.naive_dice": True,
     "losses.loss_dice.eps": 1.0,
     "arch_type": "intern_vl",
+    "sam2.directly_add_no_mem_embed": True,
+    "sam2.use_high_res_features_in_sam": True,
+    "sam2.iou_prediction_use_sigmoid": True,
+    "sam2.pred_obj_scores": True,
+    "sam2.pred_obj_scores_mlp": True,
+    "sam2.backbone_stride": 16,
+    "sam2.image_encoder.scalp": 1,
+    "sam2.image_encoder.neck.fpn_interp_model": "nearest",
+    "sam2.image_encoder.neck.fuse_type": "sum",
+    "sam2.image_encoder.neck.kernel_size": 1,
+    "sam2.prompt_encoder.num_point_embeddings": 4,
+    "sam2.mask_decoder.iou_head_depth": 3,
+    "sam2.mask_decoder.transformer.activation": "relu",
+    "sam2.mask_decoder.use_high_res_features": True,
+    "sam2.mask_decoder.iou_prediction_use_sigmoid": True,
+    "sam2.mask_decoder.pred_obj_scores": True,
+    "sam2.mask_decoder.pred_obj_scores_mlp": True,
 }
+"""Settings that the native classes compute one way only."""
 
 KNOWN = {
     "llm_config.": ("llm_config: the language model is", ("Qwen2ForCausalLM", "qwen2")),
@@ -92,11 +89,20 @@ _ABSENT = object()
 
 
 class _Reader:
-    """Reads dotted keys of a nested mapping and collects what is wrong."""
+    """Reads dotted keys of a nested mapping and collects what is wrong, under the names ``where`` and key."""
 
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        self.problems: list[str] = []
+    def __init__(self, tree: Tree, where: str = "", problems: list[str] | None = None) -> None:
+        self.tree, self.where = tree, where
+        self.problems: list[str] = [] if problems is None else problems
+
+    def below(self, key: str, defaults: Tree | None = None) -> _Reader:
+        """Return a reader of the group at ``key``, over ``defaults``."""
+        group = self.get(key, None)
+        tree = {**(defaults or {}), **(group if isinstance(group, Mapping) else {})}
+        return _Reader(tree, f"{self.where}{key}.", self.problems)
+
+    def note(self, key: str, problem: str) -> None:
+        self.problems.append(f"{self.where}{key}: {problem}")
 
     def get(self, key: str, default: Any = _ABSENT) -> Any:
         """Return the value at ``key``; without it ``default``, or a problem and 0."""
@@ -104,7 +110,7 @@ class _Reader:
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
                 if default is _ABSENT:
-                    self.problems.append(f"{key}: missing")
+                    self.note(key, "missing")
                 return 0 if default is _ABSENT else default
             node = node[part]
         return node
@@ -113,18 +119,18 @@ class _Reader:
         """:meth:`get` as an integer (or ``kind``)."""
         value = self.get(key, default)
         if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
-            self.problems.append(f"{key}: seen {value!r}, expected a number")
+            self.note(key, f"seen {value!r}, expected a number")
             return kind(0)
         return kind(value)
 
-    def numbers(self, key: str, default: object = _ABSENT) -> list[int]:
+    def numbers(self, key: str) -> list[int]:
         """:meth:`get` as a list of integers."""
-        value = self.get(key, default)
-        if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            if value != 0 or default is not _ABSENT:
-                self.problems.append(f"{key}: seen {value!r}, expected a list of integers")
-            return []
-        return list(value)
+        value = self.get(key)
+        if isinstance(value, Sequence) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            return list(value)
+        if value != 0:
+            self.note(key, f"seen {value!r}, expected a list of integers")
+        return []
 
     def expect(self, key: str, allowed: Any, default: object = _ABSENT) -> None:
         """Note a problem where ``key`` is there with another value than ``allowed`` (one, or a tuple of several)."""
@@ -132,7 +138,7 @@ class _Reader:
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
             expected = " or ".join(repr(choice) for choice in choices)
-            self.problems.append(f"{key}: seen {value!r}, supported is {expected}")
+            self.note(key, f"seen {value!r}, supported is {expected}")
 
     def same(self, key: str, expected: object, other: str) -> None:
         """Note a problem where ``key`` is there and says another thing than ``other``, a place of the file or ours."""
@@ -142,7 +148,7 @@ class _Reader:
     def agree(self, key: str, seen: object, expected: object, other: str) -> None:
         """Note a problem where two places of the file contradict each other."""
         if seen != expected:
-            self.problems.append(f"{key}: seen {seen!r}, but {other} gives {expected!r}")
+            self.note(key, f"seen {seen!r}, but {other} gives {expected!r}")
 
 
 def config_from_original(original: Tree) -> Config:
@@ -216,43 +222,43 @@ def _model(reader: _Reader) -> ModelConfig:
 
 
 def _vision(reader: _Reader) -> Tree:
-    size = reader.number("vision_config.image_size")
-    patch = reader.number("vision_config.patch_size")
+    own = reader.below("vision_config")
+    size, patch = own.number("image_size"), own.number("patch_size")
     side = reader.get("force_image_size", None) or size
     reader.agree("force_image_size", side, size, "vision_config.image_size")
-    reader.expect("vision_config.norm_type", ("layer_norm", "rms_norm"), default="layer_norm")
+    own.expect("norm_type", ("layer_norm", "rms_norm"), default="layer_norm")
     return {
-        **{key: reader.number(f"vision_config.{key}") for key in SIZES},
+        **{key: own.number(key) for key in SIZES},
         "image_size": [size, size],
         "patch_size": [patch, patch],
-        "attention_bias": bool(reader.get("vision_config.qkv_bias", True)),
-        "hidden_act": reader.get("vision_config.hidden_act", "gelu"),
-        "norm_type": reader.get("vision_config.norm_type", "layer_norm"),
-        "layer_norm_eps": reader.number("vision_config.layer_norm_eps", 1e-6, float),
-        "hidden_dropout_prob": reader.number("vision_config.dropout", 0.0, float),
-        "attention_dropout": reader.number("vision_config.attention_dropout", 0.0, float),
+        "attention_bias": bool(own.get("qkv_bias", True)),
+        "hidden_act": own.get("hidden_act", "gelu"),
+        "norm_type": own.get("norm_type", "layer_norm"),
+        "layer_norm_eps": own.number("layer_norm_eps", 1e-6, float),
+        "hidden_dropout_prob": own.number("dropout", 0.0, float),
+        "attention_dropout": own.number("attention_dropout", 0.0, float),
     }
 
 
 def _text(reader: _Reader) -> Tree:
-    sizes = {key: reader.number(f"llm_config.{key}") for key in ("vocab_size", *SIZES)}
-    rope = {"rope_type": "default", "rope_theta": reader.number("llm_config.rope_theta", 1e6, float)}
+    own = reader.below("llm_config")
+    sizes = {key: own.number(key) for key in ("vocab_size", *SIZES)}
+    rope = {"rope_type": "default", "rope_theta": own.number("rope_theta", 1e6, float)}
     # Scaling of the kinds that one factor describes is known.
-    if scaling := reader.get("llm_config.rope_scaling", None):
-        rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope["rope_type"] in ("linear", "dynamic"):
+    if scaling := own.get("rope_scaling", None):
+        kind = rope["rope_type"] = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind in ("linear", "dynamic"):
             rope["factor"] = float(scaling.get("factor", 1.0))
-        elif rope["rope_type"] != "default":
-            seen = rope["rope_type"]
-            reader.problems.append(f"llm_config.rope_scaling: seen {seen!r}, supported are default, linear, dynamic")
+        elif kind != "default":
+            own.note("rope_scaling", f"seen {kind!r}, supported are default, linear, dynamic")
     return {
         **sizes,
-        "num_key_value_heads": reader.number("llm_config.num_key_value_heads", sizes["num_attention_heads"]),
-        "hidden_act": reader.get("llm_config.hidden_act", "silu"),
-        "max_position_embeddings": reader.number("llm_config.max_position_embeddings", 32768),
-        "rms_norm_eps": reader.number("llm_config.rms_norm_eps", 1e-6, float),
-        "attention_dropout": reader.number("llm_config.attention_dropout", 0.0, float),
-        "tie_word_embeddings": bool(reader.get("llm_config.tie_word_embeddings", False)),
+        "num_key_value_heads": own.number("num_key_value_heads", sizes["num_attention_heads"]),
+        "hidden_act": own.get("hidden_act", "silu"),
+        "max_position_embeddings": own.number("max_position_embeddings", 32768),
+        "rms_norm_eps": own.number("rms_norm_eps", 1e-6, float),
+        "attention_dropout": own.number("attention_dropout", 0.0, float),
+        "tie_word_embeddings": bool(own.get("tie_word_embeddings", False)),
         "rope_parameters": rope,
     }
 
@@ -261,70 +267,60 @@ def _sam2(reader: _Reader) -> Tree:
     if "sam2" not in reader.tree:
         # SAM 2's large model, which every released Sa2VA holds and no released file describes.
         return load_config(resolve_config_path("sa2va_4b_full")).model.sam2
-    for key, value in SAM_FIXED.items():
-        reader.expect(f"sam2.{key}", value)
-    size, width = reader.number("sam2.image_size", 1024), reader.number("sam2.image_encoder.neck.d_model")
+    own = reader.below("sam2")
+    neck, decoder = own.below("image_encoder").below("neck"), own.below("mask_decoder")
+    transformer = decoder.below("transformer")
+    width = neck.number("d_model")
     for key in ("hidden_dim", "prompt_encoder.embed_dim", "mask_decoder.transformer_dim"):
-        reader.same(f"sam2.{key}", width, "sam2.image_encoder.neck.d_model")
+        own.same(key, width, "sam2.image_encoder.neck.d_model")
+    backbone = _trunk(own)
+    neck.same("backbone_channel_list", backbone["embed_dim_per_stage"][::-1], "sam2.image_encoder.trunk")
     # Levels that get the next coarser one added; SAM 2 reads null as all of them.
-    levels = "sam2.image_encoder.neck.fpn_top_down_levels"
-    decoder, transformer = "sam2.mask_decoder", "sam2.mask_decoder.transformer"
+    has_levels = neck.get("fpn_top_down_levels", None) is not None
     return {
-        "image_size": size,
+        "image_size": own.number("image_size", 1024),
         "fpn_hidden_size": width,
-        "fpn_top_down_levels": [0, 1, 2, 3] if reader.get(levels, None) is None else reader.numbers(levels),
-        "backbone": _trunk(reader),
+        "fpn_top_down_levels": neck.numbers("fpn_top_down_levels") if has_levels else [0, 1, 2, 3],
+        "backbone": backbone,
         "mask_decoder": {
-            "num_hidden_layers": reader.number(f"{transformer}.depth", 2),
-            "mlp_dim": reader.number(f"{transformer}.mlp_dim", 2048),
-            "num_attention_heads": reader.number(f"{transformer}.num_heads", 8),
-            "attention_downsample_rate": reader.number(f"{transformer}.attention_downsample_rate", 2),
-            "num_multimask_outputs": reader.number(f"{decoder}.num_multimask_outputs", 3),
-            "iou_head_hidden_dim": reader.number(f"{decoder}.iou_head_hidden_dim", 256),
+            "num_hidden_layers": transformer.number("depth", 2),
+            "mlp_dim": transformer.number("mlp_dim", 2048),
+            "num_attention_heads": transformer.number("num_heads", 8),
+            "attention_downsample_rate": transformer.number("attention_downsample_rate", 2),
+            "num_multimask_outputs": decoder.number("num_multimask_outputs", 3),
+            "iou_head_hidden_dim": decoder.number("iou_head_hidden_dim", 256),
         },
-        "mask_input_channels": reader.number("sam2.prompt_encoder.mask_in_chans", 16),
+        "mask_input_channels": own.number("prompt_encoder.mask_in_chans", 16),
     }
 
 
-def _trunk(reader: _Reader) -> Tree:
+def _trunk(sam2: _Reader) -> Tree:
     """Return the arguments of ``Sam2HieraDetConfig``: a trunk of four stages that halves the side three times."""
-    where = "sam2.image_encoder.trunk"
-    defaults = {**TRUNK_DEFAULTS, **reader.get("sam2.trunk_defaults", {})}
-    stages = reader.numbers(f"{where}.stages")
-    windows = reader.numbers(f"{where}.window_spec")
-    reader.agree(f"{where}.stages", len(stages), 4, "SAM 2's neck, in number,")
-    reader.agree(f"{where}.window_spec", len(windows), len(stages), "stages, in number,")
+    own = sam2.below("image_encoder").below("trunk", {**TRUNK_DEFAULTS, **sam2.get("trunk_defaults", {})})
+    stages, windows = own.numbers("stages"), own.numbers("window_spec")
+    own.agree("stages", len(stages), 4, "SAM 2's neck, in number,")
+    own.agree("window_spec", len(windows), len(stages), "stages, in number,")
     for key, value in (("q_pool", 3), ("q_stride", [2, 2]), ("patch_stride", [4, 4])):
-        reader.expect(f"{where}.{key}", value, default=defaults[key])
-    stem, heads = reader.number(f"{where}.embed_dim"), reader.number(f"{where}.num_heads")
-    dim_mul = reader.number(f"{where}.dim_mul", defaults["dim_mul"], float)
-    head_mul = reader.number(f"{where}.head_mul", defaults["head_mul"], float)
-    widths = _growing(stem, dim_mul)
-    reader.same("sam2.image_encoder.neck.backbone_channel_list", widths[::-1], where)
+        own.expect(key, value)
+    # Each stage has int(factor * the one before), as Hiera computes it.
+    widths, heads = [own.number("embed_dim")], [own.number("num_heads")]
+    for values, factor in ((widths, own.number("dim_mul", kind=float)), (heads, own.number("head_mul", kind=float))):
+        for _ in range(3):
+            values.append(int(values[-1] * factor))
     return {
-        "hidden_size": stem,
-        "num_attention_heads": heads,
+        "hidden_size": widths[0],
+        "num_attention_heads": heads[0],
         "blocks_per_stage": stages,
         "embed_dim_per_stage": widths,
-        "num_attention_heads_per_stage": _growing(heads, head_mul),
+        "num_attention_heads_per_stage": heads,
         "window_size_per_stage": windows,
-        "global_attention_blocks": reader.numbers(f"{where}.global_att_blocks"),
-        "window_positional_embedding_background_size": reader.numbers(
-            f"{where}.window_pos_embed_bkg_spatial_size", list(defaults["window_pos_embed_bkg_spatial_size"])
-        ),
-        "patch_kernel_size": reader.numbers(f"{where}.patch_kernel", list(defaults["patch_kernel"])),
-        "patch_padding": reader.numbers(f"{where}.patch_padding", list(defaults["patch_padding"])),
-        "mlp_ratio": reader.number(f"{where}.mlp_ratio", defaults["mlp_ratio"], float),
-        "layer_norm_eps": reader.number(f"{where}.norm_eps", defaults["norm_eps"], float),
+        "global_attention_blocks": own.numbers("global_att_blocks"),
+        "window_positional_embedding_background_size": own.numbers("window_pos_embed_bkg_spatial_size"),
+        "patch_kernel_size": own.numbers("patch_kernel"),
+        "patch_padding": own.numbers("patch_padding"),
+        "mlp_ratio": own.number("mlp_ratio", kind=float),
+        "layer_norm_eps": own.number("norm_eps", kind=float),
     }
-
-
-def _growing(first: int, factor: float) -> list[int]:
-    """Return four values, each ``int(factor * the one before)``, as Hiera computes its stages."""
-    values = [first]
-    for _ in range(3):
-        values.append(int(values[-1] * factor))
-    return values
 
 
 def _check_joints(reader: _Reader, vision: Tree, text: Tree, sam2: Tree) -> None:
@@ -344,12 +340,12 @@ def _check_joints(reader: _Reader, vision: Tree, text: Tree, sam2: Tree) -> None
 
 
 def _loss(reader: _Reader) -> LossConfig:
-    default = LossConfig()
+    default, own = LossConfig(), reader.below("losses")
     return LossConfig(
-        mask_weight=reader.number("losses.loss_mask.loss_weight", default.mask_weight, float),
-        dice_weight=reader.number("losses.loss_dice.loss_weight", default.dice_weight, float),
-        num_points=reader.number("losses.num_points", default.num_points),
-        oversample_ratio=reader.number("losses.oversample_ratio", default.oversample_ratio, float),
-        importance_sample_ratio=reader.number("losses.importance_sample_ratio", default.importance_sample_ratio, float),
-        num_objects=reader.number("losses.fix_number", 5),
+        mask_weight=own.number("loss_mask.loss_weight", default.mask_weight, float),
+        dice_weight=own.number("loss_dice.loss_weight", default.dice_weight, float),
+        num_points=own.number("num_points", default.num_points),
+        oversample_ratio=own.number("oversample_ratio", default.oversample_ratio, float),
+        importance_sample_ratio=own.number("importance_sample_ratio", default.importance_sample_ratio, float),
+        num_objects=own.number("fix_number", 5),
     )
