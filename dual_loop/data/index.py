@@ -34,16 +34,17 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from dual_loop.data.index_file import (
     ANY_SIZE,
+    WATCHED_STATES,
     StringTable,
     is_current,
     read_arrays,
@@ -104,26 +105,16 @@ def load_or_build(
     try:
         write_arrays(path, arrays, text)
     except OSError as error:
-        _warn_not_stored(path.parent, error)
+        if str(path.parent) not in _warned_folders:
+            _warned_folders.add(str(path.parent))
+            what = "the data index cannot be stored, so every start lists the data folders again"
+            seen, fix = f"{type(error).__name__}: {error}", "set data.index_dir or $DUAL_LOOP_CACHE"
+            warnings.warn(explain(what, str(path.parent), seen, "a folder that can be written", fix), stacklevel=3)
         return arrays
     # Only now: until the index is stored, its parts are what a build that is killed goes on from.
     shutil.rmtree(partial_folder(index_dir, key), ignore_errors=True)
     stored = read_arrays(path, text)
     return arrays if stored is None else stored
-
-
-def _warn_not_stored(folder: Path, error: OSError) -> None:
-    if str(folder) in _warned_folders:
-        return
-    _warned_folders.add(str(folder))
-    message = explain(
-        "the data index cannot be stored, so every start lists the data folders again",
-        str(folder),
-        f"{type(error).__name__}: {error}",
-        "a folder that can be written",
-        "set data.index_dir or $DUAL_LOOP_CACHE",
-    )
-    warnings.warn(message, stacklevel=4)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -249,18 +240,26 @@ def _build_missing(
     wanted = default_workers() if workers is None else workers
     if multiprocessing.current_process().daemon and not threads:
         wanted = 1  # a loader worker may not have children
+
+    def finished(part: str, arrays: Arrays | None) -> tuple[str, Arrays]:
+        # The file is gone where another process has stored the whole index meanwhile and cleared up.
+        arrays = read_arrays(*places[part]) if arrays is None else arrays
+        return part, build_part(part) if arrays is None else arrays
+
     started = time.monotonic()
     while pending and (wanted == 1 or (workers is None and time.monotonic() - started < PATIENCE)):
         part = pending.pop()
-        yield part, _finish(_make_part(build_part, part, *places[part]), build_part, part, *places[part])
+        yield finished(part, _make_part(build_part, part, *places[part]))
     if not pending:
         return
-    pool = _pool(min(wanted, len(pending)), threads)
+    wanted = min(wanted, len(pending))
+    # A forked child of a process that has threads (torch, CUDA) may hang; a spawned one starts clean.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ThreadPoolExecutor(wanted) if threads else ProcessPoolExecutor(wanted, mp_context=spawn)
     try:
         futures = {pool.submit(_make_part, build_part, part, *places[part]): part for part in reversed(pending)}
         for future in as_completed(futures):
-            part = futures[future]
-            yield part, _finish(future.result(), build_part, part, *places[part])
+            yield finished(futures[future], future.result())
     except BrokenProcessPool as error:
         what = "a process that builds a data index ended unexpectedly"
         fix = (
@@ -271,13 +270,6 @@ def _build_missing(
         raise EnvironmentProblem(explain(what, folder, str(error), "an end with a result", fix)) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _pool(workers: int, threads: bool) -> Executor:
-    if threads:
-        return ThreadPoolExecutor(workers)
-    # A forked child of a process that has threads (torch, CUDA) may hang; a spawned one starts clean.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _read_part(path: Path, key: str) -> Arrays | None:
@@ -295,16 +287,6 @@ def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: 
     except OSError:
         return arrays  # load_or_build warns when it cannot store the whole index either
     return None
-
-
-def _finish(arrays: Arrays | None, build_part: Callable[[str], Arrays], part: str, path: Path, key: str) -> Arrays:
-    """Return the arrays of a part that was made: as they came, or from its file.
-
-    The file is gone where another process has stored the whole index meanwhile and cleared up: then it is built here.
-    """
-    if arrays is None:
-        arrays = read_arrays(path, key)
-    return build_part(part) if arrays is None else arrays
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -341,117 +323,97 @@ class TreeListing:
         workers: int | None = None,
     ) -> None:
         self.root = root
-        walk = _Walk(root, suffixes)
-        pending = [""]
-        while pending and (key is None or len(pending) < _MANY_FOLDERS):
-            pending = walk.list_level(pending)
-        found = [walk.as_arrays()]
+        seen: set[tuple[int, int]] = set()
+        found, pending = _walk(root, [""], suffixes, seen, None if key is None else _MANY_FOLDERS)
+        parts: list[Arrays] = []
         if pending and key is not None:
             groups: dict[int, list[str]] = {}
-            for folder in pending:
-                groups.setdefault(zlib.crc32(os.fsencode(folder)) % NUM_GROUPS, []).append(folder)
-            parts = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
-            make = functools.partial(_list_group, str(root), frozenset(walk.seen))
-            text = f"listing {root.name}"
-            found += build_in_parts(
-                parts, make, index_dir, key, workers=workers, threads=True, describe=text, count=_num_files
-            )
-        self.files, self.folders = _join_listings(root, found)
+            for name in pending:
+                groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
+            names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
+            make = functools.partial(_list_group, str(root), frozenset(seen))
+            options = {"workers": workers, "threads": True, "describe": f"listing {root.name}"}
+            parts = build_in_parts(names, make, index_dir, key, count=lambda a: int(a["num_files"].sum()), **options)
+        # A folder that two parts reached by links counts where it is highest.
+        listed = sorted([*found, *(folder for part in parts for folder in _unpack(part))], key=_depth)
+        unique = {folder.identity: folder for folder in reversed(listed)}
+        kept = [folder for folder in listed if unique[folder.identity] is folder]
+        self.files = sorted(file for folder in kept for file in folder.files)
+        self.folders = [(str(root / folder.name), folder.modified, ANY_SIZE) for folder in kept]
 
-    def watched_arrays(self) -> dict[str, np.ndarray]:
+    def watched_arrays(self) -> Arrays:
         """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
         return watched_arrays(self.folders[:MAX_WATCHED])
 
 
-class _Walk:
-    """Lists folders of one tree, each once, level by level."""
+class _Folder(NamedTuple):
+    """A folder that was listed: its name and those of its wanted files below the root, device and inode, time in ns."""
 
-    def __init__(self, root: Path, suffixes: tuple[str, ...], seen: frozenset[tuple[int, int]] = frozenset()) -> None:
-        self.root, self.suffixes, self.seen = root, suffixes, set(seen)
-        self.folders: list[str] = []
-        self.identities: list[tuple[int, int]] = []
-        self.modified: list[int] = []
-        self.num_files: list[int] = []
-        self.files: list[str] = []
+    name: str
+    identity: tuple[int, int]
+    modified: int
+    files: list[str]
 
-    def list_level(self, folders: Sequence[str]) -> list[str]:
-        """List ``folders`` (below the root) and return those in them."""
-        return [child for folder in folders for child in self._list_or_explain(folder)]
 
-    def _list_or_explain(self, folder: str) -> list[str]:
-        try:
-            return self._list(folder)
-        except OSError as error:
-            where, fix = str(self.root / folder), "make it readable, or move it out of the data set's folder"
-            raise ConfigError(explain("a data folder cannot be listed", where, str(error), fix=fix)) from error
+def _depth(folder: _Folder) -> tuple[int, list[str]]:
+    levels = folder.name.split("/") if folder.name else []
+    return len(levels), levels
 
-    def _list(self, folder: str) -> list[str]:
-        path = self.root / folder
-        # The time is taken before the listing: a change in between then makes the index stale, not wrong.
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in self.seen:
-            return []
-        self.seen.add((status.st_dev, status.st_ino))
-        children, num_before = [], len(self.files)
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
+
+def _walk(
+    root: Path, pending: list[str], suffixes: tuple[str, ...], seen: set[tuple[int, int]], limit: int | None = None
+) -> tuple[list[_Folder], list[str]]:
+    """List folders that are not in ``seen``, level by level, until a level has ``limit``; return that level too.
+
+    Raises:
+        ConfigError: a folder cannot be listed.
+    """
+    found: list[_Folder] = []
+    while pending and (limit is None or len(pending) < limit):
+        below: list[str] = []
+        for name in pending:
+            try:
+                # The time is taken before the listing: a change in between then makes the index stale, not wrong.
+                status = (root / name).stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity in seen:
                     continue
-                if entry.is_dir():
-                    children.append(name)
-                elif entry.name.lower().endswith(self.suffixes):
-                    self.files.append(name)
-        self.folders.append(folder)
-        self.identities.append((status.st_dev, status.st_ino))
-        self.modified.append(status.st_mtime_ns)
-        self.num_files.append(len(self.files) - num_before)
-        return sorted(children)
-
-    def as_arrays(self) -> Arrays:
-        """Return tables ``folder`` and ``file``, and by folder ``identities``, ``modified`` (ns) and ``num_files``."""
-        return {
-            **StringTable.from_strings(self.folders).to_arrays("folder"),
-            **StringTable.from_strings(self.files).to_arrays("file"),
-            "identities": np.array(self.identities, np.uint64).reshape(-1, 2),
-            "modified": np.array(self.modified, np.int64),
-            "num_files": np.array(self.num_files, np.int64),
-        }
+                seen.add(identity)
+                prefix, children, files = f"{name}/" if name else "", [], []
+                with os.scandir(root / name) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            continue
+                        if entry.is_dir():
+                            children.append(prefix + entry.name)
+                        elif entry.name.lower().endswith(suffixes):
+                            files.append(prefix + entry.name)
+            except OSError as error:
+                where, fix = str(root / name), "make it readable, or move it out of the data set's folder"
+                raise ConfigError(explain("a data folder cannot be listed", where, str(error), fix=fix)) from error
+            below += sorted(children)
+            found.append(_Folder(name, identity, status.st_mtime_ns, files))
+        pending = below
+    return found, pending
 
 
 def _list_group(root: str, seen: frozenset[tuple[int, int]], part: str) -> Arrays:
     """List a part of a tree: the folders in ``part`` (JSON: folders, suffixes) and all below them."""
     pending, suffixes = json.loads(part)
-    walk = _Walk(Path(root), tuple(suffixes), seen)
-    while pending:
-        pending = walk.list_level(pending)
-    folders = zip(walk.folders, walk.modified, strict=True)
-    return {**walk.as_arrays(), **watched_arrays([(f"{root}/{name}", time, ANY_SIZE) for name, time in folders])}
+    found, _ = _walk(Path(root), pending, tuple(suffixes), set(seen))
+    return {
+        **StringTable.from_strings(folder.name for folder in found).to_arrays("folder"),
+        **StringTable.from_strings(file for folder in found for file in folder.files).to_arrays("file"),
+        "identities": np.array([folder.identity for folder in found], np.uint64).reshape(-1, 2),
+        "num_files": np.array([len(folder.files) for folder in found], np.int64),
+        **watched_arrays([(f"{root}/{folder.name}", folder.modified, ANY_SIZE) for folder in found]),
+    }
 
 
-def _num_files(arrays: Mapping[str, np.ndarray]) -> int:
-    return int(arrays["num_files"].sum())
-
-
-def _join_listings(root: Path, found: Sequence[Arrays]) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """Return all files, sorted, and all folders; one that two parts reached by links counts where it is highest."""
-    listed = []
-    for number, arrays in enumerate(found):
-        names = StringTable.from_arrays(arrays, "folder")
-        starts = np.cumsum(arrays["num_files"]) - arrays["num_files"]
-        columns = (arrays["identities"], arrays["modified"], starts, arrays["num_files"])
-        for index, (identity, modified, start, length) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            levels = names[index].split("/") if names[index] else []
-            listed.append(((len(levels), levels), tuple(identity), modified, number, start, length))
-    listed.sort(key=lambda row: row[0])
-    tables = [StringTable.from_arrays(arrays, "file") for arrays in found]
-    seen: set[tuple[int, int]] = set()
-    files: list[str] = []
-    folders = []
-    for (_, levels), identity, modified, number, start, length in listed:
-        if identity not in seen:
-            seen.add(identity)
-            folders.append((str(root / "/".join(levels)), modified, ANY_SIZE))
-            files.extend(tables[number].slice(start, start + length))
-    files.sort()
-    return files, folders
+def _unpack(arrays: Arrays) -> Iterator[_Folder]:
+    """Yield the folders that :func:`_list_group` packed."""
+    names, files = StringTable.from_arrays(arrays, "folder"), StringTable.from_arrays(arrays, "file")
+    ends = np.cumsum(arrays["num_files"]).tolist()
+    states = zip(arrays["identities"].tolist(), arrays[WATCHED_STATES].tolist(), [0, *ends], ends, strict=False)
+    for number, (identity, (modified, _), start, end) in enumerate(states):
+        yield _Folder(names[number], tuple(identity), modified, files.slice(start, end))

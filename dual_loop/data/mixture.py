@@ -27,8 +27,6 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dual_loop.errors import CheckpointError, ConfigError, explain
 
 _MASK64 = (1 << 64) - 1
@@ -72,53 +70,24 @@ class Permutation:
         self._half_mask = (1 << self._half_bits) - 1
         self._keys = [stable_hash("permutation", seed, *stream, number) for number in range(_NUM_ROUNDS)]
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[index] for index in range(self.length))
-
     def __getitem__(self, index: int) -> int:
         """Return the value at ``index``; IndexError outside 0..length-1."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} outside a permutation of length {self.length}")
-        value = int(self._encrypt(int(index)))
+        value = self._encrypt(int(index))
         while value >= self.length:
-            value = int(self._encrypt(value))
+            value = self._encrypt(value)
         return value
 
-    def map(self, indices: np.ndarray) -> np.ndarray:
-        """Return the values at ``indices``, an integer array of any shape; int64. IndexError as for one index."""
-        indices = np.asarray(indices)
-        if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < self.length):
-            raise IndexError(f"indices outside a permutation of length {self.length}")
-        values = indices.astype(np.uint64).ravel()
-        pending = np.arange(values.size)
-        while pending.size:
-            values[pending] = self._encrypt(values[pending])
-            pending = pending[values[pending] >= self.length]
-        return values.astype(np.int64).reshape(indices.shape)
-
-    def _encrypt(self, value: Any) -> Any:
-        """One pass of the network; written so that Python integers and uint64 arrays give the same bits."""
-        left, right = value >> _like(value, self._half_bits), value & _like(value, self._half_mask)
+    def _encrypt(self, value: int) -> int:
+        """One pass of the network; its rounds are the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+        left, right = value >> self._half_bits, value & self._half_mask
         for key in self._keys:
-            left, right = right, left ^ (_scramble(right, key) & _like(value, self._half_mask))
-        return (left << _like(value, self._half_bits)) | right
-
-
-def _like(value: Any, constant: int) -> Any:
-    """Return ``constant`` in the type of ``value``: NumPy 1 turns uint64 with a Python integer into float64."""
-    return np.uint64(constant) if isinstance(value, np.ndarray) else constant
-
-
-def _scramble(value: Any, key: int) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on ``value ^ key``, modulo 2**64."""
-    whole = _like(value, _MASK64)
-    value = ((value ^ _like(value, key)) + _like(value, 0x9E3779B97F4A7C15)) & whole
-    value = ((value ^ (value >> _like(value, 30))) * _like(value, 0xBF58476D1CE4E5B9)) & whole
-    value = ((value ^ (value >> _like(value, 27))) * _like(value, 0x94D049BB133111EB)) & whole
-    return value ^ (value >> _like(value, 31))
+            mixed = ((right ^ key) + 0x9E3779B97F4A7C15) & _MASK64
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & self._half_mask)
+        return (left << self._half_bits) | right
 
 
 # --- the draws -------------------------------------------------------------------------------------------------------
@@ -167,7 +136,10 @@ def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
         ConfigError: no source or no draw at all, an empty source, names that are not unique, a negative or infinite
             number, weights that share nothing, or a source that rounding leaves without a draw.
     """
-    problems = [problem for share in shares for problem in _share_problems(share)]
+    problems = [f"{share.name}: the source is empty" for share in shares if share.length <= 0]
+    numbers = [(s.name, "repeats", s.repeats) for s in shares] + [(s.name, "weight", s.weight or 0.0) for s in shares]
+    wrong = [number for number in numbers if not (number[2] >= 0 and math.isfinite(number[2]))]
+    problems += [f"{name}: {label} is {value}, expected 0 or more" for name, label, value in wrong]
     names = [share.name for share in shares]
     problems += [f"{name}: two sources have this name" for name in sorted(set(names)) if names.count(name) > 1]
     weights = [share.weight for share in shares if share.weight is not None]
@@ -192,14 +164,6 @@ def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
     if sum(quotas) == 0:
         raise ConfigError(explain("an epoch has no draw", ", ".join(names), fix="set some repeats above 0"))
     return quotas
-
-
-def _share_problems(share: SourceShare) -> list[str]:
-    problems = [] if share.length > 0 else [f"{share.name}: the source is empty"]
-    for label, value in (("repeats", share.repeats), ("weight", share.weight)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            problems.append(f"{share.name}: {label} is {value}, expected 0 or more")
-    return problems
 
 
 class DrawStream:
@@ -337,7 +301,8 @@ class WindowedBatchSampler:
         wrong = [name for name in ("seed", "fingerprint") if state.get(name) != own[name]]
         step = state.get("step")
         if wrong or not isinstance(step, int) or step < 0:
-            described = ", ".join(f"{s.name} {s.length} x {q}" for s, q in self._shares_and_quotas())
+            shares = zip(self.stream.shares, self.stream.quotas, strict=True)
+            described = ", ".join(f"{share.name} {share.length} x {quota}" for share, quota in shares)
             raise CheckpointError(
                 explain(
                     "the run cannot be continued on this data: its position means other samples here",
@@ -350,6 +315,3 @@ class WindowedBatchSampler:
                 )
             )
         self.start_step = step
-
-    def _shares_and_quotas(self) -> Iterator[tuple[SourceShare, int]]:
-        return zip(self.stream.shares, self.stream.quotas, strict=True)
