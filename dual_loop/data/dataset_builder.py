@@ -151,11 +151,8 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
         rows.append((source.name, f"{share.length:,}", kind, f"{quota:,}"))
     total = sum(share.length for share in stream.shares)
     rows.append(("total", f"{total:,}", "", f"{stream.epoch_length:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
-    ]
-    return "\n".join(lines)
+    a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows)
 
 
 def build_dataset(

@@ -73,7 +73,12 @@ def read_picture(
     image = _open_image(source if isinstance(source, io.BytesIO) else Path(source), path)
     try:
         size = (image.height, image.width)
-        reduction = 1 if needed is None or apply_exif else _reduce(image, needed)
+        reduction = 1
+        if needed is not None and not apply_exif and isinstance(image, JpegImageFile):
+            height, width = needed(*size)
+            # The decoder leaves out the high frequencies of each 8 x 8 block (libjpeg, "scale_num / scale_denom").
+            if min(size[0] // height, size[1] // width) >= 2 and (drafted := image.draft(None, (width, height))):
+                reduction = round(size[1] / drafted[1][2])
         image.load()
         if apply_exif:
             image = ImageOps.exif_transpose(image)
@@ -81,19 +86,6 @@ def read_picture(
         return Picture(_to_rgb(image, path), size, reduction)
     except _DECODE_ERRORS as error:
         raise _damaged(path, error) from error
-
-
-def _reduce(image: Image.Image, needed: NeededSize) -> int:
-    """Tell a JPEG that is not decoded yet to be so at a smaller scale; return by how much its sides shrink.
-
-    The decoder leaves out the high frequencies of each 8 x 8 block (libjpeg, "scale_num / scale_denom").
-    """
-    height, width = needed(image.height, image.width)
-    if not isinstance(image, JpegImageFile) or min(image.height // height, image.width // width) < 2:
-        return 1
-    full_width = image.width
-    drafted = image.draft(None, (width, height))
-    return 1 if drafted is None else round(full_width / drafted[1][2])
 
 
 def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
@@ -152,18 +144,13 @@ def _open_image(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
     except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
-        if _is_empty(source):
+        is_file = isinstance(source, io.BytesIO) or source.is_file()
+        if is_file and not (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size):
             raise _damaged(path, error) from error
         message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
         raise SampleError("not_an_image", message) from error
     except _DECODE_ERRORS as error:
         raise _damaged(path, error) from error
-
-
-def _is_empty(source: Path | io.BytesIO) -> bool:
-    if isinstance(source, io.BytesIO):
-        return not source.getvalue()
-    return source.is_file() and source.stat().st_size == 0
 
 
 def _damaged(path: str | Path, error: Exception) -> SampleError:

@@ -148,7 +148,7 @@ def build_in_parts(
     workers: int | None = None,
     threads: bool = False,
     describe: str = "index",
-    count: Callable[[Mapping[str, np.ndarray]], int] | None = None,
+    count: Callable[[Arrays], int] | None = None,
 ) -> list[Arrays]:
     """Return what ``build_part`` returns for each part, in the order of ``parts``; stored parts are not built again.
 
@@ -332,8 +332,10 @@ class TreeListing:
                 groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
             names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
             make = functools.partial(_list_group, str(root), frozenset(seen))
-            options = {"workers": workers, "threads": True, "describe": f"listing {root.name}"}
-            parts = build_in_parts(names, make, index_dir, key, count=lambda a: int(a["num_files"].sum()), **options)
+            text = f"listing {root.name}"
+            parts = build_in_parts(
+                names, make, index_dir, key, workers=workers, threads=True, describe=text, count=_num_files
+            )
         # A folder that two parts reached by links counts where it is highest.
         listed = sorted([*found, *(folder for part in parts for folder in _unpack(part))], key=_depth)
         unique = {folder.identity: folder for folder in reversed(listed)}
@@ -344,6 +346,10 @@ class TreeListing:
     def watched_arrays(self) -> Arrays:
         """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
         return watched_arrays(self.folders[:MAX_WATCHED])
+
+
+def _num_files(arrays: Arrays) -> int:
+    return int(arrays["num_files"].sum())
 
 
 class _Folder(NamedTuple):

@@ -50,14 +50,19 @@ def decode_rle(rle: object, where: str) -> np.ndarray:
     """
     if not isinstance(rle, Mapping) or "counts" not in rle or "size" not in rle:
         raise _broken_rle("a run-length code lacks its keys", where, _short(rle), '{"size": [H, W], "counts": ...}')
-    height, width = _rle_size(rle["size"], where)
-    counts = rle["counts"]
+    size, counts = rle["size"], rle["counts"]
+    is_pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_length(side) for side in size)
+    if not is_pair or not 0 < size[0] * size[1] <= MAX_PIXELS:
+        expected = f"[H, W], positive integers, at most {MAX_PIXELS} pixels"
+        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
+    height, width = int(size[0]), int(size[1])
     if isinstance(counts, (str, bytes)):
         runs = _parse_rle_string(counts, where)
-    elif isinstance(counts, Sequence):
-        runs = _parse_rle_list(counts, where)
+    elif isinstance(counts, Sequence) and all(_is_length(run) for run in counts):
+        runs = np.asarray(counts, dtype=np.int64)
     else:
-        raise _broken_rle("counts have an unknown type", where, type(counts).__name__, "str, bytes or list of int")
+        expected = f"str, bytes, or integers from 0 to {MAX_PIXELS}"
+        raise _broken_rle("the counts of a run-length code are wrong", where, _short(counts), expected)
     if runs.size and (int(runs.min()) < 0 or int(runs.max()) > height * width):
         seen = f"lengths from {runs.min()} to {runs.max()}"
         raise _broken_rle("a run is negative or too long", where, seen, f"0 to {height * width}")
@@ -67,16 +72,9 @@ def decode_rle(rle: object, where: str) -> np.ndarray:
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
 
 
-def _rle_size(size: Any, where: str) -> tuple[int, int]:
-    expected = "[H, W], two positive integers"
-    if not isinstance(size, Sequence) or isinstance(size, (str, bytes)) or len(size) != 2:
-        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
-    if any(isinstance(side, bool) or not isinstance(side, (int, np.integer)) or side < 1 for side in size):
-        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
-    height, width = int(size[0]), int(size[1])
-    if height * width > MAX_PIXELS:
-        raise _broken_rle("size of a run-length code is too large", where, size, f"at most {MAX_PIXELS} pixels")
-    return height, width
+def _is_length(value: object) -> bool:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return is_integer and 0 <= value <= MAX_PIXELS  # type: ignore[operator]
 
 
 def _parse_rle_string(counts: str | bytes, where: str) -> np.ndarray:
@@ -107,13 +105,6 @@ def _parse_rle_string(counts: str | bytes, where: str) -> np.ndarray:
     return values
 
 
-def _parse_rle_list(counts: Sequence[Any], where: str) -> np.ndarray:
-    for run in counts:
-        if isinstance(run, bool) or not isinstance(run, (int, np.integer)) or not 0 <= run <= MAX_PIXELS:
-            raise _broken_rle("a run is not a length", where, _short(run), f"an integer from 0 to {MAX_PIXELS}")
-    return np.asarray(counts, dtype=np.int64)
-
-
 def _broken_rle(what: str, where: str, seen: object, expected: object) -> SampleError:
     return SampleError("broken_rle", explain(what, where, seen, expected, "download or convert this file again"))
 
@@ -123,7 +114,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+def encode_rle(mask: np.ndarray) -> dict[str, object]:
     """Encode ``mask`` (H, W), foreground where > 0, as ``{"size": [H, W], "counts": str}`` (COCO's string code).
 
     The mask is made binary first: pycocotools starts a new run at every change of value, so 2 next to 1 would break.
@@ -136,7 +127,7 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
+def decode_segmentation(segmentation: object, height: int, width: int, where: str) -> np.ndarray:
     """Decode a COCO ``segmentation``: polygons (united, never summed), uncompressed or compressed run-length code.
 
     Args:
@@ -157,12 +148,11 @@ def decode_segmentation(segmentation: Any, height: int, width: int, where: str) 
         return mask
     from pycocotools import mask as coco_mask
 
-    polygons = _check_polygons(segmentation, height, width, where)
-    united = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    united = coco_mask.merge(_encode_polygons(segmentation, height, width, where))
     return np.ascontiguousarray(coco_mask.decode(united) > 0)
 
 
-def decode_summed_polygons(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
+def decode_summed_polygons(segmentation: object, height: int, width: int, where: str) -> np.ndarray:
     """Decode polygons the way of evaluation code that adds them up: (H, W) bool, wrong where polygons overlap.
 
     The sum is 2 there, and COCO's encoder starts a new run at every change of value, so inside and outside are
@@ -175,42 +165,39 @@ def decode_summed_polygons(segmentation: Any, height: int, width: int, where: st
         return decode_segmentation(segmentation, height, width, where)
     from pycocotools import mask as coco_mask
 
-    polygons = _check_polygons(segmentation, height, width, where)
-    layers = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))
+    layers = coco_mask.decode(_encode_polygons(segmentation, height, width, where))
     summed = coco_mask.encode(np.asfortranarray(layers.sum(axis=2).astype(np.uint8)))
     return np.ascontiguousarray(coco_mask.decode(summed) > 0)
 
 
-def _check_polygons(segmentation: Any, height: int, width: int, where: str) -> list[list[float]]:
-    """Return the polygons as lists of floats: at least 3 points each, finite, near the image.
+def _encode_polygons(segmentation: object, height: int, width: int, where: str) -> Any:
+    """Return pycocotools' codes of polygons that have at least 3 points each, finite, near the image.
 
     pycocotools takes four numbers for a box and walks along every edge, so both a short polygon and a point that is
     millions of pixels away have to be stopped here.
     """
-    fix = "leave this annotation out or mend it"
+    from pycocotools import mask as coco_mask
+
+    def bad(what: str, seen: str, expected: str) -> SampleError:
+        return SampleError("bad_polygon", explain(what, where, seen, expected, "leave this annotation out or mend it"))
+
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
-        message = explain(
-            "a segmentation is unknown", where, _short(segmentation), "polygons or a run-length code", fix
-        )
-        raise SampleError("bad_polygon", message)
+        raise bad("a segmentation is unknown", _short(segmentation), "polygons or a run-length code")
     reach = 2 * max(height, width)
     polygons = []
     for polygon in segmentation:
         try:
             points = np.asarray(polygon, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            seen, expected = _short(polygon), "[x1, y1, x2, y2, ...]"
-            raise SampleError("bad_polygon", explain("a polygon is not numbers", where, seen, expected, fix)) from error
+            raise bad("a polygon is not numbers", _short(polygon), "[x1, y1, x2, y2, ...]") from error
         if points.ndim != 1 or points.size < 6 or points.size % 2:
-            seen, expected = f"{points.size} numbers, {points.ndim} dimensions", "3 points or more, as x, y pairs"
-            raise SampleError("bad_polygon", explain("a polygon has too few points", where, seen, expected, fix))
+            seen = f"{points.size} numbers, {points.ndim} dimensions"
+            raise bad("a polygon has too few points", seen, "3 points or more, as x, y pairs")
         if not np.isfinite(points).all() or np.abs(points).max() > reach:
-            seen, expected = _short(points.tolist()), f"finite coordinates within {width} x {height} pixels"
-            raise SampleError(
-                "bad_polygon", explain("a polygon lies far outside its image", where, seen, expected, fix)
-            )
+            expected = f"finite coordinates within {width} x {height} pixels"
+            raise bad("a polygon lies far outside its image", _short(points.tolist()), expected)
         polygons.append(points.tolist())
-    return polygons
+    return coco_mask.frPyObjects(polygons, height, width)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -228,14 +215,9 @@ def safe_join(root: str | Path, relative: str) -> Path:
     normal = os.path.normpath(text)
     has_drive = len(text) > 1 and text[1] == ":"
     if not text or "\0" in text or text.startswith("/") or has_drive or normal.split("/")[0] in ("..", "."):
-        message = explain(
-            "a data file names a path outside its folder",
-            str(root),
-            _short(relative),
-            "a relative path below the folder",
-            "do not use this file unless you know who wrote it",
-        )
-        raise SampleError("unsafe_path", message)
+        what, fix = "a data file names a path outside its folder", "do not use this file unless you know who wrote it"
+        expected = "a relative path below the folder"
+        raise SampleError("unsafe_path", explain(what, str(root), _short(relative), expected, fix))
     return Path(root) / normal
 
 
@@ -287,18 +269,14 @@ def check_mask(mask: np.ndarray, where: str, min_area_fraction: float = 0.0, max
     Raises:
         SampleError: ``empty_mask``, ``mask_too_small``, ``mask_too_large`` (bounds are inclusive).
     """
-    num_pixels = int(np.count_nonzero(mask))
-    if num_pixels == 0:
+    fraction = np.count_nonzero(mask) / mask.size
+    if fraction == 0:
         raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
-    fraction = num_pixels / mask.size
-    for is_bad, reason, bound in (
-        (fraction < min_area_fraction, "mask_too_small", f"at least {min_area_fraction:g}"),
-        (fraction > max_area_fraction, "mask_too_large", f"at most {max_area_fraction:g}"),
-    ):
-        if is_bad:
-            what = reason.replace("mask_", "a mask is ").replace("_", " ")
-            seen = f"{fraction:.6f} of the image"
-            raise SampleError(reason, explain(what, where, seen, bound, "change the area limits to keep it"))
+    if not min_area_fraction <= fraction <= max_area_fraction:
+        size = "small" if fraction < min_area_fraction else "large"
+        seen, expected = f"{fraction:.6f} of the image", f"{min_area_fraction:g} to {max_area_fraction:g}"
+        message = explain(f"a mask is too {size}", where, seen, expected, "change the area limits to keep it")
+        raise SampleError(f"mask_too_{size}", message)
     return fraction
 
 

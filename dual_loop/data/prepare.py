@@ -57,21 +57,12 @@ class Geometry:
 
 @dataclass
 class Prepared:
-    """The tensors of one sample with N regions and one or two views.
+    """The tensors of one sample: what :class:`~dual_loop.types.Batch` says of B = 1, and where it differs:
 
     Attributes:
-        pixel_values: (T, 3, I, I) float32, the tiles of all views, view by view.
-        tiles_per_view: tiles of each view; two entries for a frame pair, else one.
         target_view: the view that is segmented: 1 for a frame pair, else 0. The captioned view is always 0.
         g_pixel_values: (3, S, S) uint8.
-        prompt_masks: (N, G, G) bool.
-        grid_rescued: (N,) bool.
-        target_masks: (N, Q, Q) uint8 0/1.
         region_seeds: N integers in 0..2**63-1.
-        captions: N chosen expressions, None where a region has no text.
-        region_names: N strings ``source/sample_id#region_id``.
-        source: name of the data set.
-        skipped: the samples that were tried and skipped before this one.
         sample: the sample itself where it is to be kept.
     """
 
@@ -134,7 +125,7 @@ def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Ten
         row and a thumbnail of the whole is appended, so the last tile always shows the whole image.
     """
     size = geometry.vision_image_size
-    picture = image if isinstance(image, Picture) else Picture(image, (image.shape[0], image.shape[1]))
+    picture = _as_picture(image)
     columns, rows = choose_tile_grid(*picture.size, geometry.max_tiles, size)
     canvas = picture.resized(rows * size, columns * size)
     tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(rows * columns, size, size, 3)
@@ -147,10 +138,13 @@ def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Ten
     return pixels.sub_(mean).div_(std)
 
 
+def _as_picture(image: np.ndarray | Picture) -> Picture:
+    return image if isinstance(image, Picture) else Picture(image, (image.shape[0], image.shape[1]))
+
+
 def grounding_image(image: np.ndarray | Picture, size: int) -> torch.Tensor:
     """Resize (H, W, 3) uint8 straight to (3, S, S) uint8 with Pillow's bicubic filter; values stay 0..255."""
-    picture = image if isinstance(image, Picture) else Picture(image, (image.shape[0], image.shape[1]))
-    resized = picture.resized(size, size)
+    resized = _as_picture(image).resized(size, size)
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
 
@@ -274,29 +268,25 @@ def batch_from_samples(
 def _check_sample(sample: RegionSample, where: str) -> None:
     """Refuse what readers of the package never return, but a user's own source might."""
     count = len(sample.region_ids)
-    _check_arrays(sample.image, sample.masks, count, f"{where}, image", sample.image_reduction)
     if len(sample.captions) != count:
         raise _invalid("captions do not fit the regions", where, f"{len(sample.captions)} entries", f"{count}")
-    if (sample.target_image is None) != (sample.target_masks is None):
-        raise _invalid("a pair is incomplete", where, "one of target_image and target_masks", "both or none")
+    views = [(sample.image, sample.masks, "image", sample.image_reduction)]
     if sample.target_image is not None and sample.target_masks is not None:
-        _check_arrays(sample.target_image, sample.target_masks, count, f"{where}, target image")
-
-
-def _check_arrays(image: np.ndarray, masks: np.ndarray, count: int, where: str, reduction: int = 1) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise _invalid("not an RGB image", where, f"{image.shape} {image.dtype}", "(H, W, 3) uint8")
-    expected = (count, *image.shape[:2])
-    at_image = (
-        masks.shape if reduction == 1 else (*masks.shape[:1], *(-(-side // reduction) for side in masks.shape[1:]))
-    )
-    if count == 0 or at_image != expected or masks.dtype != np.bool_:
-        raise _invalid("masks do not fit", where, f"{masks.shape} {masks.dtype}", f"{expected} bool, N >= 1")
-    empty = np.flatnonzero(~masks.reshape(count, -1).any(axis=1))
-    if len(empty):
-        raise SampleError(
-            "empty_mask", explain("a mask is empty", f"{where}, region {empty[0]}", "0 pixels", "1 or more")
-        )
+        views.append((sample.target_image, sample.target_masks, "target image", 1))
+    elif sample.target_image is not None or sample.target_masks is not None:
+        raise _invalid("a pair is incomplete", where, "one of target_image and target_masks", "both or none")
+    for image, masks, name, reduction in views:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise _invalid("not an RGB image", f"{where}, {name}", f"{image.shape} {image.dtype}", "(H, W, 3) uint8")
+        expected = (count, *image.shape[:2])
+        at_image = (*masks.shape[:1], *(-(-side // reduction) for side in masks.shape[1:]))
+        if count == 0 or at_image != expected or masks.dtype != np.bool_:
+            seen = f"{masks.shape} {masks.dtype}"
+            raise _invalid("masks do not fit", f"{where}, {name}", seen, f"{expected} bool, N >= 1")
+        empty = np.flatnonzero(~masks.reshape(count, -1).any(axis=1))
+        if len(empty):
+            place = f"{where}, {name}, region {empty[0]}"
+            raise SampleError("empty_mask", explain("a mask is empty", place, "0 pixels", "1 or more"))
 
 
 def _invalid(what: str, where: str, seen: str, expected: str) -> SampleError:

@@ -325,9 +325,25 @@ def load_refs(path: Path) -> list[Reference]:
 
 
 def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
-    """Join references, annotations and images into arrays; rows are sorted by image, then by ref_id."""
+    """Join references, annotations and images into arrays; rows are sorted by image, then by ref_id.
+
+    Raises:
+        ConfigError: a file is damaged or has another structure, or they do not belong together.
+    """
     watched = watch_files([refs_path, instances_path])
-    images, annotations = _read_instances(instances_path)
+    where, fix = str(instances_path), "copy or download instances.json again"
+    try:
+        tree = json.loads(instances_path.read_bytes())
+        images = {
+            int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
+            for image in tree["images"]
+        }
+        annotations = {int(item["id"]): item["segmentation"] for item in tree["annotations"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        expected = "images with id, file_name, height, width; annotations with id, segmentation"
+        what = "instances.json is damaged or has another structure"
+        raise ConfigError(explain(what, where, seen, expected, fix)) from error
     refs = sorted(load_refs(refs_path), key=lambda ref: (ref["image_id"], ref["ref_id"]))
     for ref in refs:
         for key, value, known in (("image_id", ref["image_id"], images), ("ann_id", ref["ann_id"], annotations)):
@@ -351,28 +367,3 @@ def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]
         **StringTable.from_strings(json.dumps(texts) for texts in sentences).to_arrays("sentence"),
         **watched,
     }
-
-
-def _read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, object]]:
-    """Return {image id: (file name, height, width)} and {annotation id: segmentation} of a COCO file.
-
-    Raises:
-        ConfigError: it is damaged or has another structure.
-    """
-    fix = "copy or download instances.json again"
-    try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("instances.json is damaged", str(path), seen, "complete JSON", fix)) from error
-    try:
-        images = {
-            int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
-            for image in tree["images"]
-        }
-        annotations = {int(item["id"]): item["segmentation"] for item in tree["annotations"]}
-    except (KeyError, TypeError, ValueError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        expected = "images with id, file_name, height, width; annotations with id, segmentation"
-        raise ConfigError(explain("instances.json has another structure", str(path), seen, expected, fix)) from error
-    return images, annotations

@@ -23,9 +23,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -257,8 +256,7 @@ def _empty_counts(height: int, width: int) -> str:
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Video:
+class _Video(NamedTuple):
     """Time stamps of all frames and of the key frames, ascending, and the average rate, frames a second."""
 
     stamps: list[int]
@@ -294,7 +292,7 @@ class VideoFrames:
         Raises:
             SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
         """
-        stamps, keys = self._of(path).stamps, self._of(path).keys
+        stamps, keys, _ = self._of(path)
         if not 0 <= number < len(stamps):
             message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
             raise SampleError("no_frame", message)
@@ -316,30 +314,25 @@ class VideoFrames:
 
     def _of(self, path: Path) -> _Video:
         if path not in self._known:
-            self._known[path] = _read_packets(path)
+            av = _import_av()
+            if not path.is_file():
+                raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
+            try:
+                with av.open(str(path)) as container:
+                    stream = next(iter(container.streams.video), None)
+                    packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
+                    unit = stream.time_base if stream else 0
+            except av.error.FFmpegError as error:
+                raise _damaged(path, f"{type(error).__name__}: {error}") from error
+            if not packets:
+                raise _damaged(path, "no frame")
+            stamps = sorted(packet.pts for packet in packets)
+            keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+            seconds = float((stamps[-1] - stamps[0]) * unit)
+            self._known[path] = _Video(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
             if len(self._known) > VIDEOS_KEPT:
                 del self._known[next(iter(self._known))]
         return self._known[path]
-
-
-def _read_packets(path: Path) -> _Video:
-    av = _import_av()
-    if not path.is_file():
-        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise _damaged(path, "no video stream")
-            stream = container.streams.video[0]
-            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-            stamps = sorted(packet.pts for packet in packets)
-            keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
-            seconds = float((stamps[-1] - stamps[0]) * stream.time_base) if len(stamps) > 1 else 0.0
-    except av.error.FFmpegError as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    if not stamps:
-        raise _damaged(path, "no frame")
-    return _Video(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
 
 
 def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray:

@@ -43,11 +43,6 @@ class SkipLedger:
         self._distinct: dict[str, set[str]] = {}
 
     @property
-    def num_events(self) -> int:
-        """How often a sample was skipped; a sample met twice counts twice."""
-        return self._events.total()
-
-    @property
     def num_distinct(self) -> int:
         """How many different samples were skipped."""
         return sum(len(ids) for ids in self._distinct.values())
@@ -68,27 +63,19 @@ class SkipLedger:
                     "Warning: skipped %s/%s (%s): %s", skip.source, skip.sample_id, skip.reason, skip.message
                 )
         for source in sorted(self._distinct):
-            self._check(source)
-
-    def _check(self, source: str) -> None:
-        reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
-        num_bad = sum(reasons.values())
-        num_tried = self._good[source] + num_bad
-        if num_tried < self.max_bad_grace or num_bad <= self.max_bad_fraction * num_tried:
-            return
-        raise TooManyBadSamples(
-            explain(
-                "too many samples are bad",
-                f"{source} ({len(self._distinct[source])} different samples)",
-                f"{num_bad} of {num_tried} tried: " + ", ".join(f"{r} x {n}" for r, n in reasons.items()),
-                f"at most a fraction of {self.max_bad_fraction:g} (data.max_bad_fraction)",
-                "mend the samples named in the warnings, leave the source out, or raise data.max_bad_fraction",
-            )
-        )
+            reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
+            num_bad = sum(reasons.values())
+            num_tried = self._good[source] + num_bad
+            if num_tried >= self.max_bad_grace and num_bad > self.max_bad_fraction * num_tried:
+                where = f"{source} ({len(self._distinct[source])} different samples)"
+                seen = f"{num_bad} of {num_tried} tried: " + ", ".join(f"{r} x {n}" for r, n in reasons.items())
+                expected = f"at most a fraction of {self.max_bad_fraction:g} (data.max_bad_fraction)"
+                fix = "mend the samples named in the warnings, leave the source out, or raise data.max_bad_fraction"
+                raise TooManyBadSamples(explain("too many samples are bad", where, seen, expected, fix))
 
     def as_counters(self) -> dict[str, int]:
         """Return ``data/bad_samples`` (events), ``data/bad_samples_distinct``, and events by source and reason."""
-        counters = {"data/bad_samples": self.num_events, "data/bad_samples_distinct": self.num_distinct}
+        counters = {"data/bad_samples": self._events.total(), "data/bad_samples_distinct": self.num_distinct}
         for (source, reason), count in sorted(self._events.items()):
             counters[f"data/bad_samples/{source}/{reason}"] = count
         return counters

@@ -185,7 +185,11 @@ class TarShelf:
         """
         try:
             file, is_plain = self._file(number)
-            data = os.pread(file, size, offset) if is_plain else self._read_compressed(file, size, offset)
+            if is_plain:
+                data = os.pread(file, size, offset)
+            else:
+                file.seek(offset)
+                data = file.read(size)
         except FileNotFoundError as error:
             raise SampleError("missing_file", explain("an archive is missing", str(self._path(number)))) from error
         except _DAMAGE as error:
@@ -196,11 +200,6 @@ class TarShelf:
 
     def _path(self, number: int) -> Path:
         return self.root / self.archives[number]
-
-    @staticmethod
-    def _read_compressed(file: Any, size: int, offset: int) -> bytes:
-        file.seek(offset)
-        return bytes(file.read(size))
 
     def _file(self, number: int) -> tuple[Any, bool]:
         """Return the open archive, and whether it is plain (a descriptor); files are never shared over a fork."""
@@ -213,31 +212,25 @@ class TarShelf:
                 points = _points_path(path, self.index_dir)
                 self._point_bytes[number] = points.stat().st_size if points.is_file() else 0
             else:
-                self._open[number] = (_open_plain(path), True)
-            self._close_oldest()
+                descriptor = os.open(path, os.O_RDONLY)
+                if hasattr(os, "posix_fadvise"):  # the system fetches all that a read asks for, and nothing behind
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                self._open[number] = (descriptor, True)
+            # Archives are closed until the limits hold; the newest stays open.
+            while len(self._open) > 1 and (
+                len(self._open) > MAX_OPEN or sum(self._point_bytes.values()) > MAX_POINT_BYTES
+            ):
+                oldest, opened = self._open.popitem(last=False)
+                self._point_bytes.pop(oldest, None)
+                _close(*opened)
         self._open.move_to_end(number)
         return self._open[number]
-
-    def _close_oldest(self) -> None:
-        """Close archives until the limits hold; the newest stays open."""
-        while len(self._open) > 1 and (len(self._open) > MAX_OPEN or sum(self._point_bytes.values()) > MAX_POINT_BYTES):
-            number, opened = self._open.popitem(last=False)
-            self._point_bytes.pop(number, None)
-            _close(*opened)
 
     def close(self) -> None:
         """Close all archives of this process."""
         while self._open:
             _close(*self._open.popitem()[1])
         self._point_bytes.clear()
-
-
-def _open_plain(path: Path) -> int:
-    """Open for reads at random places: the system then fetches all that a read asks for at once, and nothing behind."""
-    file = os.open(path, os.O_RDONLY)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-    return file
 
 
 def _close(file: Any, is_plain: bool) -> None:

@@ -22,7 +22,6 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,7 +31,6 @@ from dual_loop.errors import ConfigError, explain
 from dual_loop.testing.scenes import (
     GENERATOR_VERSION,
     Scene,
-    SceneObject,
     SceneOptions,
     generate_pair,
     generate_scene,
@@ -105,11 +103,25 @@ def write_demo_data(
         record["captioned_pools"] = list(captioned_pools)
     if vague_share:
         record["vague_share"] = vague_share
-    text = json.dumps(record, indent=2) + "\n"
-    if _is_written(Path(out), text):
+    text, out = json.dumps(record, indent=2) + "\n", Path(out)
+    if _is_written(out, text):
         return counts
-    _write_sources(Path(out), seed, options, counts, captioned_pools, vague_share)
-    (Path(out) / "demo.json").write_text(text, encoding="utf-8")
+
+    def scene(pool: str, index: int) -> Scene:
+        return generate_scene(pool_seed(seed, pool, index), options)
+
+    if counts.get("sav"):
+        _write_sav(out / "sav" / "npz", seed, options, counts["sav"])
+    if counts.get("sa1b"):
+        _write_sa1b(out / "sa1b", counts["sa1b"], scene)
+    if counts.get("openimages"):
+        _write_open_images(out / "openimages", counts["openimages"], seed, options, scene)
+    pools = [pool for pool, count in counts.items() if pool.startswith("refcoco/") and count]
+    parts = [(pool.removeprefix("refcoco/"), pool, counts[pool]) for pool in pools]
+    parts += [("train", pool, counts[pool]) for pool in captioned_pools]
+    if parts:
+        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene, vague_share)
+    (out / "demo.json").write_text(text, encoding="utf-8")
     return counts
 
 
@@ -146,30 +158,6 @@ def _is_written(out: Path, record: str) -> bool:
     state = "demo data of other arguments" if marker.is_file() else "files but no demo.json"
     fix = "give a new folder, or delete this one"
     raise ConfigError(explain("the output folder is not empty", str(out), state, "a new or empty folder", fix))
-
-
-def _write_sources(
-    out: Path,
-    seed: int,
-    options: SceneOptions,
-    counts: Mapping[str, int],
-    captioned_pools: Sequence[str],
-    vague_share: float,
-) -> None:
-    def scene(pool: str, index: int) -> Scene:
-        return generate_scene(pool_seed(seed, pool, index), options)
-
-    if counts.get("sav"):
-        _write_sav(out / "sav" / "npz", seed, options, counts["sav"])
-    if counts.get("sa1b"):
-        _write_sa1b(out / "sa1b", counts["sa1b"], scene)
-    if counts.get("openimages"):
-        _write_open_images(out / "openimages", counts["openimages"], seed, options, scene)
-    splits = {pool: n for pool, n in counts.items() if pool.startswith("refcoco/") and n}
-    parts = [(pool.removeprefix("refcoco/"), pool, n) for pool, n in splits.items()]
-    parts += [("train", pool, counts[pool]) for pool in captioned_pools]
-    if parts:
-        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene, vague_share)
 
 
 def _write_sav(root: Path, seed: int, options: SceneOptions, count: int) -> None:
@@ -225,32 +213,22 @@ def _write_open_images(
         image_id = hashlib.sha256(f"{seed}/openimages/{index}".encode()).hexdigest()[:16]
         _write_jpeg(drawn.image, images / f"{image_id}.jpg")
         for number, item in enumerate(drawn.objects):
-            row = _open_images_row(item, image_id, number)
-            _write_mask_png(item.mask, masks / row[0], OPEN_IMAGES_MASK_SCALE if index % 2 else 1.0)
-            rows.append(row)
+            label, box_id = f"/m/{item.shape}", hashlib.sha256(f"{image_id}/{number}".encode()).hexdigest()[:8]
+            name = f"{image_id}_m{item.shape}_{box_id}.png"
+            height, width = item.mask.shape
+            left, top, box_width, box_height = _bounding_box(item.mask)
+            box = (left / width, (left + box_width) / width, top / height, (top + box_height) / height)
+            x, y = _inner_point(item.mask)
+            click = f"{x / width:.5f} {y / height:.5f} 1"
+            score = f"{0.8 + 0.2 * item.visible_fraction:.5f}"
+            rows.append([name, image_id, label, box_id, *(f"{value:.6f}" for value in box), score, click])
+            scale = OPEN_IMAGES_MASK_SCALE if index % 2 else 1.0
+            size = (round(width * scale), round(height * scale))
+            mask = Image.fromarray(item.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+            mask.convert("1").save(masks / name, format="PNG")
     _write_csv([OPEN_IMAGES_COLUMNS, *rows], root / "train-annotations-object-segmentation.csv")
-    names = [(_label_name(shape), shape.capitalize()) for shape in options.shapes]
+    names = [(f"/m/{shape}", shape.capitalize()) for shape in options.shapes]
     _write_csv([("LabelName", "DisplayName"), *names], root / "oidv7-class-descriptions.csv")
-
-
-def _open_images_row(item: SceneObject, image_id: str, number: int) -> list[str]:
-    label = _label_name(item.shape)
-    box_id = hashlib.sha256(f"{image_id}/{number}".encode()).hexdigest()[:8]
-    height, width = item.mask.shape
-    left, top, box_width, box_height = _bounding_box(item.mask)
-    x, y = _inner_point(item.mask)
-    box = (left / width, (left + box_width) / width, top / height, (top + box_height) / height)
-    return [
-        f"{image_id}_{label.replace('/', '')}_{box_id}.png",
-        *(image_id, label, box_id),
-        *(f"{value:.6f}" for value in box),
-        f"{0.8 + 0.2 * item.visible_fraction:.5f}",
-        f"{x / width:.5f} {y / height:.5f} 1",
-    ]
-
-
-def _label_name(shape: str) -> str:
-    return f"/m/{shape}"
 
 
 def _write_refcoco(
@@ -268,9 +246,9 @@ def _write_refcoco(
     folder = root / "coco2014" / "train2014"
     folder.mkdir(parents=True)
     categories = {shape: number for number, shape in enumerate(options.shapes, start=1)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    refs: list[dict[str, Any]] = []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
+    refs: list[dict[str, object]] = []
     for split, pool, count in parts:
         for index in range(count):
             drawn = scene(pool, index)
@@ -280,11 +258,18 @@ def _write_refcoco(
             images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
             _write_jpeg(drawn.image, folder / file_name)
             for item in drawn.objects:
-                annotation = _annotation(item, len(annotations) + 1, image_id, categories[item.shape])
-                annotations.append(annotation)
-                is_vague = split == "train" and _spread(len(annotations)) < vague_share
+                number = len(annotations) + 1
+                rle = _uncompressed_rle(item.mask) if number % 3 == 0 else encode_rle(item.mask)
+                ids = {"image_id": image_id, "category_id": categories[item.shape]}
+                area, box = int(item.mask.sum()), _bounding_box(item.mask)
+                annotations.append({"id": number, **ids, "segmentation": rle, "area": area, "bbox": box, "iscrowd": 0})
+                # A number in 0..1 that looks random and is always the same for this one.
+                is_vague = split == "train" and (number * 2654435761 % 2**32) / 2**32 < vague_share
                 caption = f"the {item.shape}" if is_vague else item.caption
-                refs.append(_reference(caption, annotation, split))
+                sentence = {"sent_id": number, "raw": caption, "sent": caption, "tokens": caption.split()}
+                ref_name = f"COCO_train2014_{image_id:012d}_{number}.jpg"
+                ref = {"ref_id": number, "ann_id": number, **ids, "file_name": ref_name, "split": split}
+                refs.append({**ref, "sent_ids": [number], "sentences": [sentence]})
     instances = {
         "info": {"description": "generated scenes in the COCO layout"},
         "images": images,
@@ -296,38 +281,7 @@ def _write_refcoco(
     (root / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
-def _annotation(item: SceneObject, annotation_id: int, image_id: int, category_id: int) -> dict[str, Any]:
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": category_id,
-        "segmentation": _uncompressed_rle(item.mask) if annotation_id % 3 == 0 else encode_rle(item.mask),
-        "area": int(item.mask.sum()),
-        "bbox": _bounding_box(item.mask),
-        "iscrowd": 0,
-    }
-
-
-def _spread(number: int) -> float:
-    """Return a number in 0..1 that looks random and is always the same for ``number``."""
-    return (number * 2654435761 % 2**32) / 2**32
-
-
-def _reference(caption: str, annotation: Mapping[str, Any], split: str) -> dict[str, Any]:
-    number, image_id = int(annotation["id"]), int(annotation["image_id"])
-    return {
-        "ref_id": number,
-        "ann_id": number,
-        "image_id": image_id,
-        "category_id": int(annotation["category_id"]),
-        "file_name": f"COCO_train2014_{image_id:012d}_{number}.jpg",
-        "split": split,
-        "sent_ids": [number],
-        "sentences": [{"sent_id": number, "raw": caption, "sent": caption, "tokens": caption.split()}],
-    }
-
-
-def _uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
+def _uncompressed_rle(mask: np.ndarray) -> dict[str, object]:
     """Return COCO's uncompressed code of (H, W) bool: run lengths in column-major order, background first."""
     flat = mask.ravel(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
@@ -353,13 +307,7 @@ def _write_jpeg(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, format="JPEG", quality=JPEG_QUALITY)
 
 
-def _write_mask_png(mask: np.ndarray, path: Path, scale: float) -> None:
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    size = (round(mask.shape[1] * scale), round(mask.shape[0] * scale))
-    picture.resize(size, Image.Resampling.NEAREST).convert("1").save(path, format="PNG")
-
-
-def _write_json(value: Mapping[str, Any], path: Path) -> None:
+def _write_json(value: Mapping[str, object], path: Path) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 

@@ -25,24 +25,12 @@ from dual_loop.errors import ConfigError, explain
 
 GENERATOR_VERSION = 2
 
-GLYPHS = {
-    "star": "\u2605",
-    "heart": "\u2665",
-    "cloud": "\u2601",
-    "umbrella": "\u2602",
-    "cross": "\u271a",
-    "moon": "\u2768",
-    "flag": "\u2691",
-    "triangle": "\u25b2",
-    "anchor": "\u2693",
-    "arrow": "\u27a4",
-    "flower": "\u273f",
-    "gear": "\u2699",
-    "hand": "\u261b",
-    "knight": "\u265e",
-    "phone": "\u260e",
-    "spade": "\u2660",
-}
+_SHAPES = (
+    *("star", "heart", "cloud", "umbrella", "cross", "moon", "flag", "triangle"),
+    *("anchor", "arrow", "flower", "gear", "hand", "knight", "phone", "spade"),
+)
+_CHARACTERS = "\u2605\u2665\u2601\u2602\u271a\u2768\u2691\u25b2\u2693\u27a4\u273f\u2699\u261b\u265e\u260e\u2660"
+GLYPHS = dict(zip(_SHAPES, _CHARACTERS, strict=True))
 """Shape names and the character of DejaVu Sans that draws each. The first eight are the default."""
 
 COLOURS = {
@@ -62,7 +50,6 @@ SIZE_WORDS = ("small", "large")
 
 REFERENCE_SIDE = 144
 CLEAR_SIZE_RATIO = 1.35
-EQUAL_SIZE_RATIO = 1.15
 CLEAR_OFFSET = 0.25
 CLEAR_AXIS_MARGIN = 0.12
 MIN_VISIBLE_FRACTION = 0.45
@@ -203,31 +190,14 @@ def pool_seed(seed: int, pool: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def paraphrases(item: SceneObject) -> tuple[str, ...]:
-    """Return two other ways to say the caption of ``item``; each names the object as exactly as the caption does."""
-    short = item.caption.removeprefix("the ")
-    if item.qualifier in POSITION_WORDS:
-        return short, f"the {item.qualifier} {item.colour} {item.shape}"
-    return short, " ".join(w for w in ("the", item.qualifier, item.shape, "that is", item.colour) if w)
-
-
 def generate_scene(seed: int, options: SceneOptions | None = None) -> Scene:
     """Return the scene of ``seed``: a pure function of its arguments.
 
     Raises:
         ConfigError: the options are wrong, or no valid layout was found in 1,000 attempts.
     """
-    options = options or SceneOptions()
-    options.check()
-    rng = np.random.default_rng(seed)
-    for attempt in range(MAX_ATTEMPTS):
-        # Objects that were drawn get several layouts, or twins would be rarer than their probability says.
-        if attempt % LAYOUTS_PER_DRAW == 0:
-            looks = _choose_looks(rng, options)
-        scene = _try_scene(rng, looks, options)
-        if scene is not None:
-            return scene
-    raise _no_layout(seed, options)
+    (scene,) = _generate(seed, options or SceneOptions(), 1)
+    return scene
 
 
 def generate_pair(seed: int, options: SceneOptions | None = None) -> tuple[Scene, Scene]:
@@ -239,39 +209,35 @@ def generate_pair(seed: int, options: SceneOptions | None = None) -> tuple[Scene
     Raises:
         ConfigError: as :func:`generate_scene`.
     """
-    options = options or SceneOptions()
+    first, second = _generate(seed, options or SceneOptions(), 2)
+    return first, second
+
+
+def _generate(seed: int, options: SceneOptions, count: int) -> list[Scene]:
+    """Return ``count`` scenes of the same objects."""
     options.check()
     rng = np.random.default_rng(seed)
     for attempt in range(MAX_ATTEMPTS):
+        # Objects that were drawn get several layouts, or twins would be rarer than their probability says.
         if attempt % LAYOUTS_PER_DRAW == 0:
             looks = _choose_looks(rng, options)
-        if all(look.twin == "position" for look in looks):
+        if count > 1 and all(look.twin == "position" for look in looks):
             continue
-        first = _try_scene(rng, looks, options)
-        second = _try_scene(rng, looks, options) if first is not None else None
-        if first is not None and second is not None:
-            return first, second
-    raise _no_layout(seed, options)
+        scenes: list[Scene] = []
+        while len(scenes) < count and (scene := _try_scene(rng, looks, options)) is not None:
+            scenes.append(scene)
+        if len(scenes) == count:
+            return scenes
+    what, fix = (
+        f"no valid layout found in {MAX_ATTEMPTS} attempts",
+        "use smaller objects, fewer objects or larger sides",
+    )
+    raise ConfigError(explain(what, f"scene seed {seed}", options, fix=fix))
 
 
 def movable_objects(scene: Scene) -> tuple[int, ...]:
     """Return the indices of the objects whose caption has no position word, so that it outlives a move."""
     return tuple(i for i, item in enumerate(scene.objects) if item.qualifier not in POSITION_WORDS)
-
-
-def _no_layout(seed: int, options: SceneOptions) -> ConfigError:
-    return ConfigError(
-        explain(
-            f"no valid layout found in {MAX_ATTEMPTS} attempts",
-            where=f"scene seed {seed}",
-            seen=options,
-            fix="use smaller objects, fewer objects or larger sides",
-        )
-    )
-
-
-def _pick(rng: np.random.Generator, names: list[str]) -> str:
-    return names[int(rng.integers(len(names)))]
 
 
 def _choose_looks(rng: np.random.Generator, options: SceneOptions) -> list[_Look]:
@@ -283,27 +249,21 @@ def _choose_looks(rng: np.random.Generator, options: SceneOptions) -> list[_Look
     for _ in range(num_objects - has_twins):
         shape, colour = _choose_new_pair(rng, looks, options)
         looks.append(_Look(shape, colour, float(rng.uniform(low, high)), ""))
-    if has_twins:
-        _add_twin(rng, looks, options)
+    if has_twins:  # a twin of an earlier object: both clearly different in size for one half, alike for the other
+        index = int(rng.integers(len(looks)))
+        ratio = 1.4
+        if rng.random() < 0.5 and high / low >= ratio:
+            small = float(rng.uniform(low, high / ratio))
+            sizes = [small, float(rng.uniform(small * ratio, high))]
+            rng.shuffle(sizes)
+            kind = "size"
+        else:
+            sizes = [looks[index].size, min(looks[index].size * float(rng.uniform(0.95, 1.05)), high)]
+            kind = "position"
+        looks[index] = looks[index]._replace(size=sizes[0], twin=kind)
+        looks.append(looks[index]._replace(size=sizes[1]))
     order = rng.permutation(len(looks))
     return [looks[int(i)] for i in order]
-
-
-def _add_twin(rng: np.random.Generator, looks: list[_Look], options: SceneOptions) -> None:
-    """Append a twin of an earlier object and set both sizes: clearly different for one half, alike for the other."""
-    low, high = options.sizes
-    index = int(rng.integers(len(looks)))
-    ratio = 1.4
-    if rng.random() < 0.5 and high / low >= ratio:
-        small = float(rng.uniform(low, high / ratio))
-        sizes = [small, float(rng.uniform(small * ratio, high))]
-        rng.shuffle(sizes)
-        kind = "size"
-    else:
-        sizes = [looks[index].size, min(looks[index].size * float(rng.uniform(0.95, 1.05)), high)]
-        kind = "position"
-    looks[index] = looks[index]._replace(size=sizes[0], twin=kind)
-    looks.append(looks[index]._replace(size=sizes[1]))
 
 
 def _choose_new_pair(rng: np.random.Generator, looks: list[_Look], options: SceneOptions) -> tuple[str, str]:
@@ -331,17 +291,22 @@ def _try_scene(rng: np.random.Generator, looks: list[_Look], options: SceneOptio
     if qualifiers is None:
         return None
     stamps = [_draw_stamp(look.shape, place) for look, place in zip(looks, places, strict=True)]
-    whole = [_stamp_mask(stamp, height, width) for stamp in stamps]
-    visible = _visible_masks(whole)
-    counts = [(int(seen.sum()), int(full.sum())) for seen, full in zip(visible, whole, strict=True)]
-    if any(seen < MIN_VISIBLE_PIXELS or seen < MIN_VISIBLE_FRACTION * full for seen, full in counts):
-        return None
-    image = _paint(rng, looks, stamps, height, width)
-    objects = tuple(
-        SceneObject(look.shape, look.colour, place.size, (place.x, place.y), place.rotation, word, mask, seen / full)
-        for look, place, word, mask, (seen, full) in zip(looks, places, qualifiers, visible, counts, strict=True)
-    )
-    return Scene(image, objects)
+    covered = np.zeros((height, width), bool)
+    objects: list[SceneObject] = []
+    for look, place, word, stamp in reversed(list(zip(looks, places, qualifiers, stamps, strict=True))):
+        canvas = Image.new("L", (width, height))
+        canvas.paste(stamp.coverage, stamp.corner)
+        whole = np.asarray(canvas) >= 128  # the pixels that the object covers by half or more
+        mask = whole & ~covered  # later objects are in front
+        covered = covered | whole
+        seen, full = int(mask.sum()), int(whole.sum())
+        if seen < MIN_VISIBLE_PIXELS or seen < MIN_VISIBLE_FRACTION * full:
+            return None
+        centre = (place.x, place.y)
+        objects.append(
+            SceneObject(look.shape, look.colour, place.size, centre, place.rotation, word, mask, seen / full)
+        )
+    return Scene(_paint(rng, looks, stamps, height, width), tuple(reversed(objects)))
 
 
 def _choose_places(rng: np.random.Generator, looks: list[_Look], height: int, width: int) -> list[_Place]:
@@ -355,7 +320,10 @@ def _choose_places(rng: np.random.Generator, looks: list[_Look], height: int, wi
         size = look.size * scale
         rotation = float(rng.uniform(-15, 15))
         jitter_x, jitter_y = rng.uniform(-jitter, jitter, size=2)
-        half_width, half_height = _half_extent(look.shape, size, rotation)
+        glyph = _glyph(look.shape)
+        long, high = glyph.width * size / _GLYPH_SIDE, glyph.height * size / _GLYPH_SIDE
+        cosine, sine = abs(math.cos(math.radians(rotation))), abs(math.sin(math.radians(rotation)))
+        half_width, half_height = (long * cosine + high * sine) / 2, (long * sine + high * cosine) / 2
         x = (0.25 + 0.5 * (int(slot) % 2) + float(jitter_x)) * width
         y = (0.25 + 0.5 * (int(slot) // 2) + float(jitter_y)) * height
         x = min(max(x, half_width + _EDGE), width - half_width - _EDGE)
@@ -387,29 +355,17 @@ def _choose_qualifiers(looks: list[_Look], places: list[_Place], height: int, wi
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
-    return dejavu_font(256, ImageFont.Layout.BASIC)
-
-
-@cache
 def _glyph(shape: str) -> Image.Image:
     """Return the glyph at nominal size 160 px, cropped to its ink, as an "L" image (0..255 is coverage)."""
     canvas = Image.new("L", (640, 640))
-    ImageDraw.Draw(canvas).text((160, 128), GLYPHS[shape], font=_font(), fill=255)
+    font = dejavu_font(256, ImageFont.Layout.BASIC)
+    ImageDraw.Draw(canvas).text((160, 128), GLYPHS[shape], font=font, fill=255)
     ink = canvas.crop(canvas.getbbox())
     # Narrow glyphs (moon, cloud) are drawn longer, or they would have a fraction of the others' area.
     aspect = min(ink.size) / max(ink.size)
     factor = min(1.2, 0.9 / math.sqrt(aspect)) * _GLYPH_SIDE / max(ink.size)
     size = (max(1, round(ink.width * factor)), max(1, round(ink.height * factor)))
     return ink.resize(size, Image.Resampling.BOX)
-
-
-def _half_extent(shape: str, size: float, rotation: float) -> tuple[float, float]:
-    """Return half the width and half the height of the rotated bounding box, in pixels."""
-    glyph = _glyph(shape)
-    width, height = glyph.width * size / _GLYPH_SIDE, glyph.height * size / _GLYPH_SIDE
-    cosine, sine = abs(math.cos(math.radians(rotation))), abs(math.sin(math.radians(rotation)))
-    return (width * cosine + height * sine) / 2, (width * sine + height * cosine) / 2
 
 
 def _draw_stamp(shape: str, place: _Place) -> _Stamp:
@@ -419,24 +375,6 @@ def _draw_stamp(shape: str, place: _Place) -> _Stamp:
     size = (max(1, round(turned.width * factor)), max(1, round(turned.height * factor)))
     coverage = turned.resize(size, Image.Resampling.BOX)
     return _Stamp(coverage, (round(place.x - size[0] / 2), round(place.y - size[1] / 2)))
-
-
-def _stamp_mask(stamp: _Stamp, height: int, width: int) -> np.ndarray:
-    """Return (H, W) bool: the pixels that the object covers by half or more."""
-    canvas = Image.new("L", (width, height))
-    canvas.paste(stamp.coverage, stamp.corner)
-    mask: np.ndarray = np.asarray(canvas) >= 128
-    return mask
-
-
-def _visible_masks(whole: list[np.ndarray]) -> list[np.ndarray]:
-    """Remove from each mask what later objects cover."""
-    covered = np.zeros_like(whole[0])
-    visible: list[np.ndarray] = []
-    for mask in reversed(whole):
-        visible.append(mask & ~covered)
-        covered = covered | mask
-    return visible[::-1]
 
 
 def _paint(rng: np.random.Generator, looks: list[_Look], stamps: list[_Stamp], height: int, width: int) -> np.ndarray:
