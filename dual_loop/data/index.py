@@ -199,13 +199,14 @@ def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
     """
     if not parts or any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError(f"parts must have the same arrays, seen {[sorted(part) for part in parts[:9]]}")
-    tables = [name.removesuffix("_bytes") for name in parts[0] if name.endswith("_bytes")]
-    tables = [name for name in tables if f"{name}_offsets" in parts[0]]
     joined: Arrays = {}
-    for name in tables:
-        joined |= StringTable.join([StringTable.from_arrays(part, name) for part in parts]).to_arrays(name)
-    for name in parts[0].keys() - joined.keys():
-        joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
+    for name in parts[0]:
+        if name.endswith("_offsets") and f"{name.removesuffix('_offsets')}_bytes" in parts[0]:
+            starts = np.cumsum([0, *(int(part[name][-1]) for part in parts)])
+            moved = [part[name][1:] + start for part, start in zip(parts, starts, strict=False)]
+            joined[name] = np.concatenate([np.zeros(1, np.int64), *moved])
+        else:
+            joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
     return joined
 
 

@@ -93,15 +93,6 @@ class StringTable:
         """Return the table that :meth:`to_arrays` wrote under ``name``."""
         return cls(arrays[f"{name}_bytes"], arrays[f"{name}_offsets"])
 
-    @classmethod
-    def join(cls, tables: Sequence[StringTable]) -> StringTable:
-        """Return one table of the strings of all ``tables``, in order."""
-        ends = np.cumsum([0, *(int(table.offsets[-1]) for table in tables)])
-        offsets = [np.zeros(1, np.int64)]
-        offsets += [table.offsets[1:] + start for table, start in zip(tables, ends, strict=False)]
-        data = [np.empty(0, np.uint8), *(table.data for table in tables)]
-        return cls(np.concatenate(data), np.concatenate(offsets))
-
     def to_arrays(self, name: str) -> dict[str, np.ndarray]:
         """Return ``{name_bytes, name_offsets}`` for an index."""
         return {f"{name}_bytes": self.data, f"{name}_offsets": self.offsets}
@@ -170,7 +161,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None
     odd = [f"{name}: {values.dtype}" for name, values in arrays.items() if values.dtype not in codes]
     if odd:
         raise TypeError(f"an index cannot hold {', '.join(odd)}")
-    header: dict[str, Any] = {"__metadata__": {"key": key}}
+    header: dict[str, object] = {"__metadata__": {"key": key}}
     end = 0
     # Wide items first, as the format advises: every array then begins at a multiple of its item size.
     ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))

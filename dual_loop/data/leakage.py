@@ -26,7 +26,7 @@ from PIL import Image
 from dual_loop.config import DataConfig
 from dual_loop.data.index_file import StringTable
 from dual_loop.data.reader import Reader
-from dual_loop.data.refcoco import held_out_images
+from dual_loop.data.refcoco import HeldOutImage, held_out_images
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks
 from dual_loop.types import NeededSize, RegionSample
@@ -38,15 +38,6 @@ _DIGITS = re.compile(rb"[0-9]{12,}")
 THUMBNAIL_SIDE = 24
 SAME_CORRELATION = 0.98
 _CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class HeldOutImage:
-    """An image that must not be trained on: its COCO id, the split that holds it, and its file if it is there."""
-
-    coco_id: int
-    split: str
-    path: Path | None
 
 
 @dataclass(frozen=True)
@@ -76,13 +67,13 @@ def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
     """Return the held-out images of the RefCOCO sets in ``refcoco_dir`` and ``eval_dir``, by COCO id."""
     found: dict[int, HeldOutImage] = {}
     places = ((data.refcoco_dir, data.refcoco_datasets), (data.eval_dir, data.eval_datasets))
-    for root, datasets in places:
-        if root is not None and Path(root).expanduser().is_dir():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
-                held_out = list(held_out_images(Path(root).expanduser(), datasets, data.refcoco_images, data.index_dir))
-            for coco_id, split, path in held_out:
-                found.setdefault(coco_id, HeldOutImage(coco_id, split, path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
+        for given, datasets in places:
+            root = Path(given or "").expanduser()
+            if given is not None and root.is_dir():
+                for image in held_out_images(root, datasets, data.refcoco_images, data.index_dir):
+                    found.setdefault(image.coco_id, image)
     return found
 
 

@@ -27,6 +27,7 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,13 +70,9 @@ class Region(TypedDict, total=False):
 class MasksDir(Reader):
     """A user's own masks; an entry is an image with its objects.
 
-    Args:
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: the folder, or a COCO ``.json`` or ``.jsonl`` file.
-        max_samples: keep this many images, drawn with a fixed seed; None keeps all.
-        regions_per_image: most regions of one sample.
-        min_area, max_area: limits on the share of the image that a mask covers, 0..1.
         images: folder that the images' names are looked up in; None looks below ``root``.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the root holds none of the three layouts, or two of them; a file of it has another structure.
@@ -243,10 +240,9 @@ def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[Re
     for owner, found in masks.items():
         regions: list[Region] = []
         for file in found:
-            try:
+            labels: list[int] | list[None] = [None]  # also of damaged files, which fail when they are loaded
+            with contextlib.suppress(SampleError):
                 _, labels = _mask_values(root / file)
-            except SampleError:
-                labels = [None]  # damaged files fail when they are loaded
             for label in labels:
                 name = _stem_of(file) + ("" if label is None else f"#{label}")
                 unused.discard(name)
@@ -349,12 +345,12 @@ def _line_places(path: Path) -> dict[str, list[tuple[int, int]]]:
     offset = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                try:
+            try:
+                if raw.strip():
                     record = _parse_line(raw, f"{path}, line {number}")
-                except SampleError as error:
-                    raise ConfigError(str(error)) from error
-                found.setdefault(record["image"], []).append((offset, len(raw)))
+                    found.setdefault(record["image"], []).append((offset, len(raw)))
+            except SampleError as error:
+                raise ConfigError(str(error)) from error
             offset += len(raw)
     return found
 

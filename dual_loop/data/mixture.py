@@ -185,7 +185,7 @@ class DrawStream:
         self._ends = list(accumulate(self.quotas))
         self._permutation = lru_cache(maxsize=4 * len(self.shares) + 4)(Permutation)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A cache cannot be pickled, and spawned workers get this object by pickle.
         return {"shares": self.shares, "seed": self.seed}
 

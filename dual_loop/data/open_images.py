@@ -54,13 +54,9 @@ _MAX_ID_BYTES = 251
 class OpenImages(Reader):
     """Open Images segmentation; an entry is an image with its objects.
 
-    Args:
-        root: folder of the data set, see the module.
-        max_samples: keep this many images, drawn with a fixed seed; None keeps all.
-        regions_per_image: most regions of one sample.
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         csv, images, masks: where a part is elsewhere: a path that exists, or a path below ``root``.
         classes: class descriptions; nothing in training reads them, but a wrong path is refused.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: a part is missing, the CSV has another header or a broken row, or it has no row.

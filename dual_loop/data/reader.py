@@ -31,6 +31,9 @@ class Reader:
         regions_per_image: most regions of one sample.
         min_area, max_area: limits on the share of the image that a mask covers, 0..1.
 
+    The readers of the package also take ``max_samples``: keep this many entries, drawn with a fixed seed
+    (:func:`choose_capped`); None keeps all.
+
     Raises:
         ConfigError: the root is not a folder that can be listed.
     """

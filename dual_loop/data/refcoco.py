@@ -29,6 +29,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypedDict
 
@@ -57,15 +58,12 @@ IMAGE_FOLDER = "coco2014/train2014"
 class RefCoco(Reader):
     """The three data sets as one source.
 
-    Args:
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: folder that holds one folder per data set.
         datasets: names of :data:`DEFAULT_SPLIT_BY`, each optionally with a split author (``"refcocog:google"``). Those
             without a folder are left out with a warning; ``self.datasets`` has those that are used.
         split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry.
-        max_samples: keep this many entries, drawn with a fixed seed; None keeps all.
-        regions_per_image: most references of one sample.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
         polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.masks.decode_summed_polygons`), for comparison alone.
 
     Raises:
@@ -230,10 +228,19 @@ def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class HeldOutImage:
+    """An image that must not be trained on: its COCO id, the split that holds it, and its file if it is there."""
+
+    coco_id: int
+    split: str
+    path: Path | None
+
+
 def held_out_images(
     root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
-) -> Iterator[tuple[int, str, Path | None]]:
-    """Yield (COCO id, ``<data set> <split>``, file or None) of every image in a split that is not ``train``."""
+) -> Iterator[HeldOutImage]:
+    """Yield every image in a split that is not ``train``."""
     for part in _open_parts(root, datasets, images, index_dir):
         for split in part.split_names:
             for number, _, _ in part.entries(split) if split != "train" else ():
@@ -241,7 +248,7 @@ def held_out_images(
                     path = part.find_image(number)
                 except SampleError:
                     path = None
-                yield int(part.image_ids[number]), f"{part.label} {split}", path
+                yield HeldOutImage(int(part.image_ids[number]), f"{part.label} {split}", path)
 
 
 def _open_parts(

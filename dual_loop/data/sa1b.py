@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +59,11 @@ Annotation = Mapping[str, object]
 class Sa1b(Reader):
     """SA-1B; an entry is an image with its masks.
 
-    Args:
-        root: folder with images and JSON files, see the module.
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         max_samples: keep this many images, drawn with a fixed seed; None keeps all. A cap counts image files, so
             JSON files without an image are left out under it.
-        regions_per_image: most regions of one sample.
-        min_area, max_area: limits on the share of the image that a mask covers, 0..1.
         min_predicted_iou, min_stability_score: limits on the two scores of an annotation; above 0, an annotation
             without the score does not pass.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist or holds no image.
@@ -88,6 +84,7 @@ class Sa1b(Reader):
     ) -> None:
         super().__init__(root, index_dir, regions_per_image, min_area, max_area)
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
+        self._cache = default_index_dir() if index_dir is None else Path(index_dir)
         # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
         key = {"kind": "sa1b", "root": str(self.root), "version": 2}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
@@ -95,7 +92,7 @@ class Sa1b(Reader):
         self._records = StringTable.from_arrays(arrays, "record")
         self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
         tars, damages = StringTable.from_arrays(arrays, "tar"), StringTable.from_arrays(arrays, "damage")
-        self._shelf = TarShelf(self.root, tars, self._cache_dir())
+        self._shelf = TarShelf(self.root, tars, self._cache)
         self.damaged_archives = {tars[number]: damages[number] for number in range(len(tars)) if damages[number]}
         if self.damaged_archives:
             name, text = next(iter(self.damaged_archives.items()))
@@ -109,24 +106,26 @@ class Sa1b(Reader):
         rows = np.arange(len(self._images)) if max_samples is None else has_image
         self._set_entries(rows, max_samples, "sa1b_max_samples", self._images, self._records)
 
-    def _cache_dir(self) -> Path:
-        return default_index_dir() if self.index_dir is None else Path(self.index_dir)
-
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
         listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), self.index_dir, key)
         tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
         files = [(path, OUTSIDE) for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
         paths = [str(self.root / tar) for tar in tars]
-        build = functools.partial(list_tar, str(self._cache_dir()), PREFIX)
-        parts = build_in_parts(
-            paths, build, self.index_dir, key, describe="SA-1B archives", count=lambda part: int(part["num_members"][0])
-        )
-        watched = [{name: part[name] for name in part if name.startswith("watched_")} for part in parts]
+        build = functools.partial(list_tar, str(self._cache), PREFIX)
+
+        def num_members(part: Mapping[str, np.ndarray]) -> int:
+            return len(part["member_place"])
+
+        parts = build_in_parts(paths, build, self.index_dir, key, describe="SA-1B archives", count=num_members)
+        for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
+            names, places = StringTable.from_arrays(part, "member"), part["member_place"].tolist()
+            files += [(f"{tar}/{names[row]}", (number, *place)) for row, place in enumerate(places)]
+        found = {**listing.watched_arrays(), **StringTable.from_strings([]).to_arrays("damage")}
+        kept = [{name: part[name] for name in found} for part in parts]
         return {
-            **_pair_up([*files, *_members(tars, parts)]),
+            **_pair_up(files),
             **StringTable.from_strings(tars).to_arrays("tar"),
-            **StringTable.join([StringTable.from_arrays(part, "damage") for part in parts]).to_arrays("damage"),
-            **join_parts([listing.watched_arrays(), *watched]),
+            **join_parts([found, *kept]),
         }
 
     def entry_id(self, index: int) -> str:
@@ -187,14 +186,6 @@ def _score(annotation: Annotation, key: str) -> float:
 def _entry_name(path: str) -> str:
     *folders, file = path.split("/")
     return "/".join([*(folder for folder in folders if folder not in ("img", "js")), file.rsplit(".", 1)[0]])
-
-
-def _members(tars: Sequence[str], parts: Sequence[Mapping[str, np.ndarray]]) -> Iterator[tuple[str, Place]]:
-    """Yield each archived file as ``<archive>/<name>`` with its place."""
-    for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
-        names = StringTable.from_arrays(part, "member")
-        for row, (offset, size) in enumerate(part["member_place"].tolist()):
-            yield f"{tar}/{names[row]}", (number, offset, size)
 
 
 def _pair_up(files: Sequence[tuple[str, Place]]) -> dict[str, np.ndarray]:

@@ -47,10 +47,8 @@ _DAMAGE = (
 class SavPairs(Reader):
     """SA-V frame pairs; every entry has one region.
 
-    Args:
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: folder that holds the files at any depth.
-        max_samples: keep this many files, drawn with a fixed seed; None keeps all.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist or holds no pair.
@@ -175,7 +173,7 @@ def _range_of(array: np.ndarray, where: str) -> tuple[float, float]:
     if array.dtype.kind not in "iuf":
         raise _bad_array("an array has an unknown dtype", where, array.dtype, "uint8 or float")
     low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not np.isfinite([low, high]).all():
         raise _bad_array("an array is not finite", where, f"{low:g} to {high:g}", "finite values")
     return low, high
 

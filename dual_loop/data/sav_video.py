@@ -58,14 +58,11 @@ Codes = list[list[Any]]
 class SavVideos(Reader):
     """SA-V videos; an entry is a masklet: one object of one JSON file.
 
-    Args:
+    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: folder that holds the files at any depth.
-        max_samples: keep this many masklets, drawn with a fixed seed; None keeps all.
-        regions_per_image: most objects of a pair; besides the entry's own those that both frames show.
         masklets: ``both``, ``manual`` or ``auto``.
         min_seconds, max_seconds: distance of the two frames of a pair.
         min_area: least share of the frame that an object must cover in both, 0..1.
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`.
 
     Raises:
         ConfigError: the folder does not exist, or holds no masklet with two visible frames.

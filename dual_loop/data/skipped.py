@@ -80,7 +80,7 @@ class SkipLedger:
             counters[f"data/bad_samples/{source}/{reason}"] = count
         return counters
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return all counts, as JSON holds them."""
         return {
             "good": dict(self._good),

@@ -12,6 +12,7 @@ out. Where an archive is damaged, what comes before the damage is used, and the 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import tarfile
@@ -51,8 +52,8 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
 
     Returns:
         ``member_bytes, member_offsets`` (names without folders), ``member_place`` (n, 2) int64 (offset in the
-        uncompressed archive, size), ``num_members`` (1,) int64, ``damage_bytes, damage_offsets`` (one text, empty
-        where the archive is whole), and the watched archive.
+        uncompressed archive, size), ``damage_bytes, damage_offsets`` (one text, empty where the archive is whole),
+        and the watched archive.
 
     Raises:
         EnvironmentProblem: it is compressed and ``indexed_gzip`` is not installed, or its points cannot be stored.
@@ -70,7 +71,6 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
     return {
         **StringTable.from_strings(name for name, _, _ in found).to_arrays("member"),
         "member_place": np.array([place for _, *place in found], np.int64).reshape(-1, 2),
-        "num_members": np.array([len(found)], np.int64),
         **StringTable.from_strings([damage]).to_arrays("damage"),
         **watched,
     }
@@ -169,11 +169,11 @@ class TarShelf:
 
     def __init__(self, root: Path, archives: StringTable, index_dir: Path) -> None:
         self.root, self.archives, self.index_dir = root, archives, index_dir
-        self._open: OrderedDict[int, tuple[Any, bool]] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self._point_bytes: dict[int, int] = {}
         self._pid = os.getpid()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict(), "_point_bytes": {}}
 
     def read(self, number: int, offset: int, size: int) -> bytes:
@@ -184,9 +184,9 @@ class TarShelf:
                 damaged there.
         """
         try:
-            file, is_plain = self._file(number)
-            if is_plain:
-                data = os.pread(file, size, offset)
+            file = self._file(number)
+            if isinstance(file, io.FileIO):
+                data = os.pread(file.fileno(), size, offset)
             else:
                 file.seek(offset)
                 data = file.read(size)
@@ -201,43 +201,29 @@ class TarShelf:
     def _path(self, number: int) -> Path:
         return self.root / self.archives[number]
 
-    def _file(self, number: int) -> tuple[Any, bool]:
-        """Return the open archive, and whether it is plain (a descriptor); files are never shared over a fork."""
+    def _file(self, number: int) -> Any:
+        """Return the open archive, a ``FileIO`` where it is plain; files are never shared over a fork."""
         if self._pid != os.getpid():
             self._open, self._point_bytes, self._pid = OrderedDict(), {}, os.getpid()
         if number not in self._open:
             path = self._path(number)
             if is_compressed(path):
-                self._open[number] = (open_compressed(path, self.index_dir), False)
+                self._open[number] = open_compressed(path, self.index_dir)
                 points = _points_path(path, self.index_dir)
                 self._point_bytes[number] = points.stat().st_size if points.is_file() else 0
             else:
-                descriptor = os.open(path, os.O_RDONLY)
+                self._open[number] = io.FileIO(path)
                 if hasattr(os, "posix_fadvise"):  # the system fetches all that a read asks for, and nothing behind
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-                self._open[number] = (descriptor, True)
+                    os.posix_fadvise(self._open[number].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             # Archives are closed until the limits hold; the newest stays open.
             while len(self._open) > 1 and (
                 len(self._open) > MAX_OPEN or sum(self._point_bytes.values()) > MAX_POINT_BYTES
             ):
                 oldest, opened = self._open.popitem(last=False)
                 self._point_bytes.pop(oldest, None)
-                _close(*opened)
+                opened.close()
         self._open.move_to_end(number)
         return self._open[number]
-
-    def close(self) -> None:
-        """Close all archives of this process."""
-        while self._open:
-            _close(*self._open.popitem()[1])
-        self._point_bytes.clear()
-
-
-def _close(file: Any, is_plain: bool) -> None:
-    if is_plain:
-        os.close(file)
-    else:
-        file.close()
 
 
 def _damaged(path: Path, offset: int, seen: str) -> SampleError:
