@@ -73,9 +73,7 @@ class Scorer:
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
         return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)
 
-    def _answers(
-        self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool
-    ) -> list[RegionTurn]:
+    def _answers(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool) -> list[RegionTurn]:
         """Return a turn for each text, with the given answer or with the one that the model writes."""
         owners, seeds, offsets = batch.region_image.tolist(), batch.region_seeds.tolist(), batch.tile_offsets
         question, answer = self.config.segment_question, self.config.segment_answer

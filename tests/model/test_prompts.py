@@ -124,7 +124,5 @@ def test_banks_by_name_and_by_seed():
     with pytest.raises(PromptError, match="nosuch"):
         choose(SEGMENT_QUESTIONS, "nosuch")
     _, prompter, _ = small_model()
-    texts = {
-        prompter.tokenizer.decode(list(prompter.segment_turn("it", "any", "any", s).input_ids)) for s in range(50)
-    }
+    texts = {prompter.tokenizer.decode(list(prompter.segment_turn("it", "any", "any", s).input_ids)) for s in range(50)}
     assert len(texts) > 10

@@ -89,9 +89,7 @@ class GumbelCaptions(Signal):
     def plan(self, window: Sequence[MicroBatch]) -> None:
         self.captions = [self._plan(micro.batch, micro.captions, micro.plan) for micro in window]
 
-    def _plan(
-        self, batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan
-    ) -> list[StraightThroughCaption]:
+    def _plan(self, batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan) -> list[StraightThroughCaption]:
         found, missed, seen = [], 0, set[int]()
         names, seeds = (self.loop.segment_question, self.loop.segment_answer), batch.region_seeds.tolist()
         for region, (image, caption) in enumerate(zip(batch.region_image.tolist(), captions, strict=True)):
