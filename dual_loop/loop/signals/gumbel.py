@@ -21,11 +21,11 @@ from torch import Tensor
 from dual_loop.config import Config
 from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
-from dual_loop.loop.packing import RowPlan, pack_turns, predicting_positions, spoken_turns
+from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
 from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.model.prompts import Prompter, clean_caption
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.types import Batch, PackedBatch, RegionCaption, RegionTurn, WrittenCaption
+from dual_loop.types import PackedBatch, RegionTurn, WrittenCaption
 
 NOISE_DRAW = 1_000_003
 """Number of the draw whose seed gives a straight-through caption its Gumbel noise; no sample has it."""
@@ -87,64 +87,58 @@ class GumbelCaptions(Signal):
         self.spaced: Tensor | None = None
 
     def plan(self, window: Sequence[MicroBatch]) -> None:
-        self.captions = [self._plan(micro.batch, micro.captions, micro.plan) for micro in window]
-
-    def _plan(self, batch: Batch, captions: Sequence[RegionCaption], plan: RowPlan) -> list[StraightThroughCaption]:
-        found, missed, seen = [], 0, set[int]()
-        names, seeds = (self.loop.segment_question, self.loop.segment_answer), batch.region_seeds.tolist()
-        for region, (image, caption) in enumerate(zip(batch.region_image.tolist(), captions, strict=True)):
-            continues = self.loop.segment_form == "turns" and image in seen
-            seen.add(image)
-            if caption.is_reference or caption.rejected or not caption.is_kept:
-                continue
-            own = straight_through(self.prompter, region, caption.samples[0])
-            if own is None:
-                missed += 1
-                continue
-            ids = (own.reading_ids, *names, seeds[region], not continues)
-            turn, own.offset = self.prompter.straight_through_turn(*ids)
-            own.turn = RegionTurn(region, turn, continues=continues)
-            plan.segmentation[region] = own.turn
-            found.append(own)
-        plan.metrics["gumbel/not_aligned"] = float(missed)
-        return found
+        names, self.captions = (self.loop.segment_question, self.loop.segment_answer), []
+        for micro in window:
+            found, missed, seen = [], 0, set[int]()
+            images, seeds = micro.batch.region_image.tolist(), micro.batch.region_seeds.tolist()
+            for region, (image, caption) in enumerate(zip(images, micro.captions, strict=True)):
+                continues = self.loop.segment_form == "turns" and image in seen
+                seen.add(image)
+                if caption.is_reference or caption.rejected or not caption.is_kept:
+                    continue
+                own = straight_through(self.prompter, region, caption.samples[0])
+                if own is None:
+                    missed += 1
+                    continue
+                ids = (own.reading_ids, *names, seeds[region], not continues)
+                turn, own.offset = self.prompter.straight_through_turn(*ids)
+                own.turn = micro.plan.segmentation[region] = RegionTurn(region, turn, continues=continues)
+                found.append(own)
+            micro.plan.metrics["gumbel/not_aligned"] = float(missed)
+            self.captions.append(found)
 
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         temperature = temperature_at(progress, self.policy.gumbel_temperature, self.policy.gumbel_temperature_end)
         for micro, own in zip(window, self.captions, strict=True):
-            if own:
-                micro.rows.lessons[self.name] = self._captioning(micro.rows, own, micro.seen.vision, temperature)
-
-    def _captioning(
-        self, rows: PackedBatch, own: Sequence[StraightThroughCaption], vision: Tensor, temperature: float
-    ) -> CaptioningRows:
-        batch, device, seeds = rows.batch, rows.input_ids.device, rows.batch.region_seeds.tolist()
-        spoken = [(one.region, one.token_ids) for one in own]
-        turns = spoken_turns(batch, spoken, self.prompter, self.loop.caption_question)
-        shared = None if rows.vision is None else vision
-        packed = pack_turns(batch, rows.captions, turns, self.prompter, vision=shared, segments=False)
-        predicted = predicting_positions(turns, spoken).split([len(ids) for _, ids in spoken], dim=1)
-        positions, into, is_first, uniform = [], [], [], []
-        targets: list[int] = []
-        for one, places in zip(own, predicted, strict=True):
-            assert one.turn is not None
-            start, count = one.turn.start + one.offset, one.last - one.first
-            positions.append(places[:, one.first : one.last])
-            columns = torch.arange(start, start + count)
-            into.append(torch.stack([torch.full_like(columns, one.turn.row), columns]))
-            is_first.append(columns == start)
-            targets += one.token_ids[one.first : one.last]
-            generator = torch.Generator().manual_seed(sample_seed(seeds[one.region], NOISE_DRAW))
-            uniform.append(torch.rand(count, self.policy.gumbel_top_k + 1, generator=generator))
-        return CaptioningRows(
-            packed,
-            torch.cat(positions, dim=1).to(device),
-            torch.tensor(targets, dtype=torch.long, device=device),
-            torch.cat(into, dim=1).to(device),
-            torch.cat(is_first).to(device),
-            torch.cat(uniform).to(device),
-            temperature,
-        )
+            if not own:
+                continue
+            rows, batch, device = micro.rows, micro.batch, micro.rows.input_ids.device
+            spoken, seeds = [(one.region, one.token_ids) for one in own], batch.region_seeds.tolist()
+            turns = spoken_turns(batch, spoken, self.prompter, self.loop.caption_question)
+            vision = None if rows.vision is None else micro.seen.vision
+            packed = pack_turns(batch, rows.captions, turns, self.prompter, vision=vision, segments=False)
+            predicted = predicting_positions(turns, spoken).split([len(ids) for _, ids in spoken], dim=1)
+            positions, into, is_first, uniform = [], [], [], []
+            targets: list[int] = []
+            for one, places in zip(own, predicted, strict=True):
+                assert one.turn is not None
+                start, count = one.turn.start + one.offset, one.last - one.first
+                positions.append(places[:, one.first : one.last])
+                columns = torch.arange(start, start + count)
+                into.append(torch.stack([torch.full_like(columns, one.turn.row), columns]))
+                is_first.append(columns == start)
+                targets += one.token_ids[one.first : one.last]
+                generator = torch.Generator().manual_seed(sample_seed(seeds[one.region], NOISE_DRAW))
+                uniform.append(torch.rand(count, self.policy.gumbel_top_k + 1, generator=generator))
+            rows.lessons[self.name] = CaptioningRows(
+                packed,
+                torch.cat(positions, dim=1).to(device),
+                torch.tensor(targets, dtype=torch.long, device=device),
+                torch.cat(into, dim=1).to(device),
+                torch.cat(is_first).to(device),
+                torch.cat(uniform).to(device),
+                temperature,
+            )
 
     def edit(self, model: Sa2VA, embeds: Tensor, packed: PackedBatch) -> Tensor:
         if self.name not in packed.lessons:
