@@ -186,7 +186,7 @@ def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor
 
 def new_cache(model: Sa2VA, reserve: int) -> Cache:
     """``Sa2VA.new_cache``: each layer's keys and values grow in place."""
-    return Cache(layers=[GrowingLayer(reserve) for _ in range(model.num_layers)])
+    return Cache(layers=[GrowingLayer(reserve) for _ in model.mllm.model.language_model.layers])
 
 
 class GrowingLayer(DynamicLayer):

@@ -140,6 +140,20 @@ def test_updating_or_nesting_inside_a_swap_is_refused():
     assert all(_bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
 
 
+def test_bfloat16_autocast_sees_the_weights_that_were_put_in_and_those_that_came_back():
+    model, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+    starting = StartingWeights(dict(model.named_parameters()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = model(x)
+        model.weight.mul_(-2.0)
+        torch.clear_autocast_cache()
+        live = model(x)
+        with weights(starting):
+            assert torch.equal(model(x), first)
+        assert torch.equal(model(x), live)
+    assert not torch.equal(first, live)
+
+
 def test_state_round_trip_continues_identically():
     model = _model()
     ema = _average(model)
