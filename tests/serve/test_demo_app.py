@@ -15,6 +15,7 @@ from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError
 from dual_loop.serve.demo_app import (
     MAX_REGIONS,
     DemoLogic,
+    DemoPage,
     Session,
     check_port,
     import_gradio,
@@ -136,3 +137,23 @@ def test_a_port_in_use_and_a_missing_library(
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(EnvironmentProblem, match=r"dual-loop\[demo\]"):
         import_gradio()
+
+
+def test_the_pages_own_answers(logic: DemoLogic) -> None:
+    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
+    page = DemoPage(import_gradio(), logic.predictor, "tiny")
+    background = np.dstack([SCENE.image, np.full(SCENE.image.shape[:2], 255, np.uint8)])
+    layer = np.zeros((*SCENE.image.shape[:2], 4), np.uint8)
+    layer[MASKS[0], 3] = 255
+    session, text, _, caption, score, *_ = page.on_add(Session(), {"background": background, "layers": [layer]})
+    assert text.startswith("Draw the next region")
+    assert caption == SCENE.captions[0]
+    assert float(score.split()[-1]) > 0.5
+    assert page.on_choose(session, "region 1")[:2] == [caption, score]
+    edited, _, score, *_ = page.on_edit(session, "region 1", SCENE.captions[1])
+    assert float(score.split()[-1]) < 0.2
+    assert edited.regions[0].caption == SCENE.captions[1]
+    assert page.on_edit(session, "region 1", "[SEG]")[1].startswith("**Error:**")
+    kept, text, *_ = page.on_add(session, None)
+    assert text == "**Error:** no image is open; to do: open one, or choose an example"
+    assert kept is session, "nothing is lost by an error"
