@@ -14,6 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from dual_loop.config import GATES
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.training.guard import NonFiniteError
 from dual_loop.training.trainer import Trainer
@@ -68,7 +69,8 @@ def test_summary_and_counters_add_up(tmp_path: Path) -> None:
     assert summary["steps"] == 5
     assert summary["sources"] == {"sav": 5, "sa1b": 5}
     assert summary["effective_batch"] == 2
-    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2, "prompt/grid_rescued": 0}
+    gates = {f"gate/{name}": 0 for name in GATES}
+    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2, "prompt/grid_rescued": 0, **gates}
     assert summary["peak_memory_mb"] > 10
     assert summary["seconds"] > 0
 
