@@ -4,9 +4,6 @@ transformers 5.23 computes two things in the encoder that are thrown away here: 
 queries and keys over the heads, with its softmax, and for every level of the neck a sine position encoding as large as
 the level (single images need none: the mask decoder has its own). On a CPU they are a third of the encoder's time.
 
-Blocks whose attention stays inside windows are run on one band of window rows after the other: what lies between two
-matrix products then stays in the processor's cache, and only one band's worth of it exists at a time.
-
 The neck brings the two finest levels to its width with a 1 x 1 convolution, and nothing but another 1 x 1 convolution
 of the mask decoder reads them: two linear maps in a row, of which the second trains. :class:`LeanNeck` hands out what
 is before the first, and :func:`read_level` multiplies the two matrices instead of the maps: an eighth of the
@@ -15,26 +12,17 @@ operations for SAM 2 large, and features of 144 and 288 instead of 256 and 256 c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.sam2.modeling_sam2 import (
-    Sam2MultiScaleAttention,
-    Sam2MultiScaleBlock,
-    Sam2VisionNeck,
-    do_pool,
-)
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2VisionNeck, do_pool
 
 from dual_loop.accelerate import replace
 from dual_loop.config import Config
 from dual_loop.model.sa2va import GroundingDecoder, Sa2VA
 
-BAND_TOKENS = 8192
-"""Most tokens of all images in a band, unless one row of windows has more."""
 HIGH_RESOLUTION = 2
 """Levels that the mask decoder reads through a convolution of its own: the finest two."""
 
@@ -45,8 +33,6 @@ def apply(model: Sa2VA, config: Config) -> None:
     for module in encoder.modules():
         if type(module) is Sam2MultiScaleAttention and module.config._attn_implementation == "sdpa":
             module.__class__ = LeanAttention
-        elif type(module) is Sam2MultiScaleBlock:
-            module.__class__ = BandedBlock
     if type(encoder.neck) is Sam2VisionNeck:
         encoder.neck.__class__ = LeanNeck
     replace(model.grounding, finish, level_width)
@@ -82,34 +68,6 @@ class LeanAttention(Sam2MultiScaleAttention):  # type: ignore[misc]
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return torch.as_tensor(self.proj(attended.transpose(1, 2).reshape(rows, height, width, -1)))
-
-
-class BandedBlock(Sam2MultiScaleBlock):  # type: ignore[misc]
-    """A block of Hiera, (B, H, W, C) -> (B, H', W', C'), run band by band on a CPU where no graph is kept."""
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        run: Callable[[Tensor], Tensor] = partial(super().forward, **kwargs)
-        rows = band_height(hidden_states.shape, self.window_size)
-        is_banded = hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
-        if not is_banded or rows >= hidden_states.shape[1]:
-            return run(hidden_states)
-        bands = hidden_states.split(rows, dim=1)
-        first = run(bands[0].contiguous())
-        pooled = rows // first.shape[1]
-        output = first.new_empty(len(first), hidden_states.shape[1] // pooled, *first.shape[2:])
-        output[:, : first.shape[1]] = first
-        for number, band in enumerate(bands[1:], start=1):
-            start = number * first.shape[1]
-            output[:, start : start + band.shape[1] // pooled] = run(band.contiguous())
-        return output
-
-
-def band_height(shape: torch.Size, window: int) -> int:
-    """Return the rows of a band of a map (B, H, W, C): H where attention is global or windows do not fill the map."""
-    images, height, width, _ = shape
-    if window == 0 or height % window or width % window:
-        return height
-    return window * max(1, BAND_TOKENS // (images * width * window))
 
 
 class LeanNeck(Sam2VisionNeck):  # type: ignore[misc]
