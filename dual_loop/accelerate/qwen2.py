@@ -153,14 +153,15 @@ def can_step(language_model: Any) -> bool:
     A layer that another library has changed (FSDP's class, a method of Liger's, a hook) is not plain.
     """
     config = language_model.config
-    is_known = config.hidden_act == "silu" and all(kind == "full_attention" for kind in config.layer_types)
-    return is_known and all(_is_plain(layer) for layer in language_model.layers)
-
-
-def _is_plain(layer: Any) -> bool:
-    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
-    is_changed = any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
-    return type(layer) in (Qwen2DecoderLayer, TrimmedLayer) and not is_changed
+    if config.hidden_act != "silu" or any(kind != "full_attention" for kind in config.layer_types):
+        return False
+    for layer in language_model.layers:
+        parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+        if type(layer) not in (Qwen2DecoderLayer, TrimmedLayer) or any(
+            "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts
+        ):
+            return False
+    return True
 
 
 def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:

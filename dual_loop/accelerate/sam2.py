@@ -91,7 +91,9 @@ class LeanNeck(Sam2VisionNeck):  # type: ignore[misc]
         for level in reversed(range(len(self.convs))):
             given = hidden_states[level].permute(0, 3, 1, 2)
             if level in opened:
-                maps.append(_as_read(given))
+                # Rounded once to the dtype in which autocast will read it, and half as large.
+                kind = given.device.type
+                maps.append(given.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else given)
                 continue
             lateral = self.lateral(level)
             found = lateral(given.to(lateral.weight.dtype))
@@ -122,9 +124,3 @@ def read_level(neck: Any, level: int, convolution: nn.Conv2d, values: Tensor) ->
 def _is_linear(layer: nn.Conv2d) -> bool:
     plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
     return plain and layer.bias is not None and not any(p.requires_grad for p in layer.parameters())
-
-
-def _as_read(values: Tensor) -> Tensor:
-    """Return a level in the dtype in which autocast will read it: rounded once, and half as large."""
-    kind = values.device.type
-    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
