@@ -62,6 +62,19 @@ def test_values_and_gradients_are_those_of_the_whole_layer(checkpointed: bool, a
         torch.testing.assert_close(seen, expected)
 
 
+def test_under_autocast_values_are_those_of_the_whole_layer() -> None:
+    whole, given = language_model().float(), inputs()
+    trimmed = copy.deepcopy(whole)
+    make_trimmable(trimmed)
+    given["inputs_embeds"] = given["inputs_embeds"].float()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        given["attention_mask"] = additive_mask(given["attention_mask"] == 0, torch.float32)
+        seen = trimmed(**given, use_cache=False, **trimming(trimmed, READ_FROM)).last_hidden_state
+        expected = whole(**given, use_cache=False).last_hidden_state[:, READ_FROM:]
+    torch.testing.assert_close(seen, expected, rtol=2e-2, atol=2e-2)
+    assert expected.std() > 0.1
+
+
 def test_unread_columns_are_not_computed() -> None:
     model = language_model()
     make_trimmable(model)

@@ -45,9 +45,7 @@ def test_the_levels_and_the_gradients_of_their_convolutions_are_the_stock_ones()
 
 def test_open_levels_come_out_as_narrow_as_the_trunk() -> None:
     stock, lean, batch = models()
-    shapes = [
-        [level.shape[1] for level in model.encode_grounding(batch.g_pixel_values)] for model in (stock, lean)
-    ]
+    shapes = [[level.shape[1] for level in model.encode_grounding(batch.g_pixel_values)] for model in (stock, lean)]
     assert shapes == [[32, 32, 32], [8, 16, 32]]
     widths = [[model.grounding.level_width(level) for level in range(3)] for model in (stock, lean)]
     assert widths == shapes

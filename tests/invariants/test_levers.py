@@ -18,9 +18,7 @@ from dual_loop.training.window_parts import split_window
 
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
-PLAIN = SpeedConfig(
-    accelerate=False, fused_lora=False, trim_last_layer=False, lean_sam2=False, start_on_disk=False
-)
+PLAIN = SpeedConfig(accelerate=False, fused_lora=False, trim_last_layer=False, lean_sam2=False, start_on_disk=False)
 DEFAULT = SpeedConfig()
 IN_STEP = [
     field.name
