@@ -312,9 +312,7 @@ class Trainer:
         self.folder.log(record)
         self.report(console_line(record, self.total_steps))
 
-    def _save_panels(
-        self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], parts: Sequence[Part]
-    ) -> None:
+    def _save_panels(self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], parts: Sequence[Part]) -> None:
         """Draw some regions of this step (rank 0), one a source first; the images are read again."""
         if not self.accelerator.is_main_process:
             return

@@ -1,6 +1,6 @@
 """Print the table of configurations that stands in the README: what each is, and the memory of one process.
 
-    python scripts/plan/memory_table.py
+python scripts/plan/memory_table.py
 """
 
 from __future__ import annotations
