@@ -244,12 +244,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Turn:
-    """Token ids of a question and its answer, as they follow an image prefix.
-
-    Attributes:
-        input_ids: token ids.
-        labels: the same length; the token id where it carries loss, -100 elsewhere.
-    """
+    """Ids of a question and its answer, as they follow an image prefix; labels are -100 where there is no loss."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -344,12 +339,7 @@ class Segmentation:
 
 
 class RunState(TypedDict, total=False):
-    """What a resumed run needs of a rank's task.
-
-    Attributes:
-        captioner: counts of generated and rejected captions.
-        probe: captions that the cheating probe remembers. auditor: the same, as older runs wrote it.
-    """
+    """Of a rank's task: counts of generated and rejected captions, and what the probe remembers (once ``auditor``)."""
 
     captioner: list[int]
     probe: list[str]
@@ -361,11 +351,9 @@ class RankComm(Protocol):
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Add ``sums`` over all ranks."""
-        ...
 
     def gather(self, own: Sequence[str]) -> list[str]:
         """Return the texts of all ranks, rank by rank."""
-        ...
 
 
 class SingleProcess:
@@ -398,12 +386,7 @@ class LossTerm:
 
 @dataclass
 class StepOutput:
-    """What steps 2 and 3 give for one micro-batch.
-
-    Attributes:
-        terms: loss terms by name: ``mask_loss``, ``dice_loss``, ``llm_loss`` and those that signals add.
-        masks: what was segmented, one mask a region.
-    """
+    """Of one micro-batch: ``mask_loss``, ``dice_loss``, ``llm_loss`` and what signals add; and one mask a region."""
 
     terms: Mapping[str, LossTerm]
     masks: Segmentation

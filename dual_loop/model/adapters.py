@@ -83,7 +83,6 @@ class KeepsMatrix(Protocol):
     @staticmethod
     def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
         """Add the adapters of ``layers``, whose base layers are of this class, to the matrices; ``undo`` restores."""
-        ...
 
 
 @contextmanager
