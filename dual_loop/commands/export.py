@@ -143,7 +143,7 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     import torch
 
     from dual_loop.data.prepare import batch_from_samples
-    from dual_loop.loop.captioner import Captioner
+    from dual_loop.loop.captioner import Captioner, measuring_settings
     from dual_loop.loop.scorer import Scorer
     from dual_loop.model.build import geometry
     from dual_loop.model.sa2va import evaluating
@@ -152,9 +152,7 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     scene = generate_scene(123)
     names = tuple(str(index) for index in range(len(scene.objects)))
     sample = RegionSample("sa1b", "probe", scene.image, scene.masks, names, tuple(() for _ in names))
-    loop = dataclasses.replace(
-        config.loop, temperature=0.0, max_new_tokens=PROBE_TOKENS, on_rejected="fallback", max_rejected_fraction=1.0
-    )
+    loop = dataclasses.replace(measuring_settings(config.loop), max_new_tokens=PROBE_TOKENS)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     with evaluating(model), torch.no_grad(), autocast:
         batch = batch_from_samples([sample], geometry(config), seed=0).to(model.device)

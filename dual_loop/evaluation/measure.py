@@ -23,7 +23,7 @@ from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.scorer import Scorer
 from dual_loop.metrics import caption_exact, iou, mask_overlap
 from dual_loop.model.build import geometry
@@ -209,14 +209,7 @@ class RegionMeter:
         self.model, self.config, self.protocol = model, config, protocol
         self.tasks, self.autocast, self.frozen_listener = set(tasks), autocast or nullcontext(), frozen_listener
         self.geometry = geometry(config)
-        settings = dataclasses.replace(
-            config.loop,
-            temperature=0.0,
-            on_rejected="fallback",
-            max_rejected_fraction=1.0,
-            segment_form="branches",
-            segment_question=protocol.question,
-        )
+        settings = dataclasses.replace(measuring_settings(config.loop), segment_question=protocol.question)
         self.captioner = Captioner(model, prompter, settings, is_silent=True)
         self.scorer = Scorer(model, prompter, settings)
 

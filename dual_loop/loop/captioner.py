@@ -37,6 +37,11 @@ class CaptionRejected(DualLoopError):
     """A generated caption was refused and the policy ``on_rejected`` is ``error``."""
 
 
+def measuring_settings(config: LoopConfig) -> LoopConfig:
+    """Return the settings of all that measures or answers: greedy, and a rejected caption is no reason to stop."""
+    return replace(config, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0, segment_form="branches")
+
+
 class Captioner:
     """Writes a caption for every region that has no text of its own, and samples for those who learn from them.
 

@@ -7,7 +7,6 @@ the weights that training started from.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import LoopConfig
-from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
 from dual_loop.loop.scorer import Scorer, own_and_margin
 from dual_loop.loop.step_metrics import ratio
@@ -43,9 +42,7 @@ class CheatingProbe:
         self.model, self.prompter, self.config = model, prompter, config
         self.starting, self.comm = starting, comm
         self.recent: deque[str] = deque(maxlen=REMEMBERED_CAPTIONS)
-        # Rejections are part of what is measured here, never a reason to stop.
-        greedy = dataclasses.replace(config, temperature=0.0, on_rejected="fallback", max_rejected_fraction=1.0)
-        self.captioner = Captioner(model, prompter, greedy, is_silent=True)
+        self.captioner = Captioner(model, prompter, measuring_settings(config), is_silent=True)
         self.scorer = Scorer(model, prompter, config)
 
     def remember(self, captions: Sequence[Sequence[RegionCaption]]) -> None:

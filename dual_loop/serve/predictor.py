@@ -23,7 +23,7 @@ from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
 from dual_loop.evaluation.measure import resize_logits
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.captioner import Captioner
+from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.scorer import Scorer, join_masks
 from dual_loop.metrics import iou_table
 from dual_loop.model.build import geometry
@@ -81,16 +81,9 @@ class Predictor:
     def __init__(self, loaded: LoadedModel, max_new_tokens: int | None = None) -> None:
         self.loaded = loaded
         self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
-        loop = self.config.loop
-        # A user sees what the model wrote; nothing is replaced and nothing stops.
-        self.settings = dataclasses.replace(
-            loop,
-            segment_form="branches",
-            temperature=0.0,
-            on_rejected="fallback",
-            max_rejected_fraction=1.0,
-            max_new_tokens=loop.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        )
+        self.settings = measuring_settings(self.config.loop)
+        if max_new_tokens is not None:
+            self.settings = dataclasses.replace(self.settings, max_new_tokens=max_new_tokens)
         self.geometry = geometry(self.config)
 
     @classmethod
