@@ -335,7 +335,14 @@ class TreeListing:
             make = functools.partial(_list_group, str(root), frozenset(seen))
             text = f"listing {root.name}"
             parts = build_in_parts(
-                names, make, index_dir, key, workers=workers, threads=True, describe=text, count=_num_files
+                names,
+                make,
+                index_dir,
+                key,
+                workers=workers,
+                threads=True,
+                describe=text,
+                count=lambda part: int(part["num_files"].sum()),
             )
         # A folder that two parts reached by links counts where it is highest.
         listed = sorted([*found, *(folder for part in parts for folder in _unpack(part))], key=_depth)
@@ -347,10 +354,6 @@ class TreeListing:
     def watched_arrays(self) -> Arrays:
         """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
         return watched_arrays(self.folders[:MAX_WATCHED])
-
-
-def _num_files(arrays: Arrays) -> int:
-    return int(arrays["num_files"].sum())
 
 
 class _Folder(NamedTuple):

@@ -53,8 +53,6 @@ OUTSIDE: Place = (-1, 0, 0)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
-Annotation = Mapping[str, object]
-
 
 class Sa1b(Reader):
     """SA-1B; an entry is an image with its masks.
@@ -157,14 +155,21 @@ class Sa1b(Reader):
             where, expected = str(self.root / (image_name or record_name)), f"a {lacking} of the same stem"
             raise SampleError("missing_file", explain(f"an SA-1B {lacking} is missing", where, "no partner", expected))
         record = self.root / record_name
-        annotations = _read_annotations(self._read(record_name, self._record_place[row]), record)
+        content = read_annotations(self._read(record_name, self._record_place[row]), str(record))
+        annotations = content.get("annotations") if isinstance(content, dict) else None
+        if not isinstance(annotations, list) or not all(isinstance(item, dict) for item in annotations):
+            seen, expected = f"{str(content)[:60]}...", '{"image": {...}, "annotations": [{...}, ...]}'
+            what, fix = "an annotation file is not of SA-1B", "download this file again"
+            raise SampleError("broken_json", explain(what, str(record), seen, expected, fix))
         stored = self._read(image_name, self._image_place[row])
         picture = read_picture(stored, False, str(self.root / image_name), needed)
         # The scores cost nothing, so they come first; the area is checked on the decoded mask.
+        limits = [(key, least) for key, least in self.min_scores.items() if least > 0]
+        scores = [[annotation.get(key) for key, _ in limits] for annotation in annotations]
         passing = [
             number
-            for number, annotation in enumerate(annotations)
-            if all(least <= 0 or _score(annotation, key) >= least for key, least in self.min_scores.items())
+            for number, found in enumerate(scores)
+            if all(isinstance(s, (int, float)) and s >= least for s, (_, least) in zip(found, limits, strict=True))
         ]
 
         def decode(position: int) -> np.ndarray:
@@ -172,15 +177,14 @@ class Sa1b(Reader):
             where = f"{record}[{number}]"
             return fit_mask(decode_rle(annotations[number].get("segmentation", {}), where), picture.size, where)
 
-        limits = "".join(f"{key} >= {least:g}, " for key, least in self.min_scores.items())
+        needs = "".join(f"{key} >= {least:g}, " for key, least in limits)
         where = f"{record}, {len(annotations)} annotations, {len(passing)} of them with high enough scores"
-        drawn, masks = self._draw(rng, len(passing), decode, where, limits)
-        return self._sample(index, picture, masks, _region_ids(annotations, [passing[position] for position in drawn]))
-
-
-def _score(annotation: Annotation, key: str) -> float:
-    score = annotation.get(key)
-    return score if isinstance(score, (int, float)) else float("-inf")
+        drawn, masks = self._draw(rng, len(passing), decode, where, needs)
+        # The annotations' own ids; where one is missing or used twice, their positions in the file.
+        ids = [annotation.get("id") for annotation in annotations]
+        is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)
+        chosen = [passing[position] for position in drawn]
+        return self._sample(index, picture, masks, [str(ids[n]) if is_own else f"at{n}" for n in chosen])
 
 
 def _entry_name(path: str) -> str:
@@ -201,23 +205,3 @@ def _pair_up(files: Sequence[tuple[str, Place]]) -> dict[str, np.ndarray]:
         arrays |= StringTable.from_strings(pair[column][0] for pair in ordered).to_arrays(name)
         arrays[f"{name}_place"] = np.array([pair[column][1] for pair in ordered], np.int64).reshape(-1, 3)
     return arrays
-
-
-def _read_annotations(file: Path | io.BytesIO, path: Path) -> list[Annotation]:
-    """Return the annotations of an SA-1B JSON file (``path`` names it in messages)."""
-    record = read_annotations(file, str(path))
-    annotations = record.get("annotations") if isinstance(record, dict) else None
-    if not isinstance(annotations, list) or not all(isinstance(item, dict) for item in annotations):
-        expected = '{"image": {...}, "annotations": [{...}, ...]}'
-        seen, fix = f"{str(record)[:60]}...", "download this file again"
-        message = explain("an annotation file is not of SA-1B", str(path), seen, expected, fix)
-        raise SampleError("broken_json", message)
-    return annotations
-
-
-def _region_ids(annotations: Sequence[Annotation], chosen: Sequence[int]) -> list[str]:
-    """Return the annotations' own ids; where one is missing or used twice, their positions in the file."""
-    ids = [annotation.get("id") for annotation in annotations]
-    if all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids):
-        return [str(ids[number]) for number in chosen]
-    return [f"at{number}" for number in chosen]

@@ -64,7 +64,17 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
     if is_compressed(Path(path)):
         with open_compressed(Path(path), Path(index_dir)) as file:
             damage = _list_members(file, prefix, None, found)
-            _store_points(file, Path(path), Path(index_dir))
+            points = _points_path(Path(path), Path(index_dir))
+            temporary = points.with_name(f".{points.name}.{os.getpid()}.{uuid.uuid4().hex}")
+            try:
+                points.parent.mkdir(parents=True, exist_ok=True)
+                file.export_index(filename=str(temporary))
+                os.replace(temporary, points)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                what = "the points of a compressed archive cannot be stored"
+                fix = "set data.index_dir or $DUAL_LOOP_CACHE"
+                raise EnvironmentProblem(explain(what, str(points), str(error), "a folder to write in", fix)) from error
     else:
         with open(path, "rb") as plain:
             damage = _list_members(plain, prefix, os.path.getsize(path), found)
@@ -141,19 +151,6 @@ def _points_path(path: Path, index_dir: Path) -> Path:
     state = path.stat()
     text = f"{path}\n{state.st_mtime_ns}\n{state.st_size}\n{point_spacing(state.st_size)}"
     return index_dir / "gzip_points" / f"{hashlib.sha256(os.fsencode(text)).hexdigest()[:24]}.gzidx"
-
-
-def _store_points(file: Any, path: Path, index_dir: Path) -> None:
-    points = _points_path(path, index_dir)
-    temporary = points.with_name(f".{points.name}.{os.getpid()}.{uuid.uuid4().hex}")
-    try:
-        points.parent.mkdir(parents=True, exist_ok=True)
-        file.export_index(filename=str(temporary))
-        os.replace(temporary, points)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        what, fix = "the points of a compressed archive cannot be stored", "set data.index_dir or $DUAL_LOOP_CACHE"
-        raise EnvironmentProblem(explain(what, str(points), str(error), "a folder to write in", fix)) from error
 
 
 class TarShelf:

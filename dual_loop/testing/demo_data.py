@@ -43,10 +43,7 @@ __all__ = ["SceneOptions", "demo_directories", "pool_seed", "write_demo_data"]
 
 JPEG_QUALITY = 95
 REFCOCO_SPLITS = ("train", "val", "testA", "testB")
-OPEN_IMAGES_COLUMNS = (
-    *("MaskPath", "ImageID", "LabelName", "BoxID", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"),
-    *("PredictedIoU", "Clicks"),
-)
+OPEN_IMAGES_HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
 OPEN_IMAGES_MASK_SCALE = 1.25
 FILES_PER_FOLDER = 1000
 
@@ -226,7 +223,7 @@ def _write_open_images(
             size = (round(width * scale), round(height * scale))
             mask = Image.fromarray(item.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
             mask.convert("1").save(masks / name, format="PNG")
-    _write_csv([OPEN_IMAGES_COLUMNS, *rows], root / "train-annotations-object-segmentation.csv")
+    _write_csv([OPEN_IMAGES_HEADER.split(","), *rows], root / "train-annotations-object-segmentation.csv")
     names = [(f"/m/{shape}", shape.capitalize()) for shape in options.shapes]
     _write_csv([("LabelName", "DisplayName"), *names], root / "oidv7-class-descriptions.csv")
 

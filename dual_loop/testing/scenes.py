@@ -167,18 +167,15 @@ class _Look(NamedTuple):
     twin: str  # "", "size" or "position"
 
 
+_Stamp = tuple[Image.Image, tuple[int, int]]
+"""A drawn object: an "L" image of coverage 0..255, and the (x, y) pixel of its upper left corner."""
+
+
 class _Place(NamedTuple):
     x: float
     y: float
     rotation: float
     size: float
-
-
-class _Stamp(NamedTuple):
-    """A drawn object: an "L" image of coverage 0..255, and the (x, y) pixel of its upper left corner."""
-
-    coverage: Image.Image
-    corner: tuple[int, int]
 
 
 def pool_seed(seed: int, pool: str, index: int) -> int:
@@ -290,12 +287,18 @@ def _try_scene(rng: np.random.Generator, looks: list[_Look], options: SceneOptio
     qualifiers = _choose_qualifiers(looks, places, height, width)
     if qualifiers is None:
         return None
-    stamps = [_draw_stamp(look.shape, place) for look, place in zip(looks, places, strict=True)]
+    stamps: list[_Stamp] = []
+    for look, place in zip(looks, places, strict=True):
+        turned = _glyph(look.shape).rotate(place.rotation, Image.Resampling.BILINEAR, expand=True)
+        factor = place.size / _GLYPH_SIDE
+        size = (max(1, round(turned.width * factor)), max(1, round(turned.height * factor)))
+        corner = (round(place.x - size[0] / 2), round(place.y - size[1] / 2))
+        stamps.append((turned.resize(size, Image.Resampling.BOX), corner))
     covered = np.zeros((height, width), bool)
     objects: list[SceneObject] = []
     for look, place, word, stamp in reversed(list(zip(looks, places, qualifiers, stamps, strict=True))):
         canvas = Image.new("L", (width, height))
-        canvas.paste(stamp.coverage, stamp.corner)
+        canvas.paste(*stamp)
         whole = np.asarray(canvas) >= 128  # the pixels that the object covers by half or more
         mask = whole & ~covered  # later objects are in front
         covered = covered | whole
@@ -368,24 +371,15 @@ def _glyph(shape: str) -> Image.Image:
     return ink.resize(size, Image.Resampling.BOX)
 
 
-def _draw_stamp(shape: str, place: _Place) -> _Stamp:
-    """Draw the whole object: coverage, and where its upper left corner goes."""
-    turned = _glyph(shape).rotate(place.rotation, Image.Resampling.BILINEAR, expand=True)
-    factor = place.size / _GLYPH_SIDE
-    size = (max(1, round(turned.width * factor)), max(1, round(turned.height * factor)))
-    coverage = turned.resize(size, Image.Resampling.BOX)
-    return _Stamp(coverage, (round(place.x - size[0] / 2), round(place.y - size[1] / 2)))
-
-
 def _paint(rng: np.random.Generator, looks: list[_Look], stamps: list[_Stamp], height: int, width: int) -> np.ndarray:
     """Return the (H, W, 3) uint8 image: background, objects with a darker rim, then noise of +-5 on every value."""
     canvas = Image.fromarray(_background(rng, height, width))
-    for look, stamp in zip(looks, stamps, strict=True):
+    for look, (coverage, corner) in zip(looks, stamps, strict=True):
         shifted = np.asarray(COLOURS[look.colour]) + rng.integers(-14, 15, size=3)
         fill = tuple(int(value) for value in np.clip(shifted, 0, 255))
         # The rim shows where one object ends and another of the same colour begins.
-        canvas.paste(tuple(value * 7 // 10 for value in fill), stamp.corner, stamp.coverage)
-        canvas.paste(fill, stamp.corner, stamp.coverage.filter(ImageFilter.MinFilter(3)))
+        canvas.paste(tuple(value * 7 // 10 for value in fill), corner, coverage)
+        canvas.paste(fill, corner, coverage.filter(ImageFilter.MinFilter(3)))
     noise = rng.integers(-5, 6, size=(height, width, 3), dtype=np.int8)
     image: np.ndarray = np.clip(np.asarray(canvas, np.int16) + noise, 0, 255).astype(np.uint8)
     return image
