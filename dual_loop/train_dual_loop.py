@@ -39,9 +39,9 @@ from dual_loop.iteration import evenly_spread
 from dual_loop.metrics import paired_bootstrap
 from dual_loop.model.ema import weights
 from dual_loop.preflight.machine import require_ready
+from dual_loop.training.checks import gather_objects
 from dual_loop.training.devices import end_processes
 from dual_loop.training.dry_run import dry_run as dry_run
-from dual_loop.training.guard import gather_objects
 from dual_loop.training.panels import Panel, save_named_panels
 from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
 from dual_loop.training.trainer import FitResult, Trainer

@@ -29,8 +29,8 @@ from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import GroundingDecoder
+from dual_loop.training.checks import gather_objects
 from dual_loop.training.devices import precision
-from dual_loop.training.guard import gather_objects
 from dual_loop.training.window_parts import as_computed
 
 GIB = 2**30

@@ -31,8 +31,8 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer, 
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
+from dual_loop.training.checks import RankExchange
 from dual_loop.training.devices import build_accelerator, is_sharding, share_out_batch
-from dual_loop.training.guard import RankExchange
 from dual_loop.training.memory import LayerPlan, MemoryEstimator
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model

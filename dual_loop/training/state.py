@@ -12,7 +12,7 @@ import torch
 from dual_loop.checkpoint.store import RunCheckpoint, find_latest, load_run_checkpoint
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.shards import place_like
-from dual_loop.training.meters import CounterLedger
+from dual_loop.training.metrics_log import CounterLedger
 
 
 @dataclass

@@ -26,16 +26,16 @@ from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import place_like, whole
-from dual_loop.training.devices import attention_kernel, peak_memory_mb, wrap_model
-from dual_loop.training.feed import WindowFeed
-from dual_loop.training.guard import (
+from dual_loop.training.checks import (
     StopRequest,
     check_finite,
     find_non_finite,
     gather_objects,
     memory_errors_explained,
 )
-from dual_loop.training.meters import (
+from dual_loop.training.device_prefetch import WindowFeed
+from dual_loop.training.devices import attention_kernel, peak_memory_mb, wrap_model
+from dual_loop.training.metrics_log import (
     MAIN_TERMS,
     PhaseTimer,
     add_into,

@@ -14,7 +14,7 @@ import torch
 
 from dual_loop.model.decode import Decoder
 from dual_loop.model.prompts import Prompter
-from dual_loop.training.guard import StopRequest
+from dual_loop.training.checks import StopRequest
 
 from bench.phases import PhaseClock, ProductCounter, watch, watch_task
 from bench.setup import Setting, build_config, build_trainer

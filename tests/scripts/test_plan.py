@@ -14,7 +14,7 @@ import torch
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.model.decode import Decoder
-from dual_loop.training.guard import StopRequest
+from dual_loop.training.checks import StopRequest
 from dual_loop.training.memory import MemoryEstimator
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_task

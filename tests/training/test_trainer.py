@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import GATES
 from dual_loop.errors import CheckpointError, EnvironmentProblem
-from dual_loop.training.guard import NonFiniteError
+from dual_loop.training.checks import NonFiniteError
 from dual_loop.training.trainer import Trainer
 
 from hollow import HollowTask, make_trainer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dual_loop.training.meters import (
+from dual_loop.training.metrics_log import (
     CounterLedger,
     PhaseTimer,
     add_into,

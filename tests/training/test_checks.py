@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.errors import EnvironmentProblem
-from dual_loop.training import guard
-from dual_loop.training.guard import (
+from dual_loop.training import checks
+from dual_loop.training.checks import (
     NonFiniteError,
     StopRequest,
     check_finite,
@@ -75,9 +75,9 @@ def test_a_signal_is_remembered_and_handlers_come_back(number: signal.Signals) -
 def test_a_second_signal_leaves_at_once() -> None:
     code = (
         "import os, signal, time\n"
-        "from dual_loop.training import guard\n"
-        "guard.SAME_WISH_SECONDS = 0.05\n"
-        "with guard.StopRequest():\n"
+        "from dual_loop.training import checks\n"
+        "checks.SAME_WISH_SECONDS = 0.05\n"
+        "with checks.StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(0.1)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -88,4 +88,4 @@ def test_a_second_signal_leaves_at_once() -> None:
 
 
 def test_gathering_in_one_process_keeps_the_value() -> None:
-    assert guard.gather_objects(Accelerator(cpu=True), ["x"]) == [["x"]]
+    assert checks.gather_objects(Accelerator(cpu=True), ["x"]) == [["x"]]

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.errors import DualLoopError, EnvironmentProblem, explain
-from dual_loop.training.meters import reduce_sums
+from dual_loop.training.metrics_log import reduce_sums
 
 MAX_NAMES = 8
 # SIGUSR1 is for clusters: torchrun's launcher ends its workers 30 seconds after SIGTERM, done or not. Where it is told

@@ -14,8 +14,8 @@ from dual_loop.config import Config, SpeedConfig, load_config
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
+from dual_loop.training.device_prefetch import WindowFeed
 from dual_loop.training.devices import attention_kernel
-from dual_loop.training.feed import WindowFeed
 from dual_loop.types import Batch
 
 from hollow import HollowData, make_trainer
