@@ -249,7 +249,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(
 def test_a_launcher_in_a_job_ignores_what_its_workers_heed(tmp_path: Path) -> None:
     """The shell's ``trap '' USR1`` reaches every program it starts; the trainer's own handler replaces it."""
     worker = (
-        "import os, signal\nfrom dual_loop.training.checks import StopRequest\n"
+        "import os, signal\nfrom dual_loop.training.stop import StopRequest\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "with StopRequest() as stop:\n    os.kill(os.getpid(), signal.SIGUSR1)\n    print(stop.signal_name)\n"
     )

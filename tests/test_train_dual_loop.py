@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from dual_loop import train_dual_loop
-from dual_loop.errors import ConfigError
-from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
-from dual_loop.train_dual_loop import TO_BE_CONTINUED, evaluation_summary, exit_status, gain, main
+from dual_loop.train_dual_loop import TO_BE_CONTINUED, exit_status, main
 from dual_loop.training.trainer import FitResult
 
 SOURCES = ("sav", "sa1b", "openimages", "refcoco")
@@ -292,28 +289,3 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["--dry_run", "--config", "tiny_cpu", "--output_dir", str(tmp_path / "run")]) == 0
     assert "effective batch: 8" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-def _result(name: str, image: str, *ious: float) -> MeasuredRegion:
-    sentences = [SegmentedSentence("x", 1, iou * 10, 10.0) for iou in ious]
-    return MeasuredRegion(name, image, caption="x", sentences=sentences, cycle=SegmentedCaption(5.0, 10.0))
-
-
-def test_gain_pairs_regions_and_sentences() -> None:
-    before = [_result("a", "i", 0.1, 0.2), _result("b", "j", 0.3)]
-    after = [_result("a", "i", 0.2, 0.4), _result("b", "j", 0.6)]
-    assert gain(before, after)["mean"] == pytest.approx(np.mean([0.1, 0.2, 0.3]))
-    with pytest.raises(ConfigError, match="different regions"):
-        gain(before, after[::-1])
-    with pytest.raises(ConfigError, match="different regions"):
-        gain(before, after[:1])
-
-
-def test_summary_has_what_was_measured_and_no_nan() -> None:
-    results = [_result("a", "i", 0.5)]
-    assert evaluation_summary(None, None) == {}
-    assert set(evaluation_summary(None, results)) == {"after"}
-    summary = evaluation_summary(results, results)
-    expected = {"gIoU": 0.5, "cIoU": 0.5, "cycle_gIoU": 0.5, "caption_exact": None, "cycle_gIoU_frozen": None}
-    assert {name: summary["before"][name] for name in expected} == expected
-    assert summary["flags"] == []

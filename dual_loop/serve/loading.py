@@ -20,7 +20,7 @@ from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.state import fill_parameters, find_checkpoint
+from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 
 
 @dataclass

@@ -1,49 +1,138 @@
-"""The accumulation windows of a run on the device, the next one copied ahead where that is asked for.
+"""What feeds a step: this rank's part of the data, in windows on the device, in parts that hold a graph at once.
 
-Pinned memory comes from the loader. On a GPU the copies run on a stream of their own beside the step's kernels; the
-step's stream waits for them before it reads. On a CPU a copy ahead changes nothing but the time at which the loader is
-asked.
+The micro-batches of the next optimiser step may be copied ahead (``speed.prefetch_to_device``). Pinned memory comes
+from the loader. On a GPU the copies run on a stream of their own beside the step's kernels; the step's stream waits for
+them before it reads. On a CPU a copy ahead changes nothing but the time at which the loader is asked.
+
+Losses are sums divided by global counts, and everything random about a region has a seed of its own, so a micro-batch
+may be run in parts of fewer images (``speed.images_at_once``), each with its backward pass, for the same gradients up
+to rounding. Activations are those of a part. On a GPU a micro-batch is what the user found to fit, and parts would
+leave it idle; on a CPU one image with a few hundred tokens keeps the products busy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from dual_loop.types import Batch
+from dual_loop.config import Config
+from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
+from dual_loop.data.mixture import WindowedBatchSampler
+from dual_loop.data.skipped import SkipLedger
+from dual_loop.model.build import geometry
+from dual_loop.types import Batch, RegionSample
+
+ENOUGH_TOKENS = 256
+"""Image tokens from which on one image is enough for a CPU."""
 
 
-class WindowFeed:
-    """Hands out the micro-batches of one optimiser step after the other.
+class DataStream:
+    """This rank's micro-batches, their position, and what was skipped.
+
+    Attributes:
+        ledger: counts skipped samples of all ranks, the same on every rank.
+        table: printed table of the sources.
+        steps_per_epoch: optimiser steps; num_samples: draws of an epoch; source_names: of all sources.
+
+    Raises:
+        ConfigError: a data set cannot be opened, or the shares are impossible.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        train, data = config.train, config.data
+        # Rank 0 lists the folders and writes the index; the others then read it.
+        with accelerator.main_process_first():
+            self.dataset = build_dataset(config, geometry(config))
+        stream = self.dataset.stream
+        ranks = accelerator.num_processes, accelerator.process_index
+        self.sampler = WindowedBatchSampler(stream, train.batch_size, *ranks, train.gradient_accumulation_steps)
+        self.ledger = SkipLedger(data.max_bad_fraction, data.max_bad_grace)
+        self.num_workers, self.pin_memory = data.num_workers, accelerator.device.type == "cuda"
+        self.table = describe(self.dataset.sources, stream)
+        self.steps_per_epoch, self.num_samples = self.sampler.steps_per_epoch, stream.epoch_length
+        self.source_names: Sequence[str] = [share.name for share in stream.shares]
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Start the loader at optimiser step ``first_step`` (0-based)."""
+        self.sampler.start_step = first_step
+        seed = self.sampler.stream.seed
+        return iter(build_loader(self.dataset, self.sampler, self.num_workers, self.pin_memory, seed))
+
+    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
+        """Read samples of an optimiser step again; the same draws give the same samples and regions.
+
+        Args:
+            step: 0-based.
+            images: for each the micro-batch, and the number of the image in it.
+        """
+        keys = [self.sampler.keys(step, micro_step)[image] for micro_step, image in images]
+        return list(map(self.dataset.sample, keys))
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Return JSON values: the position after ``step`` steps, and the ledger."""
+        return {"sampler": self.sampler.state_dict(step), "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: the data or the size of a step are not those of the checkpoint.
+        """
+        self.sampler.load_state_dict(state["sampler"])
+        self.ledger.load_state_dict(state["ledger"])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a micro-batch.
+
+    Attributes:
+        batch: the images.
+        micro_step: the micro-batch of the accumulation window that they belong to.
+        first: the number of the first one there.
+    """
+
+    batch: Batch
+    micro_step: int
+    first: int
+
+
+class DevicePrefetch:
+    """Hands out the accumulation window of one optimiser step after the other, on the device.
 
     Args:
         batches: this rank's micro-batches, on the CPU.
-        count: micro-batches of a window.
+        config: the whole configuration.
         device: where they go.
-        copies_ahead: whether :meth:`start_next` does anything (``speed.prefetch_to_device``).
     """
 
-    def __init__(self, batches: Iterator[Batch], count: int, device: torch.device, copies_ahead: bool = False) -> None:
-        self.batches, self.count, self.device, self.copies_ahead = batches, count, device, copies_ahead
-        self._stream: Any = torch.cuda.Stream(device) if copies_ahead and device.type == "cuda" else None
+    def __init__(self, batches: Iterator[Batch], config: Config, device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.copies_ahead = config.speed.prefetch_to_device
+        self._window, self._images = config.train.gradient_accumulation_steps, images_at_once(config, device.type)
+        self._stream: Any = torch.cuda.Stream(device) if self.copies_ahead and device.type == "cuda" else None
         self._next: list[Batch] | None = None
 
-    def take(self) -> list[Batch]:
-        """Return the next window on the device."""
+    def take(self) -> list[Part]:
+        """Return the next window in parts."""
         window = self._next if self._next is not None else self._copy()
         self._next = None
         if self._stream is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self._stream)
-            for batch in window:
-                _keep_for(batch, computing)
-        return window
+            # Tell the allocator that this stream reads tensors that were made on another one.
+            values = [getattr(batch, field.name) for batch in window for field in fields(batch)]
+            for value in values:
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(computing)
+        return split_window(window, self._images)
 
     def start_next(self) -> None:
-        """Start to copy the window after the one that was taken.
+        """Start to copy the window after the one that was taken, where ``speed.prefetch_to_device`` asks for it.
 
         The loader may be waited for here. Call it when the step has work queued, and not after the last step.
         """
@@ -52,12 +141,34 @@ class WindowFeed:
 
     def _copy(self) -> list[Batch]:
         with torch.cuda.stream(self._stream):  # of no effect with None
-            return [next(self.batches).to(self.device, non_blocking=True) for _ in range(self.count)]
+            return [next(self.batches).to(self.device, non_blocking=True) for _ in range(self._window)]
 
 
-def _keep_for(batch: Batch, stream: Any) -> None:
-    """Tell the allocator that ``stream`` reads tensors that were made on another one."""
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            value.record_stream(stream)
+def images_at_once(config: Config, device_type: str) -> int:
+    """Return how many images of a micro-batch are run together on this kind of device.
+
+    ``auto`` is one on a CPU where an image has 256 tokens or more, else all. A sharded model runs all: its ranks have
+    to take the same number of passes.
+    """
+    choice, size = config.speed.images_at_once, config.train.batch_size
+    if choice.isdigit():
+        return min(int(choice), size)
+    if size == 1 or choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
+        return size
+    return 1 if geometry(config).grid_size ** 2 >= ENOUGH_TOKENS else size
+
+
+def as_computed(config: Config, device_type: str) -> Config:
+    """Return ``config`` with the parts as micro-batches: what estimates of time and memory have to look at."""
+    train, count = config.train, images_at_once(config, device_type)
+    steps = train.gradient_accumulation_steps * -(-train.batch_size // count)
+    return replace(config, train=replace(train, batch_size=count, gradient_accumulation_steps=steps))
+
+
+def split_window(window: Sequence[Batch], count: int) -> list[Part]:
+    """Return the micro-batches of a window in parts of at most ``count`` images, in order."""
+    return [
+        Part(batch.images(start, start + count), micro_step, start)
+        for micro_step, batch in enumerate(window)
+        for start in range(0, len(batch.sources), count)
+    ]

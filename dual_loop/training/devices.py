@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -20,6 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model.shards import is_sharded
+from dual_loop.training.metrics_log import reduce_sums
+
+Item = TypeVar("Item")
 
 LET_GO_SECONDS = 0.5
 
@@ -89,11 +93,6 @@ def share_out_batch(config: Config, world_size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=steps))
 
 
-def is_sharding(config: Config, accelerator: Accelerator) -> bool:
-    """Tell whether the language model is sharded: where that is asked for, and there are ranks to share it."""
-    return config.train.parallel == "fsdp" and accelerator.num_processes > 1
-
-
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
     # Shards are exchanged by their own layers.
@@ -130,6 +129,37 @@ def attention_kernel(config: Config, device: torch.device) -> AbstractContextMan
         raise EnvironmentProblem(explain("the attention kernel cannot run", "speed.sdpa_kernel", kernel, reason))
     chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS[kernel])
     return chosen
+
+
+def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:
+    """Return what every rank gave, in the order of ranks. Only for values that this package made itself."""
+    if accelerator.num_processes == 1:
+        return [own]
+    gathered = [own] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
+
+
+class RankExchange:
+    """The loop's view of the other ranks (``dual_loop.types.RankComm``).
+
+    Args:
+        accelerator: whose ranks.
+        settle: called before every exchange; ranks that share layers wait for each other there (``sharding.Pace``).
+    """
+
+    def __init__(self, accelerator: Accelerator, settle: Callable[[], None] = lambda: None) -> None:
+        self.accelerator, self.settle = accelerator, settle
+
+    def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Add ``sums`` over all ranks in one all-reduce."""
+        self.settle()
+        return reduce_sums(self.accelerator, sums)
+
+    def gather(self, own: Sequence[str]) -> list[str]:
+        """Return the texts of all ranks, rank by rank."""
+        self.settle()
+        return [text for texts in gather_objects(self.accelerator, list(own)) for text in texts]
 
 
 def end_processes(accelerator: Accelerator) -> None:

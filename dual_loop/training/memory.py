@@ -29,9 +29,8 @@ from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import GroundingDecoder
-from dual_loop.training.checks import gather_objects
-from dual_loop.training.devices import precision
-from dual_loop.training.window_parts import as_computed
+from dual_loop.training.device_prefetch import as_computed
+from dual_loop.training.devices import gather_objects, precision
 
 GIB = 2**30
 SHARE_USED = 0.85
@@ -51,7 +50,6 @@ class MemoryEstimate:
         language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
         mask_decoder: what it keeps. logits: three float32 copies of a chunk. losses: masks, targets and gradients.
         features: of the frozen encoders, for all images of the window.
-        captioning: key-value caches and logits of step 1, gone before step 2 and not in :attr:`total`.
     """
 
     frozen: int
@@ -63,7 +61,6 @@ class MemoryEstimate:
     logits: int
     losses: int
     features: int
-    captioning: int
 
     @property
     def state(self) -> int:
@@ -160,20 +157,13 @@ class MemoryEstimator:
     @cached_property
     def without_layers(self) -> MemoryEstimate:
         """The estimate with no byte for the decoder layers."""
-        config, model, text = self.config, self.model, self.model.mllm.config.text_config
+        config, model = self.config, self.model
         train, sizes, regions = config.train, geometry(config), config.data.regions_per_image
         objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
         cells = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        # A column of step 1's cache is a token's keys and values in all layers; a region's prompt, its share of cells.
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        column = 2 * self.layers * text.num_key_value_heads * head * model.mllm.lm_head.weight.element_size()
-        prefix = image_tokens(config) + TEXT_TOKENS
-        captions = window * regions * (1 + captions_with_graph(config))
-        rows = min(config.loop.rollout_batch_size, captions)
-        row = prefix + TEXT_TOKENS + sizes.grid_size**2 // regions + config.loop.max_new_tokens
         return MemoryEstimate(
             frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
             trained=trained,
@@ -184,7 +174,6 @@ class MemoryEstimator:
             logits=3 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * sizes.mask_size**2 * 4,
             features=window * cells * 4,
-            captioning=column * (window * prefix + rows * row) + 4 * rows * vocabulary,
         )
 
     def estimate(self, recomputed: int) -> MemoryEstimate:
@@ -214,9 +203,8 @@ class MemoryEstimator:
         if self.wanted is not None:
             return LayerPlan(self.wanted, self.layers, "setting")
         accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
-        free = free_memory(self.config, accelerator.device) - still_to_come(self.config, accelerator, optimizer)
-        plans: list[LayerPlan] = gather_objects(accelerator, self.decide(max(free, 0.0)))
-        plan = max(plans, key=lambda plan: plan.recomputed)
+        free = free_memory(self.config, accelerator.device) - still_to_come(accelerator, optimizer)
+        plan = max(gather_objects(accelerator, self.decide(max(free, 0.0))), key=lambda plan: plan.recomputed)
         checkpoint_first(self.model, plan.recomputed)
         return plan
 
@@ -245,12 +233,6 @@ def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
     return recomputed * layer.entry + (max(held, layer.kept) if recomputed else held)
 
 
-def image_tokens(config: Config) -> int:
-    """Return the tokens of an image with as many tiles as it may have, its thumbnail included."""
-    tiles = config.data.max_tiles
-    return geometry(config).grid_size ** 2 * (tiles + (tiles > 1))
-
-
 def shape_of_rows(config: Config) -> tuple[int, int]:
     """Return rows and length (tokens) of a long micro-batch of step 2.
 
@@ -258,12 +240,12 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     Region prompts take the cells of their masks; the masks of an image are taken to cover it once.
     """
     data, images, cells = config.data, config.train.batch_size, geometry(config).grid_size ** 2
-    with_graph = captions_with_graph(config)
-    image, text = image_tokens(config) + TEXT_TOKENS, TEXT_TOKENS + config.loop.max_new_tokens
-    branches = data.regions_per_image * (1 + with_graph)
+    tiles, with_graph = data.max_tiles, captions_with_graph(config)
+    image = cells * (tiles + (tiles > 1)) + TEXT_TOKENS  # with as many tiles as it may have, and its thumbnail
+    text, turns = TEXT_TOKENS + config.loop.max_new_tokens, data.regions_per_image * (1 + with_graph)
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
-    return images * (2 if has_pairs else 1), image + branches * text + with_graph * cells
+    return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
 
 
 def captions_with_graph(config: Config) -> int:
@@ -399,7 +381,7 @@ def _group_memory(otherwise: float, root: Path = CGROUP) -> float:
     return otherwise if limit == "max" else float(int(limit) - used + int(counters.get("inactive_file", 0)))
 
 
-def still_to_come(config: Config, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> float:
+def still_to_come(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> float:
     """Return the bytes of gradients and Adam moments that do not exist before the first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]

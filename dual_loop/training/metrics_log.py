@@ -1,17 +1,97 @@
-"""Sums over micro-batches and ranks, phase times, and the record of one optimiser step."""
+"""What a run says while it trains: printed lines, the record of a step, its curves, and example panels."""
 
 from __future__ import annotations
 
+import json
+import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+
+from dual_loop.drawing import Panel
+from dual_loop.errors import CheckpointError, explain
+from dual_loop.metrics import iou, mask_overlap
+from dual_loop.training.run_folder import replace_text
+from dual_loop.types import PackedBatch, RegionSample, Segmentation
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 PHASES = ("data", "rollout", "forward", "backward", "optimiser")
 MAIN_TERMS = ("mask_loss", "dice_loss", "llm_loss")
+METRICS_NAME = "metrics.jsonl"
+
+# ---- printed lines ---------------------------------------------------------------------------------------------------
+
+
+class Reporter:
+    """Prints lines on rank 0, above the progress bar where there is one."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+
+    def __call__(self, line: str) -> None:
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def set_up_logging(self) -> None:
+        """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
+        logger = logging.getLogger("dual_loop")
+        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
+            logger.addHandler(LineHandler())
+        logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
+        if not self.is_main:
+            warnings.simplefilter("ignore")
+
+
+class LineHandler(logging.Handler):
+    """Writes messages to the standard error of the moment, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+# ---- the numbers of a step -------------------------------------------------------------------------------------------
+
+
+class PhaseTimer:
+    """Seconds of one optimiser step, by phase.
+
+    Args:
+        device: on CUDA the queue is drained at the end of each phase where ``exact`` is set; kernels run later than
+            the Python that starts them, and would be counted under the wrong phase.
+    """
+
+    def __init__(self, device: torch.device, exact: bool) -> None:
+        self.must_wait = exact and device.type == "cuda"
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.start = self._last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """Count the time since the phase before ended under ``phase``."""
+        if self.must_wait:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        """Return seconds of all phases and ``total`` since construction, to a tenth of a millisecond."""
+        whole = {"total": time.perf_counter() - self.start, **self.seconds}
+        return {name: round(value, 4) for name, value in whole.items()}
 
 
 def add_into(sums: dict[str, float], values: Mapping[str, float], prefix: str = "") -> None:
@@ -30,80 +110,184 @@ def reduce_sums(accelerator: Accelerator, sums: Mapping[str, float]) -> dict[str
     return dict(zip(names, values.tolist(), strict=True))
 
 
-class PhaseTimer:
-    """Seconds of one optimiser step, by phase.
-
-    Args:
-        device: on CUDA the queue is drained at the end of each phase where ``exact`` is set; kernels run later than
-            the Python that starts them, and would be counted under the wrong phase.
-    """
-
-    def __init__(self, device: torch.device, exact: bool) -> None:
-        self.must_wait = exact and device.type == "cuda"
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a ``with`` block to phase ``name``."""
-        start = time.perf_counter()
-        yield
-        if self.must_wait:
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
-
-    def total(self) -> dict[str, float]:
-        """Return seconds of all phases and ``total`` since construction, to a tenth of a millisecond."""
-        whole = {"total": time.perf_counter() - self.start, **self.seconds}
-        return {name: round(value, 4) for name, value in whole.items()}
+def counters_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return what is summed over the whole run: names such as ``caption/rejected``, but no half of a ratio."""
+    return {name: value for name, value in sums.items() if "/" in name and not name.endswith(("/sum", "/count"))}
 
 
-class CounterLedger:
-    """Cumulative counters of the run: metric keys with a slash that are no ratio, such as ``caption/rejected``."""
-
-    def __init__(self, counters: Mapping[str, float] | None = None) -> None:
-        self.counters: dict[str, float] = dict(counters or {})
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Add the counters among ``metrics`` (global sums of one step)."""
-        add_into(self.counters, {name: value for name, value in metrics.items() if is_counter(name)})
-
-    def as_dict(self) -> dict[str, int]:
-        return {name: round(value) for name, value in sorted(self.counters.items())}
-
-
-def is_counter(name: str) -> bool:
-    """Tell whether a metric is summed over the whole run: it has a slash, and is no half of a ratio."""
-    return "/" in name and not name.endswith(("/sum", "/count"))
-
-
-def ratios_and_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
+def ratios_and_values(sums: Mapping[str, float]) -> dict[str, float | None]:
     """Turn ``x/sum`` and ``x/count`` into the ratio ``x`` (None without a count) and keep plain per-step values."""
     result: dict[str, float | None] = {}
-    for name, value in metrics.items():
+    for name, value in sums.items():
         if name.endswith("/sum"):
             base = name.removesuffix("/sum")
-            count = metrics[f"{base}/count"]
+            count = sums[f"{base}/count"]
             result[base] = value / count if count else None
         elif "/" not in name:
             result[name] = value
     return result
 
 
-def loss_means(totals: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Return each term's weighted average over the optimiser step and all ranks, and their sum as ``loss``."""
-    means = {name: total / max(counts[name], 1.0) for name, total in totals.items()}
-    return {"loss": sum(means.values()), **means}
+@dataclass(frozen=True)
+class StepRecord:
+    """One logged optimiser step, over all ranks.
+
+    Attributes:
+        step, epoch: from 1.
+        losses: each term's weighted average over the step.
+        grad_norm: before clipping. lr: learning rate. ranks: their number.
+        seconds: by phase, and ``total``.
+        values: averages of the step, None where there was nothing to average.
+        counters: over the whole run so far.
+    """
+
+    step: int
+    epoch: int
+    losses: Mapping[str, float]
+    grad_norm: float
+    lr: float
+    ranks: int
+    seconds: Mapping[str, float]
+    values: Mapping[str, float | None]
+    counters: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the record as a line of ``metrics.jsonl`` holds it."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": sum(self.losses.values()),
+            **{name: self.losses[name] for name in MAIN_TERMS},
+            "other_losses": {name: value for name, value in self.losses.items() if name not in MAIN_TERMS},
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "ranks": self.ranks,
+            "seconds": dict(self.seconds),
+            **self.values,
+            "counters": dict(self.counters),
+        }
+
+    def line(self, total_steps: int) -> str:
+        """Return the printed line: losses first, then where we are and what went wrong so far."""
+        others = [name for name in self.losses if name not in MAIN_TERMS]
+        parts = [f"loss={sum(self.losses.values()):.3f}"]
+        parts += [f"{name}={self.losses[name]:.3f}" for name in (*MAIN_TERMS, *others)]
+        parts.append(f"step {self.step}/{total_steps}")
+        cycle_iou = self.values.get("cycle_iou")
+        if cycle_iou is not None:
+            parts.append(f"cycle_iou={cycle_iou:.3f}")
+        shown = {name: value for name, value in self.counters.items() if value and name.count("/") == 1}
+        return ", ".join([*parts, *(f"{name}={value}" for name, value in shown.items())])
 
 
-def console_line(record: Mapping[str, Any], total_steps: int) -> str:
-    """Return the printed line of a logged step: losses first, then where we are and what went wrong so far."""
-    names = ("loss", *MAIN_TERMS, *(name for name in record["other_losses"]))
-    values = {**record, **record["other_losses"]}
-    parts = [f"{name}={values[name]:.3f}" for name in names]
-    parts.append(f"step {record['step']}/{total_steps}")
-    if record.get("cycle_iou") is not None:
-        parts.append(f"cycle_iou={record['cycle_iou']:.3f}")
-    shown = {name: value for name, value in record["counters"].items() if value and name.count("/") == 1}
-    parts += [f"{name}={value}" for name, value in shown.items()]
-    return ", ".join(parts)
+# ---- the files of records --------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one record a logged step, and the same as curves below ``tensorboard/``.
+
+    Args:
+        folder: of the run.
+        writes: False on all ranks but 0: every method then does nothing.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+        self._curves: SummaryWriter | None = None
+
+    def open(self, step: int) -> None:
+        """Open the logs after ``step`` steps; records of later steps, which will be done again, are removed."""
+        if self.writes:
+            truncate_metrics(self.folder / METRICS_NAME, step)
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: StepRecord) -> None:
+        """Append ``record``, and its numbers to the curves."""
+        if self._curves is None:
+            return
+        document = record.to_dict()
+        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(document) + "\n")
+        groups = {name: value for name, value in document.items() if isinstance(value, dict)}
+        numbers = {name: value for name, value in document.items() if name not in ("step", *groups)}
+        numbers |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        for name, value in numbers.items():
+            if value is not None:
+                self._curves.add_scalar(name, value, record.step)
+
+    def close(self) -> None:
+        if self._curves is not None:
+            self._curves.close()
+            self._curves = None
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
+
+    A last line that a killed process left unfinished is dropped as well.
+
+    Raises:
+        CheckpointError: a line in the middle is no record.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines):
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines) - 1:
+                raise CheckpointError(
+                    explain("a record cannot be read", f"{path}, line {number + 1}", line[:80], "a JSON record")
+                ) from error
+    replace_text(path, "".join(kept))
+
+
+# ---- example panels --------------------------------------------------------------------------------------------------
+
+
+def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
+    """Pick up to ``limit`` positions so that every source comes once before any comes twice."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for position, source in enumerate(sources):
+        ranked.append((seen.get(source, 0), position))
+        seen[source] = seen.get(source, 0) + 1
+    return [position for _, position in sorted(ranked)[:limit]]
+
+
+def make_panels(
+    regions: Sequence[tuple[PackedBatch, Segmentation, int]], samples: Sequence[RegionSample]
+) -> list[Panel]:
+    """Collect what is drawn of some regions.
+
+    Args:
+        regions: of each the micro-batch, its masks, and the number of the region in it.
+        samples: of each the sample that it was made of.
+
+    Raises:
+        RuntimeError: a sample is not what the micro-batch was made of.
+    """
+    targets = [(sample.segmentation_image, sample.segmentation_masks) for sample in samples]
+    panels = []
+    for (packed, masks, region), sample, (image, target_masks) in zip(regions, samples, targets, strict=True):
+        batch, caption = packed.batch, packed.captions[region]
+        position = region - int((batch.region_image < batch.region_image[region]).sum())
+        name = f"{sample.source}/{sample.sample_id}#{sample.region_ids[position]}"
+        if name != batch.region_names[region]:
+            raise RuntimeError(
+                f"the panel of {batch.region_names[region]} would show {name}: the data changed on the disk"
+            )
+        target, logits = target_masks[position], masks.mask_logits[region][None, None].float()
+        # As evaluation does: logits are resized, and cut at 0.
+        resized = F.interpolate(logits, target.shape, mode="bilinear", align_corners=False)[0, 0]
+        predicted = (resized > 0).cpu().numpy()
+        origin = "reference" if caption.is_reference else "rejected" if caption.rejected else "generated"
+        value = float(iou(*mask_overlap(predicted[None], target[None]))[0])
+        mask = sample.masks[position]
+        panels.append(Panel(name, sample.image, mask, caption.text, origin, image, target, predicted, value))
+    return panels

@@ -22,13 +22,26 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import torch
+
+from dual_loop.checkpoint.store import find_latest
 from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain
+from dual_loop.model.shards import place_like
 
 PACKAGES = ("dual-loop", "torch", "transformers", "peft", "accelerate", "mmengine", "numpy", "pillow", "safetensors")
 RUN_MARKS = ("metrics.jsonl", "checkpoints")
-METRICS_NAME = "metrics.jsonl"
+
+
+class Versions(TypedDict):
+    """What ran: versions by package, Python, platform, git commit (None outside of a clone), command line."""
+
+    packages: dict[str, str]
+    python: str
+    platform: str
+    git_commit: str | None
+    command: list[str]
 
 
 class RunFolder:
@@ -41,9 +54,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
-        self._tensorboard: Any = None
 
-    def create(self, config: Mapping[str, Any], extra: Mapping[str, Any], resuming: bool) -> None:
+    def create(self, config: Mapping[str, object], extra: Mapping[str, object], resuming: bool) -> None:
         """Make the folder and write ``config.json`` and ``versions.json``.
 
         Raises:
@@ -63,48 +75,24 @@ class RunFolder:
                 explain("the run folder cannot be written", str(self.path), str(error), fix=fix)
             ) from error
 
-    def open_logs(self, step: int) -> None:
-        """Open the logs after ``step`` steps; records of later steps, which will be done again, are removed."""
-        if not self.writes:
-            return
-        truncate_metrics(self.path / METRICS_NAME, step)
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append ``record`` to ``metrics.jsonl`` and write its numbers as curves."""
-        if not self.writes:
-            return
-        with (self.path / METRICS_NAME).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        for name, value in flatten(record).items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, record["step"])
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write(self, name: str, document: Mapping[str, object]) -> None:
+        """Write ``<name>.json``: the summary, an evaluation, the import report."""
         if self.writes:
-            write_json(self.path / "summary.json", summary)
+            write_json(self.path / f"{name}.json", document)
 
-    def write_import(self, report: Mapping[str, Any]) -> None:
-        """Write what the weights were and where they came from, as ``import_report.json``."""
-        if self.writes:
-            write_json(self.path / "import_report.json", report)
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Return what :meth:`write` wrote, None where there is nothing.
 
-    def write_evaluation(self, name: str, result: Mapping[str, Any]) -> None:
-        """Write the measured ``result`` of one evaluation as ``evaluation_<name>.json``."""
-        if self.writes:
-            write_json(self.path / f"evaluation_{name}.json", result)
-
-    def read_evaluation(self, name: str) -> dict[str, Any] | None:
-        """Return what :meth:`write_evaluation` wrote, None where there is nothing."""
-        path = self.path / f"evaluation_{name}.json"
-        return read_json(path) if path.is_file() else None
-
-    def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        Raises:
+            CheckpointError: it is not JSON.
+        """
+        path = self.path / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(explain("a file of the run cannot be read", str(path), str(error))) from error
 
 
 def check_free(path: Path, resuming: bool) -> None:
@@ -121,88 +109,91 @@ def check_free(path: Path, resuming: bool) -> None:
         )
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
+def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
+    """Return the checkpoint that ``--resume`` means, None for a fresh start.
 
-    A last line that a killed process left unfinished is dropped as well.
+    Args:
+        resume: None, ``"auto"`` (the newest whole one in ``output_dir``, None if there is none), or a path of a
+            checkpoint or of a run folder.
 
     Raises:
-        CheckpointError: a line in the middle is no record.
+        CheckpointError: a path was given and no whole checkpoint is there.
     """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines):
-        try:
-            if int(json.loads(line)["step"]) <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines) - 1:
-                raise CheckpointError(
-                    explain("a record cannot be read", f"{path}, line {number + 1}", line[:80], "a JSON record")
-                ) from error
-    _replace(path, "".join(kept))
+    if resume is None:
+        return None
+    if resume == "auto":
+        return find_latest(output_dir)
+    path = Path(resume)
+    found = path if (path / "manifest.json").is_file() else find_latest(path)
+    if found is None:
+        raise CheckpointError(
+            explain(
+                "no whole checkpoint to resume from",
+                where=resume,
+                expected="a folder step_* with a manifest, or a run folder that has one",
+                fix="check the path, or use --resume auto to start afresh where there is none",
+            )
+        )
+    return found
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers of a nested mapping under names joined by ``/``; None and text are left out."""
-    result: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result.update(flatten(value, f"{prefix}{name}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            result[prefix + name] = float(value)
-    return result
+@torch.no_grad()
+def fill_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved tensors into the trainable parameters; names and shapes must be the same.
+
+    Raises:
+        CheckpointError: they differ; nothing was copied.
+    """
+    missing, unexpected = sorted(parameters.keys() - tensors), sorted(tensors.keys() - parameters)
+    wrong = [n for n, p in parameters.items() if n in tensors and tensors[n].shape != p.shape]
+    if missing or unexpected or wrong:
+        seen = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape"
+        raise CheckpointError(
+            explain(
+                "the checkpoint does not fit the trainable parameters",
+                where=", ".join([*missing, *unexpected, *wrong][:5]),
+                seen=seen,
+                expected=f"{len(parameters)} tensors",
+                fix="resume with the model settings of the saved run (model.trainable, --lora_r, --train_embeddings)",
+            )
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(place_like(tensors[name], parameter))
 
 
-def versions() -> dict[str, Any]:
-    """Return package versions, Python, platform, git commit (None outside of a clone) and the command line."""
+def versions() -> Versions:
+    """Return what runs here."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        head = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        commit = head.stdout.strip() if head.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
     return {
         "packages": found,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "command": sys.argv,
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON in one move, so that a reader never sees half a file."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as JSON in one move."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(explain("a file of the run cannot be read", str(path), str(error))) from error
-
-
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one move, so that a reader never sees half of it."""
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

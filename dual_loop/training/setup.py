@@ -11,9 +11,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,49 +24,17 @@ from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.checks import RankExchange
-from dual_loop.training.devices import build_accelerator, is_sharding, share_out_batch
+from dual_loop.training.device_prefetch import DataStream
+from dual_loop.training.devices import RankExchange, build_accelerator, share_out_batch
 from dual_loop.training.memory import LayerPlan, MemoryEstimator
+from dual_loop.training.metrics_log import Reporter
 from dual_loop.training.run_folder import RunFolder, check_free
 from dual_loop.training.sharding import Pace, shard_language_model
-from dual_loop.training.stream import DataStream, build_stream
 from dual_loop.training.trainer import Trainer
-
-
-class Reporter:
-    """Prints lines on rank 0, above the progress bar where there is one."""
-
-    def __init__(self, is_main: bool) -> None:
-        self.is_main = is_main
-
-    def __call__(self, line: str) -> None:
-        if self.is_main:
-            from tqdm import tqdm
-
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def set_up_logging(self) -> None:
-        """Send the package's warnings to stderr, from rank 0 only; what other ranks meet is in the counters."""
-        logger = logging.getLogger("dual_loop")
-        if not any(isinstance(handler, LineHandler) for handler in logger.handlers):
-            logger.addHandler(LineHandler())
-        logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
-        if not self.is_main:
-            warnings.simplefilter("ignore")
-
-
-class LineHandler(logging.Handler):
-    """Writes messages to the standard error of the moment, above the progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -122,12 +87,26 @@ class Ready:
 
 
 def start(config: Config) -> Start:
-    """Join the processes and make the run folder."""
+    """Join the processes and make the run folder, on rank 0, after every rank found it free."""
     accelerator = build_accelerator(config)
     config = share_out_batch(config, accelerator.num_processes)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
-    return Start(config, accelerator, _prepare_folder(config, accelerator), report)
+    folder, is_resuming = (
+        RunFolder(config.train.output_dir, accelerator.is_main_process),
+        config.train.resume is not None,
+    )
+    check_free(folder.path, is_resuming)
+    accelerator.wait_for_everyone()
+    machine = {
+        "device": str(accelerator.device),
+        "world_size": accelerator.num_processes,
+        "precision": str(accelerator.mixed_precision),
+        "num_threads": torch.get_num_threads(),
+    }
+    folder.create(config.to_dict(), machine, is_resuming)
+    accelerator.wait_for_everyone()
+    return Start(config, accelerator, folder, report)
 
 
 def build(run: Start) -> Built:
@@ -150,7 +129,7 @@ def load(run: Start, built: Built) -> Loaded:
     else:
         names = {"tokenizer": built.prompter.tokenizer, "allow_missing": config.train.allow_missing}
         imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
-        run.folder.write_import(asdict(imported))
+        run.folder.write("import_report", asdict(imported))
         run.report(f"✓ Pretrained weights loaded\n{imported}")
     # Layers are measured as they were built: neither packed nor sharded.
     return Loaded(model, built.prompter, MemoryEstimator(config, model, run.accelerator.device.type))
@@ -158,7 +137,7 @@ def load(run: Start, built: Built) -> Loaded:
 
 def open_data(run: Start) -> DataStream:
     """Open the data sets and the stream of this rank's micro-batches."""
-    stream = build_stream(run.config, geometry(run.config), run.accelerator)
+    stream = DataStream(run.config, run.accelerator)
     run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
     num_batches = stream.steps_per_epoch * run.config.train.gradient_accumulation_steps
     run.report(f"✓ Dataloader created: {num_batches} batches")
@@ -168,7 +147,7 @@ def open_data(run: Start) -> DataStream:
 def place(run: Start, loaded: Loaded) -> Placed:
     """Bring the model to its device; shard it where ranks are to share its layers."""
     model, accelerator, pace = loaded.model, run.accelerator, None
-    if is_sharding(run.config, accelerator):
+    if run.config.train.parallel == "fsdp" and accelerator.num_processes > 1:
         count = shard_language_model(accelerator, model)
         run.report(f"Sharding {count} decoder layers over {accelerator.num_processes} ranks")
         pace = Pace(accelerator, model)
@@ -178,10 +157,19 @@ def place(run: Start, loaded: Loaded) -> Placed:
 
 
 def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
-    """Put task and trainer together, and continue from a checkpoint where there is one."""
+    """Put task and trainer together, and continue from a checkpoint where there is one.
+
+    Raises:
+        JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
+        CheckpointError: the checkpoint does not fit this run.
+    """
     config, accelerator, model, pace = run.config, run.accelerator, placed.model, placed.pace
     comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
-    judge = _build_judge(config, accelerator)
+    judge = None
+    if config.reward.judge_url is not None and config.reward.caption_weight > 0:
+        judge = Judge(config.reward)
+        if accelerator.is_main_process:
+            judge.check()  # one question, so that a wrong address shows now
     # The task's feature cache names frozen weights, which may be no parameters any more after ``finish``.
     task = DualLoopTask(model, placed.prompter, config, placed.average, comm, judge, stream.num_samples)
     for line in model.finish(accelerator.device):
@@ -193,34 +181,3 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     layers = placed.memory.apply(accelerator, trainer.optimizer)
     run.report(layers.line())
     return Ready(task, trainer, layers, pace)
-
-
-def _prepare_folder(config: Config, accelerator: Accelerator) -> RunFolder:
-    """Make the run folder on rank 0, after every rank found it free."""
-    folder = RunFolder(config.train.output_dir, accelerator.is_main_process)
-    resuming = config.train.resume is not None
-    check_free(folder.path, resuming)
-    accelerator.wait_for_everyone()
-    extra = {
-        "device": str(accelerator.device),
-        "world_size": accelerator.num_processes,
-        "precision": str(accelerator.mixed_precision),
-        "num_threads": torch.get_num_threads(),
-    }
-    folder.create(config.to_dict(), extra, resuming)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def _build_judge(config: Config, accelerator: Accelerator) -> Judge | None:
-    """Return the judge that is named; it is asked one question first, so that a wrong address shows now.
-
-    Raises:
-        JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
-    """
-    if config.reward.judge_url is None or config.reward.caption_weight <= 0:
-        return None
-    judge = Judge(config.reward)
-    if accelerator.is_main_process:
-        judge.check()
-    return judge

@@ -12,7 +12,6 @@ it is called here, and the path that the tests take on two CPU ranks is the path
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 
 def shard_language_model(accelerator: Accelerator, model: Any) -> int:
@@ -36,24 +34,6 @@ def shard_language_model(accelerator: Accelerator, model: Any) -> int:
     # Every pass is a collective: all ranks must take as many as each other, however long their rows are.
     model.group_rows = False
     return len(layers)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their norm is at most ``max_norm``; return the norm before, over all shards."""
-    given = list(parameters)
-    gradients = [parameter.grad for parameter in given if parameter.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    if not sharded:
-        return float(nn.utils.clip_grad_norm_(given, max_norm))
-    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    own: Any = nn.utils.get_total_norm(sharded)
-    norms = [own.full_tensor(), *([nn.utils.get_total_norm(plain)] if plain else [])]
-    total = float(torch.stack([norm.float() for norm in norms]).norm())
-    share = max_norm / (total + 1e-6)
-    if share < 1:
-        for gradient in gradients:
-            gradient.mul_(share)
-    return total
 
 
 class Pace:

@@ -2,56 +2,52 @@
 
 ::
 
-    fetch the accumulation window -> roll out its captions -> one all-reduce of counts -> backward a micro-batch at a
-    time -> finite check on all ranks -> clip -> AdamW -> weight average -> one all-reduce of what is reported
+    data     the accumulation window
+    prepare  step 1: its captions, and the rows that step 2 reads; one all-reduce of counts
+    backward steps 2 and 3, a micro-batch at a time
+    update   finite check on all ranks -> clip -> AdamW -> weight average
+    log      one all-reduce of what is reported
 """
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils._pytree import tree_map_only
 
-from dual_loop.checkpoint.store import capture_rng, restore_rng, save_run_checkpoint
+from dual_loop.checkpoint.store import capture_rng, load_run_checkpoint, restore_rng, save_run_checkpoint
 from dual_loop.config import Config
+from dual_loop.drawing import save_panels
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.loop.step_metrics import step_metrics
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
-from dual_loop.model.shards import place_like, whole
-from dual_loop.training.checks import (
-    StopRequest,
-    check_finite,
-    find_non_finite,
-    gather_objects,
-    memory_errors_explained,
-)
-from dual_loop.training.device_prefetch import WindowFeed
-from dual_loop.training.devices import attention_kernel, peak_memory_mb, wrap_model
+from dual_loop.model.shards import whole
+from dual_loop.training.checks import check_finite, memory_errors_explained
+from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, Part
+from dual_loop.training.devices import attention_kernel, gather_objects, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
-    MAIN_TERMS,
+    MetricsLog,
     PhaseTimer,
+    StepRecord,
     add_into,
-    console_line,
-    loss_means,
+    choose_regions,
+    counters_of,
+    make_panels,
     ratios_and_values,
     reduce_sums,
 )
-from dual_loop.training.optim import build_optimizer, learning_rate_at, set_learning_rate
-from dual_loop.training.panels import choose_regions, make_panel, save_panels
-from dual_loop.training.run_folder import RunFolder
-from dual_loop.training.sharding import clip_gradients
-from dual_loop.training.state import Progress, fill_parameters, find_checkpoint, load_checkpoint
-from dual_loop.training.stream import DataStream
-from dual_loop.training.window_parts import Part, images_at_once, split_window
-from dual_loop.types import Batch, LossTerm, PackedBatch, RegionSample, Segmentation, SkippedSample, StepOutput
+from dual_loop.training.optim import build_optimizer, clip_gradients, learning_rate_at, load_optimizer
+from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint
+from dual_loop.training.stop import StopRequest
+from dual_loop.types import Batch, LossTerm, PackedBatch, Segmentation, StepOutput
 
 TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "stop"
 
@@ -71,6 +67,43 @@ class FitResult:
     stopped_by: str | None
     checkpoint: str
     is_own_signal: bool = False
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What ``summary.json`` holds of the training itself.
+
+    Attributes:
+        steps: optimiser steps done. seconds: spent in them, over all starts.
+        world_size: ranks. effective_batch: images of a step, over all ranks.
+        sources: samples consumed, by source. counters: of the loop and of skipped samples.
+        peak_memory_mb: MiB, of the rank that used most.
+    """
+
+    steps: int
+    seconds: float
+    world_size: int
+    effective_batch: int
+    sources: dict[str, int]
+    counters: dict[str, int]
+    peak_memory_mb: float
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a checkpoint keeps of it.
+
+    Attributes:
+        step: optimiser steps done.
+        seconds: spent in optimiser steps, over all starts of the run.
+        samples: samples consumed by source, over all ranks.
+        counters: cumulative counters of the loop.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    samples: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -100,14 +133,13 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.ema, self.data = config, task, average, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
-        self.pace = pace or contextlib.nullcontext()
+        self.pace = pace or nullcontext()
+        self.log = MetricsLog(folder.path, folder.writes)
         self.wrapped = wrap_model(accelerator, task)
         self.parameters = trainable_parameters(task.model)
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
-        epochs = config.train.num_epochs
-        self.total_steps = config.train.max_steps or data.steps_per_epoch * epochs
-        self.num_epochs = -(-self.total_steps // data.steps_per_epoch)
+        self.total_steps = config.train.max_steps or data.steps_per_epoch * config.train.num_epochs
         self._rng: Mapping[str, Any] | None = None
         self._saved: tuple[int, str] | None = None
 
@@ -115,101 +147,126 @@ class Trainer:
 
     def fit(self) -> FitResult:
         """Train to the end, or until a signal; write a checkpoint at the end in both cases."""
-        self.task.train()
-        self.folder.open_logs(self.progress.step)
-        feed = self._feed()
-        with StopRequest() as stop, self._progress_bar() as bar:
-            if self._rng is not None:
-                restore_rng(self._rng)
-            while self.progress.step < self.total_steps:
-                self._announce_epoch()
-                with memory_errors_explained(self.progress.step + 1):
-                    stopping = self._one_step(feed, stop)
-                bar.update(1)
-                if stopping:
-                    break
-                if self.progress.step % self.config.train.save_interval == 0:
-                    self.save()
-            saved = self._saved[1] if self._saved and self._saved[0] == self.progress.step else self.save()
-        self.folder.close()
-        stopped_by = stop.signal_name or "a signal on another rank" if self._stopped_early() else None
-        return FitResult(self.progress.step, stopped_by, saved, stop.requested)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the totals of ``summary.json``; every rank must call this."""
-        own = peak_memory_mb(self.accelerator.device)
-        train, world_size = self.config.train, self.accelerator.num_processes
-        return {
-            "steps": self.progress.step,
-            "seconds": round(self.progress.seconds, 3),
-            "world_size": world_size,
-            "effective_batch": train.batch_size * train.gradient_accumulation_steps * world_size,
-            "sources": dict(self.progress.samples),
-            "counters": self._counters(),
-            "peak_memory_mb": round(max(gather_objects(self.accelerator, own)), 1),
-        }
-
-    def _stopped_early(self) -> bool:
-        return self.progress.step < self.total_steps
-
-    def _announce_epoch(self) -> None:
-        epoch, position = divmod(self.progress.step, self.data.steps_per_epoch)
-        if position == 0:
-            self.report(f"Epoch {epoch + 1}/{self.num_epochs}")
-
-    def _progress_bar(self) -> Any:
-        import sys
-
         from tqdm import tqdm
 
-        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        return tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=hidden)
+        progress, total, per_epoch = self.progress, self.total_steps, self.data.steps_per_epoch
+        hides_bar = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        self.task.train()
+        self.log.open(progress.step)
+        windows = self.open_windows()
+        bar = tqdm(total=total, initial=progress.step, unit="step", disable=hides_bar)
+        with StopRequest() as stop, bar:
+            if self._rng is not None:
+                restore_rng(self._rng)
+            while progress.step < total:
+                if progress.step % per_epoch == 0:
+                    self.report(f"Epoch {progress.step // per_epoch + 1}/{-(-total // per_epoch)}")
+                with memory_errors_explained(progress.step + 1):
+                    is_stopping = self.step(windows, stop)
+                bar.update(1)
+                if is_stopping:
+                    break
+                if progress.step % self.config.train.save_interval == 0:
+                    self.save()
+            saved = self._saved[1] if self._saved and self._saved[0] == progress.step else self.save()
+        self.log.close()
+        stopped_by = (stop.signal_name or "a signal on another rank") if progress.step < total else None
+        return FitResult(progress.step, stopped_by, saved, stop.signal_name is not None)
 
-    # ---- one optimiser step ----------------------------------------------------------------------------------------
+    def open_windows(self) -> DevicePrefetch:
+        """Start the loader at the next step."""
+        return DevicePrefetch(self.data.batches(self.progress.step), self.config, self.accelerator.device)
 
-    def _feed(self) -> WindowFeed:
-        batches, count = self.data.batches(self.progress.step), self.config.train.gradient_accumulation_steps
-        return WindowFeed(batches, count, self.accelerator.device, self.config.speed.prefetch_to_device)
-
-    def _one_step(self, feed: WindowFeed, stop: StopRequest) -> bool:
+    def step(self, windows: DevicePrefetch, stop: StopRequest) -> bool:
         """Take one optimiser step and report it; return whether all ranks agree to stop."""
-        number = self.progress.step + 1
-        is_audited = self._is_audited(number)
-        is_logged = is_audited or number % self.config.train.log_interval == 0 or number in (1, self.total_steps)
-        timer = PhaseTimer(self.accelerator.device, exact=is_logged)
-        with timer.phase("data"):
-            parts = split_window(feed.take(), images_at_once(self.config, self.accelerator.device.type))
-            window = [part.batch for part in parts]
-        with attention_kernel(self.config, self.accelerator.device):
-            with timer.phase("rollout"), self.accelerator.autocast(), self.pace:
-                packed = self.task.prepare(window, self.progress.step / self.total_steps, is_audited)
-            if number < self.total_steps:
-                with timer.phase("data"):
-                    feed.start_next()
-            counts = self._global_counts(packed, window)
-            outputs = self._accumulate(packed, counts, timer)
-        with timer.phase("optimiser"):
-            rate = learning_rate_at(self.progress.step, self.total_steps, self.config.train)
-            grad_norm = self._update(outputs, window, rate, number)
-        sums = self._global_sums(packed, outputs, stop)
-        self._advance(sums, timer)
+        train, accelerator, progress, last = self.config.train, self.accelerator, self.progress, self.total_steps
+        number, world_size = progress.step + 1, accelerator.num_processes
+        # An audit ends every so many steps, and the last one of a run that has any.
+        is_audited = number % train.audit_interval == 0 or number == last > train.audit_interval
+        is_logged = is_audited or number % train.log_interval == 0 or number in (1, last)
+        timer = PhaseTimer(accelerator.device, exact=is_logged)
+
+        # ---- data
+        parts = windows.take()
+        window = [part.batch for part in parts]
+        timer.end("data")
+
+        with attention_kernel(self.config, accelerator.device):
+            # ---- step 1, for the whole window
+            with accelerator.autocast(), self.pace:
+                packed = self.task.prepare(window, progress.step / last, is_audited)
+            timer.end("rollout")
+            if number < last:
+                windows.start_next()
+                timer.end("data")
+            counts = self._count(window, packed)
+
+            # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
+            outputs = []
+            for index, rows in enumerate(packed):
+                with nullcontext() if index == len(packed) - 1 else accelerator.no_sync(self.wrapped):
+                    with accelerator.autocast():
+                        output: StepOutput = self.wrapped(rows)
+                        # Sums are divided by global counts. DDP averages gradients over ranks; the factor world size
+                        # turns that into the sum that is wanted.
+                        shares = [t.total * (world_size / max(counts[n], 1.0)) for n, t in output.terms.items()]
+                        loss = torch.stack([share.float() for share in shares]).sum()
+                    timer.end("forward")
+                    loss.backward()
+                    timer.end("backward")
+                outputs.append(detach_output(output))
+
+        # ---- update; nothing changes when a check fails
+        rate = learning_rate_at(progress.step, last, train)
+        terms = [{name: float(term.total) for name, term in output.terms.items()} for output in outputs]
+        grad_norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
+        check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        timer.end("optimiser")
+
+        # ---- log
+        sums = {STOP: float(stop.signal_name is not None)}
+        for values in terms:
+            add_into(sums, values, TERM)
+        for metrics in list(map(step_metrics, packed, [output.masks for output in outputs])):
+            add_into(sums, metrics)
+        sums = reduce_sums(accelerator, sums)
+        is_stopping = sums.pop(STOP) > 0
+        names = [name.removeprefix(TERM) for name in sums if name.startswith(TERM)]
+        losses = {name: sums.pop(TERM + name) / max(counts[name], 1.0) for name in names}
+        progress.step = number
+        progress.seconds += timer.total()["total"]
+        add_into(progress.counters, counters_of(sums))
         if is_logged:
-            self._log(sums, counts, grad_norm, rate, timer)
-        if number == self.total_steps or number == 1 or number % self.config.train.panel_interval == 0:
-            self._save_panels(packed, outputs, parts)
-        return sums[STOP] > 0
+            record = StepRecord(
+                step=number,
+                epoch=(number - 1) // self.data.steps_per_epoch + 1,
+                losses=losses,
+                grad_norm=grad_norm,
+                lr=rate,
+                ranks=world_size,
+                seconds=timer.total(),
+                values=ratios_and_values(sums),
+                counters=self.counters(),
+            )
+            self.log.write(record)
+            self.report(record.line(last))
+        if number in (1, last) or number % train.panel_interval == 0:
+            self._save_panels(parts, packed, outputs)
+        return is_stopping
 
-    def _is_audited(self, number: int) -> bool:
-        """Tell whether step ``number`` ends with an audit: every so many steps, and the last of a run that has any."""
-        interval = self.config.train.audit_interval
-        return number % interval == 0 or (number == self.total_steps and self.total_steps > interval)
-
-    def _global_counts(self, packed: Sequence[PackedBatch], window: Sequence[Batch]) -> dict[str, float]:
+    def _count(self, window: Sequence[Batch], packed: Sequence[PackedBatch]) -> dict[str, float]:
         """Return the items of every loss term over all micro-batches and ranks, before any backward pass.
 
-        Samples consumed and skipped travel in the same all-reduce.
+        Samples consumed and skipped travel in the same all-reduce; every rank counts those of all, so that all stop
+        together where too many were skipped.
         """
-        sums = {f"{SOURCE}{name}": 0.0 for name in self.data.source_names}
+        names = self.data.source_names
+        sums = {f"{SOURCE}{name}": 0.0 for name in names}
         skipped = [item for batch in window for item in batch.skipped]
         sums[SKIPPED] = float(len(skipped))
         for batch in window:
@@ -218,141 +275,79 @@ class Trainer:
         for rows in packed:
             add_into(sums, rows.counts, COUNT)
         sums = reduce_sums(self.accelerator, sums)
-        self._record_samples(sums, skipped)
-        return {name.removeprefix(COUNT): value for name, value in sums.items() if name.startswith(COUNT)}
-
-    def _record_samples(self, sums: Mapping[str, float], skipped: list[SkippedSample]) -> None:
-        """Count consumed and skipped samples of all ranks on every rank, so that all of them stop together."""
-        consumed = {name: int(sums[f"{SOURCE}{name}"]) for name in self.data.source_names}
-        everywhere = skipped
         if sums[SKIPPED] and self.accelerator.num_processes > 1:
-            everywhere = [item for rank in gather_objects(self.accelerator, skipped) for item in rank]
-        self.data.record(everywhere, consumed)
-        for name, count in consumed.items():
-            self.progress.samples[name] += count
-
-    def _accumulate(
-        self, packed: Sequence[PackedBatch], counts: Mapping[str, float], timer: PhaseTimer
-    ) -> list[StepOutput]:
-        """Run steps 2 and 3 with backward for every micro-batch; DDP exchanges gradients in the last one only."""
-        outputs = []
-        for index, rows in enumerate(packed):
-            is_last = index == len(packed) - 1
-            waits = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
-            with waits:
-                with timer.phase("forward"), self.accelerator.autocast():
-                    output: StepOutput = self.wrapped(rows)
-                    loss = self._loss(output, counts)
-                with timer.phase("backward"):
-                    loss.backward()
-            outputs.append(detach_output(output))
-        return outputs
-
-    def _loss(self, output: StepOutput, counts: Mapping[str, float]) -> torch.Tensor:
-        """Return this micro-batch's share of the global average: sums divided by global counts.
-
-        DDP averages gradients over ranks; the factor world size turns that into the sum that is wanted.
-        """
-        scale = self.accelerator.num_processes
-        shares = [term.total * (scale / max(counts[name], 1.0)) for name, term in output.terms.items()]
-        return torch.stack([share.float() for share in shares]).sum()
-
-    def _update(self, outputs: Sequence[StepOutput], window: Sequence[Batch], rate: float, number: int) -> float:
-        """Check, clip and apply the gradient; return its norm before clipping. Nothing changes when a check fails."""
-        max_norm = self.config.train.max_grad_norm or float("inf")
-        grad_norm = clip_gradients(self.parameters.values(), max_norm)
-        values = [{name: float(term.total) for name, term in output.terms.items()} for output in outputs]
-        names = [batch.region_names for batch in window]
-        problems = find_non_finite(values, names)
-        check_finite(self.accelerator, number, problems, grad_norm, [name for group in names for name in group])
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        return grad_norm
-
-    def _global_sums(
-        self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], stop: StopRequest
-    ) -> dict[str, float]:
-        """Return loss sums and metric sums over all micro-batches and ranks, and how many ranks want to stop."""
-        sums = {STOP: float(stop.requested)}
-        for rows, output in zip(packed, outputs, strict=True):
-            add_into(sums, {name: float(term.total) for name, term in output.terms.items()}, TERM)
-            add_into(sums, step_metrics(rows, output.masks))
-        return reduce_sums(self.accelerator, sums)
-
-    def _advance(self, sums: Mapping[str, float], timer: PhaseTimer) -> None:
-        self.progress.step += 1
-        self.progress.seconds += timer.total()["total"]
-        self.progress.counters.add({n: v for n, v in sums.items() if not n.startswith(TERM)})
+            skipped = [item for rank in gather_objects(self.accelerator, skipped) for item in rank]
+        consumed = {name: int(sums[f"{SOURCE}{name}"]) for name in names}
+        self.data.ledger.record(skipped, consumed)
+        for name in names:
+            self.progress.samples[name] += consumed[name]
+        return {name.removeprefix(COUNT): value for name, value in sums.items() if name.startswith(COUNT)}
 
     # ---- what is reported ------------------------------------------------------------------------------------------
 
-    def _counters(self) -> dict[str, int]:
-        return {**self.progress.counters.as_dict(), **self.data.counters()}
+    def counters(self) -> dict[str, int]:
+        """Return the counters of the run so far: of the loop, and of skipped samples."""
+        own = {name: round(value) for name, value in sorted(self.progress.counters.items())}
+        return {**own, **self.data.ledger.as_counters()}
 
-    def _log(
-        self, sums: Mapping[str, float], counts: Mapping[str, float], grad_norm: float, rate: float, timer: PhaseTimer
-    ) -> None:
-        totals = {name.removeprefix(TERM): value for name, value in sums.items() if name.startswith(TERM)}
-        means = loss_means(totals, counts)
-        plain = {n: v for n, v in sums.items() if n != STOP and not n.startswith(TERM)}
-        record: dict[str, Any] = {
-            "step": self.progress.step,
-            "epoch": (self.progress.step - 1) // self.data.steps_per_epoch + 1,
-            **{name: means[name] for name in ("loss", *MAIN_TERMS)},
-            "other_losses": {name: value for name, value in means.items() if name not in ("loss", *MAIN_TERMS)},
-            "grad_norm": grad_norm,
-            "lr": rate,
-            "ranks": self.accelerator.num_processes,
-            "seconds": timer.total(),
-            **ratios_and_values(plain),
-            "counters": self._counters(),
-        }
-        self.folder.log(record)
-        self.report(console_line(record, self.total_steps))
+    def totals(self) -> Totals:
+        """Return what the run took; every rank must call this."""
+        own = peak_memory_mb(self.accelerator.device)
+        train, world_size = self.config.train, self.accelerator.num_processes
+        return Totals(
+            steps=self.progress.step,
+            seconds=round(self.progress.seconds, 3),
+            world_size=world_size,
+            effective_batch=train.batch_size * train.gradient_accumulation_steps * world_size,
+            sources=dict(self.progress.samples),
+            counters=self.counters(),
+            peak_memory_mb=round(max(gather_objects(self.accelerator, own)), 1),
+        )
 
-    def _save_panels(self, packed: Sequence[PackedBatch], outputs: Sequence[StepOutput], parts: Sequence[Part]) -> None:
-        """Draw some regions of this step (rank 0), one a source first; the images are read again."""
+    def _save_panels(self, parts: Sequence[Part], packed: Sequence[PackedBatch], outputs: Sequence[StepOutput]) -> None:
+        """Draw some regions of this step (rank 0), one a source first; their images are read again."""
         if not self.accelerator.is_main_process:
             return
-        places = [(index, region) for index, rows in enumerate(packed) for region in range(rows.batch.num_regions)]
-        sources = [packed[index].batch.region_names[region].split("/")[0] for index, region in places]
-        chosen = [places[p] for p in choose_regions(sources, self.config.train.panels_per_save)]
-        samples = {index: self._samples(parts[index]) for index, _ in chosen}
-        panels = [make_panel(packed[i], outputs[i].masks, samples[i], region) for i, region in chosen]
-        save_panels(panels, self.folder.path / "panels", self.progress.step)
-
-    def _samples(self, part: Part) -> list[RegionSample]:
-        read = self.data.samples(self.progress.step - 1, part.micro_step)
-        return read[part.first : part.first + part.batch.num_images]
+        names = [
+            (index, region, name)
+            for index, part in enumerate(parts)
+            for region, name in enumerate(part.batch.region_names)
+        ]
+        chosen = choose_regions([name.split("/")[0] for _, _, name in names], self.config.train.panels_per_save)
+        regions, images = [], []
+        for index, region, _ in [names[position] for position in chosen]:
+            part = parts[index]
+            regions.append((packed[index], outputs[index].masks, region))
+            images.append((part.micro_step, part.first + int(part.batch.region_image[region])))
+        read = list(dict.fromkeys(images))
+        samples = dict(zip(read, self.data.samples(self.progress.step - 1, read), strict=True))
+        panels = make_panels(regions, [samples[image] for image in images])
+        save_panels(panels, self.folder.path / "panels", f"step_{self.progress.step:06d}")
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self) -> str:
         """Write a checkpoint of the current step; every rank must call this."""
-        ema = self.ema.state_dict()
-        state = {
-            "progress": self.progress.state_dict(),
-            "data": self.data.state_dict(self.progress.step),
-            "ema_updates": ema["num_updates"],
-            "total_steps": self.total_steps,
-        }
-        own = {"rng": capture_rng(), "loop": self.task.run_state()}
+        step, ema = self.progress.step, self.ema.state_dict()
         path = save_run_checkpoint(
             self.folder.path,
-            self.progress.step,
+            step,
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
             ema_tensors={name: whole(average) for name, average in ema["averages"].items()},
             optimizer_state=tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
-            state=state,
-            rng_states=own,
+            state={
+                "progress": asdict(self.progress),
+                "data": self.data.state_dict(step),
+                "ema_updates": ema["num_updates"],
+                "total_steps": self.total_steps,
+            },
+            rng_states={"rng": capture_rng(), "loop": self.task.run_state()},
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             barrier=self.accelerator.wait_for_everyone,
             keep=self.config.train.keep_checkpoints,
         )
-        self._saved = (self.progress.step, str(path))
+        self._saved = (step, str(path))
         return str(path)
 
     def restore(self) -> bool:
@@ -364,14 +359,14 @@ class Trainer:
         path = find_checkpoint(self.config.train.resume, self.folder.path)
         if path is None:
             return False
-        saved = load_checkpoint(path, self.accelerator.process_index, self.accelerator.num_processes)
+        saved = load_run_checkpoint(path, self.accelerator.process_index, self.accelerator.num_processes)
         if saved.ema_tensors is None:
             raise CheckpointError(explain("the checkpoint has no weight average", str(path)))
         fill_parameters(self.parameters, saved.model_tensors)
         self.ema.load_state_dict({"num_updates": saved.state["ema_updates"], "averages": saved.ema_tensors})
-        self._load_optimizer(saved.optimizer_state)
+        load_optimizer(self.optimizer, saved.optimizer_state)
         self.data.load_state_dict(saved.state["data"])
-        self.progress = Progress.from_state(saved.state["progress"])
+        self.progress = Progress(**saved.state["progress"])
         if saved.rng_states is not None:
             self._rng = saved.rng_states["rng"]
             self.task.load_run_state(saved.rng_states["loop"])
@@ -383,18 +378,6 @@ class Trainer:
                 f"{self.total_steps}: the learning-rate schedule differs from a straight run"
             )
         return True
-
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Give each parameter's moments, saved whole, the shards of the parameter."""
-        numbered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        own = {
-            number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
-            for number, values in state["state"].items()
-        }
-        # How the update is computed belongs to this start, not to the one that saved.
-        how = [{key: group[key] for key in ("fused", "foreach")} for group in self.optimizer.param_groups]
-        groups = [{**group, **kept} for group, kept in zip(state["param_groups"], how, strict=True)]
-        self.optimizer.load_state_dict({**state, "param_groups": groups, "state": own})
 
 
 def detach_output(output: StepOutput) -> StepOutput:

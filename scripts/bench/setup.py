@@ -17,8 +17,9 @@ from PIL import Image
 
 from dual_loop.config import Config, SpeedConfig, load_config, resolve_config_path
 from dual_loop.data.prepare import Geometry, batch_from_samples
+from dual_loop.data.skipped import SkipLedger
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
-from dual_loop.types import Batch, RegionSample, SkippedSample
+from dual_loop.types import Batch, RegionSample
 
 PRESETS = {"tiny": "tiny_cpu", "mid": "bench_mid", "4b": "sa2va_4b_cpu"}
 IMAGE_SIZE = (480, 640)
@@ -155,22 +156,18 @@ class GeneratedData:
 
     def __init__(self, setting: Setting, shape: Geometry) -> None:
         self.setting, self.shape = setting, shape
+        self.ledger = SkipLedger(max_bad_fraction=0.0, max_bad_grace=0)
         self.made = generated_samples(setting.batch * setting.accumulation, setting.regions)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         number = 0
         while True:
-            yield batch_from_samples(self.samples(0, number % self.setting.accumulation), self.shape, seed=number)
+            first = number % self.setting.accumulation * self.setting.batch
+            yield batch_from_samples(self.made[first : first + self.setting.batch], self.shape, seed=number)
             number += 1
 
-    def samples(self, step: int, micro_step: int) -> list[RegionSample]:
-        first = micro_step * self.setting.batch
-        return self.made[first : first + self.setting.batch]
-
-    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None: ...
-
-    def counters(self) -> dict[str, int]:
-        return {}
+    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
+        return [self.made[micro_step * self.setting.batch + image] for micro_step, image in images]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         return {}

@@ -14,7 +14,7 @@ import torch
 
 from dual_loop.model.decode import Decoder
 from dual_loop.model.prompts import Prompter
-from dual_loop.training.checks import StopRequest
+from dual_loop.training.stop import StopRequest
 
 from bench.phases import PhaseClock, ProductCounter, watch, watch_task
 from bench.setup import Setting, build_config, build_trainer
@@ -32,7 +32,7 @@ class Variant:
         self.clock = PhaseClock()
         self.decode_rows: list[int] = []
         self.captions: list[list[int]] = []
-        self.feed = self.trainer._feed()
+        self.windows = self.trainer.open_windows()
         self._watch()
         self.trainer.task.train()
         self.stop = StopRequest()
@@ -54,7 +54,7 @@ class Variant:
 
     def _run(self) -> None:
         self.clock.start()
-        self.trainer._one_step(self.feed, self.stop)
+        self.trainer.step(self.windows, self.stop)
         self.clock.stop()
 
     def end(self) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class Variant:
         write = Decoder.write
         Decoder.write = remembered  # type: ignore[method-assign]
         watch_task(self.trainer.task, clock, lambda rows: self.decode_rows.append(rows))
-        watch(self.feed, "take", clock, "data")
-        watch(self.feed, "start_next", clock, "data")
+        watch(self.windows, "take", clock, "data")
+        watch(self.windows, "start_next", clock, "data")
         watch(torch.Tensor, "backward", clock, "backward")
         watch(self.trainer.optimizer, "step", clock, "optimiser")
         watch(self.trainer.ema, "update", clock, "EMA")

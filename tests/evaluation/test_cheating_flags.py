@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from dual_loop.evaluation.cheating_flags import find_flags
+from dual_loop.evaluation.gains import cycle_gains
 from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
-from dual_loop.train_dual_loop import cycle_gains
 
 WORDS = ("red circle", "blue star", "green moon", "pink flag", "grey cross", "white heart", "black cloud", "tan tree")
 

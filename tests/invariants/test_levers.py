@@ -14,7 +14,7 @@ from dual_loop.losses import token_cross_entropy
 from dual_loop.model import decode, sa2va
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
-from dual_loop.training.window_parts import split_window
+from dual_loop.training.device_prefetch import split_window
 
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 

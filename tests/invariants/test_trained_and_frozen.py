@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from dual_loop.config import TrainConfig
+from dual_loop.data.skipped import SkipLedger
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
@@ -22,20 +23,14 @@ class FixedData:
     source_names = ("refcoco", "sav", "sa1b")
 
     def __init__(self, batches):
-        self.window = batches
+        self.window, self.ledger = batches, SkipLedger(max_bad_fraction=0.0, max_bad_grace=0)
 
     def batches(self, first_step):
         while True:
             yield from self.window
 
-    def samples(self, step, micro_step):
-        return self.window[micro_step].samples
-
-    def record(self, skipped, consumed):
-        assert not skipped
-
-    def counters(self):
-        return {}
+    def samples(self, step, images):
+        return [self.window[micro_step].samples[image] for micro_step, image in images]
 
     def state_dict(self, step):
         return {}

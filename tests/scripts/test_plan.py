@@ -14,8 +14,8 @@ import torch
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.model.decode import Decoder
-from dual_loop.training.checks import StopRequest
 from dual_loop.training.memory import MemoryEstimator
+from dual_loop.training.stop import StopRequest
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch, watch_task
 from bench.setup import GeneratedData, Setting, build_config, build_trainer
@@ -71,7 +71,7 @@ def _count_real_step(setting: Setting) -> tuple[PhaseClock, list[list[int]]]:
         with ProductCounter() as clock.counter:
             clock.start()
             trainer.task.train()
-            trainer._one_step(trainer._feed(), StopRequest())
+            trainer.step(trainer.open_windows(), StopRequest())
             clock.stop()
     finally:
         for end in reversed(undo):

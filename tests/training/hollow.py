@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from dual_loop.config import Config, load_config
+from dual_loop.data.skipped import SkipLedger
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.training.run_folder import RunFolder
@@ -117,8 +118,7 @@ class HollowData:
         train = config.train
         self.size, self.accumulation = train.batch_size, train.gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
-        self.skipped: list[SkippedSample] = []
-        self.restored: Mapping[str, Any] | None = None
+        self.ledger = SkipLedger(1.0, 0)
 
     def slots(self, step: int, micro_step: int) -> list[int]:
         first = ((step * self.accumulation + micro_step) * self.world_size + self.rank) * self.size
@@ -151,25 +151,18 @@ class HollowData:
             skipped=[SkippedSample("sav", f"bad{slot}", "broken", "broken") for slot in slots if slot % 5 == 3],
         )
 
-    def samples(self, step: int, micro_step: int) -> list[RegionSample]:
+    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
         import numpy as np
 
         image, masks = np.zeros((6, 8, 3), np.uint8), np.ones((1, 6, 8), bool)
-        slots = self.slots(step, micro_step)
+        slots = [self.slots(step, micro_step)[number] for micro_step, number in images]
         return [RegionSample(self.source_names[s % 2], str(s), image, masks, ("0",), ((),)) for s in slots]
 
-    def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
-        self.skipped += skipped
-
-    def counters(self) -> dict[str, int]:
-        return {"data/bad_samples": len(self.skipped)}
-
     def state_dict(self, step: int) -> dict[str, Any]:
-        return {"step": step, "skipped": [item.sample_id for item in self.skipped]}
+        return {"step": step, "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.restored = state
-        self.skipped = [SkippedSample("sav", name, "broken", "broken") for name in state["skipped"]]
+        self.ledger.load_state_dict(state["ledger"])
 
 
 def make_trainer(

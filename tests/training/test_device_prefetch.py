@@ -1,24 +1,25 @@
-"""Windows copied ahead are the same windows, and the attention kernel that is asked for is the one that runs."""
+"""Windows copied ahead, and micro-batches in parts: the same images, regions and gradients."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dual_loop.config import Config, SpeedConfig, load_config
-from dual_loop.errors import EnvironmentProblem
-from dual_loop.preflight.findings import PROBLEM
-from dual_loop.preflight.machine import check_kernels
-from dual_loop.training.device_prefetch import WindowFeed
-from dual_loop.training.devices import attention_kernel
+sys.path.insert(0, str(Path(__file__).parent))
+from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.errors import ConfigError
+from dual_loop.training.device_prefetch import DevicePrefetch, as_computed, images_at_once, split_window
 from dual_loop.types import Batch
 
 from hollow import HollowData, make_trainer
+from small_model import pair_samples, scene_samples, small_batch, small_config
 
 CPU = torch.device("cpu")
 
@@ -41,12 +42,13 @@ class Watched:
 @pytest.mark.parametrize("copies_ahead", [False, True])
 def test_windows_come_in_the_order_of_the_stream(copies_ahead: bool) -> None:
     source, plain = Watched(), Watched()
-    feed = WindowFeed(source, 3, CPU, copies_ahead)
+    settings = {"train.batch_size": 2, "train.gradient_accumulation_steps": 3, "speed.images_at_once": "all"}
+    windows = DevicePrefetch(source, load_config(None, settings | {"speed.prefetch_to_device": copies_ahead}), CPU)
     for number in range(1, 5):
-        window = feed.take()
+        window = [part.batch for part in windows.take()]
         assert source.asked == 3 * number
-        feed.start_next()
-        feed.start_next()
+        windows.start_next()
+        windows.start_next()
         assert source.asked == 3 * (number + copies_ahead)
         expected = [next(plain) for _ in range(3)]
         assert [batch.region_names for batch in window] == [batch.region_names for batch in expected]
@@ -81,67 +83,86 @@ def test_a_run_that_copies_ahead_trains_the_same_and_asks_for_nothing_after_its_
         assert torch.equal(ahead[name], value), name
 
 
-def config_of(kernel: str) -> Config:
-    return Config(speed=SpeedConfig(sdpa_kernel=kernel))
+def assert_same(seen: Batch, expected: Batch) -> None:
+    for field in fields(Batch):
+        left, right = getattr(seen, field.name), getattr(expected, field.name)
+        if field.name == "samples":
+            assert [sample.sample_id for sample in left] == [sample.sample_id for sample in right]
+        elif isinstance(right, torch.Tensor):
+            assert torch.equal(left, right), field.name
+        else:
+            assert left == right, field.name
 
 
-def enabled() -> tuple[bool, bool]:
-    backends = torch.backends.cuda
-    return backends.flash_sdp_enabled(), backends.math_sdp_enabled()
+def test_images_of_a_batch_are_the_batch_of_those_samples() -> None:
+    config = small_config()
+    samples = [*scene_samples(2), *pair_samples(1), *scene_samples(1)]
+    whole = small_batch(config, samples)
+    assert len(whole.tiles_per_view) == 5  # a pair has two views
+    for start, stop in ((0, 1), (1, 3), (2, 3), (2, 9), (3, 4)):
+        assert_same(whole.images(start, stop), small_batch(config, samples[start:stop]))
+    assert whole.images(0, 4) is whole
 
 
-def test_one_kernel_and_no_other_inside_the_context() -> None:
-    before = enabled()
-    with attention_kernel(config_of("math"), CPU):
-        assert enabled() == (False, True)
-    with attention_kernel(config_of("flash"), CPU):
-        assert enabled() == (True, False)
-    with attention_kernel(config_of("auto"), torch.device("cuda")):
-        assert enabled() == before
-    assert enabled() == before
+def test_parts_know_where_they_come_from_and_skips_are_told_once() -> None:
+    config = small_config()
+    window = [small_batch(config, scene_samples(3)), small_batch(config, pair_samples(2))]
+    window[0].skipped.append("a sample")  # type: ignore[arg-type]
+    parts = split_window(window, 2)
+    assert [(part.micro_step, part.first, part.batch.num_images) for part in parts] == [(0, 0, 2), (0, 2, 1), (1, 0, 2)]
+    assert [part.batch.skipped for part in parts] == [["a sample"], [], []]
+    assert parts[2].batch is window[1]
 
 
-def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.config = dataclasses.replace(trainer.config, speed=SpeedConfig(sdpa_kernel="math"))
-    seen: list[tuple[str, tuple[bool, bool]]] = []
-    parts = {"prepare": trainer.task.prepare, "forward": trainer.task.forward}
-    for name, original in parts.items():
+def config_of(name: str = "bench_mid", **changes: Any) -> Config:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config(resolve_config_path(name), {"train.batch_size": 4, **given})
 
-        def watched(*args: Any, name: str = name, original: Any = original) -> Any:
-            seen.append((name, enabled()))
-            return original(*args)
 
-        setattr(trainer.task, name, watched)
-    backward = torch.Tensor.backward
+def test_one_image_at_once_where_it_keeps_a_cpu_busy() -> None:
+    assert images_at_once(config_of(), "cpu") == 1
+    assert images_at_once(config_of(), "cuda") == 4
+    assert images_at_once(config_of("tiny_cpu"), "cpu") == 4
+    assert images_at_once(config_of(train__parallel="fsdp"), "cpu") == 4
+    chosen = [images_at_once(config_of(speed__images_at_once=choice), "cuda") for choice in ("all", "3", "9")]
+    assert chosen == [4, 3, 4]
+    with pytest.raises(ConfigError, match="images_at_once"):
+        config_of(speed__images_at_once="0")
 
-    def watched_backward(self: torch.Tensor, *args: Any) -> None:
-        seen.append(("backward", enabled()))
-        backward(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", watched_backward)
+def test_estimates_look_at_parts() -> None:
+    train = as_computed(config_of(speed__images_at_once="3", train__gradient_accumulation_steps=2), "cuda").train
+    assert (train.batch_size, train.gradient_accumulation_steps) == (3, 4)
+    assert as_computed(config_of(), "cuda") == config_of()
+
+
+@pytest.mark.parametrize("choice", ["1", "3"])
+def test_a_run_in_parts_is_the_run(tmp_path: Path, choice: str) -> None:
+    runs = []
+    for images in ("all", choice):
+        trainer = make_trainer(tmp_path / images, images_at_once=images, batch_size=4)
         trainer.fit()
-    assert {name for name, _ in seen} == {"prepare", "forward", "backward"}
-    assert {state for _, state in seen} == {(False, True)}
-    assert enabled() == (True, True)
+        runs.append(({k: v.clone() for k, v in trainer.task.model.state_dict().items()}, trainer.totals()))
+    for name, tensor in runs[0][0].items():
+        torch.testing.assert_close(runs[1][0][name], tensor, rtol=1e-5, atol=1e-6)
+    first, second = runs[0][1], runs[1][1]
+    assert (first.sources, first.effective_batch) == (second.sources, second.effective_batch)
+    assert first.counters["data/bad_samples"] == second.counters["data/bad_samples"]
+    names = [sorted(path.name for path in (tmp_path / images / "panels").iterdir()) for images in ("all", choice)]
+    assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "device", "word"),
-    [("efficient", "cpu", "CPU has no"), ("cudnn", "cpu", "CPU has no"), ("flash", "cuda", "takes no mask")],
-)
-def test_a_kernel_that_cannot_run_is_refused(kernel: str, device: str, word: str) -> None:
-    with pytest.raises(EnvironmentProblem, match=word):
-        attention_kernel(config_of(kernel), torch.device(device))
+def test_panels_read_the_images_of_their_parts(tmp_path: Path) -> None:
+    """Regions of parts are named by their place in the micro-batch: a wrong one would be refused by its name."""
+    trainer = make_trainer(tmp_path, images_at_once="3", batch_size=4, max_steps=1, gradient_accumulation_steps=1)
+    read: list[tuple[int, int]] = []
+    original = trainer.data.samples
 
+    def samples(step: int, images: Any) -> Any:
+        assert step == 0
+        read.extend(images)
+        return original(step, images)
 
-def test_preflight_names_what_the_flags_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    speed = SpeedConfig(sdpa_kernel="cudnn", liger=True)
-    findings = list(check_kernels(Config(speed=speed)))
-    assert [finding.level for finding in findings] == [PROBLEM, PROBLEM]
-    assert "speed.liger" in findings[0].what
-    assert "speed.sdpa_kernel" in findings[1].what
-    assert not list(check_kernels(Config()))
+    trainer.data.samples = samples  # type: ignore[method-assign]
+    trainer.fit()
+    assert sorted(read) == [(0, 0), (0, 1), (0, 2), (0, 3)]

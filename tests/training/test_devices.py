@@ -1,17 +1,29 @@
-"""How the images of an optimiser step are shared out among the ranks."""
+"""How the images of a step are shared out among the ranks, and the attention kernel that is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dual_loop.config import Config, load_config
+sys.path.insert(0, str(Path(__file__).parent))
+from dual_loop.config import Config, SpeedConfig, load_config
 from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
-from dual_loop.errors import ConfigError
-from dual_loop.training.devices import share_out_batch
+from dual_loop.errors import ConfigError, EnvironmentProblem
+from dual_loop.preflight.findings import PROBLEM
+from dual_loop.preflight.machine import check_kernels
+from dual_loop.training.devices import attention_kernel, gather_objects, share_out_batch
+
+from hollow import make_trainer
+
+CPU = torch.device("cpu")
 
 
 def _config(effective_batch: int | None, batch_size: int = 2) -> Config:
@@ -93,3 +105,73 @@ def test_a_position_means_the_same_on_any_number_of_ranks(saved_by: int) -> None
         sampler.load_state_dict(state)
         assert sampler.start_step == 5
         assert next(iter(sampler)) == sampler.keys(5, 0)
+
+
+def kernel_config(kernel: str) -> Config:
+    return Config(speed=SpeedConfig(sdpa_kernel=kernel))
+
+
+def enabled() -> tuple[bool, bool]:
+    backends = torch.backends.cuda
+    return backends.flash_sdp_enabled(), backends.math_sdp_enabled()
+
+
+def test_one_kernel_and_no_other_inside_the_context() -> None:
+    before = enabled()
+    with attention_kernel(kernel_config("math"), CPU):
+        assert enabled() == (False, True)
+    with attention_kernel(kernel_config("flash"), CPU):
+        assert enabled() == (True, False)
+    with attention_kernel(kernel_config("auto"), torch.device("cuda")):
+        assert enabled() == before
+    assert enabled() == before
+
+
+def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.config = dataclasses.replace(trainer.config, speed=SpeedConfig(sdpa_kernel="math"))
+    seen: list[tuple[str, tuple[bool, bool]]] = []
+    parts = {"prepare": trainer.task.prepare, "forward": trainer.task.forward}
+    for name, original in parts.items():
+
+        def watched(*args: Any, name: str = name, original: Any = original) -> Any:
+            seen.append((name, enabled()))
+            return original(*args)
+
+        setattr(trainer.task, name, watched)
+    backward = torch.Tensor.backward
+
+    def watched_backward(self: torch.Tensor, *args: Any) -> None:
+        seen.append(("backward", enabled()))
+        backward(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", watched_backward)
+        trainer.fit()
+    assert {name for name, _ in seen} == {"prepare", "forward", "backward"}
+    assert {state for _, state in seen} == {(False, True)}
+    assert enabled() == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "word"),
+    [("efficient", "cpu", "CPU has no"), ("cudnn", "cpu", "CPU has no"), ("flash", "cuda", "takes no mask")],
+)
+def test_a_kernel_that_cannot_run_is_refused(kernel: str, device: str, word: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=word):
+        attention_kernel(kernel_config(kernel), torch.device(device))
+
+
+def test_preflight_names_what_the_flags_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    speed = SpeedConfig(sdpa_kernel="cudnn", liger=True)
+    findings = list(check_kernels(Config(speed=speed)))
+    assert [finding.level for finding in findings] == [PROBLEM, PROBLEM]
+    assert "speed.liger" in findings[0].what
+    assert "speed.sdpa_kernel" in findings[1].what
+    assert not list(check_kernels(Config()))
+
+
+def test_gathering_in_one_process_keeps_the_value() -> None:
+    assert gather_objects(Accelerator(cpu=True), ["x"]) == [["x"]]

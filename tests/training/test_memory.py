@@ -95,10 +95,10 @@ def test_gradients_and_moments_are_set_aside() -> None:
     weights = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.AdamW([weights])
     accelerator = Accelerator(cpu=True)
-    assert memory.still_to_come(config_of(), accelerator, optimizer) == 3 * 4000
+    assert memory.still_to_come(accelerator, optimizer) == 3 * 4000
     weights.sum().backward()
     optimizer.step()
-    assert memory.still_to_come(config_of(), accelerator, optimizer) == 4000
+    assert memory.still_to_come(accelerator, optimizer) == 4000
 
 
 def test_a_stated_size_counts_what_is_used_already_and_a_container_has_its_own_limit(tmp_path: Path) -> None:

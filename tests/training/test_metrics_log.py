@@ -1,35 +1,42 @@
-"""Records, ratios, counters and the console line."""
+"""Records, ratios, counters, the printed line, the files of records, and panels."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+sys.path.insert(0, str(Path(__file__).parent))
+from dual_loop.config import load_config
+from dual_loop.errors import CheckpointError
 from dual_loop.training.metrics_log import (
-    CounterLedger,
+    MetricsLog,
     PhaseTimer,
+    StepRecord,
     add_into,
-    console_line,
-    loss_means,
+    choose_regions,
+    counters_of,
+    make_panels,
     ratios_and_values,
     reduce_sums,
+    truncate_metrics,
 )
+from dual_loop.types import RegionSample, Segmentation
+
+from hollow import HollowData, HollowTask
 
 
 def test_ratios_values_and_counters_are_told_apart() -> None:
     metrics = {"iou/sum": 3.0, "iou/count": 4.0, "none/sum": 0.0, "none/count": 0.0, "tokens": 7.0, "a/b": 2.0}
     assert ratios_and_values(metrics) == {"iou": 0.75, "none": None, "tokens": 7.0}
-    ledger = CounterLedger({"a/b": 1.0})
-    ledger.add(metrics)
-    assert ledger.as_dict() == {"a/b": 3}
-
-
-def test_means_divide_the_sum_once() -> None:
-    means = loss_means({"mask_loss": 6.0, "llm_loss": 0.0}, {"mask_loss": 4.0, "llm_loss": 0.0})
-    assert means == {"loss": 1.5, "mask_loss": 1.5, "llm_loss": 0.0}
+    assert counters_of(metrics) == {"a/b": 2.0}
 
 
 def test_add_into_prefixes_and_sums() -> None:
@@ -44,29 +51,93 @@ def test_one_process_reduces_to_itself() -> None:
 
 def test_phases_add_up_to_at_most_the_total() -> None:
     timer = PhaseTimer(torch.device("cpu"), exact=True)
-    with timer.phase("data"):
-        sum(range(10000))
-    with timer.phase("data"):
-        pass
+    for phase in ("data", "forward", "data"):
+        sum(range(100_000))
+        timer.end(phase)
     seconds = timer.total()
-    assert 0 < seconds["data"] <= seconds["total"]
+    assert 0 < seconds["forward"] < seconds["data"]
+    assert seconds["data"] + seconds["forward"] <= seconds["total"] + 2e-4  # each is rounded
     assert set(seconds) == {"total", "data", "rollout", "forward", "backward", "optimiser"}
 
 
+def record_of(step: int, counters: dict[str, int] | None = None) -> StepRecord:
+    losses = {"mask_loss": 0.5, "align_loss": 1.0, "dice_loss": 0.25, "llm_loss": 0.4845}
+    seconds, values = {"total": 1.0, "data": 0.5}, {"cycle_iou": 0.5, "reference_iou": None}
+    return StepRecord(step, 1, losses, 2.0, 1e-4, 1, seconds, values, counters or {})
+
+
 @pytest.mark.parametrize("rejected", [0, 3])
-def test_console_line_has_the_promised_shape(rejected: int) -> None:
-    record = {
-        "step": 2,
-        "loss": 1.2345,
-        "mask_loss": 0.5,
-        "dice_loss": 0.25,
-        "llm_loss": 0.4845,
-        "other_losses": {},
-        "cycle_iou": 0.5,
-        "counters": {"caption/rejected": rejected, "data/bad_samples/sav/x": 1},
-    }
-    line = console_line(record, 6)
-    losses = r"loss=1\.23\d, mask_loss=0\.500, dice_loss=0\.250, llm_loss=0\.48\d"
+def test_the_printed_line_has_the_promised_shape(rejected: int) -> None:
+    line = record_of(2, {"caption/rejected": rejected, "data/bad_samples/sav/x": 1}).line(6)
+    losses = r"loss=2\.23\d, mask_loss=0\.500, dice_loss=0\.250, llm_loss=0\.48\d, align_loss=1\.000"
     assert re.match(losses + r", step 2/6, cycle_iou=0\.5", line)
     assert ("caption/rejected=3" in line) == bool(rejected)
     assert "sav" not in line
+
+
+def test_a_record_is_a_line_and_its_numbers_are_curves(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.open(0)
+    log.write(record_of(1, {"caption/rejected": 2}))
+    log.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert list(record)[:6] == ["step", "epoch", "loss", "mask_loss", "dice_loss", "llm_loss"]
+    assert (record["loss"], record["other_losses"]) == (pytest.approx(2.2345), {"align_loss": 1.0})
+    assert record["reference_iou"] is None
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = {"loss", "other_losses/align_loss", "seconds/data", "cycle_iou", "counters/caption/rejected"}
+    assert names < set(events.Tags()["scalars"])
+    assert not {"step", "reference_iou"} & set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("seconds/data")] == [0.5]
+
+
+def test_resuming_drops_the_records_that_will_be_done_again(tmp_path: Path) -> None:
+    for first, steps in ((0, range(1, 6)), (3, [4])):
+        log = MetricsLog(tmp_path)
+        log.open(first)
+        for step in steps:
+            log.write(record_of(step, {"a/b": first}))
+        log.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["counters"]["a/b"]) for record in records] == [(1, 0), (2, 0), (3, 0), (4, 3)]
+
+
+def test_an_unfinished_last_line_is_dropped_but_one_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match="line 1"):
+        truncate_metrics(path, 5)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "run", writes=False)
+    log.open(0)
+    log.write(record_of(1))
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_source_comes_once_before_any_comes_twice() -> None:
+    assert choose_regions(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
+    assert choose_regions(["a", "a"], 5) == [0, 1]
+
+
+def test_a_panel_has_the_mask_at_the_size_of_its_image_cut_at_zero() -> None:
+    config = load_config(None, {"train.batch_size": 2})
+    [packed] = HollowTask().prepare([next(HollowData(config).batches(0))])
+    logits = torch.full((2, 4, 4), -3.0)
+    logits[1, :, 2:] = 3.0
+    nothing = torch.zeros(2, 1)
+    masks = np.zeros((1, 8, 16), bool)
+    masks[..., 8:] = True
+    sample = RegionSample("sa1b", "1", np.zeros((8, 16, 3), np.uint8), masks, ("0",), ((),))
+    segmentation = Segmentation(logits, nothing, nothing, nothing)
+    [panel] = make_panels([(packed, segmentation, 1)], [sample])
+    assert (panel.name, panel.caption, panel.origin, panel.iou) == ("sa1b/1#0", "a star", "generated", 1.0)
+    assert panel.predicted_mask.dtype == bool
+    assert (panel.predicted_mask == masks[0]).all()
+    with pytest.raises(RuntimeError, match="the data changed"):
+        make_panels([(packed, segmentation, 0)], [sample])

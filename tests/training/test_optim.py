@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_loop.config import TrainConfig
-from dual_loop.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from dual_loop.training.optim import build_optimizer, learning_rate_at
 
 
 def test_only_matrices_decay() -> None:
@@ -48,9 +48,3 @@ def test_rate_stays_between_zero_and_peak(total: int, warmup: float, floor: floa
     config = TrainConfig(learning_rate=2.0, warmup_ratio=warmup, min_lr_ratio=floor)
     assert 0 <= learning_rate_at(step, total, config) <= 2.0 + 1e-12
     assert learning_rate_at(0, total, config) > 0
-
-
-def test_rate_reaches_every_group() -> None:
-    optimizer = build_optimizer(dict(torch.nn.Linear(2, 2).named_parameters()), TrainConfig())
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

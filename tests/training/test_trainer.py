@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import GATES
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.training.checks import NonFiniteError
+from dual_loop.training.metrics_log import StepRecord
 from dual_loop.training.trainer import Trainer
 
 from hollow import HollowTask, make_trainer
@@ -62,17 +63,17 @@ def test_a_run_moves_what_trains_and_leaves_a_whole_folder(tmp_path: Path) -> No
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
-def test_summary_and_counters_add_up(tmp_path: Path) -> None:
+def test_totals_and_counters_add_up(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=5)
     trainer.fit()
-    summary = trainer.summary()
-    assert summary["steps"] == 5
-    assert summary["sources"] == {"sav": 5, "sa1b": 5}
-    assert summary["effective_batch"] == 2
-    gates = {f"gate/{name}": 0 for name in GATES}
-    assert summary["counters"] == {"caption/rejected": 10, "data/bad_samples": 2, "prompt/grid_rescued": 0, **gates}
-    assert summary["peak_memory_mb"] > 10
-    assert summary["seconds"] > 0
+    totals = trainer.totals()
+    assert totals.steps == 5
+    assert totals.sources == {"sav": 5, "sa1b": 5}
+    assert totals.effective_batch == 2
+    skipped = {"data/bad_samples": 2, "data/bad_samples_distinct": 2, "data/bad_samples/sav/broken": 2}
+    assert totals.counters == {"caption/rejected": 10, "prompt/grid_rescued": 0, **skipped}
+    assert totals.peak_memory_mb > 10
+    assert totals.seconds > 0
 
 
 def test_the_reported_loss_is_the_global_mean_and_its_gradient_is_the_one_used(tmp_path: Path) -> None:
@@ -108,13 +109,13 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path: Path) -> None:
 def test_a_non_finite_loss_stops_before_anything_changes(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, HollowTask(spoil="sa1b/3#0"))
     states = []
-    original = trainer._update
+    original = trainer.task.prepare
 
-    def spy(*args: Any) -> float:
+    def spy(*args: Any) -> Any:
         states.append(_weights(trainer))
         return original(*args)
 
-    trainer._update = spy  # type: ignore[method-assign]
+    trainer.task.prepare = spy  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
     assert "step 2" in str(caught.value)
@@ -154,14 +155,14 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     straight = make_trainer(tmp_path / "straight", HollowTask(noise=0.1), max_steps=6)
     straight.fit()
     broken = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), max_steps=6, save_interval=3)
-    original = broken.folder.log
+    original = broken.log.write
 
-    def stop_at_five(record: Any) -> None:
+    def stop_at_five(record: StepRecord) -> None:
         original(record)
-        if record["step"] == 5:
+        if record.step == 5:
             raise KeyboardInterrupt
 
-    broken.folder.log = stop_at_five  # type: ignore[method-assign]
+    broken.log.write = stop_at_five  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     assert len(_records(tmp_path / "broken")) == 5
@@ -177,9 +178,9 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     keys = ("step", "loss", "grad_norm", "lr", "counters")
     expected = [{key: record[key] for key in keys} for record in _records(tmp_path / "straight")]
     assert [{key: record[key] for key in keys} for record in _records(tmp_path / "broken")] == expected
-    first, second = straight.summary(), resumed.summary()
-    assert first["sources"] == second["sources"]
-    assert first["counters"] == second["counters"]
+    first, second = straight.totals(), resumed.totals()
+    assert first.sources == second.sources
+    assert first.counters == second.counters
     assert "at step 3" in lines[0]
 
 
@@ -219,14 +220,14 @@ def test_another_number_of_steps_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_after_the_step(tmp_path: Path, number: signal.Signals) -> None:
     trainer = make_trainer(tmp_path, max_steps=50)
-    original = trainer.folder.log
+    original = trainer.log.write
 
-    def interrupt(record: Any) -> None:
+    def interrupt(record: StepRecord) -> None:
         original(record)
-        if record["step"] == 2:
+        if record.step == 2:
             os.kill(os.getpid(), number)
 
-    trainer.folder.log = interrupt  # type: ignore[method-assign]
+    trainer.log.write = interrupt  # type: ignore[method-assign]
     result = trainer.fit()
     assert (result.step, result.stopped_by, result.is_own_signal) == (3, number.name, True)
     assert Path(result.checkpoint).name == "step_00000003"
@@ -241,11 +242,11 @@ import torch
 from dual_loop.training.devices import end_processes
 trainer = make_trainer(sys.argv[1], HollowTask(spoil=sys.argv[3]), batch_size=1, gradient_accumulation_steps=2)
 trainer.fit()
-summary = trainer.summary()
+totals = trainer.totals()
 if trainer.accelerator.is_main_process:
     import json, os
     torch.save(trainer.task.model.state_dict(), os.path.join(sys.argv[1], "weights.pt"))
-    json.dump(summary, open(os.path.join(sys.argv[1], "summary.json"), "w"))
+    json.dump(vars(totals), open(os.path.join(sys.argv[1], "summary.json"), "w"))
 end_processes(trainer.accelerator)
 """
 
@@ -266,7 +267,7 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path: Path) -> None:
     one = make_trainer(tmp_path / "one", batch_size=2, gradient_accumulation_steps=2)
     one.fit()
     _assert_close(_weights(one), torch.load(tmp_path / "two/weights.pt", weights_only=True))
-    summary, own = json.loads((tmp_path / "two/summary.json").read_text()), one.summary()
+    summary, own = json.loads((tmp_path / "two/summary.json").read_text()), vars(one.totals())
     assert summary["world_size"] == 2
     assert summary["effective_batch"] == own["effective_batch"] == 4
     assert summary["sources"] == own["sources"]

@@ -1,23 +1,13 @@
-"""Panels: geometry, colours where the masks are, choice of regions."""
+"""Panels: geometry, and colours where the masks are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from dual_loop.training.panels import (
-    GAP,
-    PANEL_SIDE,
-    TITLE_HEIGHT,
-    Panel,
-    choose_regions,
-    draw_panel,
-    mask_at_size,
-    save_panels,
-)
+from dual_loop.drawing import GAP, PANEL_SIDE, TITLE_HEIGHT, Panel, draw_panel, save_panels
 
 
 def _panel(caption: str = "a red star") -> Panel:
@@ -49,21 +39,8 @@ def test_caption_is_drawn_and_long_or_empty_ones_fit() -> None:
     assert long.height > plain.height
 
 
-def test_files_are_named_by_step(tmp_path: Path) -> None:
-    paths = save_panels([_panel(), _panel()], tmp_path / "panels", 12)
+def test_files_are_numbered(tmp_path: Path) -> None:
+    save_panels([_panel(), _panel()], tmp_path / "panels", "step_000012")
+    paths = sorted((tmp_path / "panels").iterdir())
     assert [path.name for path in paths] == ["step_000012_0.png", "step_000012_1.png"]
     assert Image.open(paths[1]).size[0] == 3 * PANEL_SIDE + 4 * GAP
-
-
-def test_mask_logits_are_resized_and_cut_at_zero() -> None:
-    logits = torch.full((4, 4), -3.0)
-    logits[:, 2:] = 3.0
-    mask = mask_at_size(logits, 8, 16)
-    assert mask.shape == (8, 16)
-    assert mask.dtype == bool
-    assert (mask == (np.arange(16) >= 8)).all()
-
-
-def test_every_source_comes_once_before_any_comes_twice() -> None:
-    assert choose_regions(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
-    assert choose_regions(["a", "a"], 5) == [0, 1]

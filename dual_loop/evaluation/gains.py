@@ -1,0 +1,73 @@
+"""The held-out set before and after training: figures of both, gains with their intervals, and cheating flags."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+from dual_loop.errors import ConfigError, explain
+from dual_loop.evaluation.cheating_flags import find_flags
+from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.measure import MeasuredRegion
+from dual_loop.metrics import paired_bootstrap
+
+FIGURES = (
+    *("gIoU", "cIoU", "cycle_gIoU", "caption_exact", "cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
+    *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
+)
+
+
+class EvaluationSummary(TypedDict, total=False):
+    """What ``summary.json`` says of the held-out set, as far as it was measured; a gain is mean and 95 % interval."""
+
+    before: dict[str, float | None]
+    after: dict[str, float | None]
+    gain: dict[str, dict[str, float]]
+    flags: list[str]
+
+
+def plain_figures(results: Sequence[MeasuredRegion]) -> dict[str, float | None]:
+    """Return all figures as JSON holds them: None where there is nothing to average."""
+    values = summarise(results)
+    return {name: None if math.isnan(values[name]) else values[name] for name in FIGURES}
+
+
+def evaluation_summary(
+    before: Sequence[MeasuredRegion] | None, after: Sequence[MeasuredRegion] | None
+) -> EvaluationSummary:
+    """Return what is said of the regions that were measured before and after."""
+    summary = EvaluationSummary()
+    if before is not None:
+        summary["before"] = plain_figures(before)
+    if after is not None:
+        summary["after"] = plain_figures(after)
+    if before is not None and after is not None:
+        summary["gain"] = {"gIoU": gain(before, after), **cycle_gains(before, after)}
+        summary["flags"] = find_flags(before, after)
+    return summary
+
+
+def gain(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, float]:
+    """Return mean gain in gIoU with its 95 % interval: paired by region and sentence, resampled by image.
+
+    Raises:
+        ConfigError: the two did not measure the same regions.
+    """
+    if [(b.name, len(b.ious)) for b in before] != [(a.name, len(a.ious)) for a in after]:
+        what, fix = "different regions", "keep --eval_dir and --eval_max_samples the same when resuming"
+        seen = f"{len(before)} and {len(after)} regions"
+        raise ConfigError(explain(f"the evaluations before and after measured {what}", "data.eval_dir", seen, fix=fix))
+    first, second = ([iou for result in results for iou in result.ious] for results in (before, after))
+    return paired_bootstrap(first, second, groups=[result.image for result in before for _ in result.ious])
+
+
+def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, dict[str, float]]:
+    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
+    images = [result.image for result in before]
+    old = [result.cycle_iou for result in before]
+    gains = {"cycle_gIoU": paired_bootstrap(old, [result.cycle_iou for result in after], groups=images)}
+    frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
+    if len(frozen) == len(old):
+        gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
+    return gains

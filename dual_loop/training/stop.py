@@ -1,0 +1,46 @@
+"""Signals that stop a run after its step: the trainer saves and leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+# SIGUSR1 is for clusters: torchrun's launcher ends its workers 30 seconds after SIGTERM, done or not. Where it is told
+# to ignore SIGUSR1, workers alone hear it and take the time that a step and a checkpoint need.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# torchrun passes a Ctrl-C on to workers that the terminal has told already; that is one wish, not two.
+SAME_WISH_SECONDS = 3.0
+
+
+class StopRequest:
+    """Remembers that SIGINT, SIGTERM or SIGUSR1 came, so that the trainer can finish its step, save and leave.
+
+    A second signal, more than a moment later, ends the process at once.
+
+    Attributes:
+        signal_name: of the signal that came; None as long as none has.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._time = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name, self._time = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._time > SAME_WISH_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
