@@ -34,9 +34,9 @@ from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, 
 from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.iteration import evenly_spread
 from dual_loop.model.ema import weights
+from dual_loop.preflight.dry_run import dry_run as dry_run
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import end_processes, gather_objects
-from dual_loop.training.dry_run import dry_run as dry_run
 from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
 from dual_loop.training.trainer import FitResult, Totals, Trainer
 

@@ -22,7 +22,7 @@ from dual_loop.checkpoint.importer import match_keys
 from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, place
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.model.build import build_model
-from dual_loop.training.dry_run import PlaceholderTokenizer
+from dual_loop.preflight.dry_run import PlaceholderTokenizer
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -47,9 +47,9 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     from dual_loop.checkpoint.importer import weights_sources
     from dual_loop.model.build import build_model
     from dual_loop.preflight import data_checks, machine, model_checks
+    from dual_loop.preflight.dry_run import meta_tokenizer
     from dual_loop.serve.loading import rebuild
     from dual_loop.training.devices import build_accelerator
-    from dual_loop.training.dry_run import meta_tokenizer
 
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
     findings += machine.check_kernels(config)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from dual_loop.config import CONFIG_DIR, load_config  # noqa: E402
 from dual_loop.model.build import build_model  # noqa: E402
-from dual_loop.training.dry_run import meta_tokenizer  # noqa: E402
+from dual_loop.preflight.dry_run import meta_tokenizer  # noqa: E402
 from dual_loop.training.memory import GIB, estimate_memory  # noqa: E402
 
 NAMES = (

@@ -16,7 +16,7 @@ from dual_loop.checkpoint.original_config import config_from_original
 from dual_loop.config import LossConfig, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError
 from dual_loop.model.build import build_model, build_tokenizer
-from dual_loop.training.dry_run import PlaceholderTokenizer
+from dual_loop.preflight.dry_run import PlaceholderTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 from synthetic_case import original_config, with_vocabulary

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dual_loop.config import CONFIG_DIR, load_config
 from dual_loop.model.build import build_prompter, build_tokenizer
-from dual_loop.training.dry_run import PlaceholderTokenizer
+from dual_loop.preflight.dry_run import PlaceholderTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = CONFIG_DIR / "sa2va_4b_cpu.py"

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer
+from dual_loop.preflight.dry_run import dry_run
 from dual_loop.training import memory
-from dual_loop.training.dry_run import dry_run
 from dual_loop.training.memory import (
     GIB,
     SHARE_USED,

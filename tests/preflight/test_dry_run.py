@@ -8,7 +8,7 @@ import pytest
 
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.errors import CheckpointError
-from dual_loop.training.dry_run import PlaceholderTokenizer, dry_run
+from dual_loop.preflight.dry_run import PlaceholderTokenizer, dry_run
 
 
 def _report(monkeypatch: pytest.MonkeyPatch, name: str, world_size: int, **overrides: object) -> str:
