@@ -71,7 +71,8 @@ def test_totals_and_counters_add_up(tmp_path: Path) -> None:
     assert totals.sources == {"sav": 5, "sa1b": 5}
     assert totals.effective_batch == 2
     skipped = {"data/bad_samples": 2, "data/bad_samples_distinct": 2, "data/bad_samples/sav/broken": 2}
-    assert totals.counters == {"caption/rejected": 10, "prompt/grid_rescued": 0, **skipped}
+    gates = {f"gate/{name}": 0 for name in GATES}
+    assert totals.counters == {"caption/rejected": 10, "prompt/grid_rescued": 0, **gates, **skipped}
     assert totals.peak_memory_mb > 10
     assert totals.seconds > 0
 
