@@ -242,17 +242,9 @@ class Trainer:
         progress.seconds += timer.total()["total"]
         add_into(progress.counters, counters_of(sums))
         if is_logged:
-            record = StepRecord(
-                step=number,
-                epoch=(number - 1) // self.data.steps_per_epoch + 1,
-                losses=losses,
-                grad_norm=grad_norm,
-                lr=rate,
-                ranks=world_size,
-                seconds=timer.total(),
-                values=ratios_and_values(sums),
-                counters=self.counters(),
-            )
+            epoch, averages = (number - 1) // self.data.steps_per_epoch + 1, ratios_and_values(sums)
+            seconds, counters = timer.total(), self.counters()
+            record = StepRecord(number, epoch, losses, grad_norm, rate, world_size, seconds, averages, counters)
             self.log.write(record)
             self.report(record.line(last))
         if number in (1, last) or number % train.panel_interval == 0:

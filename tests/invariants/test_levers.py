@@ -46,7 +46,7 @@ def one_window(
 ) -> dict[str, Any]:
     """Captions, loss sums and gradients of one window of three micro-batches: scenes, a frame pair, both, in float64.
 
-    With ``images``, micro-batches are run in parts of so many images (``training.window_parts``).
+    With ``images``, micro-batches are run in parts of so many images (``training.device_prefetch``).
 
     In double precision the roundings of another order of sums are far below the smallest tolerated difference.
     """
