@@ -84,6 +84,31 @@ def iou_table(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows) if rows else flat.new_zeros(0, len(flat))
 
 
+def own_image_only(table: torch.Tensor, regions: torch.Tensor, region_image: torch.Tensor) -> torch.Tensor:
+    """Return an IoU table (R, N) with NaN where region n lies on another image than region ``regions[r]``."""
+    images = region_image.to(table.device)
+    return table.masked_fill(images[regions.to(table.device)][:, None] != images[None], float("nan"))
+
+
+def own_and_margin(table: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the IoU (R,) of each caption's mask with its own region, and that minus the best of the other regions.
+
+    Args:
+        table: (R, N) float, the IoU of each caption's mask with every region; NaN for regions of other images.
+        regions: (R,) int64, the region of each caption.
+
+    Returns:
+        Both (R,); the margin is in -1..1, NaN where the image has no other region.
+    """
+    import torch
+
+    own = table.gather(1, regions[:, None])[:, 0]
+    is_own = torch.zeros_like(table, dtype=torch.bool).scatter(1, regions[:, None], True)
+    others = table.masked_fill(is_own | table.isnan(), float("-inf"))
+    best = others.amax(1) if table.shape[1] else table.new_zeros(len(table))
+    return own, torch.where(best.isinf(), float("nan"), own - best)
+
+
 def normalise_caption(text: str) -> str:
     """Return ``text`` in lower case, with single spaces, without white space at the ends and full stops at the end."""
     return " ".join(text.lower().split()).rstrip(" .")

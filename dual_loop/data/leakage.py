@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.config import DataConfig
-from dual_loop.data.index_file import StringTable
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import HeldOutImage, held_out_images
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks
 from dual_loop.types import NeededSize, RegionSample

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dual_loop.data.images import Picture
-from dual_loop.data.index_file import StringTable
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 

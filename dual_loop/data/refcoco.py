@@ -37,9 +37,10 @@ import numpy as np
 
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import load_or_build
-from dual_loop.data.index_file import StringTable, watch_files
+from dual_loop.data.index_file import watch_files
 from dual_loop.data.masks import check_mask, decode_segmentation, decode_summed_polygons, fit_mask, safe_join
 from dual_loop.data.reader import Reader, find_part, layout_error
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 

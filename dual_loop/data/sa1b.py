@@ -30,9 +30,9 @@ import numpy as np
 
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import Key, TreeListing, build_in_parts, default_index_dir, join_parts, load_or_build
-from dual_loop.data.index_file import StringTable
 from dual_loop.data.masks import decode_rle, fit_mask
 from dual_loop.data.reader import Reader, layout_error, read_annotations
+from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TAR_SUFFIXES, TarShelf, list_tar
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize, RegionSample

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from dual_loop.data.index import Arrays
-from dual_loop.data.index_file import StringTable, watch_files
+from dual_loop.data.index_file import watch_files
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import EnvironmentProblem, SampleError, explain
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

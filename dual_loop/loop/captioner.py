@@ -12,8 +12,7 @@ from torch import Tensor
 from dual_loop.config import GATES, LoopConfig
 from dual_loop.errors import DualLoopError, explain
 from dual_loop.loop.gates import CaptionGates
-from dual_loop.model.adapters import merged_adapters
-from dual_loop.model.decode import Decoder, Prompt
+from dual_loop.model.decode import Decoder, Prompt, merged_adapters
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionCaption, Seen, WrittenCaption

@@ -7,7 +7,6 @@ the weights that training started from.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
-from dual_loop.loop.scorer import Scorer, own_and_margin
+from dual_loop.loop.scorer import Scorer
 from dual_loop.loop.step_metrics import ratio
-from dual_loop.metrics import distinct_ngrams, iou_table
+from dual_loop.metrics import distinct_ngrams, iou_table, own_and_margin
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import PackedBatch, RankComm, RegionCaption, Seen, Segmentation
 
-REMEMBERED_CAPTIONS = 512
 LEAST_PREFERENCE = 0.02
 """Mean difference in IoU from which a listener prefers one captioner's words to another's."""
 TOKENS_AT_ONCE = 64
@@ -41,23 +39,18 @@ class CheatingProbe:
     ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
         self.starting, self.comm = starting, comm
-        self.recent: deque[str] = deque(maxlen=REMEMBERED_CAPTIONS)
         self.captioner = Captioner(model, prompter, measuring_settings(config), is_silent=True)
         self.scorer = Scorer(model, prompter, config)
 
-    def remember(self, captions: Sequence[Sequence[RegionCaption]]) -> None:
-        """Keep the generated captions that step 2 reads, for vocabulary and distinct n-grams."""
-        self.recent.extend(caption.text for own in captions for caption in own if not caption.is_reference)
-
     @torch.no_grad()
-    def measure(self, seen: Sequence[Seen], packed: Sequence[PackedBatch]) -> dict[str, float]:
+    def measure(self, seen: Sequence[Seen], packed: Sequence[PackedBatch], recent: Sequence[str]) -> dict[str, float]:
         """Return sums and counts of the panel over this rank's micro-batches; every rank must call this together.
 
         Keys: ``own_cycle_iou``, ``frozen_cycle_iou`` (the same captions, live and starting weights, eval mode);
         ``kl`` (divergence of the captioner from itself without the adapter, in nats a token, exact over the
         vocabulary, along the captions that were written); ``seg_probability`` (of [SEG] at its place, when it is not
         forced), ``seg_emitted`` (share of answers that greedy decoding would write up to [SEG]); ``vocabulary``,
-        ``distinct_1``, ``distinct_2`` over the last captions of all ranks; ``own_preference``, ``frozen_preference``
+        ``distinct_1``, ``distinct_2`` over ``recent`` captions of all ranks; ``own_preference``, ``frozen_preference``
         (IoU of today's captions minus that of the captions that the starting weights write of the same regions, by the
         live and by the starting listener); ``flag/private_code``: the live listener prefers today's captions and the
         starting one those of the start, both beyond chance.
@@ -76,7 +69,7 @@ class CheatingProbe:
             own = self._prefer(seen, packed, first)
             for rows, features in zip(packed, seen, strict=True):
                 self._add_divergence(rows, features, sums)
-        texts = self.comm.gather(list(self.recent))
+        texts = self.comm.gather(recent)
         spread = {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2)}
         spread["vocabulary"] = float(len({word for text in texts for word in text.lower().split()}))
         # The same on every rank: sums over ranks divide out again.

@@ -17,8 +17,7 @@ from torch import Tensor
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.loop.judge import Judge, JudgeQuestion
-from dual_loop.loop.scorer import own_and_margin
-from dual_loop.metrics import meteor_exact_stem
+from dual_loop.metrics import meteor_exact_stem, own_and_margin
 
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dual_loop.config import LoopConfig
 from dual_loop.loop.packing import pack_turns, silent
-from dual_loop.metrics import iou_table
+from dual_loop.metrics import iou_table, own_image_only
 from dual_loop.model.decode import Decoder, Prompt
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
@@ -102,26 +102,3 @@ def join_masks(masks: Sequence[Tensor], side: int) -> Tensor:
         return torch.zeros(0, side, side)
     empty = torch.full((side, side), -1e4, device=masks[0].device)
     return torch.stack([own.amax(0) if len(own) else empty for own in masks])
-
-
-def own_image_only(table: Tensor, regions: Tensor, region_image: Tensor) -> Tensor:
-    """Return an IoU table (R, N) with NaN where region n lies on another image than region ``regions[r]``."""
-    images = region_image.to(table.device)
-    return table.masked_fill(images[regions.to(table.device)][:, None] != images[None], float("nan"))
-
-
-def own_and_margin(table: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the IoU (R,) of each caption's mask with its own region, and that minus the best of the other regions.
-
-    Args:
-        table: (R, N) float, the IoU of each caption's mask with every region; NaN for regions of other images.
-        regions: (R,) int64, the region of each caption.
-
-    Returns:
-        Both (R,); the margin is in -1..1, NaN where the image has no other region.
-    """
-    own = table.gather(1, regions[:, None])[:, 0]
-    is_own = torch.zeros_like(table, dtype=torch.bool).scatter(1, regions[:, None], True)
-    others = table.masked_fill(is_own | table.isnan(), float("-inf"))
-    best = others.amax(1) if table.shape[1] else table.new_zeros(len(table))
-    return own, torch.where(best.isinf(), float("nan"), own - best)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dual_loop.config import GATES
-from dual_loop.loop.scorer import own_and_margin, own_image_only
-from dual_loop.metrics import iou_table
+from dual_loop.metrics import iou_table, own_and_margin, own_image_only
 from dual_loop.types import PackedBatch, Segmentation
 
 

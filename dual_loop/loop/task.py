@@ -42,6 +42,8 @@ from dual_loop.types import (
     StepOutput,
 )
 
+REMEMBERED_CAPTIONS = 512
+
 
 class DualLoopTask(nn.Module):
     """Owns the model, the losses and the signals.
@@ -76,6 +78,7 @@ class DualLoopTask(nn.Module):
         on_disk = config.speed.start_on_disk and config.reward.listener != "frozen"  # else read at every step
         self.starting = StartingWeights(trainable_parameters(model), on_disk)
         self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm)
+        self.recent: deque[str] = deque(maxlen=REMEMBERED_CAPTIONS)  # for the words that the probe counts
         folder, limit = config.speed.feature_cache, config.speed.feature_cache_gib
         self.cache = None if folder is None else FeatureCache(model, folder, limit, num_images)
 
@@ -95,7 +98,7 @@ class DualLoopTask(nn.Module):
         replaced = any(signal.reads_samples for signal in self.signals)
         greedy = not replaced or any(signal.needs_greedy for signal in self.signals)
         captions = self.captioner.write(seen, batches, greedy=greedy, num_samples=samples)
-        self.probe.remember(captions)
+        self.recent.extend(one.text for own in captions for one in own if not one.is_reference)
         parts = zip(batches, seen, captions, strict=True)
         window = [MicroBatch(*part, RowPlan.for_captions(part[2])) for part in parts]
         asked = [dict.fromkeys(text for signal in self.signals for text in signal.asks(micro)) for micro in window]
@@ -112,7 +115,7 @@ class DualLoopTask(nn.Module):
             signal.lessons(window, progress)
         packed = [micro.rows for micro in window]
         if audit:
-            packed[0].metrics.update(self.probe.measure(seen, packed))
+            packed[0].metrics.update(self.probe.measure(seen, packed, list(self.recent)))
         return packed
 
     def see(self, batch: Batch) -> Seen:
@@ -149,13 +152,13 @@ class DualLoopTask(nn.Module):
     def run_state(self) -> RunState:
         """Return what a resumed run needs of this rank's task, as JSON values."""
         counts = [self.captioner.num_generated, self.captioner.num_rejected]
-        return {"captioner": counts, "probe": list(self.probe.recent)}
+        return {"captioner": counts, "probe": list(self.recent)}
 
     def load_run_state(self, state: RunState) -> None:
         """Continue from :meth:`run_state`."""
         self.captioner.num_generated, self.captioner.num_rejected = state["captioner"]
         recent = state["probe"] if "probe" in state else state["auditor"]["recent"]
-        self.probe.recent = deque(recent, self.probe.recent.maxlen)
+        self.recent = deque(recent, REMEMBERED_CAPTIONS)
 
 
 def plain_terms(

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dual_loop.errors import ConfigError, explain
-from dual_loop.model.shards import is_sharded
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_WIDE = (torch.float32, torch.float64)
-"""Dtypes in which a matrix and its adapter can be added without a rounding that counts."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "lora": (".lora_A.", ".lora_B."),
@@ -72,50 +65,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, state in zip(layers, before, strict=True):
             layer._disable_adapters = state
-
-
-@runtime_checkable
-class KeepsMatrix(Protocol):
-    """A frozen layer that keeps its matrix elsewhere than in a parameter."""
-
-    dtype: torch.dtype
-
-    @staticmethod
-    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
-        """Add the adapters of ``layers``, whose base layers are of this class, to the matrices; ``undo`` restores."""
-
-
-@contextmanager
-def merged_adapters(model: nn.Module) -> Iterator[None]:
-    """Add the adapters to their float32 matrices for the length of a ``with`` block; no graph.
-
-    The frozen matrices themselves are put aside and come back as they were, whatever happens inside or in merging.
-    Layers whose matrices have another dtype, or live elsewhere than in a plain tensor, keep their adapters.
-    """
-    plain: list[LoraLinear] = []
-    kept: dict[type[KeepsMatrix], list[LoraLinear]] = {}
-    for layer in (module for module in model.modules() if isinstance(module, LoraLinear)):
-        if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters or layer.lora_variant:
-            continue
-        base: Any = layer.get_base_layer()
-        keeps = isinstance(base, KeepsMatrix)
-        weight = None if keeps else getattr(base, "weight", None)
-        if keeps and base.dtype in _WIDE:
-            kept.setdefault(type(base), []).append(layer)
-        elif isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE:
-            plain.append(layer)
-    with ExitStack() as undo:
-        with torch.no_grad():
-            for layer in plain:
-                matrix: Any = layer.get_base_layer().weight
-                undo.callback(setattr, matrix, "data", matrix.data)
-                matrix.data = matrix + layer.get_delta_weight(layer.active_adapters[0])
-            for cls, layers in kept.items():
-                cls.merge(layers, undo)
-        for layer in chain(plain, *kept.values()):
-            undo.callback(setattr, layer, "_disable_adapters", False)
-            layer._disable_adapters = True
-        yield
 
 
 def group_of(name: str) -> str | None:

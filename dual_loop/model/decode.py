@@ -7,23 +7,29 @@ samples. The result is that of transformers' ``generate`` on the whole prompts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from itertools import chain
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, additive_mask
+from dual_loop.model.shards import is_sharded
 
 IMAGES_AT_ONCE = 8
 """Most image prefixes that one forward pass reads."""
 CPU_TOKENS = 1024
 """Tokens that keep a CPU's products busy; more at a time would hold memory for no speed."""
+_WIDE = (torch.float32, torch.float64)
+"""Dtypes in which a matrix and its adapter can be added without a rounding that counts."""
 
 
 @dataclass(frozen=True)
@@ -195,3 +201,47 @@ def prefixes_at_once(length: int, device_type: str) -> int:
     """Return how many image prefixes of ``length`` tokens one forward pass reads on this kind of device."""
     most = CPU_TOKENS // max(1, length) if device_type == "cpu" else IMAGES_AT_ONCE
     return max(1, min(IMAGES_AT_ONCE, most))
+
+
+@runtime_checkable
+class KeepsMatrix(Protocol):
+    """A frozen layer that keeps its matrix elsewhere than in a parameter."""
+
+    dtype: torch.dtype
+
+    @staticmethod
+    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
+        """Add the adapters of ``layers``, whose base layers are of this class, to the matrices; ``undo`` restores."""
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Add the adapters to their float32 matrices for the length of a ``with`` block; no graph.
+
+    The frozen matrices themselves are put aside and come back as they were, whatever happens inside or in merging.
+    Layers whose matrices have another dtype, or live elsewhere than in a plain tensor, keep their adapters.
+    """
+    plain: list[LoraLinear] = []
+    kept: dict[type[KeepsMatrix], list[LoraLinear]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, LoraLinear)):
+        if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters or layer.lora_variant:
+            continue
+        base: Any = layer.get_base_layer()
+        keeps = isinstance(base, KeepsMatrix)
+        weight = None if keeps else getattr(base, "weight", None)
+        if keeps and base.dtype in _WIDE:
+            kept.setdefault(type(base), []).append(layer)
+        elif isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE:
+            plain.append(layer)
+    with ExitStack() as undo:
+        with torch.no_grad():
+            for layer in plain:
+                matrix: Any = layer.get_base_layer().weight
+                undo.callback(setattr, matrix, "data", matrix.data)
+                matrix.data = matrix + layer.get_delta_weight(layer.active_adapters[0])
+            for cls, layers in kept.items():
+                cls.merge(layers, undo)
+        for layer in chain(plain, *kept.values()):
+            undo.callback(setattr, layer, "_disable_adapters", False)
+            layer._disable_adapters = True
+        yield

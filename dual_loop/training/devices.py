@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -115,20 +116,19 @@ def why_no_kernel(config: Config, device_type: str) -> str | None:
     return None
 
 
-def attention_kernel(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which ``scaled_dot_product_attention`` runs ``speed.sdpa_kernel`` and no other.
+def attention_kernel(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes contexts in which ``scaled_dot_product_attention`` runs ``speed.sdpa_kernel`` and no other.
 
     Raises:
         EnvironmentProblem: the device has no such kernel for this step.
     """
     kernel = config.speed.sdpa_kernel
     if kernel == "auto":
-        return nullcontext()
+        return nullcontext
     reason = why_no_kernel(config, device.type)
     if reason is not None:
         raise EnvironmentProblem(explain("the attention kernel cannot run", "speed.sdpa_kernel", kernel, reason))
-    chosen: AbstractContextManager[Any] = sdpa_kernel(KERNELS[kernel])
-    return chosen
+    return functools.partial(sdpa_kernel, KERNELS[kernel])
 
 
 def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:

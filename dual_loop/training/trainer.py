@@ -136,6 +136,7 @@ class Trainer:
         self.pace = pace or nullcontext()
         self.log = MetricsLog(folder.path, folder.writes)
         self.wrapped = wrap_model(accelerator, task)
+        self.attention = attention_kernel(config, accelerator.device)
         self.parameters = trainable_parameters(task.model)
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
@@ -191,7 +192,7 @@ class Trainer:
         window = [part.batch for part in parts]
         timer.end("data")
 
-        with attention_kernel(self.config, accelerator.device):
+        with self.attention():
             # ---- step 1, for the whole window
             with accelerator.autocast(), self.pace:
                 packed = self.task.prepare(window, progress.step / last, is_audited)

@@ -14,7 +14,8 @@ from dual_loop.accelerate import qwen2
 from dual_loop.accelerate.cpu import WIDE, pack_frozen_linears
 from dual_loop.accelerate.lora import fuse_adapters
 from dual_loop.accelerate.qwen2 import make_trimmable
-from dual_loop.model.adapters import add_lora, merged_adapters
+from dual_loop.model.adapters import add_lora
+from dual_loop.model.decode import merged_adapters
 
 ROWS, PROMPT, NEW, WIDTH = 3, 7, 4, 32
 

@@ -19,7 +19,8 @@ import pytest
 
 from dual_loop.data import index
 from dual_loop.data.index import TreeListing, build_in_parts, join_parts, load_or_build, partial_folder
-from dual_loop.data.index_file import StoredArray, StringTable, watch_files
+from dual_loop.data.index_file import StoredArray, watch_files
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem
 
 

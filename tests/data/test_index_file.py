@@ -1,36 +1,17 @@
-"""Stored arrays: mapped, shared by pickle, safe against damage; tables of strings."""
+"""Stored arrays: mapped, shared by pickle, safe against damage."""
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dual_loop.data.index import load_or_build
-from dual_loop.data.index_file import StringTable
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import EnvironmentProblem
-
-
-@given(st.lists(st.text(max_size=20)))
-def test_string_table_round_trips(strings: list[str]) -> None:
-    strings = [s for s in strings if not any(0xD800 <= ord(c) <= 0xDFFF for c in s)]
-    table = StringTable.from_strings(iter(strings))
-    again = StringTable.from_arrays(table.to_arrays("x"), "x")
-    assert [again[i] for i in range(len(again))] == strings
-    for outside in (len(strings), -1):
-        with pytest.raises(IndexError):
-            again[outside]
-
-
-def test_names_that_are_not_utf8_survive() -> None:
-    name = os.fsdecode(b"a\xff.npz")
-    assert StringTable.from_strings([name])[0] == name
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 garbage", b"\x80\x04N."])

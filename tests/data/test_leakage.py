@@ -15,7 +15,6 @@ from PIL import Image
 
 from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import build_sources
-from dual_loop.data.index_file import StringTable
 from dual_loop.data.leakage import (
     coco_id_of_name,
     fingerprint,
@@ -27,6 +26,7 @@ from dual_loop.data.leakage import (
 from dual_loop.data.masks import encode_rle
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import HeldOutImage
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError
 from dual_loop.testing.demo_data import write_demo_data
 

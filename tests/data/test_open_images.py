@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dual_loop.data import open_images
-from dual_loop.data.index_file import StringTable
 from dual_loop.data.open_images import OpenImages
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/real_samples/openimages"

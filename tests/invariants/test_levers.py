@@ -216,7 +216,7 @@ def test_the_attention_kernels_of_a_cpu_are_the_same(default_window: dict[str, A
 
     for kernel in ("math", "flash"):
         config = dataclasses.replace(small_config(), speed=dataclasses.replace(DEFAULT, sdpa_kernel=kernel))
-        with attention_kernel(config, torch.device("cpu")):
+        with attention_kernel(config, torch.device("cpu"))():
             assert_same(one_window(DEFAULT), default_window)
 
 

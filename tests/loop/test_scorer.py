@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dual_loop.loop.packing import RowPlan, pack_turns, step_turns
-from dual_loop.loop.scorer import Scorer, join_masks, own_and_margin, own_image_only
-from dual_loop.metrics import iou_table
+from dual_loop.loop.scorer import Scorer, join_masks
+from dual_loop.metrics import iou_table, own_and_margin, own_image_only
 from dual_loop.types import RegionCaption
 
 from small_model import pair_samples, scene_samples, small_batch, small_model

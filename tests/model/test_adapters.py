@@ -7,7 +7,7 @@ import torch
 
 from dual_loop.accelerate.cpu import can_pack, pack_frozen_linears
 from dual_loop.accelerate.lora import fuse_adapters
-from dual_loop.model.adapters import merged_adapters
+from dual_loop.model.decode import merged_adapters
 
 from small_adapter import adapted
 

@@ -118,11 +118,11 @@ def enabled() -> tuple[bool, bool]:
 
 def test_one_kernel_and_no_other_inside_the_context() -> None:
     before = enabled()
-    with attention_kernel(kernel_config("math"), CPU):
+    with attention_kernel(kernel_config("math"), CPU)():
         assert enabled() == (False, True)
-    with attention_kernel(kernel_config("flash"), CPU):
+    with attention_kernel(kernel_config("flash"), CPU)():
         assert enabled() == (True, False)
-    with attention_kernel(kernel_config("auto"), torch.device("cuda")):
+    with attention_kernel(kernel_config("auto"), torch.device("cuda"))():
         assert enabled() == before
     assert enabled() == before
 

@@ -1,0 +1,59 @@
+"""Many strings in two arrays: small in memory, readable without pickle, and at home in a mapped file."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import numpy as np
+
+
+class StringTable:
+    """Strings by their number.
+
+    Args:
+        data: (total bytes,) uint8, the strings one after another in UTF-8.
+        offsets: (number of strings + 1,) int64, where each begins.
+    """
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
+        self.data = data
+        self.offsets = offsets
+
+    @classmethod
+    def from_strings(cls, strings: Iterable[str]) -> StringTable:
+        """Store ``strings``; file names that are not valid UTF-8 survive (surrogate escapes)."""
+        data = bytearray()
+        offsets = array.array("q", [0])
+        for string in strings:
+            data.extend(string.encode("utf-8", "surrogateescape"))
+            offsets.append(len(data))
+        return cls(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64))
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], name: str) -> StringTable:
+        """Return the table that :meth:`to_arrays` wrote under ``name``."""
+        return cls(arrays[f"{name}_bytes"], arrays[f"{name}_offsets"])
+
+    def to_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Return ``{name_bytes, name_offsets}`` for an index."""
+        return {f"{name}_bytes": self.data, f"{name}_offsets": self.offsets}
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"string {index} of {len(self)}")
+        piece = self.data[self.offsets[index] : self.offsets[index + 1]]
+        return piece.tobytes().decode("utf-8", "surrogateescape")
+
+    def slice(self, start: int, stop: int) -> list[str]:
+        """Return strings ``start`` to ``stop`` - 1, faster than one by one."""
+        ends = self.offsets[start : stop + 1].tolist()
+        if stop <= start:
+            return []
+        data = self.data[ends[0] : ends[-1]].tobytes()
+        first = ends[0]
+        return [data[a - first : b - first].decode("utf-8", "surrogateescape") for a, b in pairwise(ends)]
