@@ -45,12 +45,12 @@ from tqdm import tqdm
 from dual_loop.data.index_file import (
     ANY_SIZE,
     WATCHED_STATES,
-    StringTable,
     is_current,
     read_arrays,
     watched_arrays,
     write_arrays,
 )
+from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 
 INDEX_VERSION = 2
