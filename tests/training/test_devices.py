@@ -129,7 +129,7 @@ def test_one_kernel_and_no_other_inside_the_context() -> None:
 
 def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.config = dataclasses.replace(trainer.config, speed=SpeedConfig(sdpa_kernel="math"))
+    trainer.attention = attention_kernel(kernel_config("math"), CPU)
     seen: list[tuple[str, tuple[bool, bool]]] = []
     parts = {"prepare": trainer.task.prepare, "forward": trainer.task.forward}
     for name, original in parts.items():
