@@ -1,0 +1,57 @@
+// What libtorch asks of a CUDA device before it dispatches, differentiates and casts: answers of a device that is none.
+// Loaded before libtorch_cpu with RTLD_GLOBAL, so that the functions of at::accelerator below are found first.
+#include <ATen/DeviceAccelerator.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace {
+constexpr auto CUDA = c10::DeviceType::CUDA;
+const c10::Device device(CUDA, 0);
+c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device); }
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return CUDA; }
+  c10::Device exchangeDevice(c10::Device) const override { return device; }
+  c10::Device getDevice() const override { return device; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const override { return stream(); }
+  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
+  c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+};
+
+struct Hooks final : at::CUDAHooksInterface {
+  explicit Hooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  int getNumGPUs() const override { return 1; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex current_device() const override { return 0; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+}  // namespace
+
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+using at::CUDAHooksRegistry;
+using at::RegistererCUDAHooksRegistry;
+C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", Hooks)
+
+namespace at::accelerator {
+std::optional<c10::DeviceType> getAccelerator(bool) { return CUDA; }
+c10::Stream getCurrentStream(c10::DeviceIndex) { return stream(); }
+void setCurrentStream(c10::Stream) {}
+c10::DeviceIndex deviceCount() { return 1; }
+c10::DeviceIndex getDeviceIndex() { return 0; }
+c10::DeviceIndex exchangeDevice(c10::DeviceIndex) { return 0; }
+c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) { return 0; }
+}  // namespace at::accelerator

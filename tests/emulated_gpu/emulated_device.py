@@ -1,0 +1,386 @@
+"""A GPU that is none: tensors say ``cuda:0``, the CPU computes, and what a GPU would mind is raised or counted.
+
+Use it in a process of its own, before anything imports torch::
+
+    from emulated_build import load_device; load_device()
+    from emulated_device import EmulatedGpu
+    with EmulatedGpu() as gpu:
+        ...                      # the package, with device "cuda"
+        with gpu.phase("step"):
+            ...
+    gpu.events                   # Counter of Event(phase, kind, what, place)
+
+Every operator reaches :meth:`EmulatedGpu.__torch_dispatch__`, below autograd and autocast, so both run as on a GPU.
+An operator on tensors of two devices raises, as do a CPU generator for a tensor of the GPU and ``numpy()`` of one.
+Counted are kernels (operators that are no views), synchronisations (the host waits for the device: ``item``, copies to
+the host, shapes that depend on values) and pageable copies (to the device from memory that is not pinned, for which
+the host waits too), each with the line of the project that caused it.
+
+What this cannot show: time, memory, numerics of GPU kernels, and anything behind more than one stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch._dynamo  # before torch.cuda is replaced: it looks at it while it is imported
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+aten = torch.ops.aten
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+INDEXING = {
+    *(aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default),
+    *(aten._index_put_impl_.default, aten._unsafe_index_put.default),
+}
+SHAPE_FROM_VALUES = ("nonzero", "masked_select", "unique", "bincount")
+NO_KERNEL = {
+    *("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "_local_scalar_dense"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
+}
+
+
+class Event(NamedTuple):
+    phase: str
+    kind: str  # "kernel", "sync" or "pageable copy"
+    what: str  # the operator
+    place: str  # file:line of the project, or of the caller outside torch
+
+
+class EmulatedTensor(torch.Tensor):
+    """A tensor that says ``cuda:0`` and holds its values in ``value``, a tensor of the CPU."""
+
+    value: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, value: torch.Tensor, requires_grad: bool = False) -> EmulatedTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            value.size(),
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=value.dtype,
+            layout=value.layout,
+            device=CUDA,
+            requires_grad=requires_grad,
+        )
+        tensor.value = value
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return active().run(func, args, kwargs or {})
+
+    # Python methods that read the memory without an operator.
+    def tolist(self) -> Any:
+        active().count("sync", "tolist")
+        return self.value.tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first ({place()})")
+
+    __array__ = numpy
+
+    # Where the memory lies; nobody reads it through these.
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
+
+    def storage(self) -> Any:
+        return self.value.storage()
+
+    def untyped_storage(self) -> Any:
+        return self.value.untyped_storage()
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch._C.TensorBase.__getitem__(self, on_device(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        torch._C.TensorBase.__setitem__(self, on_device(index), value)
+
+    def __deepcopy__(self, memo: Any) -> EmulatedTensor:
+        return EmulatedTensor(self.value.clone(), self.requires_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        active().count("sync", "pickle")
+        return self.value.detach().clone().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"cuda:0 {self.value!r}"
+
+
+def on_device(index: Any) -> Any:
+    """Turn the lists of an index into tensors of the device, as torch does with a copy that the host waits for."""
+    if isinstance(index, tuple):
+        return tuple(on_device(part) for part in index)
+    if not isinstance(index, (list, range)):
+        return index
+    active().count("pageable copy", "index by a list")
+    return EmulatedTensor(CONSTRUCT(list(index), dtype=None if index else torch.long))
+
+
+def place() -> str:
+    """Return the innermost line of the package, or of whoever called torch where it is in no call of the package."""
+    frame, outside = sys._getframe(1), "autograd"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/dual_loop/" in name and "site-packages" not in name:
+            return f"{name.rsplit('/dual_loop/', 1)[1]}:{frame.f_lineno}"
+        if outside == "autograd" and "/torch/" not in name and not name.endswith(("emulated_device.py", "contextlib.py")):
+            outside = f"{name.rsplit('/', 1)[1]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return outside
+
+
+class Generator(torch.Generator):
+    """A generator of either device; the CPU draws."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls, "cpu")
+        made.place = CUDA if is_cuda(device) else CPU
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+
+CONSTRUCT, AS_TENSOR = torch.tensor, torch.as_tensor
+ATTENTION = F.scaled_dot_product_attention
+
+
+def is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def construct(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """``torch.tensor``: the values are made on the host and copied."""
+    if not is_cuda(device):
+        return CONSTRUCT(data, device=device, **options)
+    active().count("pageable copy", "torch.tensor")
+    requires_grad = options.pop("requires_grad", False)
+    if isinstance(data, EmulatedTensor):
+        data = data.value
+    return EmulatedTensor(CONSTRUCT(data, **options), requires_grad)
+
+
+def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
+    if isinstance(data, torch.Tensor):
+        return data.to(device=device, dtype=dtype)
+    return construct(data, dtype=dtype, device=device) if is_cuda(device) else AS_TENSOR(data, dtype=dtype)
+
+
+class Attention(torch.autograd.Function):
+    """Scaled dot-product attention as one kernel forward and two backward; the CPU's own computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, options: dict[str, Any], *tensors: EmulatedTensor) -> EmulatedTensor:
+        if not all(isinstance(tensor, EmulatedTensor) for tensor in tensors):
+            raise RuntimeError(f"attention over tensors of two devices ({place()})")
+        active().count("kernel", "attention")
+        with torch.enable_grad(), _disable_current_modes():
+            ctx.inputs = [tensor.value.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:3]]
+            mask = tensors[3].value if len(tensors) > 3 else None
+            ctx.output = ATTENTION(*ctx.inputs, attn_mask=mask, **options)
+        return EmulatedTensor(ctx.output.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EmulatedTensor) -> Any:  # type: ignore[override]
+        active().count("kernel", "attention backward", 2)
+        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        with torch.enable_grad(), _disable_current_modes():
+            found = iter(torch.autograd.grad(ctx.output, wanted, gradient.value))
+        gradients = [EmulatedTensor(next(found)) if tensor.requires_grad else None for tensor in ctx.inputs]
+        return (None, *gradients, *[None] * (len(ctx.needs_input_grad) - 4))
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    tensors = [query, key, value] if attn_mask is None else [query, key, value, attn_mask]
+    if not any(isinstance(tensor, EmulatedTensor) for tensor in tensors):
+        return ATTENTION(query, key, value, attn_mask, **options)
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    return Attention.apply(options, *tensors)  # type: ignore[no-any-return]
+
+
+class Stream:
+    """A stream, a device guard, an event and a graph pool in one: nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class EmulatedGpu(TorchDispatchMode):
+    """The device; as a context it takes the place of ``torch.cuda``.
+
+    Attributes:
+        events: how often each :class:`Event` happened.
+    """
+
+    current: EmulatedGpu | None = None
+
+    def __init__(self, free_gib: float = 70.0, total_gib: float = 80.0) -> None:
+        super().__init__()
+        self.events: Counter[Event] = Counter()
+        self.memory = (int(free_gib * 2**30), int(total_gib * 2**30))
+        self.name = "start"
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self) -> EmulatedGpu:
+        EmulatedGpu.current = self
+        for owner, names in self.replacements().items():
+            for name, new in names.items():
+                self.patches.enter_context(mock.patch.object(owner, name, new, create=True))
+        self.patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.patches.close()
+
+    def replacements(self) -> dict[Any, dict[str, Any]]:
+        """Return what stands in for torch's own, by its owner."""
+        nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
+        cuda = {
+            **{name: nothing for name in ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache")},
+            **{name: lambda *args: 0 for name in ("current_device", "_exchange_device", "_maybe_exchange_device")},
+            **{name: lambda *args: 0 for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")},
+            **{name: lambda *args, **kwargs: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
+            **{name: Stream for name in ("device", "Stream", "Event", "current_stream", "stream")},
+            "reset_peak_memory_stats": nothing,
+            "device_count": lambda: 1,
+            "mem_get_info": lambda *args: self.memory,
+            "get_device_name": lambda *args: "emulated GPU",
+            "get_device_capability": lambda *args: (9, 0),
+            "get_rng_state": lambda *args: torch.get_rng_state(),
+            "get_rng_state_all": lambda: [torch.get_rng_state()],
+            "set_rng_state": lambda state, *args: torch.set_rng_state(state),
+            "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+            "synchronize": lambda *args: self.count("sync", "cuda.synchronize"),
+        }
+        tensor = {"record_stream": nothing, "pin_memory": pinned, "is_pinned": lambda t, *a: hasattr(t, "pinned")}
+        return {
+            torch.cuda: cuda,
+            torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
+            torch.Tensor: tensor,
+            torch: {"tensor": construct, "as_tensor": as_tensor, "Generator": Generator},
+            F: {"scaled_dot_product_attention": attention},
+        }
+
+    # ---- counting --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside under ``name``."""
+        before, self.name = self.name, name
+        try:
+            yield
+        finally:
+            self.name = before
+
+    def count(self, kind: str, what: str, number: int = 1) -> None:
+        self.events[Event(self.name, kind, what, place())] += number
+
+    def total(self, kind: str, phase: str | None = None) -> int:
+        """Return how many events of ``kind`` there were, in one phase or in all."""
+        return sum(n for event, n in self.events.items() if event.kind == kind and phase in (None, event.phase))
+
+    # ---- operators -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator on the values, and return its results as tensors of the device that they belong to."""
+        flat, spec = tree_flatten((args, kwargs))
+        on_gpu = any(isinstance(value, EmulatedTensor) for value in flat)
+        target = kwargs.get("device")
+        to_gpu = on_gpu if target is None else is_cuda(target)
+        if not on_gpu and not to_gpu:
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        self.check_devices(func, name, args, flat, to_gpu)
+        self.count_event(func, name, args, kwargs, on_gpu, to_gpu)
+        values = [value.value if isinstance(value, EmulatedTensor) else value for value in flat]
+        own_args, own_kwargs = tree_unflatten(values, spec)
+        own_kwargs = {k: CPU if k == "device" and v is not None else v for k, v in own_kwargs.items()}
+        own_kwargs.pop("pin_memory", None)
+        out = func(*own_args, **own_kwargs)
+        written = [
+            args[i] if i < len(args) else kwargs[argument.name]
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write and (i < len(args) or argument.name in kwargs)
+        ]
+        if written and out is not None and not isinstance(written[0], (list, tuple)):
+            return written[0] if len(written) == 1 else type(out)(written)
+        return tree_map_only(torch.Tensor, EmulatedTensor, out) if to_gpu else out
+
+    def check_devices(self, func: Any, name: str, args: Any, flat: list[Any], to_gpu: bool) -> None:
+        """Raise where a GPU would: tensors of two devices (a CPU scalar may mix), or the wrong generator."""
+        host = [v for v in flat if isinstance(v, torch.Tensor) and not isinstance(v, EmulatedTensor)]
+        gpu = [v for v in flat if isinstance(v, EmulatedTensor)]
+        if any(isinstance(v, torch.Generator) and to_gpu and v.device.type == "cpu" for v in flat):
+            raise RuntimeError(f"expected a cuda generator but found a cpu one: {name} ({place()})")
+        if not (host and gpu) or name in ("copy_", "_to_copy"):
+            return
+        if func in INDEXING and isinstance(args[0], EmulatedTensor):
+            self.count("pageable copy", "index from the host")
+            host = [args[2]] if len(args) > 2 and args[2] is not None and not isinstance(args[2], EmulatedTensor) else []
+        if any(tensor.dim() > 0 for tensor in host) or (host and func in INDEXING and host[0] is args[0]):
+            shapes = [tuple(tensor.shape) for tensor in host]
+            raise RuntimeError(f"expected all tensors on the same device, found cpu {shapes} in {name} ({place()})")
+
+    def count_event(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], on_gpu: bool, to_gpu: bool
+    ) -> None:
+        if name in ("copy_", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            into = isinstance(args[0], EmulatedTensor) if name == "copy_" else to_gpu
+            from_gpu = isinstance(source, EmulatedTensor)
+            if from_gpu and not into:
+                self.count("sync", "copy to the host")
+            elif into and not from_gpu:
+                free = hasattr(source, "pinned") and (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+                self.count("kernel" if free or source.dim() == 0 else "pageable copy", "copy to the device")
+                return
+        flags = [t for t in (args[1] or []) if isinstance(t, torch.Tensor)] if func in INDEXING else []
+        if (
+            name in ("_local_scalar_dense", "equal")
+            or name.startswith(SHAPE_FROM_VALUES)
+            or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+            or any(t.dtype in (torch.bool, torch.uint8) for t in flags)
+        ):
+            self.count("sync", name)
+        if not func.is_view and name not in NO_KERNEL:
+            self.count("kernel", name)
+
+
+def pinned(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+    """``Tensor.pin_memory``: a mark that :meth:`EmulatedGpu.count_event` looks for."""
+    if isinstance(tensor, EmulatedTensor):
+        raise RuntimeError(f"cannot pin a tensor of the GPU ({place()})")
+    copy = tensor.clone()
+    copy.pinned = True  # type: ignore[attr-defined]
+    return copy
+
+
+def active() -> EmulatedGpu:
+    assert EmulatedGpu.current is not None, "no emulated GPU is there"
+    return EmulatedGpu.current

@@ -1,0 +1,60 @@
+"""Run commands of the package on the emulated GPU: ``python tests/emulated_gpu/emulated_run.py PLAN.json OUT.json``.
+
+The plan is ``{name: [arguments of dual-loop]}``. The answer is ``{name: {"status", "output", "events"}}`` with events
+``[[phase, kind, what, place, number], ...]``; in a training step the phases have the names of the step's own timer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from emulated_build import load_device  # noqa: E402
+
+load_device()
+
+import torch  # noqa: E402
+
+from dual_loop.cli import main as run_command  # noqa: E402
+from dual_loop.training import meters  # noqa: E402
+from emulated_device import EmulatedGpu  # noqa: E402
+
+timed = meters.PhaseTimer.phase
+
+
+@contextlib.contextmanager
+def counted_phase(timer: meters.PhaseTimer, name: str) -> Iterator[None]:
+    assert EmulatedGpu.current is not None
+    with EmulatedGpu.current.phase(name), timed(timer, name):
+        yield
+
+
+def run(arguments: list[str]) -> dict[str, object]:
+    gpu, output = EmulatedGpu(), io.StringIO()
+    with gpu, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            status = run_command(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    return {"status": status, "output": output.getvalue(), "events": [[*e, n] for e, n in gpu.events.most_common()]}
+
+
+def main(plan: str, out: str) -> None:
+    torch.set_num_threads(1)
+    meters.PhaseTimer.phase = counted_phase  # type: ignore[method-assign]
+    results = {name: run(arguments) for name, arguments in json.loads(Path(plan).read_text()).items()}
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
