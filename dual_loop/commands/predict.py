@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from dual_loop.serve.predictor import Predictor
 
+MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+"""Formats that lose nothing."""
 
 Item = TypeVar("Item")
 
@@ -99,10 +101,12 @@ def _loop(args: argparse.Namespace) -> int:
 
 def _segment(args: argparse.Namespace) -> int:
     paths = _image_paths(args.image)
-    is_single = not args.image.is_dir() and len(args.text) == 1
-    if not is_single and args.out.suffix:
+    is_file = args.out.suffix != ""
+    if is_file and (args.image.is_dir() or len(args.text) > 1):
         fix = "give a folder: there is a mask for every image and text"
         raise ConfigError(explain("several masks do not fit into one file", "--out", str(args.out), "a folder", fix))
+    if is_file and args.out.suffix.lower() not in MASK_ENDINGS:
+        raise ConfigError(explain("a mask has no such format", "--out", str(args.out), ", ".join(MASK_ENDINGS)))
     predictor, results = load_predictor(args), _Results(args.json)
     for chunk in _chunks(_open_images(paths, results)):
         found = predictor.segment_many([(image, args.text) for _, image in chunk], generated=args.generated)
@@ -110,7 +114,7 @@ def _segment(args: argparse.Namespace) -> int:
             texts = [
                 {
                     "text": one.text,
-                    "mask": _save(one.mask, args.out if is_single else args.out / f"{path.stem}_{number}.png"),
+                    "mask": _save(one.mask, args.out if is_file else args.out / f"{path.stem}_{number}.png"),
                     "pixels": int(one.mask.sum()),
                     "num_masks": one.num_masks,
                     "confidence": round(one.confidence, 4),

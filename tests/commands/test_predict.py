@@ -54,6 +54,9 @@ def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_p
     mask = np.asarray(Image.open(out)) > 0
     assert text["pixels"] == mask.sum()
     assert iou_table(torch.from_numpy(mask[None]), torch.from_numpy(np.asarray(SCENE.masks[:1])))[0, 0] > 0.5
+    assert main(["segment", image, "--text", "a", "--out", str(tmp_path / "folder"), "--device", "cpu"]) == 0
+    assert (tmp_path / "folder" / "1003_0.png").is_file()
+    capsys.readouterr()
     assert main(["segment", image, "--text", "a", "b", "--out", str(out), "--device", "cpu"]) == 2
     assert "give a folder" in capsys.readouterr().err
 
@@ -82,6 +85,7 @@ def test_bad_files_are_skipped_and_counted(folder: Path, tmp_path: Path, capsys:
         (["loop", "images", "--mask", "masks/1003/0.png"], "a folder of images needs a folder of masks"),
         (["caption", "nowhere.png", "--box", "1,2,3,4"], "no such image"),
         (["segment", "masks", "--text", "x", "--out", "out"], "the folder holds no image"),
+        (["segment", "images/1003.png", "--text", "x", "--out", "x.jpg"], "a mask has no such format"),
     ],
 )
 def test_wrong_calls(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -17,7 +17,8 @@ SOURCE = Path(__file__).parent / "emulated_device.cpp"
 
 def torch_folder() -> Path:
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 

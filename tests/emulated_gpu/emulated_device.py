@@ -6,8 +6,7 @@ Use it in a process of its own, before anything imports torch::
     from emulated_device import EmulatedGpu
     with EmulatedGpu() as gpu:
         ...                      # the package, with device "cuda"
-        with gpu.phase("step"):
-            ...
+        gpu.end("step")          # names what was counted since the last call
     gpu.events                   # Counter of Event(phase, kind, what, place)
 
 Every operator reaches :meth:`EmulatedGpu.__torch_dispatch__`, below autograd and autocast, so both run as on a GPU.
@@ -24,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -134,7 +133,11 @@ def place() -> str:
         name = frame.f_code.co_filename
         if "/dual_loop/" in name and "site-packages" not in name:
             return f"{name.rsplit('/dual_loop/', 1)[1]}:{frame.f_lineno}"
-        if outside == "autograd" and "/torch/" not in name and not name.endswith(("emulated_device.py", "contextlib.py")):
+        if (
+            outside == "autograd"
+            and "/torch/" not in name
+            and not name.endswith(("emulated_device.py", "contextlib.py"))
+        ):
             outside = f"{name.rsplit('/', 1)[1]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return outside
@@ -170,6 +173,10 @@ def construct(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     if isinstance(data, EmulatedTensor):
         data = data.value
     return EmulatedTensor(CONSTRUCT(data, **options), requires_grad)
+
+
+def new_tensor(like: torch.Tensor, data: Any, dtype: Any = None, device: Any = None, **options: Any) -> torch.Tensor:
+    return construct(data, dtype=dtype or like.dtype, device=device or like.device, **options)
 
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
@@ -239,7 +246,7 @@ class EmulatedGpu(TorchDispatchMode):
         super().__init__()
         self.events: Counter[Event] = Counter()
         self.memory = (int(free_gib * 2**30), int(total_gib * 2**30))
-        self.name = "start"
+        self.recent: Counter[Event] = Counter()
         self.patches = contextlib.ExitStack()
 
     def __enter__(self) -> EmulatedGpu:
@@ -254,16 +261,17 @@ class EmulatedGpu(TorchDispatchMode):
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
         self.patches.close()
+        self.end("end")
 
     def replacements(self) -> dict[Any, dict[str, Any]]:
         """Return what stands in for torch's own, by its owner."""
         nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
         cuda = {
-            **{name: nothing for name in ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache")},
+            **dict.fromkeys(("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache"), nothing),
             **{name: lambda *args: 0 for name in ("current_device", "_exchange_device", "_maybe_exchange_device")},
             **{name: lambda *args: 0 for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")},
             **{name: lambda *args, **kwargs: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
-            **{name: Stream for name in ("device", "Stream", "Event", "current_stream", "stream")},
+            **dict.fromkeys(("device", "Stream", "Event", "current_stream", "stream"), Stream),
             "reset_peak_memory_stats": nothing,
             "device_count": lambda: 1,
             "mem_get_info": lambda *args: self.memory,
@@ -275,7 +283,12 @@ class EmulatedGpu(TorchDispatchMode):
             "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
             "synchronize": lambda *args: self.count("sync", "cuda.synchronize"),
         }
-        tensor = {"record_stream": nothing, "pin_memory": pinned, "is_pinned": lambda t, *a: hasattr(t, "pinned")}
+        tensor = {
+            "new_tensor": new_tensor,
+            "record_stream": nothing,
+            "pin_memory": pinned,
+            "is_pinned": lambda t, *a: hasattr(t, "pinned"),
+        }
         return {
             torch.cuda: cuda,
             torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
@@ -286,21 +299,14 @@ class EmulatedGpu(TorchDispatchMode):
 
     # ---- counting --------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside under ``name``."""
-        before, self.name = self.name, name
-        try:
-            yield
-        finally:
-            self.name = before
+    def end(self, phase: str) -> None:
+        """Count what happened since the phase before ended under ``phase``."""
+        for event, number in self.recent.items():
+            self.events[event._replace(phase=phase)] += number
+        self.recent.clear()
 
     def count(self, kind: str, what: str, number: int = 1) -> None:
-        self.events[Event(self.name, kind, what, place())] += number
-
-    def total(self, kind: str, phase: str | None = None) -> int:
-        """Return how many events of ``kind`` there were, in one phase or in all."""
-        return sum(n for event, n in self.events.items() if event.kind == kind and phase in (None, event.phase))
+        self.recent[Event("", kind, what, place())] += number
 
     # ---- operators -------------------------------------------------------------------------------------------------
 
@@ -323,11 +329,10 @@ class EmulatedGpu(TorchDispatchMode):
         own_kwargs = {k: CPU if k == "device" and v is not None else v for k, v in own_kwargs.items()}
         own_kwargs.pop("pin_memory", None)
         out = func(*own_args, **own_kwargs)
-        written = [
-            args[i] if i < len(args) else kwargs[argument.name]
-            for i, argument in enumerate(func._schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write and (i < len(args) or argument.name in kwargs)
-        ]
+        written = []
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += [args[position]] if position < len(args) else [kwargs[argument.name]]
         if written and out is not None and not isinstance(written[0], (list, tuple)):
             return written[0] if len(written) == 1 else type(out)(written)
         return tree_map_only(torch.Tensor, EmulatedTensor, out) if to_gpu else out
@@ -342,14 +347,14 @@ class EmulatedGpu(TorchDispatchMode):
             return
         if func in INDEXING and isinstance(args[0], EmulatedTensor):
             self.count("pageable copy", "index from the host")
-            host = [args[2]] if len(args) > 2 and args[2] is not None and not isinstance(args[2], EmulatedTensor) else []
+            host = (
+                [args[2]] if len(args) > 2 and args[2] is not None and not isinstance(args[2], EmulatedTensor) else []
+            )
         if any(tensor.dim() > 0 for tensor in host) or (host and func in INDEXING and host[0] is args[0]):
             shapes = [tuple(tensor.shape) for tensor in host]
             raise RuntimeError(f"expected all tensors on the same device, found cpu {shapes} in {name} ({place()})")
 
-    def count_event(
-        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], on_gpu: bool, to_gpu: bool
-    ) -> None:
+    def count_event(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], on_gpu: bool, to_gpu: bool) -> None:
         if name in ("copy_", "_to_copy"):
             source = args[1] if name == "copy_" else args[0]
             into = isinstance(args[0], EmulatedTensor) if name == "copy_" else to_gpu

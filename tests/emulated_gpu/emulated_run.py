@@ -11,29 +11,32 @@ import io
 import json
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from emulated_build import load_device  # noqa: E402
+from emulated_build import load_device
 
 load_device()
 
 import torch  # noqa: E402
+from emulated_device import EmulatedGpu, active  # noqa: E402
 
 from dual_loop.cli import main as run_command  # noqa: E402
-from dual_loop.training import meters  # noqa: E402
-from emulated_device import EmulatedGpu  # noqa: E402
+from dual_loop.training.metrics_log import PhaseTimer  # noqa: E402
 
-timed = meters.PhaseTimer.phase
+timed, made = PhaseTimer.end, PhaseTimer.__init__
 
 
-@contextlib.contextmanager
-def counted_phase(timer: meters.PhaseTimer, name: str) -> Iterator[None]:
-    assert EmulatedGpu.current is not None
-    with EmulatedGpu.current.phase(name), timed(timer, name):
-        yield
+def counted(timer: PhaseTimer, phase: str) -> None:
+    timed(timer, phase)
+    active().end(phase)
+
+
+def started(timer: PhaseTimer, device: torch.device, exact: bool) -> None:
+    # Not exact: waiting for the queue to take the time is no part of the step.
+    made(timer, device, False)
+    active().end("start")
 
 
 def run(arguments: list[str]) -> dict[str, object]:
@@ -51,7 +54,7 @@ def run(arguments: list[str]) -> dict[str, object]:
 
 def main(plan: str, out: str) -> None:
     torch.set_num_threads(1)
-    meters.PhaseTimer.phase = counted_phase  # type: ignore[method-assign]
+    PhaseTimer.end, PhaseTimer.__init__ = counted, started  # type: ignore[method-assign]
     results = {name: run(arguments) for name, arguments in json.loads(Path(plan).read_text()).items()}
     Path(out).write_text(json.dumps(results))
 

@@ -32,8 +32,8 @@ OTHERS = {
     "evaluate": "evaluate {out}/plain --device cuda --data sa1b --sa1b_dir {data}/sa1b --max_samples 3",
     "audit": "audit {out}/plain --device cuda --data sa1b --sa1b_dir {data}/sa1b --labels {out}/labels --max_samples 3",
     "caption": "caption {image} --box 10,10,60,60 --checkpoint {out}/plain --device cuda",
-    "segment": "segment {image} --text circle --out {out}/masks --checkpoint {out}/plain --device cuda",
-    "loop": "loop {image} --point 30,30 --refine --checkpoint {out}/plain --device cuda",
+    "segment": "segment {image} --text circle --out {out}/mask.png --checkpoint {out}/plain --device cuda",
+    "loop": "loop {image} --box 10,10,60,60 --checkpoint {out}/plain --device cuda",
 }
 SETTINGS = (
     "--config tiny_demo --sa1b_dir {data}/sa1b --refcoco_dir {data}/ref_seg --num_workers 0 --device cuda "
@@ -80,4 +80,4 @@ def number(results, name: str, kind: str, *phases: str) -> int:
 @pytest.mark.slow
 def test_the_device_did_the_work(results):
     for name in TRAINING:
-        assert number(results, name, "kernel", "rollout", "forward", "backward", "optimiser") > 4000
+        assert number(results, name, "kernel", "rollout", "forward", "backward", "optimiser") > 1000
