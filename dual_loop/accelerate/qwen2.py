@@ -120,7 +120,8 @@ def attend(
         key, value = cache.update(key, value, attention.layer_idx)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     output, _ = kernel(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
-    return torch.as_tensor(attention.o_proj(output.flatten(2)))
+    # One matrix: of a single column torch would multiply row by row, and read the weights again for each.
+    return torch.as_tensor(attention.o_proj(output.flatten(2).flatten(0, 1)).unflatten(0, output.shape[:2]))
 
 
 def make_trimmable(language_model: nn.Module) -> None:

@@ -97,6 +97,7 @@ class Decoder:
         """Return the new ids of the prompts of these numbers, up to and with what ended them."""
         hidden, valid, cache = self._read_questions(rows)
         asked = [self.prompts[row] for row in rows]
+        is_padded = len({len(group) for group in self.tiles}) > 1 or len({len(one.question) for one in asked}) > 1
         is_sampled = any(prompt.temperature > 0 for prompt in asked)
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in asked]
         end_id = self.prompter.tokenizer.eos_token_id
@@ -120,7 +121,7 @@ class Decoder:
                 cache.batch_select_indices(kept)
             valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
             embeds = self.model.mllm.get_input_embeddings()(chosen)[:, None]
-            hidden = self._forward(embeds, valid, cache)
+            hidden = self._forward(embeds, valid, cache, is_padded)
         return written
 
     @torch.no_grad()
@@ -161,15 +162,16 @@ class Decoder:
         valid = torch.cat([self.prefix_valid[index], valid], dim=1)
         return self._forward(embeds, valid, cache), valid, cache
 
-    def _forward(self, embeds: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+    def _forward(self, embeds: Tensor, valid: Tensor, cache: Cache, is_padded: bool = True) -> Tensor:
         """Run new columns (R, n, D) behind what the cache holds; return the hidden state (R, D) of the last one.
 
-        ``valid`` (R, columns) bool are the real ones among all columns, the new ones included.
+        ``valid`` (R, columns) bool are the real ones among all columns, the new ones included. A single new column of
+        rows without padding sees every column and needs no mask, so attention may group its heads.
         """
         count, total = embeds.shape[1], valid.shape[1]
         positions = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -count:]
         mask = None
-        if count > 1 or not bool(valid.all()):
+        if count > 1 or is_padded:
             seen = torch.arange(total, device=valid.device)[None, :]
             last = torch.arange(total - count, total, device=valid.device)[:, None]
             # A padded column sees itself: a softmax over nothing has no meaning.
