@@ -42,13 +42,15 @@ SLICE_STEP = 32
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Choose the attention and SAM 2's precision; the matrices wait for the device and the weights."""
-    if config.model.attn_implementation == "sdpa":
-        AttentionInterface.register(WIDE, wide_attention)
-        AttentionMaskInterface.register(WIDE, sdpa_mask)
-        model.mllm.model.language_model.set_attn_implementation(WIDE)
+    """Choose SAM 2's precision; attention and matrices wait for the device, and the matrices for the weights."""
     replace(model.grounding, encode)
-    model.after_loading.append(partial(convert_matrices, model, config))
+    model.after_loading += [partial(widen_attention, model, config), partial(convert_matrices, model, config)]
+
+
+def widen_attention(model: Sa2VA, config: Config, device: torch.device) -> None:
+    """Let the language model take :func:`wide_attention` on a CPU; elsewhere it keeps transformers' own."""
+    if device.type == "cpu" and config.model.attn_implementation == "sdpa":
+        model.mllm.model.language_model.set_attn_implementation(WIDE)
 
 
 @cache
@@ -96,7 +98,7 @@ def wide_attention(
         (R, n, heads, d), and no weights.
     """
     kind, dtype = query.device.type, query.dtype
-    if kind != "cpu" or dtype != torch.bfloat16 or not is_slower_in_bfloat16():
+    if dtype != torch.bfloat16 or not is_slower_in_bfloat16():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
     mask = attention_mask
     if mask is not None and mask.is_floating_point():
@@ -104,6 +106,10 @@ def wide_attention(
     with torch.autocast(kind, enabled=False):
         output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
     return output.to(dtype), None
+
+
+AttentionInterface.register(WIDE, wide_attention)
+AttentionMaskInterface.register(WIDE, sdpa_mask)
 
 
 def pack_matrix(matrix: Tensor) -> Tensor:

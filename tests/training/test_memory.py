@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dual_loop.accelerate import cpu
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.preflight.dry_run import dry_run
@@ -21,6 +22,7 @@ from dual_loop.training.memory import (
     LayerPlan,
     MemoryEstimator,
     estimate_memory,
+    measure_layer,
     peak_bytes,
     shape_of_rows,
 )
@@ -39,6 +41,15 @@ def config_of(**overrides: Any) -> Config:
 def planner_of(**overrides: Any) -> MemoryEstimator:
     config = config_of(**overrides)
     return MemoryEstimator(config, build_model(config, build_tokenizer(config.model), device="meta"))
+
+
+def test_what_a_layer_keeps_on_a_gpu_does_not_depend_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planner_of(model__dtype="bfloat16").model
+    found = set()
+    for is_slower in (True, False):
+        monkeypatch.setattr(cpu, "is_slower_in_bfloat16", lambda answer=is_slower: answer)
+        found.add(measure_layer(model, rows=1, length=64, autocast=True).kept)
+    assert len(found) == 1
 
 
 def test_the_peak_falls_with_every_recomputed_layer_that_saves_something() -> None:
