@@ -41,3 +41,13 @@ def real_samples() -> Path:
 def golden() -> Path:
     """A folder beside the repository with outputs of the original Sa2VA; skips where it is absent."""
     return _folder_or_skip(SHARED / "golden", "outputs of the original Sa2VA are")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated data set of all four sources, six images each; a test that changes it copies it first."""
+    from dual_loop.testing.demo_data import write_demo_data
+
+    root = tmp_path_factory.mktemp("shared_demo") / "demo"
+    write_demo_data(root, 6, 9, num_val=4)
+    return root

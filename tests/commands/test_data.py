@@ -11,26 +11,12 @@ from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.config import load_config, resolve_config_path
-from dual_loop.testing.demo_data import write_demo_data
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("preflight") / "demo"
-    write_demo_data(root, 6, 9, num_val=4)
-    return root
-
-
-def flags(demo: Path) -> list[str]:
-    folders = {"--sa1b_dir": "sa1b", "--sav_dir": "sav", "--openimage_dir": "openimages", "--refcoco_dir": "ref_seg"}
-    given = [part for flag, name in folders.items() for part in (flag, str(demo / name))]
-    return [*given, "--cfg-options", f"data.index_dir={demo.parent / 'index'}"]
 
 
 def test_data_check_counts_reasons_and_exits_by_them(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["data", "check", *flags(demo)]) == 0
+    assert main(["data", "check", *flags]) == 0
     assert "no problem was found" in capsys.readouterr().out
     broken = tmp_path / "sa1b"
     shutil.copytree(demo / "sa1b", broken)
@@ -67,14 +53,14 @@ def test_data_check_refuses_a_renamed_held_out_image(
     assert main([*base, "--ids_only", *options]) == 0, "its name tells nothing"
 
 
-def test_stats_and_preview(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "stats", "--json", *flags(demo)]) == 0
+def test_stats_and_preview(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", "--json", *flags]) == 0
     stats = json.loads(capsys.readouterr().out)
     assert stats["sa1b"]["entries"] == 6
     assert stats["refcoco"]["captioned regions"].split(" of ")[0] != "0"
     assert stats["sav"]["captioned regions"] == "0 of 6"
     out = tmp_path / "page.html"
-    assert main(["data", "preview", "--samples", "2", "--out", str(out), *flags(demo)]) == 0
+    assert main(["data", "preview", "--samples", "2", "--out", str(out), *flags]) == 0
     page = out.read_text()
     assert page.count("<figure>") == 8
     assert page.count("data:image/jpeg") == 24

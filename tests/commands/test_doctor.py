@@ -9,25 +9,11 @@ from pathlib import Path
 import pytest
 
 from dual_loop.cli import main
-from dual_loop.testing.demo_data import write_demo_data
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("preflight") / "demo"
-    write_demo_data(root, 6, 9, num_val=4)
-    return root
-
-
-def flags(demo: Path) -> list[str]:
-    folders = {"--sa1b_dir": "sa1b", "--sav_dir": "sav", "--openimage_dir": "openimages", "--refcoco_dir": "ref_seg"}
-    given = [part for flag, name in folders.items() for part in (flag, str(demo / name))]
-    return [*given, "--cfg-options", f"data.index_dir={demo.parent / 'index'}"]
 
 
 @pytest.mark.slow
-def test_doctor_on_a_run_that_can_start(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["doctor", "--json", "--device", "cpu", "--output_dir", str(tmp_path / "run"), *flags(demo)]
+def test_doctor_on_a_run_that_can_start(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["doctor", "--json", "--device", "cpu", "--output_dir", str(tmp_path / "run"), *flags]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["counts"]["problem"] == 0

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from squares import square
 
 from dual_loop.evaluation.figures import (
     captioning_figures,
@@ -17,15 +18,6 @@ from dual_loop.evaluation.figures import (
 )
 from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
 from dual_loop.metrics import mask_overlap
-
-SIDE = 10
-
-
-def square(*boxes: tuple[int, int, int, int]) -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    for y1, x1, y2, x2 in boxes:
-        mask[y1:y2, x1:x2] = True
-    return mask
 
 
 def region(image: str, *ious: float, own: int = 0, **values: object) -> MeasuredRegion:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from squares import SIDE, square
 
 from dual_loop.data.masks import decode_rle, encode_rle
 from dual_loop.errors import SampleError
@@ -20,15 +21,6 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.types import RegionSample
 
 from small_model import pair_samples, scene_samples, small_model
-
-SIDE = 10
-
-
-def square(*boxes: tuple[int, int, int, int]) -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    for y1, x1, y2, x2 in boxes:
-        mask[y1:y2, x1:x2] = True
-    return mask
 
 
 def sample_of(masks: list[np.ndarray], captions: list[tuple[str, ...]]) -> RegionSample:
