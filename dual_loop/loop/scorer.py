@@ -97,8 +97,6 @@ class Scorer:
 
 
 def join_masks(masks: Sequence[Tensor], side: int) -> Tensor:
-    """Join the masks (n, Q, Q) of each text to one of logits: (R, Q, Q), far below 0 where a text has none."""
-    if not masks:
-        return torch.zeros(0, side, side)
+    """Join the masks (n, Q, Q) of each of R >= 1 texts to one of logits: (R, Q, Q), far below 0 where there is none."""
     empty = torch.full((side, side), -1e4, device=masks[0].device)
     return torch.stack([own.amax(0) if len(own) else empty for own in masks])

@@ -231,10 +231,9 @@ class Trainer:
 
         # ---- log
         sums = {STOP: float(stop.signal_name is not None)}
-        for values in terms:
+        for rows, output, values in zip(packed, outputs, terms, strict=True):
             add_into(sums, values, TERM)
-        for metrics in list(map(step_metrics, packed, [output.masks for output in outputs])):
-            add_into(sums, metrics)
+            add_into(sums, step_metrics(rows, output.masks))
         sums = reduce_sums(accelerator, sums)
         is_stopping = sums.pop(STOP) > 0
         names = [name.removeprefix(TERM) for name in sums if name.startswith(TERM)]
