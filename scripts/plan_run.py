@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 import warnings
@@ -160,10 +159,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    logging.getLogger("dual_loop").setLevel(logging.ERROR)
+    from plan.step import quiet
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        text, values = check(args.check) if args.check else plan(args)
+        with quiet():
+            text, values = check(args.check) if args.check else plan(args)
     except (DualLoopError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

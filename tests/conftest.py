@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ def _folder_or_skip(folder: Path, what: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{what} not there: {os.path.relpath(folder, REPOSITORY)} (seen from the repository) is no folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_found() -> Iterator[None]:
+    """A program that a test calls in this process silences the package for itself alone, not for the next test."""
+    logger = logging.getLogger("dual_loop")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +183,6 @@ def build_trainer(config: Config, setting: Setting) -> Any:
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
-    logging.getLogger("dual_loop").setLevel(logging.ERROR)
     folder = Path(tempfile.mkdtemp(prefix="bench_step_"))
     tokenizer = build_tokens(config, folder / "tokenizer")
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -112,6 +113,7 @@ def peak_mb() -> float:
 
 
 def main() -> None:
+    logging.getLogger("dual_loop").setLevel(logging.ERROR)
     setting_fields, name = json.loads(sys.stdin.readline())
     setting = Setting(**setting_fields)
     if setting.is_spread:

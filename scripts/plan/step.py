@@ -197,7 +197,7 @@ def count_step(
     task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = CountedStep(state, trained, batches)
-    with _watched(task, clock), _planned_decoding(task, clock, writer), _quiet(), mode, ProductCounter() as counter:
+    with _watched(task, clock), _planned_decoding(task, clock, writer), quiet(), mode, ProductCounter() as counter:
         clock.counter = counter
         clock.start()
         with _autocast(config):
@@ -324,8 +324,8 @@ def _autocast(config: Config) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Planned captions are no captions: what is said of them concerns nobody."""
+def quiet() -> Iterator[None]:
+    """Silence the package: planned captions are no captions, and what is said of them concerns nobody."""
     logger = logging.getLogger("dual_loop")
     before = logger.level
     logger.setLevel(logging.ERROR)
