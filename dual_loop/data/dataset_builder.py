@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset import DualLoopDataset
+from dual_loop.data.dataset import DualLoopDataset, SkipLedger, TooManyBadSamples
 from dual_loop.data.leakage import guard
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawStream, SourceShare, WindowedBatchSampler
@@ -33,7 +33,6 @@ from dual_loop.data.refcoco import RefCoco
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.data.sav import SavPairs
 from dual_loop.data.sav_video import SavVideos
-from dual_loop.data.skipped import SkipLedger, TooManyBadSamples
 from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch

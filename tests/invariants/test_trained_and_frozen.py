@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from dual_loop.config import TrainConfig
-from dual_loop.data.skipped import SkipLedger
+from dual_loop.data.dataset import SkipLedger
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from dual_loop.config import Config, load_config
-from dual_loop.data.skipped import SkipLedger
+from dual_loop.data.dataset import SkipLedger
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.training.run_folder import RunFolder
