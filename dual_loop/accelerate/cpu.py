@@ -42,9 +42,14 @@ SLICE_STEP = 32
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Choose SAM 2's precision; attention and matrices wait for the device, and the matrices for the weights."""
-    replace(model.grounding, encode)
-    model.after_loading += [partial(widen_attention, model, config), partial(convert_matrices, model, config)]
+    """Choose the precision of SAM 2 and of attention where there is any bfloat16, and the form of the matrices.
+
+    Attention and matrices wait for the device, and the matrices for the weights.
+    """
+    if config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16":
+        replace(model.grounding, encode)
+        model.after_loading.append(partial(widen_attention, model, config))
+    model.after_loading.append(partial(convert_matrices, model, config))
 
 
 def widen_attention(model: Sa2VA, config: Config, device: torch.device) -> None:

@@ -88,7 +88,7 @@ def test_off_nothing_is_replaced() -> None:
 
 
 def test_a_copy_of_the_model_runs_on_its_own_weights() -> None:
-    model, _, _ = small_model(config_of(True))
+    model, _, _ = small_model(config_of(True, dtype="bfloat16"))
     other = copy.deepcopy(model)
     assert all(getattr(other, name).__self__ is other for name in HOOKS)
     assert other.grounding.encode.__self__ is other.grounding
