@@ -109,6 +109,11 @@ def own_and_margin(table: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Te
     return own, torch.where(best.isinf(), float("nan"), own - best)
 
 
+def ratio(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the two halves of an average, as the numbers of a step hold them until ranks are summed."""
+    return {f"{name}/sum": float(sum(values)), f"{name}/count": float(len(values))}
+
+
 def normalise_caption(text: str) -> str:
     """Return ``text`` in lower case, with single spaces, without white space at the ends and full stops at the end."""
     return " ".join(text.lower().split()).rstrip(" .")

@@ -1,4 +1,4 @@
-"""The data set that loader workers read: all sources as one; for a bad sample the next good one, which a ledger counts."""
+"""The data set of loader workers: all sources as one; a bad sample gives way to the next good one, and is counted."""
 
 from __future__ import annotations
 

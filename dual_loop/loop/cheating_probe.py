@@ -16,8 +16,7 @@ from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
 from dual_loop.loop.scorer import Scorer
-from dual_loop.loop.step_metrics import ratio
-from dual_loop.metrics import distinct_ngrams, iou_table, own_and_margin
+from dual_loop.metrics import distinct_ngrams, iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter

@@ -16,13 +16,13 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, additive_mask
-from dual_loop.model.shards import is_sharded
 
 IMAGES_AT_ONCE = 8
 """Most image prefixes that one forward pass reads."""
@@ -233,7 +233,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         weight = None if keeps else getattr(base, "weight", None)
         if keeps and base.dtype in _WIDE:
             kept.setdefault(type(base), []).append(layer)
-        elif isinstance(weight, nn.Parameter) and not is_sharded(weight) and weight.dtype in _WIDE:
+        elif isinstance(weight, nn.Parameter) and not isinstance(weight, DTensor) and weight.dtype in _WIDE:
             plain.append(layer)
     with ExitStack() as undo:
         with torch.no_grad():

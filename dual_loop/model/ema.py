@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import TypedDict
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
-from dual_loop.model.shards import is_sharded, place_like
+from dual_loop.model.shards import place_like
 
 _MAX_NAMES_SHOWN = 5
 
@@ -96,7 +97,7 @@ class ExponentialMovingAverage(StoredWeights):
             raise ValueError(explain("there is nothing to average", seen=seen, fix=fix))
         self.values = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
         # No foreach kernel takes sharded tensors beside whole ones.
-        self.is_fused = not any(is_sharded(average) for average in self.values.values())
+        self.is_fused = not any(isinstance(average, DTensor) for average in self.values.values())
 
     @property
     def current_decay(self) -> float:
@@ -173,7 +174,7 @@ class StartingWeights(StoredWeights):
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
         self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        if on_disk and not any(is_sharded(p) for p in self.parameters.values()):
+        if on_disk and not any(isinstance(p, DTensor) for p in self.parameters.values()):
             self.values = _TensorFile(self.parameters)
         else:
             self.values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}

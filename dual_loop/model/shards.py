@@ -6,11 +6,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(tensor: object) -> bool:
-    """Tell whether each rank holds a part of ``tensor``."""
-    return isinstance(tensor, DTensor)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor; every rank must call this for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -20,9 +20,9 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.config import Config
+from dual_loop.data.dataset import SkipLedger
 from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
 from dual_loop.data.mixture import WindowedBatchSampler
-from dual_loop.data.dataset import SkipLedger
 from dual_loop.model.build import geometry
 from dual_loop.types import Batch, RegionSample
 

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
-from dual_loop.model.shards import is_sharded
 from dual_loop.training.metrics_log import reduce_sums
 
 Item = TypeVar("Item")
@@ -97,7 +97,7 @@ def share_out_batch(config: Config, world_size: int) -> Config:
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
     # Shards are exchanged by their own layers.
-    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     with warnings.catch_warnings():
         # Its successor is unknown to the older torch versions that are supported too.

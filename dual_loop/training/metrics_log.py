@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from dual_loop.config import GATES
 from dual_loop.drawing import Panel
-from dual_loop.errors import CheckpointError, explain
-from dual_loop.metrics import iou, mask_overlap
-from dual_loop.training.run_folder import replace_text
+from dual_loop.metrics import iou, iou_table, mask_overlap, own_and_margin, own_image_only, ratio
+from dual_loop.training.run_folder import truncate_metrics
 from dual_loop.types import PackedBatch, RegionSample, Segmentation
 
 if TYPE_CHECKING:
@@ -92,6 +92,40 @@ class PhaseTimer:
         """Return seconds of all phases and ``total`` since construction, to a tenth of a millisecond."""
         whole = {"total": time.perf_counter() - self.start, **self.seconds}
         return {name: round(value, 4) for name, value in whole.items()}
+
+
+@torch.no_grad()
+def step_metrics(packed: PackedBatch, masks: Segmentation) -> dict[str, float]:
+    """Return what a micro-batch adds to the records: IoU by where the caption is from, lengths, and counters.
+
+    A key ``x/sum`` goes with ``x/count``.
+    Of everything that step 1 wrote it is counted how often each gate closed on it, and how often it was cut off.
+    """
+    batch, captions = packed.batch, packed.captions
+    rejected = torch.tensor([caption.rejected is not None for caption in captions])
+    # A rejected caption is an empty mask, whatever step 2 reads in its place.
+    predicted = (masks.mask_logits > 0) & ~rejected.to(masks.mask_logits.device)[:, None, None]
+    own = torch.arange(batch.num_regions)
+    table = own_image_only(iou_table(predicted, batch.target_masks > 0).cpu(), own, batch.region_image)
+    ious, margins = (values.tolist() for values in own_and_margin(table, own))
+    pairs = list(zip(captions, ious, margins, strict=True))
+    generated = [caption for caption in captions if not caption.is_reference]
+    written = [one for caption in captions for one in caption.written]
+    return {
+        "regions": float(len(ious)),
+        "tokens": float(packed.input_ids.numel()),
+        **ratio("cycle_iou", [iou for caption, iou, _ in pairs if not caption.is_reference]),
+        **ratio("reference_iou", [iou for caption, iou, _ in pairs if caption.is_reference]),
+        **ratio("uniqueness", [m for caption, _, m in pairs if not caption.is_reference and m == m]),
+        **ratio("caption_tokens", [len(caption.token_ids) for caption in generated]),
+        **ratio("caption_words", [len(caption.text.split()) for caption in generated]),
+        "caption/rejected": float(sum(caption.rejected is not None for caption in captions)),
+        "prompt/grid_rescued": float(batch.grid_rescued.sum()),
+        **{f"gate/{name}": float(sum(one.gate == name for one in written)) for name in GATES},
+        **ratio("gated", [float(one.gate is not None) for one in written]),
+        **ratio("truncated", [float(one.truncated) for one in written]),
+        **packed.metrics,
+    }
 
 
 def add_into(sums: dict[str, float], values: Mapping[str, float], prefix: str = "") -> None:
@@ -221,30 +255,6 @@ class MetricsLog:
         if self._curves is not None:
             self._curves.close()
             self._curves = None
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
-
-    A last line that a killed process left unfinished is dropped as well.
-
-    Raises:
-        CheckpointError: a line in the middle is no record.
-    """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines):
-        try:
-            if int(json.loads(line)["step"]) <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines) - 1:
-                raise CheckpointError(
-                    explain("a record cannot be read", f"{path}, line {number + 1}", line[:80], "a JSON record")
-                ) from error
-    replace_text(path, "".join(kept))
 
 
 # ---- example panels --------------------------------------------------------------------------------------------------

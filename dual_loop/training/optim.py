@@ -1,17 +1,21 @@
-"""AdamW, the learning-rate schedule, and clipping."""
+"""AdamW, the learning-rate schedule, clipping, and the check that nothing is updated with what is not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
-from dual_loop.model.shards import is_sharded, place_like
+from dual_loop.errors import DualLoopError, explain
+from dual_loop.training.devices import gather_objects
+
+MAX_NAMES = 8
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -27,25 +31,10 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
         {"params": vectors, "weight_decay": 0.0},
     ]
     # One kernel updates all parameters, but none takes sharded and whole ones in one list.
-    has_shards = any(is_sharded(parameter) for parameter in parameters.values())
+    has_shards = any(isinstance(parameter, DTensor) for parameter in parameters.values())
     options: dict[str, bool] = {"foreach": False} if has_shards else {"fused": True}
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=config.learning_rate, betas=config.betas, eps=1e-8, **options)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Continue from the ``state_dict`` of an optimizer whose tensors were saved whole; each parameter takes its shards.
-
-    How the update is computed (``fused``, ``foreach``) belongs to this start, not to the one that saved.
-    """
-    numbered = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
-        for number, values in state["state"].items()
-    }
-    how = [{key: group[key] for key in ("fused", "foreach")} for group in optimizer.param_groups]
-    groups = [{**group, **kept} for group, kept in zip(state["param_groups"], how, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups, "state": own})
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -78,3 +67,58 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
         for gradient in gradients:
             gradient.mul_(share)
     return total
+
+
+class NonFiniteError(DualLoopError):
+    """A loss or gradient is infinite or not a number; no parameter was changed."""
+
+
+def check_finite(
+    accelerator: Accelerator,
+    step: int,
+    terms: Sequence[Mapping[str, float]],
+    region_names: Sequence[Sequence[str]],
+    grad_norm: float,
+) -> None:
+    """Raise on all ranks when any rank saw a value that is not finite. Call before the update.
+
+    Costs one all-reduce of a flag where all is well.
+
+    Args:
+        step: number of the optimiser step, for the message.
+        terms: for each micro-batch of this rank the value of its loss terms by name.
+        region_names: for each micro-batch the names of its regions.
+        grad_norm: norm of the gradient on this rank.
+
+    Raises:
+        NonFiniteError: names the rank, the term and the regions; all regions where only the gradient is wrong.
+    """
+    own = []
+    for index, (values, names) in enumerate(zip(terms, region_names, strict=True)):
+        wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            own.append(f"{', '.join(wrong)} in micro-batch {index} ({_shorten(names)})")
+    if not own and not math.isfinite(grad_norm):
+        names = [name for group in region_names for name in group]
+        own.append(f"gradient norm = {grad_norm}, losses finite, in the regions {_shorten(names)}")
+    flag = torch.tensor(float(bool(own)), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(flag)
+    if not flag.item():
+        return
+    everywhere = enumerate(gather_objects(accelerator, own))
+    raise NonFiniteError(
+        explain(
+            "a loss or gradient is not finite; nothing was updated",
+            where=f"optimiser step {step}",
+            seen="; ".join(f"rank {rank}: {message}" for rank, messages in everywhere for message in messages),
+            expected="finite numbers",
+            fix="look at the regions named; lower --learning_rate, check --max_grad_norm, or resume from the last "
+            "checkpoint with --mixed_precision no",
+        )
+    )
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -161,6 +161,45 @@ def fill_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mappi
         parameter.copy_(place_like(tensors[name], parameter))
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Continue from the ``state_dict`` of an optimizer whose tensors were saved whole; each parameter takes its shards.
+
+    How the update is computed (``fused``, ``foreach``) belongs to this start, not to the one that saved.
+    """
+    numbered = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
+        for number, values in state["state"].items()
+    }
+    how = [{key: group[key] for key in ("fused", "foreach")} for group in optimizer.param_groups]
+    groups = [{**group, **kept} for group, kept in zip(state["param_groups"], how, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups, "state": own})
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
+
+    A last line that a killed process left unfinished is dropped as well.
+
+    Raises:
+        CheckpointError: a line in the middle is no record.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines):
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines) - 1:
+                raise CheckpointError(
+                    explain("a record cannot be read", f"{path}, line {number + 1}", line[:80], "a JSON record")
+                ) from error
+    replace_text(path, "".join(kept))
+
+
 def versions() -> Versions:
     """Return what runs here."""
     found = {}

@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,13 +24,11 @@ from torch.utils._pytree import tree_map_only
 from dual_loop.checkpoint.store import capture_rng, load_run_checkpoint, restore_rng, save_run_checkpoint
 from dual_loop.config import Config
 from dual_loop.drawing import save_panels
-from dual_loop.errors import CheckpointError, explain
-from dual_loop.loop.step_metrics import step_metrics
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
-from dual_loop.training.checks import check_finite, memory_errors_explained
 from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, Part
 from dual_loop.training.devices import attention_kernel, gather_objects, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
@@ -43,9 +41,10 @@ from dual_loop.training.metrics_log import (
     make_panels,
     ratios_and_values,
     reduce_sums,
+    step_metrics,
 )
-from dual_loop.training.optim import build_optimizer, clip_gradients, learning_rate_at, load_optimizer
-from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint
+from dual_loop.training.optim import build_optimizer, check_finite, clip_gradients, learning_rate_at
+from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, load_optimizer
 from dual_loop.training.stop import StopRequest
 from dual_loop.types import Batch, LossTerm, PackedBatch, Segmentation, StepOutput
 
@@ -378,3 +377,23 @@ def detach_output(output: StepOutput) -> StepOutput:
     masks = output.masks
     kept = (masks.mask_logits, masks.predicted_iou, masks.chosen, masks.object_score_logits)
     return StepOutput(terms, Segmentation(*(tensor.detach() for tensor in kept)))
+
+
+@contextmanager
+def memory_errors_explained(step: int) -> Iterator[None]:
+    """Turn running out of memory into an EnvironmentProblem that says which flags to change."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise EnvironmentProblem(
+            explain(
+                "out of memory",
+                where=f"optimiser step {step}",
+                seen=str(error).splitlines()[0],
+                fix="lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or "
+                "--max_new_tokens; or --cfg-options speed.images_at_once=1 model.gradient_checkpointing=True "
+                "speed.checkpoint_layers=all loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)",
+            )
+        ) from error

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from dual_loop.config import Config, SpeedConfig, load_config, resolve_config_path
-from dual_loop.data.prepare import Geometry, batch_from_samples
 from dual_loop.data.dataset import SkipLedger
+from dual_loop.data.prepare import Geometry, batch_from_samples
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.types import Batch, RegionSample
 

@@ -11,7 +11,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dual_loop.model.shards import is_sharded, place_like, whole
+from dual_loop.model.shards import place_like, whole
 
 
 @pytest.fixture
@@ -24,7 +24,6 @@ def sharded(tmp_path: Path) -> Iterator[DTensor]:
 
 
 def test_a_whole_tensor_takes_the_shards_and_the_dtype_of_another_and_comes_back(sharded: DTensor) -> None:
-    assert is_sharded(sharded)
     assert torch.equal(whole(sharded), torch.arange(6.0).view(3, 2))
     placed = place_like(torch.ones(3, 2, dtype=torch.float64), sharded)
     assert isinstance(placed, DTensor)
@@ -35,6 +34,5 @@ def test_a_whole_tensor_takes_the_shards_and_the_dtype_of_another_and_comes_back
 
 def test_plain_tensors_stay_as_they_are() -> None:
     tensor = torch.ones(2)
-    assert not is_sharded(tensor)
     assert whole(tensor) is tensor
     assert place_like(tensor, torch.zeros(2)) is tensor

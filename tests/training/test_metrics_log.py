@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import load_config
-from dual_loop.errors import CheckpointError
+from dual_loop.metrics import ratio
 from dual_loop.training.metrics_log import (
     MetricsLog,
     PhaseTimer,
@@ -26,17 +27,66 @@ from dual_loop.training.metrics_log import (
     make_panels,
     ratios_and_values,
     reduce_sums,
-    truncate_metrics,
+    step_metrics,
 )
-from dual_loop.types import RegionSample, Segmentation
+from dual_loop.types import RegionCaption, RegionSample, Segmentation, WrittenCaption
 
 from hollow import HollowData, HollowTask
+from loop_settings import build, setting
+from small_model import scene_samples, small_batch
 
 
 def test_ratios_values_and_counters_are_told_apart() -> None:
     metrics = {"iou/sum": 3.0, "iou/count": 4.0, "none/sum": 0.0, "none/count": 0.0, "tokens": 7.0, "a/b": 2.0}
     assert ratios_and_values(metrics) == {"iou": 0.75, "none": None, "tokens": 7.0}
     assert counters_of(metrics) == {"a/b": 2.0}
+
+
+def test_step_reports_sums_and_counts():
+    config = setting()
+    _, task = build(config)
+    batch = small_batch(config, [*scene_samples(1), *scene_samples(1, source="sa1b", captions=False)])
+    (packed,) = task.prepare([batch])
+    output = task(packed)
+    metrics = step_metrics(packed, output.masks)
+    assert metrics["regions"] == batch.num_regions
+    assert metrics["cycle_iou/count"] + metrics["reference_iou/count"] == batch.num_regions
+    assert {name: term.count for name, term in output.terms.items()} == packed.counts
+
+
+def test_a_rejected_caption_is_an_empty_mask_whatever_step_two_read():
+    config = setting()
+    _, task = build(config)
+    batch = small_batch(config, scene_samples(1))
+    (packed,) = task.prepare([batch])
+    masks = task(packed).masks
+    perfect = dataclasses.replace(masks, mask_logits=batch.target_masks.float() - 0.5)
+    assert step_metrics(packed, perfect)["reference_iou/sum"] == pytest.approx(batch.num_regions)
+    packed.captions[0] = RegionCaption("the object", rejected="empty")
+    metrics = step_metrics(packed, perfect)
+    assert (metrics["cycle_iou/sum"], metrics["cycle_iou/count"]) == (0.0, 1.0)
+    assert metrics["reference_iou/sum"] == pytest.approx(batch.num_regions - 1)
+    assert metrics["caption/rejected"] == 1.0
+    assert torch.equal(packed.batch.target_masks, batch.target_masks)
+
+
+def test_every_written_caption_is_counted_by_its_gate():
+    def written(gate, truncated=False):
+        return WrittenCaption("x", (1,), gate, truncated)
+
+    _, task = build(setting())
+    (packed,) = task.prepare([small_batch(setting(), scene_samples(1))])
+    masks = task(packed).masks
+    packed.captions[:] = [RegionCaption("z", is_reference=True)] * len(packed.captions)
+    packed.captions[:2] = [
+        RegionCaption("x", greedy=written("empty"), samples=(written(None), written("truncated", True))),
+        RegionCaption("y", is_reference=True),
+    ]
+    metrics = step_metrics(packed, masks)
+    assert (metrics["gate/empty"], metrics["gate/truncated"], metrics["gate/script"]) == (1.0, 1.0, 0.0)
+    assert (metrics["gated/sum"], metrics["gated/count"]) == (2.0, 3.0)
+    assert (metrics["truncated/sum"], metrics["truncated/count"]) == (1.0, 3.0)
+    assert ratio("a", []) == {"a/sum": 0.0, "a/count": 0.0}
 
 
 def test_add_into_prefixes_and_sums() -> None:
@@ -100,16 +150,6 @@ def test_resuming_drops_the_records_that_will_be_done_again(tmp_path: Path) -> N
         log.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(record["step"], record["counters"]["a/b"]) for record in records] == [(1, 0), (2, 0), (3, 0), (4, 3)]
-
-
-def test_an_unfinished_last_line_is_dropped_but_one_in_the_middle_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo')
-    truncate_metrics(path, 5)
-    assert path.read_text() == '{"step": 1}\n'
-    path.write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(CheckpointError, match="line 1"):
-        truncate_metrics(path, 5)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

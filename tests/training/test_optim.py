@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule."""
+"""AdamW groups, the learning-rate schedule, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_loop.config import TrainConfig
-from dual_loop.training.optim import build_optimizer, learning_rate_at
+from dual_loop.training.optim import NonFiniteError, build_optimizer, check_finite, learning_rate_at
+
+NAN, INF = float("nan"), float("inf")
 
 
 def test_only_matrices_decay() -> None:
@@ -48,3 +51,22 @@ def test_rate_stays_between_zero_and_peak(total: int, warmup: float, floor: floa
     config = TrainConfig(learning_rate=2.0, warmup_ratio=warmup, min_lr_ratio=floor)
     assert 0 <= learning_rate_at(step, total, config) <= 2.0 + 1e-12
     assert learning_rate_at(0, total, config) > 0
+
+
+def test_finite_values_pass() -> None:
+    check_finite(Accelerator(cpu=True), 1, [{"mask_loss": 1.0}], [["a"]], 2.0)
+
+
+def test_the_term_the_micro_batch_and_its_regions_are_named() -> None:
+    terms = [{"mask_loss": 1.0}, {"mask_loss": NAN, "llm_loss": INF}]
+    with pytest.raises(NonFiniteError) as caught:
+        check_finite(Accelerator(cpu=True), 7, terms, [["sav/a#0"], ["sa1b/b#1"]], NAN)
+    message = str(caught.value)
+    assert "step 7" in message
+    assert "rank 0: mask_loss = nan, llm_loss = inf in micro-batch 1 (sa1b/b#1)" in message
+    assert "sav/a#0" not in message
+
+
+def test_a_wrong_gradient_alone_names_all_regions() -> None:
+    with pytest.raises(NonFiniteError, match=r"gradient norm = inf.*r0, r1.*and 2 more"):
+        check_finite(Accelerator(cpu=True), 1, [{}, {}], [["r0"], [f"r{i}" for i in range(1, 10)]], INF)

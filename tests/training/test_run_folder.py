@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dual_loop.errors import CheckpointError, ConfigError
-from dual_loop.training.run_folder import RunFolder, versions
+from dual_loop.training.run_folder import RunFolder, truncate_metrics, versions
 
 
 def _create(path: Path, resuming: bool = False) -> RunFolder:
@@ -51,3 +51,13 @@ def test_documents_come_back(tmp_path: Path) -> None:
 
 def test_versions_name_torch() -> None:
     assert versions()["packages"]["torch"][0].isdigit()
+
+
+def test_an_unfinished_last_line_is_dropped_but_one_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match="line 1"):
+        truncate_metrics(path, 5)

@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import GATES
 from dual_loop.errors import CheckpointError, EnvironmentProblem
-from dual_loop.training.checks import NonFiniteError
 from dual_loop.training.metrics_log import StepRecord
-from dual_loop.training.trainer import Trainer
+from dual_loop.training.optim import NonFiniteError
+from dual_loop.training.trainer import Trainer, memory_errors_explained
 
 from hollow import HollowTask, make_trainer
 
@@ -307,3 +307,19 @@ def test_audits_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
 
     assert audited("long", 5, 2) == [2, 4, 5]
     assert audited("short", 2, 50) == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
+)
+def test_out_of_memory_says_which_flags_to_change(error: Exception) -> None:
+    with pytest.raises(EnvironmentProblem) as caught, memory_errors_explained(3):
+        raise error
+    for word in ("--batch_size", "--regions_per_image", "model.gradient_checkpointing=True", "loop.max_new_tokens"):
+        assert word in str(caught.value)
+    assert "loop.rollout_batch_size" in str(caught.value)
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="shape"), memory_errors_explained(3):
+        raise RuntimeError("shape")

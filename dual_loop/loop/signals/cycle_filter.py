@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dual_loop.loop.scorer import RegionText
 from dual_loop.loop.signals.base import MicroBatch, Signal
-from dual_loop.loop.step_metrics import ratio
+from dual_loop.metrics import ratio
 
 
 class CycleFilter(Signal):

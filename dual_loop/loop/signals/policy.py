@@ -26,9 +26,8 @@ from dual_loop.loop.packing import predicting_positions, spoken_turns
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText
 from dual_loop.loop.signals.base import MicroBatch, Signal
-from dual_loop.loop.step_metrics import ratio
 from dual_loop.losses import full_precision
-from dual_loop.metrics import own_image_only
+from dual_loop.metrics import own_image_only, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating

@@ -20,8 +20,8 @@ from dual_loop.loop.signals.policy import (
     kl_divergence,
     policy_loss,
 )
-from dual_loop.loop.step_metrics import step_metrics
 from dual_loop.loop.task import DualLoopTask
+from dual_loop.training.metrics_log import step_metrics
 
 from loop_settings import build, captioner_rows, gradients, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_config, small_model
