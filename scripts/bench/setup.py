@@ -110,7 +110,7 @@ def load_any(name: str, changes: Mapping[str, Any]) -> Config:
     """Load a configuration of this package, or translate a ``config.json`` of the original's kind."""
     if not name.endswith(".json"):
         return load_config(resolve_config_path(PRESETS.get(name, name)), changes)
-    from dual_loop.checkpoint.original_config import config_from_original
+    from parity.original_config import config_from_original
 
     found = config_from_original(json.loads(Path(name).read_text(encoding="utf-8")))
     base = load_config(resolve_config_path("tiny_cpu"), changes)

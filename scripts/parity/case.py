@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dual_loop.checkpoint.original_config import config_from_original
 from dual_loop.config import Config
 from dual_loop.data.prepare import Geometry
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
+
+from parity.original_config import config_from_original
 
 FULL, TRAINABLE = "checkpoint_full.pth", "checkpoint_trainable.pth"
 

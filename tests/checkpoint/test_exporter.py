@@ -185,8 +185,9 @@ def test_dtype_and_rejections(tmp_path):
 
 @pytest.mark.slow
 def test_the_reference_checkpoint_comes_out_as_it_went_in(golden, tmp_path):
-    from dual_loop.checkpoint.original_config import config_from_original
     from dual_loop.model.build import build_model, load_tokenizer_file
+
+    from parity.original_config import config_from_original
 
     folder = golden / "sa2va_tiny"
     config = config_from_original(json.loads((folder / "config.json").read_text()))

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, file_name, sources_of
-from dual_loop.checkpoint.original_config import config_from_original
 from dual_loop.config import ModelConfig
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import grounding_image, image_to_tiles, resize_targets
@@ -27,6 +26,8 @@ from dual_loop.model.adapters import group_of
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer, geometry
 from dual_loop.model.decode import left_pad
 from dual_loop.model.prompts import CAPTION_QUESTIONS, NEW_TOKENS, SEG, list_regions
+
+from parity.original_config import config_from_original
 
 ORDER = [0, 1, 0, 5, 2, 4, 6, 6, 6]
 """Three objects a sample: two repeated, a draw of three from four, one repeated."""

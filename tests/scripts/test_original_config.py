@@ -12,11 +12,12 @@ import torch
 
 from dual_loop.checkpoint.importer import match_keys
 from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
-from dual_loop.checkpoint.original_config import config_from_original
 from dual_loop.config import LossConfig, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.preflight.dry_run import PlaceholderTokenizer
+
+from parity.original_config import config_from_original
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 from synthetic_case import original_config, with_vocabulary
