@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,13 +11,8 @@ Item = TypeVar("Item")
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield lists of ``size`` items in order; the last one may be shorter. Items are fetched as they are needed."""
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
         yield chunk
 
 

@@ -155,16 +155,11 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
 
 
 def build_dataset(
-    config: Config,
-    geometry: Geometry,
-    sources: Sequence[Reader] | None = None,
-    *,
-    keep_samples: bool = False,
+    config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None, *, keep_samples: bool = False
 ) -> DualLoopDataset:
     """Return the training data of ``config``; ``.stream`` is what a :class:`WindowedBatchSampler` takes.
 
     Args:
-        config: directories, caps, repeats, weights (``data``) and the seed (``train``).
         geometry: sizes of the model, from ``model.build.geometry``.
         sources: readers to use instead of those of the config, for example a source of your own.
         keep_samples: put the region samples into the batches.
@@ -187,8 +182,6 @@ def build_loader(
     """Return an endless loader of batches in the sampler's order, whatever the number of workers.
 
     Args:
-        dataset: what to read.
-        batch_sampler: which draws, in which order.
         num_workers: processes that read; 0 reads in this one.
         pin_memory: copy batches into pinned memory, for faster transfer to a GPU.
         seed: of the workers' global generators, which nothing here uses. Without it the loader would draw from

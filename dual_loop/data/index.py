@@ -7,18 +7,7 @@ A long build goes in parts: in parallel, with a progress bar, and resumable. A p
 reads: an archive, or some folders of a tree. A finished part is stored at once beside the index, in
 ``<index>.partial/``; a build that was killed goes on from there. A stored part is used only while the paths that it
 watches (:func:`~dual_loop.data.index_file.watch_files`) are unchanged. :func:`load_or_build` removes the folder once
-the whole index is stored.
-
-A reader of archives::
-
-    def _list_archive(path: str) -> dict[str, np.ndarray]:          # at the top of a module: workers import it
-        watched = watch_files([Path(path)])
-        return {**StringTable.from_strings(names_in(path)).to_arrays("name"), **watched}
-
-    def build() -> dict[str, np.ndarray]:
-        return join_parts(build_in_parts(archives, _list_archive, index_dir, key, describe="SA-1B archives"))
-
-    arrays = load_or_build(index_dir, key, build)
+the whole index is stored. :mod:`~dual_loop.data.sa1b` shows the whole of it.
 """
 
 from __future__ import annotations
@@ -42,14 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dual_loop.data.index_file import (
-    ANY_SIZE,
-    WATCHED_STATES,
-    is_current,
-    read_arrays,
-    watched_arrays,
-    write_arrays,
-)
+from dual_loop.data.index_file import ANY_SIZE, WATCHED_STATES, is_current, read_arrays, watched_arrays, write_arrays
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 
@@ -98,8 +80,8 @@ def load_or_build(
             without watched paths never becomes stale.
     """
     path, text = index_path(index_dir, key)
-    stored = read_arrays(path, text)
-    if stored is not None and is_current(stored):
+    stored = _read_current(path, text)
+    if stored is not None:
         return stored
     arrays = build()
     try:
@@ -122,8 +104,7 @@ def load_or_build(
 
 def default_index_dir() -> Path:
     """Return ``$DUAL_LOOP_CACHE`` where it is set, else ``~/.cache/dual_loop/index``."""
-    chosen = os.environ.get("DUAL_LOOP_CACHE")
-    return Path(chosen) if chosen else Path("~/.cache/dual_loop/index").expanduser()
+    return Path(os.environ.get("DUAL_LOOP_CACHE") or "~/.cache/dual_loop/index").expanduser()
 
 
 def index_path(index_dir: str | Path | None, key: Key) -> tuple[Path, str]:
@@ -135,8 +116,7 @@ def index_path(index_dir: str | Path | None, key: Key) -> tuple[Path, str]:
 
 def partial_folder(index_dir: str | Path | None, key: Key) -> Path:
     """Return the folder of the finished parts of the index of ``key``."""
-    path, _ = index_path(index_dir, key)
-    return path.with_suffix(".partial")
+    return index_path(index_dir, key)[0].with_suffix(".partial")
 
 
 def build_in_parts(
@@ -158,8 +138,7 @@ def build_in_parts(
         parts: names of the parts, each once; all that ``build_part`` needs to know beside its own constants.
         build_part: makes the arrays of a part; include the watched paths. For processes it must be a function at
             the top of a module, or a ``functools.partial`` of one.
-        index_dir, key: those given to :func:`load_or_build`. Where the folder cannot be
-            written, the parts are kept in memory.
+        index_dir, key: those given to :func:`load_or_build`. A folder that cannot be written leaves parts in memory.
         workers: how many parts are built at once. None takes one until :data:`PATIENCE` is over, then one a core
             (shared by the ranks of a machine, at most :data:`MAX_WORKERS`). A loader worker always takes one.
         threads: build in threads, for work that waits for the file system; else in spawned processes.
@@ -176,15 +155,13 @@ def build_in_parts(
     _, text = index_path(index_dir, key)
     folder = partial_folder(index_dir, key)
     places = {part: (folder / f"{_digest(part)}.safetensors", f"{text}\n{json.dumps(part)}") for part in parts}
-    built = {part: arrays for part in parts if (arrays := _read_part(*places[part])) is not None}
+    built = {part: arrays for part in parts if (arrays := _read_current(*places[part])) is not None}
     missing = [part for part in parts if part not in built]
     with progress_bar(describe, "part", total=len(parts), initial=len(built)) as bar:
-        num_entries = sum(count(arrays) for arrays in built.values()) if count else 0
         for part, arrays in _build_missing(missing, build_part, places, workers, threads):
             built[part] = arrays
             if count:
-                num_entries += count(arrays)
-                bar.set_postfix_str(f"{num_entries:,} entries", refresh=False)
+                bar.set_postfix_str(f"{sum(map(count, built.values())):,} entries", refresh=False)
             bar.update()
     return [built[part] for part in parts]
 
@@ -218,10 +195,7 @@ def progress_bar(describe: str, unit: str, total: int | None = None, initial: in
 
 def default_workers() -> int:
     """Return one worker a core of this machine, shared by its ranks, 1 to :data:`MAX_WORKERS`."""
-    try:
-        num_cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        num_cores = os.cpu_count() or 1
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MAX_WORKERS, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -263,24 +237,22 @@ def _build_missing(
             yield finished(futures[future], future.result())
     except BrokenProcessPool as error:
         what = "a process that builds a data index ended unexpectedly"
-        fix = (
-            "start again: finished parts are kept. Where memory ran out, give fewer workers; in a script of your own, "
-            'start under `if __name__ == "__main__":`'
-        )
+        fix = "start again: finished parts are kept. Where memory ran out, give fewer workers; in your own script, "
+        fix += 'start under `if __name__ == "__main__":`'
         folder = str(next(iter(places.values()))[0].parent)
         raise EnvironmentProblem(explain(what, folder, str(error), "an end with a result", fix)) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_part(path: Path, key: str) -> Arrays | None:
+def _read_current(path: Path, key: str) -> Arrays | None:
     arrays = read_arrays(path, key)
     return arrays if arrays is not None and is_current(arrays) else None
 
 
 def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: str) -> Arrays | None:
     """Build and store a part; return None, or the arrays where they cannot be stored."""
-    if _read_part(path, key) is not None:
+    if _read_current(path, key) is not None:
         return None  # another process was faster
     arrays = build_part(part)
     try:
@@ -296,8 +268,8 @@ def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: 
 class TreeListing:
     """The files below a root, and the folders that were listed, for :meth:`watched_arrays`.
 
-    A wide tree is listed in parts (:func:`build_in_parts`), in threads, as listing waits
-    for the file system. No file is asked for its state, so a folder of a million files is one listing.
+    A wide tree is listed in parts (:func:`build_in_parts`), in threads, as listing waits for the file system. No file
+    is asked for its state, so a folder of a million files is one listing.
 
     Args:
         root: folder to list; links to folders are followed, each folder once.
@@ -333,19 +305,13 @@ class TreeListing:
                 groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
             names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
             make = functools.partial(_list_group, str(root), frozenset(seen))
-            text = f"listing {root.name}"
+            text, count = f"listing {root.name}", lambda part: int(part["num_files"].sum())
             parts = build_in_parts(
-                names,
-                make,
-                index_dir,
-                key,
-                workers=workers,
-                threads=True,
-                describe=text,
-                count=lambda part: int(part["num_files"].sum()),
+                names, make, index_dir, key, workers=workers, threads=True, describe=text, count=count
             )
         # A folder that two parts reached by links counts where it is highest.
-        listed = sorted([*found, *(folder for part in parts for folder in _unpack(part))], key=_depth)
+        listed = [*found, *(folder for part in parts for folder in _unpack(part))]
+        listed.sort(key=lambda folder: (folder.name.count("/"), folder.name.split("/")))
         unique = {folder.identity: folder for folder in reversed(listed)}
         kept = [folder for folder in listed if unique[folder.identity] is folder]
         self.files = sorted(file for folder in kept for file in folder.files)
@@ -363,11 +329,6 @@ class _Folder(NamedTuple):
     identity: tuple[int, int]
     modified: int
     files: list[str]
-
-
-def _depth(folder: _Folder) -> tuple[int, list[str]]:
-    levels = folder.name.split("/") if folder.name else []
-    return len(levels), levels
 
 
 def _walk(

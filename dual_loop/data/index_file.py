@@ -17,7 +17,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +55,7 @@ def _open_again(path: str, name: str, identity: tuple[int, ...]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             if _identity(file) == identity:
-                return _map_arrays(Path(path), file, {name})[0][name]
+                return _map_arrays(Path(path), file)[0][name]
             seen = "another file than the one that was opened first"
     except (OSError, ValueError) as error:
         seen = f"{type(error).__name__}: {error}"
@@ -96,6 +97,21 @@ def is_current(arrays: Mapping[str, np.ndarray]) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to, which takes the place of ``path`` in one step, or goes where that fails.
+
+    The folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None:
     """Write ``arrays`` and ``key`` to ``path`` in one step; its folder is made where it is missing.
 
@@ -116,16 +132,10 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None
         header[name] = {"dtype": codes[values.dtype], "shape": values.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, values in ordered:
-                file.write(np.ascontiguousarray(values).data)  # the library would hold a copy of all arrays
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, values in ordered:
+            file.write(np.ascontiguousarray(values).data)  # the library would hold a copy of all arrays
 
 
 def read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
@@ -146,8 +156,8 @@ def _identity(file: BinaryIO) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _map_arrays(path: Path, file: BinaryIO, names: set[str] | None = None) -> tuple[dict[str, np.ndarray], str]:
-    """Return the arrays (those in ``names``, None for all) and the key of an open safetensors file.
+def _map_arrays(path: Path, file: BinaryIO) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays and the key of an open safetensors file.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError: the header is damaged or does not fit the size of the file.
@@ -167,8 +177,6 @@ def _map_arrays(path: Path, file: BinaryIO, names: set[str] | None = None) -> tu
         if min((begin, *shape)) < 0 or end - begin != dtype.itemsize * math.prod(shape) or end > data_size:
             raise ValueError(f"{name} does not fit the file")
         last = max(last, end)
-        if names is not None and name not in names:
-            continue
         if begin == end:
             arrays[name] = np.empty(shape, dtype)  # nothing can be mapped
             arrays[name].flags.writeable = False

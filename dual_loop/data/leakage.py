@@ -51,10 +51,8 @@ class Leak:
     found_by: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}/{self.entry_id} is COCO image {self.held_out.coco_id} of {self.held_out.split} "
-            f"(found by {self.found_by})"
-        )
+        image = f"COCO image {self.held_out.coco_id} of {self.held_out.split}"
+        return f"{self.source}/{self.entry_id} is {image} (found by {self.found_by})"
 
 
 def coco_id_of_name(name: str) -> int | None:
@@ -129,9 +127,9 @@ def leaked_by_sight(
         limit: look at so many entries at most, evenly spread; None looks at all.
     """
     known = [(image, print_) for image in held_out if (print_ := fingerprint(image.path)) is not None]
-    count = len(source) if limit is None else min(limit, len(source))
-    if not known or not count:
+    if not known:
         return [], 0
+    count = len(source) if limit is None else limit
     table = np.stack([print_ for _, print_ in known])
     leaks, looked_at = [], 0
     for chunk in in_chunks(evenly_spread(len(source), count), _CHUNK):
@@ -189,13 +187,10 @@ def guard(sources: Sequence[Reader], data: DataConfig) -> list[Reader]:
             guarded.append(source)
             continue
         done = {"drop": "they are left out", "warn": "they are trained on", "error": "nothing was started"}
-        message = explain(
-            f"training images are held out for evaluation; {done[data.leakage_guard]}",
-            f"{source.name}, leakage guard",
-            f"{len(leaks)} of {len(source)} entries, for example {leaks[0]}",
-            "no image of val, testA, testB or test",
-            "set data.leakage_guard=drop to leave them out; `dual-loop data check` lists them, renamed copies too",
-        )
+        what = f"training images are held out for evaluation; {done[data.leakage_guard]}"
+        seen = f"{len(leaks)} of {len(source)} entries, for example {leaks[0]}"
+        fix = "set data.leakage_guard=drop to leave them out; `dual-loop data check` lists them, renamed copies too"
+        message = explain(what, f"{source.name}, leakage guard", seen, "no image of val, testA, testB or test", fix)
         if data.leakage_guard == "error" or (data.leakage_guard == "drop" and len(leaks) == len(source)):
             raise ConfigError(message)
         logger.warning(message)
@@ -207,9 +202,7 @@ def guard(sources: Sequence[Reader], data: DataConfig) -> list[Reader]:
 class Subset(Reader):
     """Some entries of a reader, as a source of the same name.
 
-    Args:
-        source: where the entries are.
-        kept: their indices in ``source``.
+    ``kept`` holds their indices in ``source``.
     """
 
     def __init__(self, source: Reader, kept: np.ndarray) -> None:

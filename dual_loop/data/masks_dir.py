@@ -31,7 +31,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -143,9 +143,8 @@ class MasksDir(Reader):
         for path in paths:
             if path.is_file():
                 return path
-        expected = " or ".join(str(path) for path in paths)
-        message = explain("an image is missing", name, "nothing there", expected, "set --masks_images")
-        raise SampleError("missing_file", message)
+        expected, fix = " or ".join(map(str, paths)), "set --masks_images"
+        raise SampleError("missing_file", explain("an image is missing", name, "nothing there", expected, fix))
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
@@ -153,7 +152,7 @@ class MasksDir(Reader):
         Objects that are empty or outside the limits are passed over; any other fault makes the sample bad.
         """
         row = int(self._rows[index])
-        start, stop = int(self._starts[row]), int(self._starts[row + 1])
+        start, stop = self._starts[row : row + 2].tolist()
         path = self.image_path(index)
         picture = read_picture(path, apply_exif=False, needed=needed)
         found: dict[int, tuple[str, tuple[str, ...]]] = {}
@@ -177,8 +176,7 @@ class MasksDir(Reader):
 
     def _region(self, number: int) -> Region:
         if self.file is None or self.kind == "coco":
-            region: Region = json.loads(self._regions[number])
-            return region
+            return cast(Region, json.loads(self._regions[number]))
         offset, length = self._lines[number].tolist()
         with self.file.open("rb") as stream:
             stream.seek(offset)
@@ -364,8 +362,7 @@ def _parse_line(raw: bytes, where: str) -> Region:
     if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:
         seen = raw[:80].decode("utf-8", "replace")
         raise SampleError("broken_json", explain("a line lacks its keys", where, seen, _LINE_EXPECTED))
-    region: Region = record  # type: ignore[assignment]
-    return region
+    return cast(Region, record)
 
 
 def _fits(mask: np.ndarray, size: tuple[int, int]) -> bool:

@@ -1,11 +1,6 @@
 """Reader of Open Images V7 segmentation: masks of 350 classes, one PNG an object.
 
-Layout (Benenson et al. 2019, arXiv 1903.10830; each part can be given on its own)::
-
-    root/
-      train-annotations-object-segmentation.csv    MaskPath,ImageID,LabelName,BoxID,...
-      images/train/<ImageID>.jpg
-      masks/train/<MaskPath>
+Format: Benenson et al. 2019, arXiv 1903.10830 (:data:`LAYOUT`; each part can be given on its own).
 
 Sizes: a mask is usually stored at another resolution than its image, so it is resized (nearest) to the image. Where
 the aspect ratios disagree by more than 1 %, mask and image do not belong together (``aspect_mismatch``).
@@ -38,7 +33,7 @@ from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/
-    train-annotations-object-segmentation.csv
+    train-annotations-object-segmentation.csv    (MaskPath,ImageID,LabelName,BoxID,...)
     images/train/<ImageID>.jpg
     masks/train/<MaskPath>
 """

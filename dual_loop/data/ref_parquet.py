@@ -38,7 +38,6 @@ class RefParquet(Reader):
     """One parquet file of references, grouped by image.
 
     Args:
-        path: the file.
         images: folder of the COCO images, for files without pixels.
         polygons: ``union`` or ``summed``, see :class:`~dual_loop.data.refcoco.RefCoco`.
 

@@ -1,13 +1,8 @@
-"""Reader of SA-V frame pairs: one npz a pair, with two frames and the same object's mask on each.
+"""Reader of SA-V frame pairs: one npz a pair, with two frames and the same object's mask on each (:data:`LAYOUT`).
 
-Layout (SA-V, Ravi et al. 2024, arXiv 2408.00714, converted to pairs)::
-
-    root/
-      **/masklet_data_<n>.npz    frame1, frame2 (H, W, 3); mask1, mask2 (H, W)
-
-Frames and masks may be uint8 or float, frames in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a
-pair may differ in size. The scale is told from dtype and maximum, array by array (:func:`to_uint8_frame`,
-:func:`to_bool_mask`).
+SA-V is of Ravi et al. 2024, arXiv 2408.00714; it was converted to pairs. Frames and masks may be uint8 or float, frames
+in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a pair may differ in size. The scale is told from
+dtype and maximum, array by array (:func:`to_uint8_frame`, :func:`to_bool_mask`).
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``missing_key``, ``bad_array``,
 ``size_mismatch``, ``empty_mask``.
@@ -32,7 +27,7 @@ from dual_loop.types import RegionSample
 
 LAYOUT = """
   root/
-    **/masklet_data_<n>.npz    (any depth)
+    **/masklet_data_<n>.npz    (any depth; frame1, frame2 (H, W, 3); mask1, mask2 (H, W))
 """
 
 PREFIX = "masklet_data_"
@@ -46,9 +41,6 @@ _DAMAGE = (
 
 class SavPairs(Reader):
     """SA-V frame pairs; every entry has one region.
-
-    Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
-        root: folder that holds the files at any depth.
 
     Raises:
         ConfigError: the folder does not exist or holds no pair.

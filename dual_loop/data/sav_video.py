@@ -1,11 +1,7 @@
 """Reader of SA-V as released: videos with masklets, from which frame pairs are drawn.
 
-Layout (Ravi et al. 2024, arXiv 2408.00714), at any depth, also doubled (``sav_000/sav_train/sav_000/``)::
-
-    root/
-      **/sav_<id>.mp4            24 frames a second
-      **/sav_<id>_manual.json    masklets, 6 annotated frames a second
-      **/sav_<id>_auto.json      optional
+SA-V is of Ravi et al. 2024, arXiv 2408.00714. Its files (:data:`LAYOUT`) may lie at any depth, also doubled
+(``sav_000/sav_train/sav_000/``): videos of 24 frames a second, 6 of them annotated.
 
 ``masklet`` in a JSON file is a list over annotated frames of a list over objects of run-length codes; the list is
 rectangular, and an absent object has an empty code. Annotated frame i belongs to video frame ``i * step``, with
@@ -137,11 +133,11 @@ class SavVideos(Reader):
             if len(self._parsed) > RECORDS_KEPT:
                 del self._parsed[next(iter(self._parsed))]
         codes = self._parsed[row]
-        length = self._frames.length(path)
-        step = max(1, round(length / len(codes)))
+        stamps, _, rate = self._frames.times(path)
+        step = max(1, round(len(stamps) / len(codes)))
         areas = [area_share(frame[column], f"{record}[{number}]") for number, frame in enumerate(codes)]
-        shown = np.array(areas[: 1 + (length - 1) // step])
-        pair = self._draw_pair(shown, self._frames.rate(path) / step, rng, f"{record}#{column}")
+        shown = np.array(areas[: 1 + (len(stamps) - 1) // step])
+        pair = self._draw_pair(shown, rate / step, rng, f"{record}#{column}")
         columns = [column]
         for other in rng.permutation(len(codes[pair[0]])).tolist() if self.regions_per_image > 1 else ():
             seen = min(area_share(codes[number][other], f"{record}[{number}]") for number in pair)
@@ -173,16 +169,11 @@ class SavVideos(Reader):
             is_fitting = (seconds >= self.min_seconds - 1e-9) & (seconds <= self.max_seconds + 1e-9) & (seen != first)
             if is_fitting.any():
                 return int(first), int(rng.choice(seen[is_fitting]))
-        raise SampleError(
-            "no_frame_pair",
-            explain(
-                "no two frames of a masklet can be paired",
-                where,
-                f"{len(seen)} of {len(areas)} annotated frames with enough area, {rate:g} a second",
-                f"two of them {self.min_seconds:g} to {self.max_seconds:g} seconds apart",
-                "widen sav_min_seconds, sav_max_seconds or sav_min_area, or let the sample be skipped",
-            ),
-        )
+        found = f"{len(seen)} of {len(areas)} annotated frames with enough area, {rate:g} a second"
+        expected = f"two of them {self.min_seconds:g} to {self.max_seconds:g} seconds apart"
+        fix = "widen sav_min_seconds, sav_max_seconds or sav_min_area, or let the sample be skipped"
+        message = explain("no two frames of a masklet can be paired", where, found, expected, fix)
+        raise SampleError("no_frame_pair", message)
 
 
 # --- annotation files ------------------------------------------------------------------------------------------------
@@ -253,8 +244,8 @@ def _empty_counts(height: int, width: int) -> str:
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-class _Video(NamedTuple):
-    """Time stamps of all frames and of the key frames, ascending, and the average rate, frames a second."""
+class VideoTimes(NamedTuple):
+    """Time stamps of all frames to be decoded and of the key frames, ascending; the average rate, frames a second."""
 
     stamps: list[int]
     keys: list[int]
@@ -266,19 +257,7 @@ class VideoFrames:
 
     def __init__(self) -> None:
         _import_av()
-        self._known: dict[Path, _Video] = {}
-
-    def length(self, path: Path) -> int:
-        """Return the number of frames that can be decoded, as the packets tell.
-
-        Raises:
-            SampleError: ``missing_file``, ``truncated_file``.
-        """
-        return len(self._of(path).stamps)
-
-    def rate(self, path: Path) -> float:
-        """Return the average number of frames a second."""
-        return self._of(path).rate
+        self._known: dict[Path, VideoTimes] = {}
 
     def read(self, path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
         """Return frame ``number`` (0-based, in the order of presentation) as (H, W, 3) uint8 RGB.
@@ -289,7 +268,7 @@ class VideoFrames:
         Raises:
             SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
         """
-        stamps, keys, _ = self._of(path)
+        stamps, keys, _ = self.times(path)
         if not 0 <= number < len(stamps):
             message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
             raise SampleError("no_frame", message)
@@ -309,7 +288,12 @@ class VideoFrames:
             raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
         raise _damaged(path, f"frame {number} cannot be decoded")
 
-    def _of(self, path: Path) -> _Video:
+    def times(self, path: Path) -> VideoTimes:
+        """Return what the packets of a video tell.
+
+        Raises:
+            SampleError: ``missing_file``, ``truncated_file``.
+        """
         if path not in self._known:
             av = _import_av()
             if not path.is_file():
@@ -326,7 +310,7 @@ class VideoFrames:
             stamps = sorted(packet.pts for packet in packets)
             keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
             seconds = float((stamps[-1] - stamps[0]) * unit)
-            self._known[path] = _Video(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
+            self._known[path] = VideoTimes(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
             if len(self._known) > VIDEOS_KEPT:
                 del self._known[next(iter(self._known))]
         return self._known[path]

@@ -16,7 +16,6 @@ import io
 import math
 import os
 import tarfile
-import uuid
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dual_loop.data.index import Arrays
-from dual_loop.data.index_file import watch_files
+from dual_loop.data.index_file import replacing, watch_files
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import EnvironmentProblem, SampleError, explain
 
@@ -46,10 +45,7 @@ _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
     """Return the files of one archive whose names begin with ``prefix``: a part of an index.
 
-    Args:
-        index_dir: where the points of a compressed archive are kept.
-        prefix: of the wanted names, without their folders.
-        path: the archive.
+    ``prefix`` is that of names without their folders; ``index_dir`` keeps the points of a compressed archive.
 
     Returns:
         ``member_bytes, member_offsets`` (names without folders), ``member_place`` (n, 2) int64 (offset in the
@@ -61,18 +57,14 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
     """
     watched = watch_files([Path(path)])
     found: list[tuple[str, int, int]] = []
-    damage = ""
     if is_compressed(Path(path)):
         with open_compressed(Path(path), Path(index_dir)) as file:
             damage = _list_members(file, prefix, None, found)
             points = _points_path(Path(path), Path(index_dir))
-            temporary = points.with_name(f".{points.name}.{os.getpid()}.{uuid.uuid4().hex}")
             try:
-                points.parent.mkdir(parents=True, exist_ok=True)
-                file.export_index(filename=str(temporary))
-                os.replace(temporary, points)
+                with replacing(points) as temporary:
+                    file.export_index(filename=str(temporary))
             except OSError as error:
-                temporary.unlink(missing_ok=True)
                 what = "the points of a compressed archive cannot be stored"
                 fix = "set data.index_dir or $DUAL_LOOP_CACHE"
                 raise EnvironmentProblem(explain(what, str(points), str(error), "a folder to write in", fix)) from error
@@ -90,8 +82,7 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
 def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[str, int, int]]) -> str:
     """Add (name, offset, size) of the wanted members to ``found``; return what is damaged, if anything is.
 
-    Args:
-        size: of the archive, where it is known before the whole of it was read.
+    ``size`` is the archive's, where it is known before the whole of it was read.
     """
     end = 0
     try:
@@ -160,8 +151,7 @@ class TarShelf:
     Points of compressed archives are held in memory, at most :data:`MAX_POINT_BYTES` unless one archive has more.
 
     Args:
-        root: folder of the archives.
-        archives: their paths below ``root``, from the reader's own listing.
+        root, archives: folder of the archives, and their paths below it.
         index_dir: where the points of compressed archives are.
     """
 
