@@ -69,10 +69,9 @@ def export_weights(
     """Write ``model`` to ``out`` and return the number of tensors written.
 
     Args:
-        model: ``VideoLLaVASAMModel``; rows of new tokens are written into its tables first.
+        model: rows of new tokens are written into its tables first.
         out: a file (``.pth``, ``.pt``, ``.bin``; the two original formats only) or a folder that does not exist.
         file_format: one of :data:`dual_loop.checkpoint.FORMATS`.
-        config, tokenizer: of the model.
         video: video-memory tensors by canonical name, added to ``original`` and ``hf-sa2va``.
         merge_lora: fold LoRA into its base for ``original`` (always so for ``hf-*``), computed in float32.
         dtype: cast floating tensors; None keeps each as the model holds it.
@@ -113,11 +112,7 @@ def export_weights(
 
 
 def check_target(out: Path, file_format: str, merge_lora: bool) -> None:
-    """Refuse an unknown format and combinations that cannot be.
-
-    Raises:
-        CheckpointError: as said.
-    """
+    """Raise CheckpointError for an unknown format and for combinations that cannot be."""
     if file_format not in FORMATS:
         raise CheckpointError(explain("unknown export format", seen=file_format, expected=", ".join(FORMATS)))
     if out.suffix in FILE_SUFFIXES and not file_format.startswith("original"):
@@ -213,19 +208,15 @@ def _write_native(
     """Write two transformers folders; built from ``state_dict()`` because ``save_pretrained`` would drop the base."""
     state = {name.replace(BASE, "."): tensor for name, tensor in tensors}
     count = 0
-    for folder, prefix, part in (
-        ("mllm", "mllm.", model.mllm),
-        ("sam2", "grounding_encoder.", model.grounding_encoder),
-    ):
+    parts = (("mllm", "mllm.", model.mllm), ("sam2", "grounding_encoder.", model.grounding_encoder))
+    for folder, prefix, part in parts:
         (out / folder).mkdir(parents=True)
         part.config.save_pretrained(out / folder)
         own = ((name.removeprefix(prefix), tensor) for name, tensor in state.items() if name.startswith(prefix))
         count += write_shards(own, out / folder, max_shard_bytes)
     for target in (out, out / "mllm"):
         tokenizer.save_pretrained(target)
-    rest = {
-        name: _own(tensor) for name, tensor in state.items() if not name.startswith(("mllm.", "grounding_encoder."))
-    }
+    rest = {name: _own(tensor) for name, tensor in state.items() if not name.startswith(tuple(p[1] for p in parts))}
     return count + len(_save(rest, out / "text_hidden_fcs.safetensors"))
 
 
@@ -259,12 +250,11 @@ def chat_config(config: Config, vocab_size: int) -> dict[str, object]:
     """
     model, text, vision = config.model, dict(config.model.text), config.model.vision
     # Sizes of an image and a patch are a number or one for each side.
-    side, patch = (
-        size[0] if isinstance(size, (list, tuple)) else size for size in (vision["image_size"], vision["patch_size"])
-    )
+    sizes = (vision[key] for key in ("image_size", "patch_size"))
+    side, patch = (size[0] if isinstance(size, (list, tuple)) else size for size in sizes)
     rope = text.pop("rope_parameters", {"rope_theta": text.pop("rope_theta", 10000.0)})
     is_tied = bool(text.pop("tie_word_embeddings", False))
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {
         "model_type": "sa2va_chat",
         "architectures": ["Sa2VAChatModel"],
@@ -287,7 +277,7 @@ def chat_config(config: Config, vocab_size: int) -> dict[str, object]:
         "vision_config": {
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
-            **{key: vision[key] for key in sizes},
+            **{key: vision[key] for key in kept},
             "image_size": side,
             "patch_size": patch,
             "qkv_bias": True,

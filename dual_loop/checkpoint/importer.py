@@ -56,7 +56,6 @@ class SourceReport:
     Attributes:
         path, layout: the layout's name in :mod:`dual_loop.checkpoint.key_rules`.
         extent: ``full`` (all parts of Sa2VA), ``trimmed`` (what trains) or ``base`` (a model that it was made from).
-        num_tensors, num_values: in the files.
         dropped: reason -> number of tensors.
         dtypes: dtype in the files -> number of tensors.
         sha256: file -> hash; empty where it was not asked for.
@@ -109,14 +108,12 @@ class _Source:
     """One opened set of weights with the place of every key.
 
     Attributes:
-        checkpoint, layout: what it is.
         places: key -> where its rows go; targets: all of these.
         dropped: reason -> number of keys without a place.
         vocabulary: rows of its table of token embeddings, 0 where it has none.
         problems: what does not fit the model.
 
     Args:
-        checkpoint: the weights.
         own: the model's tensors; None asks nothing of a model.
 
     Raises:
@@ -244,7 +241,6 @@ def load_weights(
     Reads tensor by tensor and file by file: beside the model, at most one file is mapped at a time.
 
     Args:
-        model: ``VideoLLaVASAMModel``.
         paths: sources, base models first; a later one wins. See :func:`sources.open_checkpoint` for what a path may be.
         tokenizer: checked against the vocabulary rows and, where a folder holds a tokenizer, against its ids.
         allow_missing: shell patterns of names of ``model.state_dict()`` that may stay at their initial values.
@@ -271,10 +267,8 @@ def load_weights(
         for source in sources:
             for name, tensor in source.checkpoint.read():
                 for placement in source.places[name]:
-                    target, values = (
-                        rows(own[placement.target], placement.target_part),
-                        rows(tensor, placement.source_part),
-                    )
+                    target = rows(own[placement.target], placement.target_part)
+                    values = rows(tensor, placement.source_part)
                     is_shorter = num_new and placement.target in TABLES and len(values) < len(target)
                     (target[: len(values)] if is_shorter else target).copy_(values)
         if num_new:
@@ -285,11 +279,7 @@ def load_weights(
 
 
 def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, int], int]:
-    """Match names and shapes alone with ``model`` (also on ``meta``): no weights are needed or read.
-
-    Args:
-        model: the model.
-        shapes: key of a file -> shape.
+    """Match names and shapes of a file's keys alone with ``model`` (also on ``meta``): no weights are needed or read.
 
     Returns:
         All problems (unknown, doubled and missing keys, shapes that differ), the dropped keys by reason, and how many
@@ -354,10 +344,8 @@ def _refusal(problems: Sequence[str], paths: Sequence[str | Path]) -> str:
     missing = sum(problem.startswith("missing ") for problem in problems)
     fix = "use the config that the weights were made for"
     if missing == len(problems) and missing > SHOWN:
-        fix = (
-            "a trimmed checkpoint or adapter needs its base: give the base model's folder as --model_path and SAM 2 as "
-            "--sam2_path, or a full checkpoint as --pretrained_pth"
-        )
+        fix = "a trimmed checkpoint or adapter needs its base: give the base model's folder as --model_path and SAM 2 "
+        fix += "as --sam2_path, or a full checkpoint as --pretrained_pth"
     elif missing:
         fix += "; --allow_missing PATTERN leaves named tensors at their initial values"
     what = f"weights do not fit the model, {len(problems)} problem(s):\n  {shown}\n"

@@ -23,17 +23,17 @@ Part = tuple[int, int]
 """(index, count): the ``index``-th of ``count`` equal chunks of rows (dimension 0)."""
 
 PLACEHOLDERS = {
-    "{i}": r"(?P<i>\d+)",
-    "{j}": r"(?P<j>\d+)",
-    "{w}": r"(?P<w>weight|bias)",
-    "{linear}": r"(?P<linear>self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
-    "{norm}": r"(?P<norm>input_layernorm|post_attention_layernorm)",
-    "{ab}": r"(?P<ab>[AB])",
-    "{qkv}": r"(?P<qkv>[qkv]_proj)",
-    "{attn}": r"(?P<attn>self_attn|cross_attn_token_to_image|cross_attn_image_to_token)",
-    "{head}": r"(?P<head>iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+)",
-    "{token}": r"(?P<token>iou_token|mask_tokens|obj_score_token|conv_s0|conv_s1)",
-    "{rest}": r"(?P<rest>.+)",
+    "i": r"\d+",
+    "j": r"\d+",
+    "w": "weight|bias",
+    "linear": r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj",
+    "norm": "input_layernorm|post_attention_layernorm",
+    "ab": "[AB]",
+    "qkv": "[qkv]_proj",
+    "attn": "self_attn|cross_attn_token_to_image|cross_attn_image_to_token",
+    "head": r"iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+",
+    "token": "iou_token|mask_tokens|obj_score_token|conv_s0|conv_s1",
+    "rest": ".+",
 }
 
 
@@ -68,9 +68,7 @@ class Layout:
     """A family of files.
 
     Attributes:
-        name: as printed.
         prefixes: (beginning in the file, beginning of the canonical name); the first that fits is taken.
-        rules: from canonical names.
         renames: (part in the file, part of the canonical name), anywhere in the name.
         is_base: holds no weights of Sa2VA's own (projected [SEG], new tokens), so those may start fresh.
     """
@@ -160,11 +158,6 @@ COPIES = {
 """Tensors that are copied: (beginning in the original, beginning here), then how the names go on, here too where only
 one is given."""
 
-# Merged or never adapted, and adapters as older peft versions and its adapter files write them.
-ALIASES = {
-    "{linear}.{w}": "{linear}.base_layer.{w}",
-    "{linear}.lora_{ab}.weight": "{linear}.lora_{ab}.default.weight",
-}
 VIDEO_PARTS = (
     "memory_attention.{rest}", "memory_encoder.{rest}", "obj_ptr_proj.{rest}", "obj_ptr_tpos_proj.{rest}",
     "mask_downsample.{w}", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial",
@@ -182,8 +175,9 @@ def _canonical_rules() -> Iterator[Rule]:
         for line in names.strip().splitlines():
             before, *after = line.split()
             yield Rule(source + before, (Placement(target + (after[0] if after else before)),))
-    layers, native = "language_model.model.layers.{i}.", "mllm.model.language_model.layers.{i}."
-    for before, name in ALIASES.items():
+    # Merged or never adapted, and adapters as older peft versions and its adapter files write them.
+    layers, native = "language_model.model.layers.{i}.{linear}.", "mllm.model.language_model.layers.{i}.{linear}."
+    for before, name in (("{w}", "base_layer.{w}"), ("lora_{ab}.weight", "lora_{ab}.default.weight")):
         yield Rule(layers + before, (Placement(native + name),), alias=True)
     attention = "mllm.model.vision_tower.encoder.layer.{i}.attention."
     parts = tuple(Placement(f"{attention}{name}_proj.{{w}}", (k, 3)) for k, name in enumerate("qkv"))
@@ -297,30 +291,24 @@ def place(name: str, layout: Layout) -> tuple[list[Placement], str] | None:
     canonical = canonical_name(name, layout)
     for rule in layout.rules:
         if match := _pattern(rule.source).fullmatch(canonical):
-            places = [replace(p, target=_fill(p.target, match.groupdict())) for p in rule.placements]
+            places = [replace(p, target=p.target.format(**match.groupdict())) for p in rule.placements]
             return places, rule.dropped
     return None
 
 
 def rows(tensor: Tensor, part: Part | None) -> Tensor:
     """Return one of ``count`` equal chunks of rows, the whole tensor for None."""
-    if part is None:
-        return tensor
-    size = tensor.shape[0] // part[1]
-    return tensor[part[0] * size : (part[0] + 1) * size]
+    return tensor if part is None else tensor.chunk(part[1])[part[0]]
 
 
 def sources_of(target: str, layout: Layout) -> list[tuple[str, Part | None, Part | None]]:
     """Return (canonical name, source part, target part) of all keys that fill a native tensor, in order."""
-    found = []
-    for rule in layout.rules:
-        if rule.alias:
-            continue
-        for placement in rule.placements:
-            if match := _pattern(placement.target).fullmatch(target):
-                name = _fill(rule.source, match.groupdict())
-                found.append((name, placement.source_part, placement.target_part))
-    return found
+    return [
+        (rule.source.format(**match.groupdict()), placement.source_part, placement.target_part)
+        for rule in layout.rules
+        for placement in (() if rule.alias else rule.placements)
+        if (match := _pattern(placement.target).fullmatch(target))
+    ]
 
 
 def export_tensors(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -331,9 +319,7 @@ def export_tensors(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
 def iterate_export(state: Iterable[tuple[str, Tensor]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Yield a file's (key, tensor) as soon as all native tensors that it is made of have come.
 
-    Args:
-        state: by the names of ``model.state_dict()``; ``new_token_rows`` must have been written into the tables.
-        layout: of the file.
+    ``state`` has the names of ``model.state_dict()``; ``new_token_rows`` must have been written into the tables.
 
     Raises:
         KeyError: a native name that no rule of the layout produces, or a key of which parts are missing.
@@ -362,13 +348,5 @@ def iterate_export(state: Iterable[tuple[str, Tensor]], layout: Layout) -> Itera
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    text = re.escape(template)
-    for placeholder, pattern in PLACEHOLDERS.items():
-        text = text.replace(re.escape(placeholder), pattern)
-    return re.compile(text)
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    for name, value in values.items():
-        template = template.replace("{" + name + "}", value)
-    return template
+    groups = {name: f"(?P<{name}>{pattern})" for name, pattern in PLACEHOLDERS.items()}
+    return re.compile(re.sub(r"\\{(\w+)\\}", lambda match: groups[match[1]], re.escape(template)))

@@ -150,11 +150,8 @@ def consolidate_zero(path: Path) -> dict[str, Tensor]:
         command = f"pip install deepspeed && python -m deepspeed.utils.zero_to_fp32 {path} {path}/consolidated"
         if (path / "zero_to_fp32.py").is_file():
             command = f"python {path / 'zero_to_fp32.py'} {path} {path}/consolidated"
-        what, seen = (
-            "a DeepSpeed ZeRO folder has its weights spread over the optimiser's files",
-            "deepspeed is not installed here",
-        )
-        fix = f"where it was written, run: {command}"
+        what = "a DeepSpeed ZeRO folder has its weights spread over the optimiser's files"
+        seen, fix = "deepspeed is not installed here", f"where it was written, run: {command}"
         raise CheckpointError(explain(what, str(path), seen, "one consolidated file", fix))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -71,13 +71,10 @@ class RunCheckpoint:
     """What :func:`load_run_checkpoint` returns; every tensor is on the CPU.
 
     Attributes:
-        path: the folder that was read.
         step: number of optimiser steps done.
         world_size: number of ranks that saved.
         model_tensors: names to tensors, as given when saving.
         ema_tensors: the same of the averages, None where none were saved.
-        optimizer_state: as given when saving.
-        state: what ``state.json`` holds.
         rng_states: the random states of this rank, None where the run had another number of ranks.
     """
 
@@ -111,13 +108,10 @@ def save_run_checkpoint(
     which the next save removes; the other ranks then wait in ``barrier`` until its time-out or the launcher ends them.
 
     Args:
-        root: the run folder.
         step: optimiser steps done. A checkpoint of the same step is replaced.
         model_tensors, ema_tensors: names to tensors on any device; read on rank 0 only (others may give empty ones).
-        optimizer_state: as ``state_dict()`` returns it.
         state: anything that JSON keeps unchanged.
         rng_states: the random states of this rank, see :func:`capture_rng`.
-        rank, world_size: this process and the number of processes.
         barrier: returns when every rank has called it.
         keep: number of whole checkpoints to keep, at least 1. Those of later steps than ``step`` (an abandoned
             course, when the run was resumed from an earlier one) are neither counted nor removed, but warned about.
@@ -178,11 +172,8 @@ def find_latest(root: str | Path) -> Path | None:
 def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) -> RunCheckpoint:
     """Read and verify the checkpoint folder ``path`` (as :func:`find_latest` returns it) for one rank.
 
-    Args:
-        path: the folder of one step.
-        rank: whose random states to read.
-        world_size: the number of ranks now. Random states of a run with another number of ranks do not fit: they are
-            None then, with a warning, and all else is loaded.
+    Random states of a run with another number of ranks than ``world_size`` do not fit: they are None then, with a
+    warning, and all else is loaded.
 
     Raises:
         CheckpointError: the folder is missing, half-written or of another format, a file is missing or differs from
@@ -192,11 +183,8 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) ->
     manifest = read_manifest(path)
     fits = world_size == manifest.world_size and rng_name(rank) in manifest.files
     if not fits:
-        warnings.warn(
-            f"{path.name} was saved by {manifest.world_size} rank(s) and is read by rank {rank} of {world_size}: "
-            "random states are not restored, so the run is not bit-identical",
-            stacklevel=2,
-        )
+        text = f"{path.name} was saved by {manifest.world_size} rank(s) and is read by rank {rank} of {world_size}: "
+        warnings.warn(f"{text}random states are not restored, so the run is not bit-identical", stacklevel=2)
     for name, entry in manifest.files.items():
         if not name.startswith("rng_") or (fits and name == rng_name(rank)):
             entry.verify(path / name)
@@ -251,11 +239,9 @@ def restore_rng(states: Mapping[str, Any]) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
     torch.set_rng_state(states["torch"])
     if (states["cuda"] is not None) != torch.cuda.is_available():
-        warnings.warn(
-            f"CUDA was {'' if states['cuda'] is not None else 'not '}there when the random states were saved and "
-            f"{'is' if torch.cuda.is_available() else 'is not'} now: its generator is left as it is",
-            stacklevel=2,
-        )
+        was, now = ("not there", "is") if states["cuda"] is None else ("there", "is not")
+        text = f"CUDA was {was} when the random states were saved and {now} now: its generator is left as it is"
+        warnings.warn(text, stacklevel=2)
     elif states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
 
@@ -281,8 +267,7 @@ def _publish(temporary: Path, final: Path) -> None:
     """Give the written folder its name. An old one of the same step stays findable until that has happened."""
     replaced = final.with_name(f"{_REPLACED_PREFIX}{final.name}")
     if final.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
     sync_to_disk(final.parent)
