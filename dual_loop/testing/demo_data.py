@@ -42,7 +42,7 @@ from dual_loop.types import SOURCES
 __all__ = ["SceneOptions", "demo_directories", "pool_seed", "write_demo_data"]
 
 JPEG_QUALITY = 95
-REFCOCO_SPLITS = ("train", "val", "testA", "testB")
+POOLS = ("sav", "sa1b", "openimages", *(f"refcoco/{split}" for split in ("train", "val", "testA", "testB")))
 OPEN_IMAGES_HEADER = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
 OPEN_IMAGES_MASK_SCALE = 1.25
 FILES_PER_FOLDER = 1000
@@ -55,12 +55,9 @@ def write_demo_data(
     options: SceneOptions | None = None,
     *,
     sources: Sequence[str] = SOURCES,
-    num_sav: int | None = None,
-    num_sa1b: int | None = None,
-    num_openimages: int | None = None,
     num_refcoco: int | None = None,
     num_val: int | None = None,
-    refcoco_splits: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | None = None,
     captioned_pools: Sequence[str] = (),
     vague_share: float = 0.0,
 ) -> dict[str, int]:
@@ -70,11 +67,10 @@ def write_demo_data(
         out: a new or empty folder. Where it already holds this very data set, nothing is written.
         num_images: images of each source, and of the train split of RefCOCO.
         seed: with ``options``, decides every byte.
-        options: what the scenes are made of.
         sources: the sources to write, from :data:`~dual_loop.types.SOURCES`.
-        num_sav, num_sa1b, num_openimages, num_refcoco: override ``num_images`` for one source.
+        num_refcoco: images of the train split of RefCOCO; None takes ``num_images``.
         num_val: images of the val split of RefCOCO; None takes a fifth of ``num_images``, at least one.
-        refcoco_splits: further or other splits to sizes, such as ``{"testA": 20}``.
+        sizes: images of other pools, or of these, such as ``{"sav": 2, "refcoco/testA": 20}``.
         captioned_pools: ``sa1b``, ``openimages`` or both: their scenes come a second time, with captions, behind the
             train split of RefCOCO. What a loop could at best learn from masks alone is measured on these.
         vague_share: share of the captions of the train split that name the shape alone (``the star``): true, but no
@@ -84,17 +80,16 @@ def write_demo_data(
         Counts by pool: ``sav``, ``sa1b``, ``openimages``, ``refcoco/train``, ``refcoco/val``, ...
 
     Raises:
-        ConfigError: an unknown source or split, a negative count, wrong options, or ``out`` holds something else.
+        ConfigError: an unknown source or pool, a negative count, wrong options, or ``out`` holds something else.
     """
     options = options or SceneOptions()
     options.check()
-    val = max(1, num_images // 5) if num_val is None else num_val
-    splits = {"train": num_images if num_refcoco is None else num_refcoco, "val": val, **(refcoco_splits or {})}
-    own_counts = {"sav": num_sav, "sa1b": num_sa1b, "openimages": num_openimages}
-    counts = {name: num_images if n is None else n for name, n in own_counts.items() if name in sources}
+    counts = {name: num_images for name in SOURCES if name in sources and name != "refcoco"}
     if "refcoco" in sources:
-        counts.update({f"refcoco/{split}": count for split, count in splits.items()})
-    _check_request(sources, splits, counts, captioned_pools)
+        counts["refcoco/train"] = num_images if num_refcoco is None else num_refcoco
+        counts["refcoco/val"] = max(1, num_images // 5) if num_val is None else num_val
+    counts.update(sizes or {})
+    _check_request(sources, counts, captioned_pools)
     record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": asdict(options)}
     if captioned_pools:
         record["captioned_pools"] = list(captioned_pools)
@@ -128,11 +123,9 @@ def demo_directories(out: Path) -> dict[str, str]:
     return {key: str(Path(out) / folder) for key, folder in folders.items()}
 
 
-def _check_request(
-    sources: Sequence[str], splits: Mapping[str, int], counts: Mapping[str, int], captioned_pools: Sequence[str]
-) -> None:
+def _check_request(sources: Sequence[str], counts: Mapping[str, int], captioned_pools: Sequence[str]) -> None:
     problems = [f"unknown source {name!r} (known: {', '.join(SOURCES)})" for name in sources if name not in SOURCES]
-    problems += [f"unknown split {s!r} (known: {', '.join(REFCOCO_SPLITS)})" for s in splits if s not in REFCOCO_SPLITS]
+    problems += [f"unknown pool {pool!r} (known: {', '.join(POOLS)})" for pool in counts if pool not in POOLS]
     problems += [f"{count} images of {pool}, expected 0 or more" for pool, count in counts.items() if count < 0]
     copyable = [name for name in ("sa1b", "openimages") if name in counts and "refcoco" in sources]
     wrong = [name for name in captioned_pools if name not in copyable]

@@ -65,8 +65,7 @@ class SceneOptions:
     """What scenes are made of.
 
     Attributes:
-        shapes: names from :data:`GLYPHS`.
-        colours: names from :data:`COLOURS`.
+        shapes, colours: names from :data:`GLYPHS` and :data:`COLOURS`.
         sizes: smallest and largest nominal size of an object (:class:`SceneObject`), at a canvas side of 144 pixels.
         twin_probability: chance that a scene has a pair of twins: two objects of one shape and one colour.
         share_probability: chance that a new object that is no twin shares shape or colour with an earlier one.
@@ -225,10 +224,7 @@ def _generate(seed: int, options: SceneOptions, count: int) -> list[Scene]:
             scenes.append(scene)
         if len(scenes) == count:
             return scenes
-    what, fix = (
-        f"no valid layout found in {MAX_ATTEMPTS} attempts",
-        "use smaller objects, fewer objects or larger sides",
-    )
+    what, fix = f"no valid layout found in {MAX_ATTEMPTS} attempts", "use smaller or fewer objects, or larger sides"
     raise ConfigError(explain(what, f"scene seed {seed}", options, fix=fix))
 
 
@@ -305,10 +301,8 @@ def _try_scene(rng: np.random.Generator, looks: list[_Look], options: SceneOptio
         seen, full = int(mask.sum()), int(whole.sum())
         if seen < MIN_VISIBLE_PIXELS or seen < MIN_VISIBLE_FRACTION * full:
             return None
-        centre = (place.x, place.y)
-        objects.append(
-            SceneObject(look.shape, look.colour, place.size, centre, place.rotation, word, mask, seen / full)
-        )
+        drawn = (place.size, (place.x, place.y), place.rotation)
+        objects.append(SceneObject(look.shape, look.colour, *drawn, word, mask, seen / full))
     return Scene(_paint(rng, looks, stamps, height, width), tuple(reversed(objects)))
 
 

@@ -32,7 +32,7 @@ NUM_IMAGES = 6
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "data"
-    counts = demo_data.write_demo_data(out, NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
+    counts = demo_data.write_demo_data(out, NUM_IMAGES, seed=5, num_val=3, sizes={"refcoco/testA": 2})
     assert counts == {
         **{"sav": NUM_IMAGES, "sa1b": NUM_IMAGES, "openimages": NUM_IMAGES},
         **{"refcoco/train": NUM_IMAGES, "refcoco/val": 3, "refcoco/testA": 2},
@@ -191,9 +191,9 @@ class TestWriter:
         self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)
-        demo_data.write_demo_data(tmp_path / "again", NUM_IMAGES, seed=5, num_val=3, refcoco_splits={"testA": 2})
+        demo_data.write_demo_data(tmp_path / "again", NUM_IMAGES, seed=5, num_val=3, sizes={"refcoco/testA": 2})
         assert digest(tmp_path / "again") == digest(root)
-        demo_data.write_demo_data(tmp_path / "other", NUM_IMAGES, seed=6, num_val=3, refcoco_splits={"testA": 2})
+        demo_data.write_demo_data(tmp_path / "other", NUM_IMAGES, seed=6, num_val=3, sizes={"refcoco/testA": 2})
         assert digest(tmp_path / "other")["sa1b/sa_1.jpg"] != digest(root)["sa1b/sa_1.jpg"]
 
     def test_a_larger_data_set_begins_with_the_smaller_one(self, root: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ class TestWriter:
             demo_data.write_demo_data(out, 2, seed=1, sources=("sa1b",))
 
     def test_counts_can_be_given_for_each_source(self, tmp_path: Path) -> None:
-        counts = demo_data.write_demo_data(tmp_path / "d", 1, num_sav=2, num_sa1b=0, num_refcoco=3, num_val=0)
+        counts = demo_data.write_demo_data(tmp_path / "d", 1, num_refcoco=3, num_val=0, sizes={"sav": 2, "sa1b": 0})
         assert counts == {"sav": 2, "sa1b": 0, "openimages": 1, "refcoco/train": 3, "refcoco/val": 0}
         assert len(list((tmp_path / "d").rglob("*.npz"))) == 2
         assert not (tmp_path / "d" / "sa1b").exists()
@@ -225,9 +225,9 @@ class TestWriter:
         ("arguments", "message"),
         [
             ({"sources": ("coco",)}, "unknown source 'coco'"),
-            ({"refcoco_splits": {"dev": 3}}, "unknown split 'dev'"),
-            ({"num_sav": -1}, "-1 images of sav"),
-            ({"sources": ("sav",), "num_sav": 0}, "no images"),
+            ({"sizes": {"refcoco/dev": 3}}, "unknown pool 'refcoco/dev'"),
+            ({"sizes": {"sav": -1}}, "-1 images of sav"),
+            ({"sources": ("sav",), "sizes": {"sav": 0}}, "no images"),
         ],
     )
     def test_a_wrong_request_is_refused_before_anything_is_written(
