@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +58,9 @@ def _data(args: argparse.Namespace) -> int:
     if args.what == "preview":
         write_page(preview_page(sources, args.samples, geometry(config), config.train.seed), args.out)
         return 0
-    stats = {source.name: stats_of(_read(source, args.samples, config)) for source in sources}
+    sizes, seed = geometry(config), config.train.seed
+    read = [data_checks.read_source(source, args.samples or None, sizes, seed) for source in sources]
+    stats = {report.name: stats_of(report) for report in read}
     if args.json:
         print(json.dumps(stats, indent=2))
         return 0
@@ -73,10 +74,7 @@ def _data(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, config: Config, sources: Sequence[Reader], findings: list[Finding]) -> int:
     from dual_loop.preflight import data_checks
 
-    for source in sources:
-        report = _read(source, args.samples, config)
-        findings += data_checks.findings_of(report, config.data.max_bad_fraction)
-        findings += data_checks.expected_counts(source)
+    findings += data_checks.check_sources(sources, args.samples or None, config)
     found, leaks = data_checks.check_leakage(sources, config.data, by_sight=not args.ids_only) if sources else ([], [])
     findings += found
     if args.json:
@@ -113,18 +111,6 @@ def _quantiles(values: Sequence[float]) -> str:
 
     low, middle, high = np.percentile(np.asarray(values, float), [5, 50, 95])
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
-
-
-def _read(source: Reader, count: int, config: Config) -> SourceReport:
-    from tqdm import tqdm
-
-    from dual_loop.model.build import geometry
-    from dual_loop.preflight import data_checks
-
-    with tqdm(total=1, desc=source.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        report = data_checks.read_source(source, count or None, geometry(config), config.train.seed)
-        bar.update(1)
-    return report
 
 
 main = Command("data", "Look at data before training on it.", _add_arguments, _data)

@@ -54,13 +54,10 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
     findings += machine.check_kernels(config)
     sources, problems = data_checks.open_sources(config.data)
-    findings += problems
-    findings += _data(config, sources)
-    findings += [*data_checks.check_captions(config), *model_checks.check_tokens(config)]
-    findings += model_checks.check_weights(config)
+    findings += [*problems, *_data(config, sources), *data_checks.check_captions(config)]
+    findings += [*model_checks.check_tokens(config), *model_checks.check_weights(config)]
     if has_problem(findings):
-        findings += machine.check_output(config)
-        return findings  # what follows would only repeat it
+        return [*findings, *machine.check_output(config)]  # what follows would only repeat it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -74,9 +71,8 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
         try:
             device = build_accelerator(config).device
             model, prompter = rebuild(config, weights_sources(config))
-            findings.append(
-                Finding(OK, "weights", "all parts of the model are filled; nothing is missing or left over")
-            )
+            text = "all parts of the model are filled; nothing is missing or left over"
+            findings.append(Finding(OK, "weights", text))
             model.to(device).train()
             findings += model_checks.check_batch(model, prompter, config, sources)
         except (DualLoopError, RuntimeError, MemoryError) as error:  # a doctor that dies tells nothing
@@ -85,14 +81,9 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
 
 
 def _data(config: Config, sources: Sequence[Reader]) -> list[Finding]:
-    from dual_loop.model.build import geometry
     from dual_loop.preflight import data_checks
 
-    findings: list[Finding] = []
-    for source in sources:
-        report = data_checks.read_source(source, data_checks.DECODED, geometry(config), config.train.seed)
-        findings += data_checks.findings_of(report, config.data.max_bad_fraction)
-        findings += data_checks.expected_counts(source)
+    findings = list(data_checks.check_sources(sources, data_checks.DECODED, config))
     if sources:
         found, _ = data_checks.check_leakage(sources, config.data, by_sight=False)
         # What the guard handles does not stop the run; `dual-loop data check` is stricter.

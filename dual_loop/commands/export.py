@@ -126,14 +126,10 @@ def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dic
     listed = json.loads(report.read_text(encoding="utf-8"))["sources"] if report.is_file() else []
     expected = sum(sum(source["dropped"].values()) for source in listed)
     if expected or given is not None:
-        raise CheckpointError(
-            explain(
-                "the video-memory tensors are not found",
-                ", ".join(str(path) for path in paths) or "no source",
-                expected=f"{expected or 'some'} tensors (memory attention, memory encoder, object pointers)",
-                fix="give --video_weights PATH, a Sa2VA or SAM 2 checkpoint that has them",
-            )
-        )
+        what, where = "the video-memory tensors are not found", ", ".join(map(str, paths)) or "no source"
+        wanted = f"{expected or 'some'} tensors (memory attention, memory encoder, object pointers)"
+        fix = "give --video_weights PATH, a Sa2VA or SAM 2 checkpoint that has them"
+        raise CheckpointError(explain(what, where, expected=wanted, fix=fix))
     print("note: the run's sources hold no video memory, so none is written; tools for video will miss it")
     return {}
 
@@ -178,20 +174,15 @@ def read_back(
     after = probe(model, prompter, config)
     difference = float((after.mask_logits - before.mask_logits).abs().max())
     same = after.caption_ids == before.caption_ids
-    line = (
-        f"read back in {time.perf_counter() - started:.0f} s: caption {'identical' if same else 'DIFFERENT'} "
-        f"({before.caption!r}), largest mask logit difference {difference:.2e} (tolerance {allowed:g})"
-    )
+    line = f"read back in {time.perf_counter() - started:.0f} s: caption {'identical' if same else 'DIFFERENT'} "
+    line += f"({before.caption!r}), largest mask logit difference {difference:.2e} (tolerance {allowed:g})"
     print(line)
     if not same or not difference <= allowed:
         kept = path.with_name(f"{path.name.removeprefix('.writing-')}.failed")
         remove(kept)
         path.rename(kept)
-        raise CheckpointError(
-            explain(
-                "what was read back differs", str(kept), line, "the same caption and mask", "do not use these files"
-            )
-        )
+        expected, fix = "the same caption and mask", "do not use these files"
+        raise CheckpointError(explain("what was read back differs", str(kept), line, expected, fix))
 
 
 def remove(path: Path) -> None:

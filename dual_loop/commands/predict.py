@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from dual_loop.commands.common import Command, add_model_arguments
 from dual_loop.errors import ConfigError, SampleError, explain
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 """Formats that lose nothing."""
-
-Item = TypeVar("Item")
 
 
 def load_predictor(args: argparse.Namespace) -> Predictor:
@@ -42,12 +41,6 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
         overrides={"train.model_path": args.model_path} if args.model_path else {},
         max_new_tokens=args.max_new_tokens,
     )
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    from dual_loop.serve.predictor import IMAGES_AT_ONCE
-
-    return in_chunks(items, IMAGES_AT_ONCE)
 
 
 def _add_arguments(command: str, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -71,7 +64,7 @@ def _add_arguments(command: str, parser: argparse.ArgumentParser, argv: Sequence
 
 def _caption(args: argparse.Namespace) -> int:
     predictor, results = load_predictor(args), _Results(args.json)
-    for chunk in _chunks(_regions(args, predictor, results)):
+    for chunk in in_chunks(_regions(args, predictor, results), predictor.images_at_once):
         captions = predictor.caption_many([(one.image, one.masks) for one in chunk])
         for one, texts in zip(chunk, captions, strict=True):
             regions = [{"region": n, "caption": text} for n, text in zip(one.names, texts, strict=True)]
@@ -81,7 +74,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _loop(args: argparse.Namespace) -> int:
     predictor, results = load_predictor(args), _Results(args.json)
-    for chunk in _chunks(_regions(args, predictor, results)):
+    for chunk in in_chunks(_regions(args, predictor, results), predictor.images_at_once):
         for one, result in zip(chunk, predictor.loop_many([(one.image, one.masks) for one in chunk]), strict=True):
             regions = []
             for number, name in enumerate(one.names):
@@ -108,7 +101,7 @@ def _segment(args: argparse.Namespace) -> int:
     if is_file and args.out.suffix.lower() not in MASK_ENDINGS:
         raise ConfigError(explain("a mask has no such format", "--out", str(args.out), ", ".join(MASK_ENDINGS)))
     predictor, results = load_predictor(args), _Results(args.json)
-    for chunk in _chunks(_open_images(paths, results)):
+    for chunk in in_chunks(_open_images(paths, results), predictor.images_at_once):
         found = predictor.segment_many([(image, args.text) for _, image in chunk], generated=args.generated)
         for (path, _), masks in zip(chunk, found, strict=True):
             texts = [
@@ -252,10 +245,9 @@ def _save(mask: np.ndarray, path: Path) -> str:
 
 
 def _numbers(text: str, count: int, flag: str) -> list[float]:
-    try:
+    values: list[float] = []
+    with suppress(ValueError):
         values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
     if len(values) != count:
         raise ConfigError(explain("not the right numbers", flag, text, f"{count} numbers joined by commas, in pixels"))
     return values

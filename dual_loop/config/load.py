@@ -124,11 +124,10 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) 
         if hint is None:
             close = difflib.get_close_matches(key, hints, n=1)
             problems.append(f"unknown key {prefix + key!r}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
+        elif is_dataclass(hint) and isinstance(raw, Mapping):
+            values[key] = _build(hint, raw, f"{prefix}{key}.", problems)
         elif is_dataclass(hint):
-            if isinstance(raw, Mapping):
-                values[key] = _build(hint, raw, f"{prefix}{key}.", problems)
-            else:
-                problems.append(f"{prefix}{key}: seen {raw!r}, expected a group of settings")
+            problems.append(f"{prefix}{key}: seen {raw!r}, expected a group of settings")
         else:
             try:
                 values[key] = _convert(raw, hint)
@@ -204,22 +203,13 @@ def _contradictions(config: Config) -> Iterator[str]:
 def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
     """Add ``--config``, ``--cfg-options``, ``--dry_run`` and a flag for every setting that has one, in groups.
 
-    Args:
-        parser: gets the flags.
-        argv: what will be parsed. Where it asks for ``--help``, the values shown are those of the ``--config`` in it.
+    Where ``argv``, which will be parsed, asks for ``--help``, the values shown are those of the ``--config`` in it.
     """
-    parser.add_argument(
-        "--config",
-        default=DEFAULT_CONFIG,
-        metavar="FILE|NAME",
-        help="a Python config, the name of a preset, or the config.json of a run; --help shows its values as defaults "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="build without memory, print what trains, the memory estimate and the effective batch, and stop",
-    )
+    text = "a Python config, the name of a preset, or the config.json of a run; --help shows its values as defaults "
+    text += "(default: %(default)s)"
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE|NAME", help=text)
+    text = "build without memory, print what trains, the memory estimate and the effective batch, and stop"
+    parser.add_argument("--dry_run", action="store_true", help=text)
     config = Config()
     if {"-h", "--help"} & set(argv):
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
 from dual_loop.evaluation.figures import DataFigures, as_text, each_figure
@@ -33,25 +35,17 @@ def audit_page(
         regions: all of them, with the loop closed.
         load: reads the sample of a region again, for its picture.
         kept, left_out: how many captions became pseudo-labels, and why the others did not.
-        examples: pictures of each kind.
     """
     page = Page("Audit: does every caption lead back to its mask?", lead)
     ious = [region.cycle_iou for region in regions]
-    page.tiles(
-        {
-            "regions": f"{len(regions):,}",
-            "mean cycle IoU": f"{100 * sum(ious) / len(ious):.1f} %",
-            "cycle IoU of 0.7 or more": f"{100 * sum(iou >= 0.7 for iou in ious) / len(ious):.1f} %",
-            "kept as pseudo-labels": f"{kept:,}",
-        }
-    )
+    mean, good = (f"{100 * sum(values) / len(ious):.1f} %" for values in (ious, (iou >= 0.7 for iou in ious)))
+    tiles = {"regions": f"{len(regions):,}", "mean cycle IoU": mean, "cycle IoU of 0.7 or more": good}
+    page.tiles({**tiles, "kept as pseudo-labels": f"{kept:,}"})
     page.heading("Figures", "in per cent, with 95 % intervals over images")
     loops = {data: each_figure({"loop": tasks["loop"]}) for data, tasks in figures.items()}
     rows = [(data, name, *as_text(figure, 100, 1)) for data, found in loops.items() for name, figure in found]
     page.table(("data", "figure", "value", "interval"), rows)
-    counts = [0] * BINS
-    for iou in ious:
-        counts[min(int(iou * BINS), BINS - 1)] += 1
+    counts = np.bincount(np.minimum((np.array(ious) * BINS).astype(int), BINS - 1), minlength=BINS).tolist()
     page.heading("Cycle IoU", "how many regions came back how well")
     bars = ["█" * round(30 * count / max(counts)) for count in counts]
     steps = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)]
@@ -66,11 +60,7 @@ def audit_page(
     ambiguous = [region for margin, region in sorted(margins, key=lambda pair: pair[0]) if margin <= 0]
     for title, note, found in (
         ("Worst masks", "the mask that came back (blue) misses the given one (orange)", ranked),
-        (
-            "Ambiguous captions",
-            "the caption leads to another region of the image at least as well as to its own",
-            ambiguous,
-        ),
+        ("Ambiguous captions", "the caption leads to another region at least as well as to its own", ambiguous),
         ("Best pairs", "caption and mask lead to each other", ranked[::-1]),
     ):
         shown = found[:examples]

@@ -22,8 +22,7 @@ EXACT_LOSS = 0.10
 def find_flags(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> list[str]:
     """Return one message for each thing that looks like cheating; none is a good sign, not a proof.
 
-    Args:
-        before, after: the same regions in the same order, measured with the starting weights and the trained ones.
+    Both are the same regions in the same order, measured with the starting weights and the trained ones.
     """
     flags = []
     start, own = [region.cycle_iou for region in before], [region.cycle_iou for region in after]
@@ -35,10 +34,8 @@ def find_flags(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]
         fall = paired_bootstrap(start, frozen, groups=images)
         is_large = rise["mean"] >= LEAST_RISE and fall["mean"] <= -LEAST_FALL
         if is_large and rise["ci95_low"] > 0 and fall["ci95_high"] < 0:
-            flags.append(
-                f"private_code: cycle gIoU rose by {100 * rise['mean']:.1f} points with the own listener and fell by "
-                f"{-100 * fall['mean']:.1f} with the frozen one"
-            )
+            text = f"private_code: cycle gIoU rose by {100 * rise['mean']:.1f} points with the own listener and fell "
+            flags.append(f"{text}by {-100 * fall['mean']:.1f} with the frozen one")
     old, new = summarise(before), summarise(after)
     if new["vocabulary"] < VOCABULARY_SHARE * old["vocabulary"]:
         flags.append(f"vocabulary_collapse: {new['vocabulary']:.0f} words in use, {old['vocabulary']:.0f} before")

@@ -189,10 +189,8 @@ class RegionMeter:
     """Captions regions, segments captions and sentences, and compares.
 
     Args:
-        model, prompter, config: the model in use.
         protocol: how sentences are asked for.
         tasks: some of ``referring``, ``captioning``, ``loop``.
-        autocast: the precision to compute in.
         frozen_listener: lends other weights to the model; the captions are then segmented with those as well.
     """
 

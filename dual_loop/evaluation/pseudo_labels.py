@@ -41,9 +41,7 @@ def choose_labels(
     """Return the regions that are kept, and how many were left out by reason (the first that applies).
 
     Args:
-        regions: with captions and cycles.
         gate: says why a caption may not be used (``loop.gates``), None where it may.
-        min_iou: least cycle IoU.
         min_uniqueness: least cycle IoU minus the best IoU with another region; regions without company pass.
         keep_repeated: keep captions that two regions of one image share (they do not tell them apart).
     """
@@ -70,10 +68,7 @@ def write_labels(
 ) -> int:
     """Write the kept regions of every data set below ``out``, new or empty; return their number.
 
-    Args:
-        kept: regions by the name of their data set.
-        seed: of the audit, which drew the regions.
-        copy_images: copy the images instead of linking to them.
+    ``kept`` has the regions by the name of their data set; ``seed`` is of the audit, which drew them.
     """
     rows: list[dict[str, object]] = []
     out.mkdir(parents=True, exist_ok=True)

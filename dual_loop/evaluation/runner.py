@@ -23,6 +23,7 @@ from typing import TypedDict
 
 from tqdm import tqdm
 
+from dual_loop.data.index_file import replacing
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain
@@ -79,19 +80,12 @@ def start(folder: Path, header: Mapping[str, object], writes: bool) -> None:
         seen = json.loads(path.read_text(encoding="utf-8"))
         different = [key for key in header if seen.get(key) != json.loads(json.dumps(header[key]))]
         if different:
-            raise ConfigError(
-                explain(
-                    "the folder holds another evaluation, half done",
-                    str(folder),
-                    ", ".join(f"{key}: {str(seen.get(key))[:60]}" for key in different),
-                    ", ".join(f"{key}: {str(header[key])[:60]}" for key in different),
-                    "choose another --output_dir, or remove this one",
-                )
-            )
+            had, got = (", ".join(f"{key}: {str(one.get(key))[:60]}" for key in different) for one in (seen, header))
+            fix = "choose another --output_dir, or remove this one"
+            raise ConfigError(explain("the folder holds another evaluation, half done", str(folder), had, got, fix))
     elif (folder / REGIONS).exists():
-        raise ConfigError(
-            explain("the folder holds a finished evaluation", str(folder), REGIONS, fix="choose another --output_dir")
-        )
+        what, fix = "the folder holds a finished evaluation", "choose another --output_dir"
+        raise ConfigError(explain(what, str(folder), REGIONS, fix=fix))
     elif writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -110,7 +104,6 @@ def measure_chunks(
 
     Args:
         measure: samples and the name of their data set to regions.
-        seed: of the regions that readers draw.
         progress: name of a bar on standard error; None shows none.
     """
     done = _read_parts(folder)
@@ -134,9 +127,7 @@ def measure_chunks(
                     samples.append(sample)
                     entries[f"{sample.source}/{sample.sample_id}"] = index
             regions = measure(samples, one.name) if samples else []
-            for region in regions:
-                region.entry = entries[region.image]
-            records = [region.to_json() for region in regions]
+            records = [{**region.to_json(), "entry": entries[region.image]} for region in regions]
             line = {"data": one.name, "chunk": chunk, "records": records, "skipped": skipped}
             stream.write(json.dumps(line) + "\n")
             stream.flush()
@@ -156,10 +147,8 @@ def join(folder: Path, data: Sequence[MeasuredData]) -> tuple[dict[str, list[Mea
     regions: dict[str, list[MeasuredRegion]] = {one.name: [] for one in data}
     for name, chunk in pieces:
         regions[name] += found[name, chunk][0]
-    temporary = folder / f".{REGIONS}"
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(folder / REGIONS) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(region.to_json()) + "\n" for own in regions.values() for region in own)
-    temporary.replace(folder / REGIONS)
     return regions, [entry for piece in pieces for entry in found[piece][1]]
 
 

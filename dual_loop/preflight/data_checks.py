@@ -14,6 +14,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
 from dual_loop.iteration import evenly_spread
+from dual_loop.model.build import geometry
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.types import RegionSample
 
@@ -38,7 +39,6 @@ class SourceReport:
     """What was found when a source was read.
 
     Attributes:
-        name: of the source.
         entries: in its index.
         read: how many entries were read; good: how many of these can be used.
         reasons: why the others cannot, with one message each.
@@ -76,7 +76,7 @@ def open_sources(data: DataConfig) -> tuple[list[Reader], list[Finding]]:
     return sources, findings
 
 
-def read_entry(source: Reader, index: int, geometry: Geometry, seed: int) -> tuple[RegionSample, Prepared]:
+def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[RegionSample, Prepared]:
     """Read and prepare one entry the way that training does.
 
     Raises:
@@ -85,16 +85,16 @@ def read_entry(source: Reader, index: int, geometry: Geometry, seed: int) -> tup
     rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
     sample = source.load(index, rng)
     seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
-    return sample, prepare_sample(sample, geometry, rng, seeds)
+    return sample, prepare_sample(sample, sizes, rng, seeds)
 
 
-def read_source(source: Reader, count: int | None, geometry: Geometry, seed: int = 0) -> SourceReport:
+def read_source(source: Reader, count: int | None, sizes: Geometry, seed: int = 0) -> SourceReport:
     """Read ``count`` entries, evenly spread (None: all); ``seed`` draws their regions."""
     report = SourceReport(source.name, len(source))
     for index in evenly_spread(len(source), len(source) if count is None else count):
         report.read += 1
         try:
-            sample, prepared = read_entry(source, index, geometry, seed)
+            sample, prepared = read_entry(source, index, sizes, seed)
         except SampleError as error:
             report.reasons[error.reason] += 1
             report.messages.setdefault(error.reason, str(error))
@@ -107,6 +107,14 @@ def read_source(source: Reader, count: int | None, geometry: Geometry, seed: int
         report.sizes.append((sample.image.shape[0], sample.image.shape[1]))
         report.rescued += int(prepared.grid_rescued.sum())
     return report
+
+
+def check_sources(sources: Sequence[Reader], count: int | None, config: Config) -> Iterator[Finding]:
+    """Read ``count`` entries of each source (None: all) and say how it did."""
+    for source in sources:
+        report = read_source(source, count, geometry(config), config.train.seed)
+        yield from findings_of(report, config.data.max_bad_fraction)
+        yield from expected_counts(source)
 
 
 def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Finding]:
@@ -152,11 +160,9 @@ def check_leakage(sources: Sequence[Reader], data: DataConfig, *, by_sight: bool
         own = [*by_id.values(), *(leak for leak in seen if leak.entry not in by_id)]
         how = f"by id, {looked_at:,} of {len(source):,} by sight" if by_sight else "by id"
         if own:
-            text = (
-                f"{source.name}: {len(own)} of {len(source):,} entries show held-out images ({how}), such as {own[0]}"
-            )
+            shown = f"{len(own)} of {len(source):,} entries show held-out images ({how}), such as {own[0]}"
             fix = "remove these files; --leakage_guard drop leaves out those that an id tells"
-            findings.append(Finding(PROBLEM, "leakage", text, fix))
+            findings.append(Finding(PROBLEM, "leakage", f"{source.name}: {shown}", fix))
         else:
             findings.append(Finding(OK, "leakage", f"{source.name}: no held-out image ({how})"))
         leaks += own

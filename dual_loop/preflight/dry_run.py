@@ -24,8 +24,7 @@ FORMULA = (
 class PlaceholderTokenizer:
     """Stands in for a tokenizer that is not on this machine: the size and the ids of the released vocabulary.
 
-    Args:
-        vocab_size: number of tokens, the five of Sa2VA included, which come last.
+    The five tokens of Sa2VA are included in ``vocab_size`` and come last.
     """
 
     def __init__(self, vocab_size: int) -> None:

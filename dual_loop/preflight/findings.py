@@ -17,7 +17,6 @@ class Finding:
     Attributes:
         level: ``ok``, ``note`` (worth knowing), ``warning`` (will work, perhaps not as meant) or ``problem``.
         area: what was looked at, for grouping.
-        what: what was found, with its value.
         fix: what to do; empty where nothing is to be done.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -20,10 +21,9 @@ from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
-from dual_loop.training.memory import estimate_memory, free_memory
+from dual_loop.training.memory import GIB, estimate_memory, free_memory
 from dual_loop.training.run_folder import versions
 
-GIB = 2**30
 PRESETS = {24: "sa2va_4b_24gb", 48: "sa2va_4b_48gb", 80: "sa2va_4b_80gb"}
 USABLE_SHARE = 0.9
 """Of a device's memory: the rest goes to the context, to fragments and to what the estimate leaves out."""
@@ -47,7 +47,7 @@ os._exit(0)  # gloo's threads can abort a process that takes its group down on a
 def check_versions() -> Iterator[Finding]:
     """Say what is installed, in one line that can be pasted into an issue."""
     found = versions()
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    packages = ", ".join(map(" ".join, found["packages"].items()))
     yield Finding(NOTE, "versions", f"Python {found['python']}, {packages}")
     yield Finding(NOTE, "versions", f"{found['platform']}, commit {str(found['git_commit'])[:12]}")
     missing = [name for name, version in found["packages"].items() if version == "not installed"]
@@ -66,10 +66,8 @@ def check_precision(config: Config) -> Iterator[Finding]:
         yield Finding(OK, "device", f"computes in bf16, which this {kind} has")
     else:
         level = WARNING if config.train.allow_emulated_bf16 else PROBLEM
-        fix = (
-            "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
-            "train.allow_emulated_bf16=True to wait for it"
-        )
+        fix = "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
+        fix += "train.allow_emulated_bf16=True to wait for it"
         yield Finding(level, "device", f"bf16 is asked for and this {kind} would have to emulate it", fix)
 
 
@@ -85,12 +83,8 @@ def check_device(config: Config) -> Iterator[Finding]:
         name = torch.cuda.get_device_name(index)
         yield Finding(NOTE, "device", f"GPU {index}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
     cuda = torch.backends.cuda
-    kernels = {
-        "flash": cuda.flash_sdp_enabled(),
-        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
-        "math": cuda.math_sdp_enabled(),
-    }
-    enabled = ", ".join(name for name, is_on in kernels.items() if is_on)
+    are_on = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+    enabled = ", ".join(itertools.compress(("flash", "memory-efficient", "math"), are_on))
     yield Finding(NOTE, "device", f"attention: {config.model.attn_implementation}, kernels {enabled}")
 
 

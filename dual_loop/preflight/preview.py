@@ -22,12 +22,9 @@ SIDE = 260
 
 def preview_page(sources: Sequence[Reader], count: int, geometry: Geometry, seed: int) -> str:
     """Return a page with ``count`` entries of every source, evenly spread, prepared exactly as training does."""
-    grid = f"{geometry.grid_size} x {geometry.grid_size}"
-    lead = (
-        f"vision tiles of {geometry.vision_image_size} pixels, prompt grid {grid}, "
-        f"grounding image {geometry.grounding_size}, target {geometry.mask_size} x {geometry.mask_size}"
-    )
-    page = Page("What the model really sees", lead)
+    lead = f"vision tiles of {geometry.vision_image_size} pixels, prompt grid {geometry.grid_size} x "
+    lead += f"{geometry.grid_size}, grounding image {geometry.grounding_size}, target {geometry.mask_size} x "
+    page = Page("What the model really sees", f"{lead}{geometry.mask_size}")
     for source in sources:
         page.heading(f"{source.name}: {len(source):,} entries")
         figures: list[Figure] = []

@@ -65,7 +65,6 @@ class Session:
 
     Attributes:
         image: (H, W, 3) uint8, None before the first region.
-        regions: in the order they were marked.
         drawn: (H, W) bool, all brush strokes that became regions; they stay on the canvas.
     """
 
@@ -215,13 +214,7 @@ def pictures(session: Session, place: int) -> tuple[np.ndarray | None, np.ndarra
 
 
 class DemoPage:
-    """The page: gradio components, and what happens when they are used.
-
-    Args:
-        gr: the gradio module.
-        predictor: the model in use.
-        title: which weights, shown at the top.
-    """
+    """The page: gradio components, and what happens when they are used; ``title`` says which weights answer."""
 
     def __init__(self, gr: ModuleType, predictor: Predictor, title: str) -> None:
         self.gr, self.logic = gr, DemoLogic(predictor)

@@ -27,9 +27,7 @@ from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 class LoadedModel:
     """A model in eval mode on its device, with all that is needed to ask it.
 
-    Attributes:
-        model, prompter, config: the parts.
-        origin: what was loaded: path, step and kind of weights, and the SHA-256 of the file that holds them.
+    ``origin`` says what was loaded: path, step and kind of weights, and the SHA-256 of the file that holds them.
     """
 
     model: VideoLLaVASAMModel
@@ -58,7 +56,6 @@ def load_trained(
         weights: ``ema`` (the weight average) or ``live``, for runs.
         config: configuration of weights that are no run; None is the tiny one.
         overrides: dotted settings that win over the run's or the file's.
-        device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         CheckpointError: nothing usable is there.
@@ -106,9 +103,8 @@ def find_run(path: Path) -> tuple[Path, Path]:
     """
     folder = next((parent for parent in (path, *path.parents[:2]) if (parent / "config.json").is_file()), None)
     if folder is None:
-        raise CheckpointError(
-            explain("not a run folder", str(path), "no config.json", "a folder that training wrote", "check the path")
-        )
+        expected = "a folder that training wrote"
+        raise CheckpointError(explain("not a run folder", str(path), "no config.json", expected, "check the path"))
     return folder, cast(Path, find_checkpoint(str(path), folder))
 
 

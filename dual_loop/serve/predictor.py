@@ -32,7 +32,6 @@ from dual_loop.serve.loading import LoadedModel, load_trained
 from dual_loop.types import Batch, RegionSample, Seen
 
 ImageLike: TypeAlias = "np.ndarray | Image.Image"
-IMAGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class SegmentedText:
     """What a text was segmented as.
 
     Attributes:
-        text: the text.
         mask: (H, W) bool on the image; empty where the model wrote no [SEG].
         num_masks: masks that the answer asked for; they are united in ``mask``.
         confidence: mean probability of the foreground pixels, 0..1; 0 for an empty mask.
@@ -77,6 +75,8 @@ class Predictor:
         loaded: model, prompter and configuration (:func:`dual_loop.serve.loading.load_trained`).
         max_new_tokens: longest caption; None takes the configuration's.
     """
+
+    images_at_once = 8
 
     def __init__(self, loaded: LoadedModel, max_new_tokens: int | None = None) -> None:
         self.loaded = loaded
@@ -116,8 +116,7 @@ class Predictor:
 
         Args:
             image: (H, W, 3) uint8 RGB, or a PIL image.
-            texts: one text or several.
-            generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
+                generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
 
         Raises:
             PromptError: a text holds a special token.
@@ -169,7 +168,7 @@ class Predictor:
     def caption_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[list[str]]:
         """:meth:`caption` for many images, eight at a time."""
         found: list[list[str]] = []
-        for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
+        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
             captions, _ = self._write(*self._encode(chunk))
             found += [captions[part] for part in _parts(sample.num_regions for sample in chunk)]
         return found
@@ -181,7 +180,7 @@ class Predictor:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
         scorer = Scorer(self.model, self.prompter, self.settings)
-        for chunk in in_chunks([(to_array(image), texts) for image, texts in items], IMAGES_AT_ONCE):
+        for chunk in in_chunks([(to_array(image), texts) for image, texts in items], self.images_at_once):
             flat = [text for _, texts in chunk for text in texts]
             if not flat:
                 found += [[] for _ in chunk]
@@ -201,7 +200,7 @@ class Predictor:
         """:meth:`loop` for many images, eight at a time."""
         results: list[LoopResult] = []
         scorer = Scorer(self.model, self.prompter, self.settings)
-        for chunk in in_chunks([region_sample(*item) for item in items], IMAGES_AT_ONCE):
+        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
             batch, seen = self._encode(chunk)
             captions, rejected = self._write(batch, seen)
             pairs = zip(captions, rejected, strict=True)
@@ -287,9 +286,8 @@ def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
     if stack.ndim != 3 or not len(stack) or stack.shape[1:] != pixels.shape[:2]:
         expected = f"(N, {pixels.shape[0]}, {pixels.shape[1]}) as the image, N >= 1"
         fix = "draw the mask on this very image"
-        raise SampleError(
-            "size_mismatch", explain("masks do not fit the image", "masks", np.asarray(masks).shape, expected, fix)
-        )
+        message = explain("masks do not fit the image", "masks", np.asarray(masks).shape, expected, fix)
+        raise SampleError("size_mismatch", message)
     empty = [number for number, mask in enumerate(stack) if not mask.any()]
     if empty:
         raise SampleError("empty_mask", explain("a mask is empty", f"mask {empty[0]}", "0 pixels", "1 or more"))

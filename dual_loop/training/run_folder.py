@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -26,7 +25,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from dual_loop.checkpoint.manifest import write_text
 from dual_loop.checkpoint.store import find_latest
+from dual_loop.data.index_file import replacing
 from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain
 from dual_loop.model.shards import place_like
 
@@ -45,12 +46,7 @@ class Versions(TypedDict):
 
 
 class RunFolder:
-    """Writes the run folder; only rank 0 holds one that writes.
-
-    Args:
-        path: ``train.output_dir``.
-        writes: False on all ranks but 0: every method then does nothing.
-    """
+    """Writes the run folder; ``writes`` is False on all ranks but 0: every method then does nothing."""
 
     def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
@@ -71,9 +67,8 @@ class RunFolder:
             write_json(self.path / "versions.json", {**versions(), **extra})
         except OSError as error:
             fix = "choose another --output_dir"
-            raise EnvironmentProblem(
-                explain("the run folder cannot be written", str(self.path), str(error), fix=fix)
-            ) from error
+            what = "the run folder cannot be written"
+            raise EnvironmentProblem(explain(what, str(self.path), str(error), fix=fix)) from error
 
     def write(self, name: str, document: Mapping[str, object]) -> None:
         """Write ``<name>.json``: the summary, an evaluation, the import report."""
@@ -99,14 +94,8 @@ def check_free(path: Path, resuming: bool) -> None:
     """Raise ConfigError when ``path`` holds a run that would be mixed with a new one."""
     marks = [mark for mark in RUN_MARKS if (path / mark).exists()]
     if marks and not resuming:
-        raise ConfigError(
-            explain(
-                "the run folder already holds a run",
-                where=str(path),
-                seen=" and ".join(marks),
-                fix="go on with it by --resume auto, or choose another --output_dir",
-            )
-        )
+        seen, fix = " and ".join(marks), "go on with it by --resume auto, or choose another --output_dir"
+        raise ConfigError(explain("the run folder already holds a run", str(path), seen, fix=fix))
 
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
@@ -126,14 +115,9 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
     path = Path(resume)
     found = path if (path / "manifest.json").is_file() else find_latest(path)
     if found is None:
-        raise CheckpointError(
-            explain(
-                "no whole checkpoint to resume from",
-                where=resume,
-                expected="a folder step_* with a manifest, or a run folder that has one",
-                fix="check the path, or use --resume auto to start afresh where there is none",
-            )
-        )
+        expected = "a folder step_* with a manifest, or a run folder that has one"
+        fix = "check the path, or use --resume auto to start afresh where there is none"
+        raise CheckpointError(explain("no whole checkpoint to resume from", resume, expected=expected, fix=fix))
     return found
 
 
@@ -147,16 +131,10 @@ def fill_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mappi
     missing, unexpected = sorted(parameters.keys() - tensors), sorted(tensors.keys() - parameters)
     wrong = [n for n, p in parameters.items() if n in tensors and tensors[n].shape != p.shape]
     if missing or unexpected or wrong:
+        what, where = "the checkpoint does not fit the trainable parameters", [*missing, *unexpected, *wrong][:5]
         seen = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape"
-        raise CheckpointError(
-            explain(
-                "the checkpoint does not fit the trainable parameters",
-                where=", ".join([*missing, *unexpected, *wrong][:5]),
-                seen=seen,
-                expected=f"{len(parameters)} tensors",
-                fix="resume with the model settings of the saved run (model.trainable, --lora_r, --train_embeddings)",
-            )
-        )
+        fix = "resume with the model settings of the saved run (model.trainable, --lora_r, --train_embeddings)"
+        raise CheckpointError(explain(what, ", ".join(where), seen, f"{len(parameters)} tensors", fix))
     for name, parameter in parameters.items():
         parameter.copy_(place_like(tensors[name], parameter))
 
@@ -230,9 +208,5 @@ def write_json(path: Path, value: object) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one move, so that a reader never sees half of it."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        write_text(temporary, text)

@@ -18,10 +18,7 @@ SAME_WISH_SECONDS = 3.0
 class StopRequest:
     """Remembers that SIGINT, SIGTERM or SIGUSR1 came, so that the trainer can finish its step, save and leave.
 
-    A second signal, more than a moment later, ends the process at once.
-
-    Attributes:
-        signal_name: of the signal that came; None as long as none has.
+    ``signal_name`` is None as long as none has come. A second one, more than a moment later, ends the process at once.
     """
 
     def __init__(self) -> None:
