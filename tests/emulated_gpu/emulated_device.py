@@ -11,6 +11,7 @@ Use it in a process of its own, before anything imports torch::
 
 Every operator reaches :meth:`EmulatedGpu.__torch_dispatch__`, below autograd and autocast, so both run as on a GPU.
 An operator on tensors of two devices raises, as do a CPU generator for a tensor of the GPU and ``numpy()`` of one.
+With ``EMULATED_GPUS=2`` in the environment there are two; what is asked of "cuda" goes to that of ``set_device``.
 Counted are kernels (operators that are no views), synchronisations (the host waits for the device: ``item``, copies to
 the host, shapes that depend on values) and pageable copies (to the device from memory that is not pinned, for which
 the host waits too), each with the line of the project that caused it.
@@ -21,6 +22,7 @@ What this cannot show: time, memory, numerics of GPU kernels, and anything behin
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CPU = torch.device("cpu")
 
 INDEXING = {
     *(aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default),
@@ -55,13 +57,15 @@ class Event(NamedTuple):
 
 
 class EmulatedTensor(torch.Tensor):
-    """A tensor that says ``cuda:0`` and holds its values in ``value``, a tensor of the CPU."""
+    """A tensor that says ``cuda:N`` and holds its values in ``value``, a tensor of the CPU."""
 
     value: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, value: torch.Tensor, requires_grad: bool = False) -> EmulatedTensor:
+    def __new__(cls, value: torch.Tensor, requires_grad: bool = False, device: Any = "cuda") -> EmulatedTensor:
+        place = with_index(device)
+        active().devices[str(place)] += 1
         tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             value.size(),
@@ -69,7 +73,7 @@ class EmulatedTensor(torch.Tensor):
             storage_offset=value.storage_offset(),
             dtype=value.dtype,
             layout=value.layout,
-            device=CUDA,
+            device=place,
             requires_grad=requires_grad,
         )
         tensor.value = value
@@ -106,14 +110,14 @@ class EmulatedTensor(torch.Tensor):
         torch._C.TensorBase.__setitem__(self, on_device(index), value)
 
     def __deepcopy__(self, memo: Any) -> EmulatedTensor:
-        return EmulatedTensor(self.value.clone(), self.requires_grad)
+        return EmulatedTensor(self.value.clone(), self.requires_grad, self.device)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         active().count("sync", "pickle")
         return self.value.detach().clone().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"cuda:0 {self.value!r}"
+        return f"{self.device} {self.value!r}"
 
 
 def on_device(index: Any) -> Any:
@@ -148,7 +152,7 @@ class Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls, "cpu")
-        made.place = CUDA if is_cuda(device) else CPU
+        made.place = with_index(device)
         return made
 
     @property
@@ -157,11 +161,17 @@ class Generator(torch.Generator):
 
 
 CONSTRUCT, AS_TENSOR = torch.tensor, torch.as_tensor
-ATTENTION = F.scaled_dot_product_attention
+ATTENTION, JOIN = F.scaled_dot_product_attention, torch.distributed.init_process_group
 
 
 def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
+
+
+def with_index(device: Any) -> torch.device:
+    """Return the device with its number: of "cuda" alone that of ``torch.cuda.set_device``."""
+    device = torch.device(device)
+    return torch.device("cuda", active().index) if is_cuda(device) and device.index is None else device
 
 
 def construct(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
@@ -172,7 +182,7 @@ def construct(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
     requires_grad = options.pop("requires_grad", False)
     if isinstance(data, EmulatedTensor):
         data = data.value
-    return EmulatedTensor(CONSTRUCT(data, **options), requires_grad)
+    return EmulatedTensor(CONSTRUCT(data, **options), requires_grad, device)
 
 
 def new_tensor(like: torch.Tensor, data: Any, dtype: Any = None, device: Any = None, **options: Any) -> torch.Tensor:
@@ -197,7 +207,7 @@ class Attention(torch.autograd.Function):
             ctx.inputs = [tensor.value.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:3]]
             mask = tensors[3].value if len(tensors) > 3 else None
             ctx.output = ATTENTION(*ctx.inputs, attn_mask=mask, **options)
-        return EmulatedTensor(ctx.output.detach())
+        return EmulatedTensor(ctx.output.detach(), device=tensors[0].device)
 
     @staticmethod
     def backward(ctx: Any, gradient: EmulatedTensor) -> Any:  # type: ignore[override]
@@ -205,7 +215,10 @@ class Attention(torch.autograd.Function):
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
         with torch.enable_grad(), _disable_current_modes():
             found = iter(torch.autograd.grad(ctx.output, wanted, gradient.value))
-        gradients = [EmulatedTensor(next(found)) if tensor.requires_grad else None for tensor in ctx.inputs]
+        gradients = [
+            EmulatedTensor(next(found), device=gradient.device) if tensor.requires_grad else None
+            for tensor in ctx.inputs
+        ]
         return (None, *gradients, *[None] * (len(ctx.needs_input_grad) - 4))
 
 
@@ -238,6 +251,8 @@ class EmulatedGpu(TorchDispatchMode):
 
     Attributes:
         events: how often each :class:`Event` happened.
+        devices: how many tensors were made on each device.
+        index: number of the device that ``torch.cuda.set_device`` chose.
     """
 
     current: EmulatedGpu | None = None
@@ -247,6 +262,8 @@ class EmulatedGpu(TorchDispatchMode):
         self.events: Counter[Event] = Counter()
         self.memory = (int(free_gib * 2**30), int(total_gib * 2**30))
         self.recent: Counter[Event] = Counter()
+        self.devices: Counter[str] = Counter()
+        self.index = 0
         self.patches = contextlib.ExitStack()
 
     def __enter__(self) -> EmulatedGpu:
@@ -267,13 +284,15 @@ class EmulatedGpu(TorchDispatchMode):
         """Return what stands in for torch's own, by its owner."""
         nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
         cuda = {
-            **dict.fromkeys(("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "empty_cache"), nothing),
-            **{name: lambda *args: 0 for name in ("current_device", "_exchange_device", "_maybe_exchange_device")},
+            **dict.fromkeys(("_lazy_init", "manual_seed", "manual_seed_all", "empty_cache"), nothing),
+            "set_device": self.set_device,
+            "current_device": lambda: self.index,
+            **{name: lambda *args: self.index for name in ("_exchange_device", "_maybe_exchange_device")},
             **{name: lambda *args: 0 for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")},
             **{name: lambda *args, **kwargs: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
             **dict.fromkeys(("device", "Stream", "Event", "current_stream", "stream"), Stream),
             "reset_peak_memory_stats": nothing,
-            "device_count": lambda: 1,
+            "device_count": lambda: int(os.environ.get("EMULATED_GPUS", "1")),
             "mem_get_info": lambda *args: self.memory,
             "get_device_name": lambda *args: "emulated GPU",
             "get_device_capability": lambda *args: (9, 0),
@@ -295,7 +314,11 @@ class EmulatedGpu(TorchDispatchMode):
             torch.Tensor: tensor,
             torch: {"tensor": construct, "as_tensor": as_tensor, "Generator": Generator},
             F: {"scaled_dot_product_attention": attention},
+            torch.distributed: {"init_process_group": join_over_gloo},
         }
+
+    def set_device(self, device: Any) -> None:
+        self.index = device if isinstance(device, int) else torch.device(device).index or 0
 
     # ---- counting --------------------------------------------------------------------------------------------------
 
@@ -316,12 +339,14 @@ class EmulatedGpu(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operator on the values, and return its results as tensors of the device that they belong to."""
         flat, spec = tree_flatten((args, kwargs))
-        on_gpu = any(isinstance(value, EmulatedTensor) for value in flat)
-        target = kwargs.get("device")
+        found = {value.device for value in flat if isinstance(value, EmulatedTensor)}
+        on_gpu, target = bool(found), kwargs.get("device")
         to_gpu = on_gpu if target is None else is_cuda(target)
         if not on_gpu and not to_gpu:
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
+        if len(found) > 1 and name not in ("copy_", "_to_copy"):
+            raise RuntimeError(f"expected all tensors on the same device, found {found} in {name} ({place()})")
         self.check_devices(func, name, args, flat, to_gpu)
         self.count_event(func, name, args, kwargs, on_gpu, to_gpu)
         values = [value.value if isinstance(value, EmulatedTensor) else value for value in flat]
@@ -335,7 +360,8 @@ class EmulatedGpu(TorchDispatchMode):
                 written += [args[position]] if position < len(args) else [kwargs[argument.name]]
         if written and out is not None and not isinstance(written[0], (list, tuple)):
             return written[0] if len(written) == 1 else type(out)(written)
-        return tree_map_only(torch.Tensor, EmulatedTensor, out) if to_gpu else out
+        device = next(iter(found)) if target is None and found else target
+        return tree_map_only(torch.Tensor, lambda t: EmulatedTensor(t, device=device), out) if to_gpu else out
 
     def check_devices(self, func: Any, name: str, args: Any, flat: list[Any], to_gpu: bool) -> None:
         """Raise where a GPU would: tensors of two devices (a CPU scalar may mix), or the wrong generator."""
@@ -375,6 +401,11 @@ class EmulatedGpu(TorchDispatchMode):
             self.count("sync", name)
         if not func.is_view and name not in NO_KERNEL:
             self.count("kernel", name)
+
+
+def join_over_gloo(backend: Any = None, **options: Any) -> None:
+    """``init_process_group``: gloo in the place of NCCL, which this torch has not."""
+    JOIN("gloo", **{name: value for name, value in options.items() if name != "device_id"})
 
 
 def pinned(tensor: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Run commands of the package on the emulated GPU: ``python tests/emulated_gpu/emulated_run.py PLAN.json OUT.json``.
 
-The plan is ``{name: [arguments of dual-loop]}``. The answer is ``{name: {"status", "output", "events"}}`` with events
-``[[phase, kind, what, place, number], ...]``; in a training step the phases have the names of the step's own timer.
+The plan is ``{name: [arguments of dual-loop]}``. The answer is ``{name: {"status", "output", "events", "devices"}}``:
+events are ``[[phase, kind, what, place, number], ...]``, where in a training step the phases have the names of the
+step's own timer; devices are ``{"cuda:0": tensors made there}``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def run(arguments: list[str]) -> dict[str, object]:
         except Exception:
             traceback.print_exc()
             status = 1
-    return {"status": status, "output": output.getvalue(), "events": [[*e, n] for e, n in gpu.events.most_common()]}
+    events = [[*event, number] for event, number in gpu.events.most_common()]
+    return {"status": status, "output": output.getvalue(), "events": events, "devices": dict(gpu.devices)}
 
 
 def main(plan: str, out: str) -> None:
