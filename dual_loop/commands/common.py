@@ -148,18 +148,17 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     """
     from dual_loop.evaluation import runner
     from dual_loop.evaluation.measure import RegionMeter
-    from dual_loop.serve.loading import load_trained
+    from dual_loop.serve.loading import find_trained
     from dual_loop.training.devices import build_accelerator, end_processes
 
-    loaded = load_trained(
-        args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args), device=args.device
-    )
-    config, folder = loaded.config, args.output_dir
+    found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args))
+    config, folder = found.config, args.output_dir
     if folder is None:
         is_run = args.checkpoint is not None and (Path(args.checkpoint) / "config.json").is_file()
         folder = Path(args.checkpoint if is_run else "outputs") / name
-    data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
     accelerator = build_accelerator(config)
+    data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
+    loaded = found.load(accelerator.device)
     is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     header = {
         "checkpoint": loaded.origin,
@@ -170,7 +169,6 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     }
     runner.start(folder, header, is_main)
     accelerator.wait_for_everyone()
-    loaded.model.to(accelerator.device)
     meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
     bar = name if is_main else None
     runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)

@@ -15,11 +15,12 @@ from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, token
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
 from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
-from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
+from dual_loop.training.devices import choose_device
 from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 
 
@@ -38,6 +39,71 @@ class LoadedModel:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision that the model computes in: bfloat16 where its frozen weights are."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a path means, before any weights are read.
+
+    Attributes:
+        config: of the run or the file, with what was given on top.
+        sources: weights that the model starts from.
+        saved: the checkpoint of a run whose trained weights come on top; None for weights that are no run.
+        weights: ``ema`` (the weight average) or ``live``, for runs.
+        origin: what it is: path, step and kind of weights.
+    """
+
+    config: Config
+    sources: list[Path]
+    saved: Path | None
+    weights: str
+    origin: dict[str, str]
+
+    def load(self, device: torch.device) -> LoadedModel:
+        """Read the weights, straight to ``device``.
+
+        Raises:
+            CheckpointError: they cannot be read, or do not fit.
+        """
+        model, prompter = rebuild(self.config, self.sources, device)
+        if self.saved is None:
+            file = self.sources[-1]
+        else:
+            fill(model, self.saved, self.weights)
+            file = self.saved / (EMA_NAME if self.weights == "ema" else MODEL_NAME)
+        origin = {**self.origin, "sha256": hash_file(file)} if file.is_file() else self.origin
+        return LoadedModel(model.to(device).eval(), prompter, self.config, origin)
+
+
+def find_trained(
+    checkpoint: str | Path | None = None,
+    *,
+    weights: str = "ema",
+    config: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> Trained:
+    """Find a model and its configuration; see :func:`load_trained`."""
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.exists():
+        fix = "check the path; a run folder is what --output_dir named"
+        raise CheckpointError(explain("no such run or weights", str(path), "nothing there", fix=fix))
+    settings = dict(overrides or {})
+    # Released weights have a config.json of another kind, and no checkpoints beside it.
+    around = () if path is None else (path, *path.absolute().parents[:2])
+    if path and any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in around):
+        folder, saved = find_run(path)
+        own = load_config(folder / "config.json", settings)
+        origin = {"path": str(folder), "checkpoint": saved.name, "weights": weights}
+        return Trained(own, weights_sources(own), saved, weights, origin)
+    if path is not None:
+        settings["train.pretrained_pth"] = str(path)
+    own = load_config(resolve_config_path(config or DEFAULT_CONFIG), settings)
+    sources = weights_sources(own)
+    if not sources:
+        raise CheckpointError(explain("no weights are given", own.model.name, fix="give --checkpoint"))
+    return Trained(
+        own, sources, None, weights, {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
+    )
 
 
 def load_trained(
@@ -60,39 +126,10 @@ def load_trained(
     Raises:
         CheckpointError: nothing usable is there.
         ConfigError: a setting is wrong.
-        EnvironmentProblem: ``cuda`` without a GPU.
+        EnvironmentProblem: there is no such device.
     """
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise EnvironmentProblem(explain("no GPU is visible", "--device", "cuda", "a CUDA device", "use --device cpu"))
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.exists():
-        fix = "check the path; a run folder is what --output_dir named"
-        raise CheckpointError(explain("no such run or weights", str(path), "nothing there", fix=fix))
-    settings = dict(overrides or {})
-    # Released weights have a config.json of another kind, and no checkpoints beside it.
-    around = () if path is None else (path, *path.absolute().parents[:2])
-    if path and any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in around):
-        folder, saved = find_run(path)
-        own = load_config(folder / "config.json", settings)
-        model, prompter = rebuild(own, weights_sources(own))
-        fill(model, saved, weights)
-        origin = {"path": str(folder), "checkpoint": saved.name, "weights": weights}
-        file = saved / (EMA_NAME if weights == "ema" else MODEL_NAME)
-    else:
-        if path is not None:
-            settings["train.pretrained_pth"] = str(path)
-        own = load_config(resolve_config_path(config or DEFAULT_CONFIG), settings)
-        sources = weights_sources(own)
-        if not sources:
-            raise CheckpointError(explain("no weights are given", own.model.name, fix="give --checkpoint"))
-        model, prompter = rebuild(own, sources)
-        file = sources[-1]
-        origin = {"path": "the tiny checkpoint in the package" if path is None else str(file)}
-    if file.is_file():
-        origin["sha256"] = hash_file(file)
-    model.to(torch.device("cuda" if has_cuda and device != "cpu" else "cpu")).eval()
-    return LoadedModel(model, prompter, own, origin)
+    place = choose_device(device)
+    return find_trained(checkpoint, weights=weights, config=config, overrides=overrides).load(place)
 
 
 def find_run(path: Path) -> tuple[Path, Path]:
@@ -108,14 +145,16 @@ def find_run(path: Path) -> tuple[Path, Path]:
     return folder, cast(Path, find_checkpoint(str(path), folder))
 
 
-def rebuild(config: Config, sources: Sequence[Path]) -> tuple[VideoLLaVASAMModel, Prompter]:
-    """Build the run's model with the weights that it started from."""
+def rebuild(
+    config: Config, sources: Sequence[Path], device: torch.device | str = "cpu"
+) -> tuple[VideoLLaVASAMModel, Prompter]:
+    """Build the run's model, on ``device``, with the weights that it started from."""
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     embeddings = brings_new_tokens(list(sources), len(tokenizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(config.train.seed)
-        model = build_model(config, tokenizer, weights_imported=embeddings)
+        model = build_model(config, tokenizer, device=str(device), weights_imported=embeddings)
     if sources:
         load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
     return model, build_prompter(config, tokenizer)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,26 +41,46 @@ def device_type(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
 
 
+def choose_device(wanted: str) -> torch.device:
+    """Return the device of this rank: one of the GPUs where there are any and they are wanted, else the CPU.
+
+    Args:
+        wanted: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentProblem: no GPU where one is asked for, or a device of another kind, which is not supported: the CPU
+            in its place would be slow for no visible reason.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "cuda" or other is not None:
+        seen = f"a device of the kind {other.type}" if other else "none"
+        fix = "set --device cpu to compute on the CPU"
+        raise EnvironmentProblem(
+            explain("no GPU is visible that can be used", f"--device {wanted}", seen, "a CUDA device", fix)
+        )
+    return torch.device("cpu")
+
+
 def build_accelerator(config: Config) -> Accelerator:
-    """Join the process group of the launcher (torchrun) and choose device and precision.
+    """Join the process group of the launcher (torchrun) and choose device and precision. Comes before any weights.
 
     GPUs talk over NCCL, CPUs over gloo. Accumulation stays at 1 in accelerate: the trainer accumulates itself, because
     the divisor of the loss is known only for the whole optimiser step.
 
     Raises:
-        EnvironmentProblem: ``train.device = cuda`` without a GPU.
+        EnvironmentProblem: the device that ``train.device`` asks for is not there.
     """
-    wanted, has_cuda = config.train.device, torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
-        raise EnvironmentProblem(
-            explain("no GPU is visible", "train.device", "cuda", "a CUDA device", "set --device cpu or auto")
-        )
-    # Buffers are constants here; sending them before every forward pass would only cost time.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    use_cpu = device_type(config) == "cpu"
+    device = choose_device(config.train.device)
+    use_cpu = device.type == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config), kwargs_handlers=[ddp])
+    else:
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config))
     if use_cpu:
         # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
@@ -95,15 +115,21 @@ def share_out_batch(config: Config, world_size: int) -> Config:
 
 
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Move ``model`` to the device and wrap it in DDP where there are several ranks."""
+    """Wrap ``model``, which is on its device, in DDP where there are several ranks.
+
+    accelerate's own wrapping refuses sharded parameters on GPUs.
+    """
+    if accelerator.num_processes == 1:
+        return model
     # Shards are exchanged by their own layers.
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
     with warnings.catch_warnings():
         # Its successor is unknown to the older torch versions that are supported too.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        wrapped: nn.Module = accelerator.prepare_model(model)
-    return wrapped
+        # Buffers are constants here; sending them before every forward pass would only cost time.
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def why_no_kernel(config: Config, device_type: str) -> str | None:

@@ -19,7 +19,7 @@ from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBat
 from dual_loop.errors import ConfigError, EnvironmentProblem
 from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
-from dual_loop.training.devices import attention_kernel, gather_objects, share_out_batch
+from dual_loop.training.devices import attention_kernel, choose_device, gather_objects, share_out_batch
 
 from hollow import make_trainer
 
@@ -171,6 +171,24 @@ def test_preflight_names_what_the_flags_lack(monkeypatch: pytest.MonkeyPatch) ->
     assert "speed.liger" in findings[0].what
     assert "speed.sdpa_kernel" in findings[1].what
     assert not list(check_kernels(Config()))
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [("auto", "mps"), ("auto", "xpu"), ("cuda", "mps"), ("cuda", None)])
+def test_a_device_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatch, wanted: str, kind: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    with pytest.raises(EnvironmentProblem, match=f"--device {wanted}; seen: .*{kind or 'none'}.*--device cpu"):
+        choose_device(wanted)
+    assert choose_device("cpu") == CPU
+
+
+def test_a_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for count, index in ((8, 3), (1, 0)):  # one is visible where the launcher gives each process its own
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert choose_device("auto") == torch.device("cuda", index)
 
 
 def test_gathering_in_one_process_keeps_the_value() -> None:
