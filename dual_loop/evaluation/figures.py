@@ -47,15 +47,14 @@ def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
         "gIoU": _mean(value for region in regions for value in region.ious),
         "cIoU": sum(sentence.intersection for sentence in sentences) / union if union else float("nan"),
         "cycle_gIoU": _mean(region.cycle_iou for region in regions),
+        "caption_exact": _mean(region.exact for region in regions),
         "cycle_gIoU_frozen": _mean(region.frozen_iou for region in regions),
         "uniqueness": _mean(region.uniqueness for region in regions),
         "uniqueness_frozen": _mean(region.frozen_uniqueness for region in regions),
-        "caption_exact": _mean(region.exact for region in regions),
         "caption_words": _mean(len(caption.split()) for caption in captions),
         "vocabulary": float(len({word for caption in captions for word in caption.lower().split()})),
         "distinct_1": distinct_ngrams(captions, 1),
         "distinct_2": distinct_ngrams(captions, 2),
-        "regions": float(len(regions)),
     }
 
 

@@ -12,11 +12,6 @@ from dual_loop.evaluation.figures import summarise
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.metrics import paired_bootstrap
 
-FIGURES = (
-    *("gIoU", "cIoU", "cycle_gIoU", "caption_exact", "cycle_gIoU_frozen", "uniqueness", "uniqueness_frozen"),
-    *("caption_words", "vocabulary", "distinct_1", "distinct_2"),
-)
-
 
 class EvaluationSummary(TypedDict, total=False):
     """What ``summary.json`` says of the held-out set, as far as it was measured; a gain is mean and 95 % interval."""
@@ -29,8 +24,7 @@ class EvaluationSummary(TypedDict, total=False):
 
 def plain_figures(results: Sequence[MeasuredRegion]) -> dict[str, float | None]:
     """Return all figures as JSON holds them: None where there is nothing to average."""
-    values = summarise(results)
-    return {name: None if math.isnan(values[name]) else values[name] for name in FIGURES}
+    return {name: None if math.isnan(value) else value for name, value in summarise(results).items()}
 
 
 def evaluation_summary(

@@ -87,6 +87,6 @@ def test_the_figures_of_training_are_those_of_evaluate(monkeypatch: pytest.Monke
     }
     for name, figure in pairs.items():
         assert short[name] == pytest.approx(figure["value"], abs=1e-12), name
-    assert short["regions"] == full["regions"] == 30
+    assert full["regions"] == 30
     assert short["vocabulary"] == 8
     assert np.isnan(short["cycle_gIoU_frozen"])
