@@ -81,16 +81,7 @@ class SavPairs(Reader):
             check_mask(mask, where)
             images.append(image)
             masks.append(mask[None])
-        return RegionSample(
-            source=self.name,
-            sample_id=self.entry_id(index),
-            image=images[0],
-            masks=masks[0],
-            region_ids=("0",),
-            captions=((),),
-            target_image=images[1],
-            target_masks=masks[1],
-        )
+        return RegionSample(self.name, self.entry_id(index), images[0], masks[0], ("0",), ((),), images[1], masks[1])
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

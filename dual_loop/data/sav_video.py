@@ -150,16 +150,9 @@ class SavVideos(Reader):
             drawn = [decode_rle(codes[number][k], f"{record}[{number}][{k}]") for k in columns]
             masks.append(np.stack(drawn))
             images.append(self._frames.read(path, number * step, drawn[0].shape))
-        return RegionSample(
-            source=self.name,
-            sample_id=f"{self.entry_id(index)}@{pair[0] * step}-{pair[1] * step}",
-            image=images[0],
-            masks=masks[0],
-            region_ids=tuple(str(k) for k in columns),
-            captions=((),) * len(columns),
-            target_image=images[1],
-            target_masks=masks[1],
-        )
+        name, ids = f"{self.entry_id(index)}@{pair[0] * step}-{pair[1] * step}", tuple(map(str, columns))
+        captions = ((),) * len(columns)
+        return RegionSample(self.name, name, images[0], masks[0], ids, captions, images[1], masks[1])
 
     def _draw_pair(self, areas: np.ndarray, rate: float, rng: np.random.Generator, where: str) -> tuple[int, int]:
         """Return two annotated frames in random order that show the object at the wanted distance."""
