@@ -197,12 +197,8 @@ def weights_sources(config: Config) -> list[Path]:
         CheckpointError: a path cannot be read.
     """
     train, initial = config.train, config.model.initial_weights
-    if train.pretrained_pth:
-        last = [Path(train.pretrained_pth)]
-    elif initial == "tiny":
-        last = [TINY_WEIGHTS]
-    else:
-        last = [Path(initial)] if initial else []
+    given = train.pretrained_pth or (TINY_WEIGHTS if initial == "tiny" else initial)
+    last = [Path(given)] if given else []
     targets = {target for path in last for _, part in open_parts(path) for target in _Source(part).targets}
     if all(any(target.startswith(part) for target in targets) for part in (VISION, GROUNDING)):
         return last

@@ -379,10 +379,6 @@ def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
 
 def _count_bytes(value: object) -> int:
     """Return the bytes of all tensors in a nested value, plus a few for each plain one."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_count_bytes(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_count_bytes(item) for item in value)
-    return 16
+    if isinstance(value, (Mapping, list, tuple)):
+        return sum(map(_count_bytes, value.values() if isinstance(value, Mapping) else value))
+    return value.nbytes if isinstance(value, Tensor) else 16

@@ -327,10 +327,9 @@ def _coco_regions(path: Path) -> dict[str, list[Region]]:
         found: dict[str, list[Region]] = {}
         for item in tree["annotations"]:
             image = images[item["image_id"]]
-            region: Region = {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
-            given = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
-            region.update(given)  # type: ignore[typeddict-item]
-            found.setdefault(str(image["file_name"]), []).append(region)
+            region = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
+            region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
+            found.setdefault(str(image["file_name"]), []).append(cast(Region, region))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         seen = f"{type(error).__name__}: {error}"
         expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"

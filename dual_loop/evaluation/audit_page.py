@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
 from dual_loop.evaluation.figures import DataFigures, as_text, each_figure
@@ -45,7 +43,9 @@ def audit_page(
     loops = {data: each_figure({"loop": tasks["loop"]}) for data, tasks in figures.items()}
     rows = [(data, name, *as_text(figure, 100, 1)) for data, found in loops.items() for name, figure in found]
     page.table(("data", "figure", "value", "interval"), rows)
-    counts = np.bincount(np.minimum((np.array(ious) * BINS).astype(int), BINS - 1), minlength=BINS).tolist()
+    counts = [0] * BINS
+    for iou in ious:
+        counts[min(int(iou * BINS), BINS - 1)] += 1
     page.heading("Cycle IoU", "how many regions came back how well")
     bars = ["█" * round(30 * count / max(counts)) for count in counts]
     steps = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.figures import cycle_gains, summarise
 from dual_loop.evaluation.measure import MeasuredRegion
-from dual_loop.metrics import paired_bootstrap
 
 LEAST_RISE, LEAST_FALL = 0.02, 0.01
 """Points (of 1) by which the own listener must rise and the frozen one fall, both beyond chance."""
@@ -25,13 +24,9 @@ def find_flags(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]
     Both are the same regions in the same order, measured with the starting weights and the trained ones.
     """
     flags = []
-    start, own = [region.cycle_iou for region in before], [region.cycle_iou for region in after]
-    frozen = [region.frozen_iou for region in after if region.frozen_iou is not None]
-    if own and len(frozen) == len(own):
-        images = [region.image for region in before]
-        rise = paired_bootstrap(start, own, groups=images)
-        # Before training both listeners are the same weights.
-        fall = paired_bootstrap(start, frozen, groups=images)
+    gains = cycle_gains(before, after) if after else {}
+    if "cycle_gIoU_frozen" in gains:
+        rise, fall = gains["cycle_gIoU"], gains["cycle_gIoU_frozen"]
         is_large = rise["mean"] >= LEAST_RISE and fall["mean"] <= -LEAST_FALL
         if is_large and rise["ci95_low"] > 0 and fall["ci95_high"] < 0:
             text = f"private_code: cycle gIoU rose by {100 * rise['mean']:.1f} points with the own listener and fell "

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dual_loop.evaluation.caption_scores import score_captions
 from dual_loop.evaluation.measure import MeasuredRegion
-from dual_loop.metrics import PRECISION_THRESHOLDS, bootstrap_ratio, distinct_ngrams, iou
+from dual_loop.metrics import PRECISION_THRESHOLDS, bootstrap_ratio, distinct_ngrams, iou, paired_bootstrap
 
 
 class Figure(TypedDict):
@@ -56,6 +56,17 @@ def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
         "distinct_1": distinct_ngrams(captions, 1),
         "distinct_2": distinct_ngrams(captions, 2),
     }
+
+
+def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, dict[str, float]]:
+    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
+    images = [result.image for result in before]
+    old = [result.cycle_iou for result in before]
+    gains = {"cycle_gIoU": paired_bootstrap(old, [result.cycle_iou for result in after], groups=images)}
+    frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
+    if len(frozen) == len(old):
+        gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
+    return gains
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.cheating_flags import find_flags
-from dual_loop.evaluation.figures import summarise
+from dual_loop.evaluation.figures import cycle_gains, summarise
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.metrics import paired_bootstrap
 
@@ -54,14 +54,3 @@ def gain(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> d
         raise ConfigError(explain(f"the evaluations before and after measured {what}", "data.eval_dir", seen, fix=fix))
     first, second = ([iou for result in results for iou in result.ious] for results in (before, after))
     return paired_bootstrap(first, second, groups=[result.image for result in before for _ in result.ious])
-
-
-def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, dict[str, float]]:
-    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
-    images = [result.image for result in before]
-    old = [result.cycle_iou for result in before]
-    gains = {"cycle_gIoU": paired_bootstrap(old, [result.cycle_iou for result in after], groups=images)}
-    frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
-    if len(frozen) == len(old):
-        gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
-    return gains

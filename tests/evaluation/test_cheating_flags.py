@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from dual_loop.evaluation.cheating_flags import find_flags
-from dual_loop.evaluation.gains import cycle_gains
+from dual_loop.evaluation.figures import cycle_gains
 from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, SegmentedSentence
 
 WORDS = ("red circle", "blue star", "green moon", "pink flag", "grey cross", "white heart", "black cloud", "tan tree")
