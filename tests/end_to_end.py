@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,23 +33,29 @@ def data_flags(demo: Path) -> list[str]:
     ]
 
 
-def command(arguments: list[str], num_processes: int = 1) -> list[str]:
+def command(arguments: list[str], num_processes: int = 1, python: str = "") -> list[str]:
+    """``python`` is the warm one (``warm_python.py``) unless given."""
+    python = python or warm_python()
     if num_processes == 1:
-        return [sys.executable, "-m", "dual_loop.train_dual_loop", *arguments]
+        return [python, "-m", "dual_loop.train_dual_loop", *arguments]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    return [sys.executable, *launcher, "-m", "dual_loop.train_dual_loop", *arguments]
+    return [python, *launcher, "-m", "dual_loop.train_dual_loop", *arguments]
 
 
-def train(arguments: list[str], tmp_path: Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+def train(
+    arguments: list[str], tmp_path: Path, num_processes: int = 1, python: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run the trainer to its end and return it; fails with its output where the exit status is not 0."""
-    result = run(arguments, tmp_path, num_processes)
+    result = run(arguments, tmp_path, num_processes, python)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
 
-def run(arguments: list[str], tmp_path: Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], tmp_path: Path, num_processes: int = 1, python: str = ""
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(arguments, num_processes),
+        command(arguments, num_processes, python),
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,

@@ -20,6 +20,8 @@ from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, exit_status, main
 from dual_loop.training.trainer import FitResult
 
+from warm_python import warm_python
+
 SOURCES = ("sav", "sa1b", "openimages", "refcoco")
 
 
@@ -51,8 +53,8 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dual_loop.train_dual_loop", *arguments]
+def _start(arguments: list[str], log: Path, python: str = "") -> subprocess.Popen[bytes]:
+    command = [python or warm_python(), "-m", "dual_loop.train_dual_loop", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment)
 
@@ -178,7 +180,8 @@ def test_killed_and_resumed_is_bitwise_a_straight_run(demo: Path, tmp_path: Path
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     assert not (broken / "summary.json").exists()
-    process = _start([*arguments, "train.resume=auto"], tmp_path / "c.log")
+    # Started from scratch: with a hash seed of its own.
+    process = _start([*arguments, "train.resume=auto"], tmp_path / "c.log", sys.executable)
     assert process.wait(timeout=200) == 0, (tmp_path / "c.log").read_text()
     assert "Resumed from" in (tmp_path / "c.log").read_text()
     for name in ("model.safetensors", "ema.safetensors"):
@@ -201,6 +204,7 @@ def test_sigterm_saves_and_leaves_with_zero(demo: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0, log.read_text()
     step = len(_records(folder))
     assert f"Stopped by SIGTERM after step {step}" in log.read_text()
+    assert "go on with --resume auto" in log.read_text()
     assert (folder / f"checkpoints/step_{step:08d}/manifest.json").is_file()
     assert json.loads((folder / "summary.json").read_text())["steps"] == step
 
@@ -211,7 +215,7 @@ def test_two_ranks_train_and_evaluate_as_one(demo: Path, tmp_path: Path) -> None
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(_arguments(demo, one, "--max_steps", "2", evaluate=True)) == 0
     arguments = _arguments(demo, two, "--max_steps", "2", "--gradient_accumulation_steps", "1", evaluate=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "dual_loop.train_dual_loop", *arguments, "train.num_threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ import pytest
 from dual_loop.cli import main
 from dual_loop.evaluation.runner import PARTS, REGIONS
 from dual_loop.testing.demo_data import write_demo_data
+
+from warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 IMAGES = 20  # three chunks
@@ -67,7 +68,7 @@ def test_what_is_written(evaluated: Path) -> None:
 @pytest.mark.distributed
 def test_two_ranks_measure_the_same(demo: Path, evaluated: Path) -> None:
     out = demo.parent / "evaluation_2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "dual_loop.cli", *evaluate_arguments(demo, out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,7 @@ import pytest
 from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, ROOT, data_flags, environment, parameters, records, summary, train
+from warm_python import warm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -61,7 +62,11 @@ class Machine:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "dual_loop.train_dual_loop", *arguments],
                 cwd=ROOT,
-                env={**environment(tmp_path), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as the launch script does
+                # The second as the launch script does.
+                env={
+                    **environment(tmp_path),
+                    **{"PYTHON_EXEC": warm_python(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -19,6 +19,7 @@ from dual_loop.testing.demo_data import write_demo_data
 
 from end_to_end import BASE, ROOT, environment, records, summary
 from slurm_stand_in import job, put_stand_ins
+from warm_python import warm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -56,6 +57,7 @@ def variables(tree: Path, tmp_path: Path) -> dict[str, str]:
         **{"PRETRAINED_PTH": str(TINY_WEIGHTS), "MODEL_PATH": str(TINY_WEIGHTS.parent), "NPROC": "1"},
         **{"SAV_DIR": str(demo / "sav"), "SA1B_DIR": str(demo / "sa1b"), "OPENIMAGE_DIR": str(demo / "openimages")},
         **{"REFCOCO_DIR": str(demo / "ref_seg"), "OUTPUT_DIR": str(tmp_path / "run"), "EFFECTIVE_BATCH": "4"},
+        "PYTHON_EXEC": warm_python(),  # of the ranks; the script looks for them among the children of a real launcher
     }
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from dual_loop.cli import COMMANDS, main
 from dual_loop.config import CONFIG_DIR, SETTINGS
 from dual_loop.testing.demo_data import write_demo_data
 from dual_loop.testing.scenes import generate_scene
+
+from warm_python import warm_bin, warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,10 +72,11 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if executed(path)], ids=lambda path: path.name)
 def test_the_blocks_run(path: Path, workspace: Path) -> None:
-    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # dual-loop, python and torchrun are the warm ones.
+    variables = {**os.environ, "PATH": f"{warm_bin()}{os.pathsep}{os.environ['PATH']}"}
     variables.update(PYTHONPATH=str(ROOT), DUAL_LOOP_CACHE=str(workspace / "index"), OMP_NUM_THREADS="1")
     for language, text in executed(path):
-        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+        command = [warm_python(), "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
         done = subprocess.run(
             command, cwd=workspace, env=variables, capture_output=True, text=True, timeout=900, check=False
         )

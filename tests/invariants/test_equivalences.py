@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,13 +86,13 @@ def test_two_ranks_equal_one(demo, tmp_path, options):
     assert summary(one)["sources"] == summary(two)["sources"]
 
 
-@OPTIONS
-def test_killed_and_resumed_equals_straight_bitwise(demo, tmp_path, options):
+def test_killed_and_resumed_equals_straight_bitwise(demo, tmp_path):
+    """With every option at once; without any it is a test of tests/test_train_dual_loop.py."""
     size = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "6", "--save_interval", "3"]
     flags = [*BASE, *data_flags(demo), *size, "--keep_checkpoints", "5"]
     straight_run, killed_run = tmp_path / "straight", tmp_path / "killed"
-    train([*flags, "--output_dir", str(straight_run), *options], tmp_path)
-    arguments = [*flags, "--output_dir", str(killed_run), "--resume", "auto", *options]
+    train([*flags, "--output_dir", str(straight_run), *LEARNING], tmp_path)
+    arguments = [*flags, "--output_dir", str(killed_run), "--resume", "auto", *LEARNING]
     process = subprocess.Popen(
         command(arguments), cwd=Path(__file__).parents[2], env=environment(tmp_path), stdout=subprocess.DEVNULL
     )
@@ -103,7 +104,8 @@ def test_killed_and_resumed_equals_straight_bitwise(demo, tmp_path, options):
     process.wait()
     assert checkpoint.is_dir()
     assert not (killed_run / "summary.json").exists(), "the run ended before it could be killed"
-    assert "Resumed from" in train(arguments, tmp_path).stdout
+    # Started from scratch: with a hash seed of its own.
+    assert "Resumed from" in train(arguments, tmp_path, python=sys.executable).stdout
     left, right = parameters(straight_run, 6), parameters(killed_run, 6)
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert [record["step"] for record in records(killed_run)] == [1, 2, 3, 4, 5, 6]
@@ -112,22 +114,3 @@ def test_killed_and_resumed_equals_straight_bitwise(demo, tmp_path, options):
         same = {key: value for key, value in one.items() if key != "seconds"}
         assert same == {key: value for key, value in other.items() if key != "seconds"}
     assert summary(straight_run)["sources"] == summary(killed_run)["sources"]
-
-
-def test_signals_save_and_leave_cleanly(demo, tmp_path):
-    out = tmp_path / "stopped"
-    flags = [*BASE, *data_flags(demo), "--batch_size", "1", "--max_steps", "500", "--output_dir", str(out)]
-    process = subprocess.Popen(
-        command(flags), cwd=Path(__file__).parents[2], env=environment(tmp_path), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("loss="):
-            break
-    process.send_signal(signal.SIGTERM)
-    rest = process.stdout.read()
-    assert process.wait(timeout=120) == 0
-    assert "--resume auto" in rest
-    steps = summary(out)["steps"]
-    assert 1 <= steps < 500
-    assert parameters(out, steps)

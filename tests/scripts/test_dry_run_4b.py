@@ -18,6 +18,8 @@ from dual_loop.config import CONFIG_DIR, load_config
 from dual_loop.model.build import build_prompter, build_tokenizer
 from dual_loop.preflight.dry_run import PlaceholderTokenizer
 
+from warm_python import warm_python
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = CONFIG_DIR / "sa2va_4b_cpu.py"
 
@@ -62,7 +64,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/real_size_step.py", *arguments]
+    command = [warm_python(), "scripts/real_size_step.py", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -21,6 +21,7 @@ from dual_loop.training.optim import NonFiniteError
 from dual_loop.training.trainer import Trainer, memory_errors_explained
 
 from hollow import HollowTask, make_trainer
+from warm_python import warm_python
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -255,9 +256,9 @@ end_processes(trainer.accelerator)
 def _run_ranks(folder: Path, spoil: str = "") -> subprocess.CompletedProcess[str]:
     script = folder.parent / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    arguments = [str(folder), str(Path(__file__).parent), spoil]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command += [str(folder), str(Path(__file__).parent), spoil]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.distributed
