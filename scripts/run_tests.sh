@@ -18,4 +18,5 @@ if [ "${SKIP_LINT:-0}" != 1 ]; then
   "$PYTHON" -m ruff check .
   "$PYTHON" -m mypy
 fi
-exec "$PYTHON" -m pytest -q --durations=10 --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -q --durations=10 --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile \
+  --no-loadscope-reorder "$@"  # the order of tests/conftest.py

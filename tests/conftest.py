@@ -27,6 +27,12 @@ def _folder_or_skip(folder: Path, what: str) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of several processes, none shall be left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_found() -> Iterator[None]:
     """A program that a test calls in this process silences the package for itself alone, not for the next test."""
