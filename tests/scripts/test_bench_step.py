@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--preset", "tiny", "--plain"]
-    command += ["--off", "fused_lora", "--off", "lean_sam2"]
+    command += ["--off", "lean_sam2", "--batch", "2", "--accumulation", "2", "--threads", "1"]
     command += ["--repeats", "1", "--new_tokens", "4", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -34,8 +34,9 @@ def results(tmp_path_factory) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_json_holds_what_it_promises(results):
-    assert set(results["variants"]) == {"default", "plain", "off:fused_lora", "off:lean_sam2"}
+    assert set(results["variants"]) == {"default", "plain", "off:lean_sam2"}
     for values in results["variants"].values():
         assert values["seconds"] > 0
         assert values["peak_mb"] > values["peak_above_imports_mb"] > 0
@@ -47,11 +48,13 @@ def test_the_json_holds_what_it_promises(results):
     assert results["floor"]["bytes_per_second"] > 1e8
 
 
+@pytest.mark.slow
 def test_the_share_of_captions_is_given(results):
     for name in ("default", "plain"):
         assert 0 < results["variants"][name]["caption_share"] < 1
 
 
+@pytest.mark.slow
 def test_a_cold_step_is_the_first_and_counted():
     setting = Setting("tiny", 1, 1, 4, 1)
     cold = run_variants(setting, ["default"], 3, 1, True, is_cold=True)["variants"]["default"]
@@ -59,19 +62,21 @@ def test_a_cold_step_is_the_first_and_counted():
     assert cold["flops"]["language forward"] > 0
 
 
+@pytest.mark.slow
 def test_the_phases_add_up_to_the_step(results):
     for name, values in results["variants"].items():
         assert sum(values["phases"].values()) == pytest.approx(values["seconds"], rel=0.05), name
 
 
+@pytest.mark.slow
 def test_what_is_shared_is_counted_once(results):
     """Every variant runs the vision tower once an image; what SAM 2's lever saves is seen in the mask decoder."""
     flops = {name: values["flops"] for name, values in results["variants"].items()}
     assert flops["plain"]["vision tower"] == pytest.approx(flops["default"]["vision tower"], rel=1e-6)
-    assert flops["off:fused_lora"]["vision tower"] == flops["default"]["vision tower"] > 0
+    assert flops["off:lean_sam2"]["vision tower"] == flops["default"]["vision tower"] > 0
     assert flops["plain"]["mask decoder"] == pytest.approx(flops["off:lean_sam2"]["mask decoder"], rel=1e-6)
     assert flops["default"]["mask decoder"] < flops["plain"]["mask decoder"]  # two convolutions as one
-    assert results["variants"]["default"]["decode_step"]["rows"] == 8
+    assert results["variants"]["default"]["decode_step"]["rows"] == 4  # a step's captions at once
     assert flops["default"]["decode"] > 0
 
 
