@@ -236,6 +236,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         elif isinstance(weight, nn.Parameter) and not isinstance(weight, DTensor) and weight.dtype in _WIDE:
             plain.append(layer)
     with ExitStack() as undo:
+        undo.callback(torch.clear_autocast_cache)  # it holds casts of matrices that train
         with torch.no_grad():
             for layer in plain:
                 matrix: Any = layer.get_base_layer().weight
@@ -243,6 +244,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                 matrix.data = matrix + layer.get_delta_weight(layer.active_adapters[0])
             for cls, layers in kept.items():
                 cls.merge(layers, undo)
+        torch.clear_autocast_cache()
         for layer in chain(plain, *kept.values()):
             undo.callback(setattr, layer, "_disable_adapters", False)
             layer._disable_adapters = True
