@@ -342,13 +342,19 @@ class Sa2VA(nn.Module):
         return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, rows)
 
     def seg_embeds(self, hidden: Tensor) -> Tensor:
-        """Project hidden states at [SEG] (n, D) to SAM 2's prompt width: (n, C)."""
-        return torch.as_tensor(self.text_hidden_fcs(hidden.to(next(self.text_hidden_fcs.parameters()).dtype)))
+        """Project hidden states at [SEG] (n, D) to SAM 2's prompt width: (n, C), as :meth:`decode_masks` in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.as_tensor(self.text_hidden_fcs(hidden.to(next(self.text_hidden_fcs.parameters()).dtype)))
 
     def decode_masks(self, seg_embeds: Tensor, levels: list[Tensor], image_index: Tensor) -> Segmentation:
-        """Segment from projected [SEG] embeddings (n, C), each on the image that ``image_index`` (n,) names."""
-        prompts, finished = self.grounding.sparse_prompts(seg_embeds), self.grounding.finish(levels)
-        masks = self.grounding.decode_prompts(prompts, finished, image_index)
+        """Segment from projected [SEG] embeddings (n, C), each on the image that ``image_index`` (n,) names.
+
+        In float32 also under autocast: in bfloat16 the gradients of this small part are up to 5 % off, and on a CPU
+        torch's layer norm, which sums those of 65,536 pixels in the dtype of its input, loses nearly all of its own.
+        """
+        with torch.autocast(seg_embeds.device.type, enabled=False):
+            finished = self.grounding.finish([level.to(seg_embeds.dtype) for level in levels])
+            masks = self.grounding.decode_prompts(self.grounding.sparse_prompts(seg_embeds), finished, image_index)
         masks.seg_embeds = seg_embeds
         return masks
 

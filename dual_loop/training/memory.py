@@ -170,7 +170,7 @@ class MemoryEstimator:
             buckets=trained if self.world_size > 1 else 0,
             language=0,
             layer_gradients=self.layer.kept,
-            mask_decoder=measure_mask_decoder(model, train.batch_size, objects, precision(config) == "bf16"),
+            mask_decoder=measure_mask_decoder(model, train.batch_size, objects),
             logits=3 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * sizes.mask_size**2 * 4,
             features=window * cells * 4,
@@ -321,8 +321,8 @@ def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMe
     return LayerMemory(kept, rows * length * config.hidden_size * dtype.itemsize)
 
 
-def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) -> int:
-    """Return the bytes that SAM 2's mask decoder keeps of ``objects`` on ``images`` (:func:`saved_bytes`)."""
+def measure_mask_decoder(model: Any, images: int, objects: int) -> int:
+    """Return the bytes that SAM 2's mask decoder, in float32, keeps of ``objects`` on ``images``."""
     sam, dtype = model.grounding_encoder, next(model.grounding_encoder.parameters()).dtype
 
     def inputs() -> Inputs:
@@ -332,7 +332,7 @@ def measure_mask_decoder(model: Any, images: int, objects: int, autocast: bool) 
         embeds = torch.empty(objects, width, dtype=dtype).requires_grad_() * 1
         return (embeds, levels, torch.zeros(objects, dtype=torch.long)), {}
 
-    return saved_bytes(_MaskDecoding(model.grounding), inputs, autocast)
+    return saved_bytes(_MaskDecoding(model.grounding), inputs, autocast=False)
 
 
 class _MaskDecoding(nn.Module):

@@ -37,6 +37,7 @@ class Case:
         notes, results: ``inputs.json`` and ``outputs.json``.
         keys: ``keys.json``, empty where there is none.
         unchecked: names of outputs that no check has asked for yet.
+        is_half: the model computes in bfloat16 autocast, as in training.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Case:
     results: Mapping[str, Any]
     keys: Mapping[str, Any]
     unchecked: set[str] = field(default_factory=set)
+    is_half: bool = False
 
     def expected(self, name: str) -> Tensor | None:
         """Return an output and note that it is checked; None where the set does not hold it."""
@@ -58,6 +60,10 @@ class Case:
     def begin(self) -> None:
         """Forget which outputs were checked."""
         self.unchecked = set(self.outputs)
+
+    def autocast(self) -> torch.autocast:
+        """Return the precision that the model computes in, as a context."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_half)
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -117,11 +123,15 @@ class Case:
         return model
 
 
-def load_case(folder: Path) -> Case:
-    """Read a folder of reference inputs and outputs."""
+def load_case(folder: Path, mixed_precision: str = "auto") -> Case:
+    """Read a folder of reference inputs and outputs; ``mixed_precision`` as the trainer's flag (auto, no, bf16)."""
     original = _json(folder / "config.json")
     config = config_from_original(original)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokenizer=str(folder)))
+    is_half = mixed_precision == "bf16" or (mixed_precision == "auto" and config.model.dtype == "bfloat16")
+    # Eager attention, which the original takes in float32, would round its scores to bfloat16.
+    attention = "sdpa" if is_half else config.model.attn_implementation
+    model = dataclasses.replace(config.model, tokenizer=str(folder), attn_implementation=attention)
+    config = dataclasses.replace(config, model=model)
     keys = folder / "keys.json"
     case = Case(
         folder=folder,
@@ -133,6 +143,7 @@ def load_case(folder: Path) -> Case:
         notes=_json(folder / "inputs.json"),
         results=_json(folder / "outputs.json"),
         keys=_json(keys) if keys.is_file() else {},
+        is_half=is_half,
     )
     case.begin()
     return case

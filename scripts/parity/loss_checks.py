@@ -17,6 +17,8 @@ from .report import Report, Row
 from .weights import original_key
 
 LOSSES, GRADIENTS, NO_GRADIENT = 1e-5, 1e-4, 1e-5
+HALF_LOSSES, HALF_GRADIENTS, HALF_GROUPS = 5e-3, 0.3, 0.1
+"""In bfloat16 autocast. A gradient is taken at other activations then, and every ReLU that changes sides changes it."""
 NEGLIGIBLE = 1e-6  # a norm below this is rounding noise of a gradient that is zero
 EVAL_PREFIX = "check_eval_mode_"
 VARIANTS = ("no_points", "points")
@@ -44,13 +46,14 @@ def check_losses(case: Case, model: VideoLLaVASAMModel, report: Report, order: T
         model.loss_config = dataclasses.replace(case.config.loss, num_points=0)
         model.train()
         model.zero_grad(set_to_none=True)
-        losses = dict(model(data, mode="loss"))
+        with case.autocast():
+            losses = dict(model(data, mode="loss"))
         losses["total"] = sum(losses.values(), torch.zeros(()))
         losses["total"].backward()
         compare_losses(report, variant, losses, listed[variant])
         check_gradients(case, model, report, variant)
         if EVAL_PREFIX + variant in listed:
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), torch.no_grad(), case.autocast():
                 losses = dict(model(data, mode="loss"))
             losses["total"] = sum(losses.values(), torch.zeros(()))
             compare_losses(report, EVAL_PREFIX + variant, losses, listed[EVAL_PREFIX + variant])
@@ -61,7 +64,8 @@ def compare_losses(report: Report, variant: str, seen: Mapping[str, Tensor], exp
     """Compare the numbers of one variant."""
     for name, value in expected.items():
         if name in seen:
-            report.number(f"losses.{variant}.{name}", float(seen[name].detach()), float(value), absolute=LOSSES)
+            both = float(seen[name].detach()), float(value)
+            report.number(f"losses.{variant}.{name}", *both, absolute=LOSSES, half=HALF_LOSSES)
         else:
             report.failed(f"losses.{variant}.{name}", "the model returns no such loss")
 
@@ -90,7 +94,7 @@ def check_gradients(case: Case, model: VideoLLaVASAMModel, report: Report, varia
             report.failed(f"{GROUP_NORMS}{variant}.{group}", "no gradient belongs to this group")
             continue
         total = float(torch.stack([gradient.double().square().sum() for gradient in members]).sum().sqrt())
-        report.number(f"{GROUP_NORMS}{variant}.{group}", total, norm, relative=GRADIENTS)
+        report.number(f"{GROUP_NORMS}{variant}.{group}", total, norm, relative=GRADIENTS, half=HALF_GROUPS)
 
 
 def check_one_gradient(case: Case, report: Report, name: str, gradients: Mapping[str, Tensor]) -> None:
@@ -101,7 +105,7 @@ def check_one_gradient(case: Case, report: Report, name: str, gradients: Mapping
     elif is_noise(key):
         report.close(name, gradients[key], expected, absolute=NO_GRADIENT)
     else:
-        report.close(name, gradients[key], expected, relative=GRADIENTS)
+        report.close(name, gradients[key], expected, relative=GRADIENTS, half=HALF_GRADIENTS)
 
 
 def check_norm(report: Report, variant: str, key: str, norms: Mapping[str, float], expected: float | None) -> Row:
@@ -113,7 +117,7 @@ def check_norm(report: Report, variant: str, key: str, norms: Mapping[str, float
         return report.number(name, norms[key], 0.0, absolute=0.0, quiet=True)
     if is_noise(key) or expected < NEGLIGIBLE:
         return report.number(name, norms[key], expected, absolute=NO_GRADIENT, quiet=True)
-    return report.number(name, norms[key], expected, relative=GRADIENTS, quiet=True)
+    return report.number(name, norms[key], expected, relative=GRADIENTS, half=HALF_GRADIENTS, quiet=True)
 
 
 def is_noise(key: str) -> bool:

@@ -20,6 +20,8 @@ from .data_checks import decoded
 from .report import Report
 
 FEATURES, MASKS = 1e-4, 2e-4
+HALF, HALF_PIXELS = 0.03, 0.02
+"""In bfloat16 autocast: of a whole tensor, and the share of a mask's pixels that may change sides."""
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def check_grounding(
     sparse = case.expected("sparse_prompt_embeddings")
     if sparse is not None:
         seen = model.grounding.sparse_prompts(embeds)[: len(sparse), 0]
-        report.close("sparse_prompt_embeddings", seen, sparse, absolute=FEATURES)
+        report.close("sparse_prompt_embeddings", seen, sparse, absolute=FEATURES, half=HALF)
     ious, chosen = segmentation.predicted_iou[order], segmentation.chosen[order]
     _close(case, report, "multimask_ious", ious)
     _same(case, report, "multimask_best", chosen)
@@ -76,7 +78,9 @@ def check_grounding(
     if "iou_argmax_margin_min" in case.results:
         best = ious.topk(2, dim=1).values
         margin = float((best[:, 0] - best[:, 1]).min())
-        report.number("iou_argmax_margin_min", margin, case.results["iou_argmax_margin_min"], absolute=FEATURES)
+        report.number(
+            "iou_argmax_margin_min", margin, case.results["iou_argmax_margin_min"], absolute=FEATURES, half=2 * HALF
+        )
 
 
 def targets(case: Case) -> Tensor:
@@ -145,14 +149,34 @@ def check_generation(
         eos_token_id=settings.get("eos_token_id"),
         logits_processor=LogitsProcessorList([recorder]),
     )
-    _close(case, report, "caption_step_logits", torch.stack(recorder.steps, dim=1))
+    logits = torch.stack(recorder.steps, dim=1)
+    if case.is_half:
+        check_rounded_generation(case, report, seen, logits)
+        return
+    _close(case, report, "caption_step_logits", logits)
     report.same("caption_generated_ids", seen, ids)
     if "caption_generated_text" in case.results:
         report.same("caption_generated_text", decoded(case, seen), case.results["caption_generated_text"])
     if "greedy_margin_min" in case.results:
-        best = torch.stack(recorder.steps, dim=1).topk(2, dim=-1).values
+        best = logits.topk(2, dim=-1).values
         margin = float((best[..., 0] - best[..., 1]).min())
         report.number("greedy_margin_min", margin, case.results["greedy_margin_min"], absolute=2 * FEATURES)
+
+
+def check_rounded_generation(case: Case, report: Report, ids: Tensor, logits: Tensor) -> None:
+    """Compare texts up to the first token that differs, for which both tokens must have been about as likely."""
+    expected, steps = case.outputs["caption_generated_ids"], case.expected("caption_step_logits")
+    if steps is None:
+        report.failed("caption_generated_ids", "a text in bfloat16 can be judged by caption_step_logits alone")
+        return
+    for row, (own, other) in enumerate(zip(ids, expected, strict=True)):
+        differs = (own != other).nonzero().flatten().tolist()
+        end = differs[0] + 1 if differs else len(own)
+        half = logits[row, :end], steps[row, :end]
+        report.close(f"caption_step_logits.{row}, {end} of {len(own)}", *half, absolute=FEATURES, half=HALF)
+        gap = steps[row, end - 1, other[end - 1]] - steps[row, end - 1, own[end - 1]]
+        size = float(steps[row, end - 1].double().square().mean().sqrt())
+        report.number(f"caption_generated_ids.{row}, gap where they part", gap, 0.0, absolute=4 * HALF * size)
 
 
 class RecordLogits(LogitsProcessor):
@@ -183,7 +207,7 @@ def check_predict(case: Case, model: VideoLLaVASAMModel, report: Report, segment
     _close(case, report, "predict_embd", torch.as_tensor(segmentation.seg_embeds)[indices])
     _close(case, report, "predict_mask_low_res", low[:, None], tolerance=MASKS)
     _close(case, report, "predict_mask_logits_orig_size", full, tolerance=MASKS)
-    _same(case, report, "predict_mask", full.sigmoid() > 0.5)
+    _same(case, report, "predict_mask", full.sigmoid() > 0.5, HALF_PIXELS)
 
 
 def _by_image(case: Case, objects: Tensor) -> Tensor:
@@ -199,10 +223,10 @@ def _close(
         return
     if where is not None and seen.shape == expected.shape:
         seen, expected = seen[where], expected[where]
-    report.close(name, seen, expected, absolute=tolerance)
+    report.close(name, seen, expected, absolute=tolerance, half=HALF)
 
 
-def _same(case: Case, report: Report, name: str, seen: Any) -> None:
+def _same(case: Case, report: Report, name: str, seen: Any, half: float = 0.0) -> None:
     expected = case.expected(name)
     if expected is not None:
-        report.same(name, seen, expected)
+        report.same(name, seen, expected, half)

@@ -32,10 +32,11 @@ class Report:
 
     Args:
         verbose: print every row of a group, not only its worst and those that failed.
+        is_half: what is compared was computed in bfloat16 autocast.
     """
 
-    def __init__(self, verbose: bool = False) -> None:
-        self.verbose = verbose
+    def __init__(self, verbose: bool = False, is_half: bool = False) -> None:
+        self.verbose, self.is_half = verbose, is_half
         self.rows: list[Row] = []
 
     @property
@@ -53,12 +54,15 @@ class Report:
         expected: Tensor,
         absolute: float | None = None,
         relative: float | None = None,
+        half: float | None = None,
         quiet: bool = False,
     ) -> Row:
         """Compare two tensors; the relative difference is that of the largest expected magnitude.
 
         Args:
             absolute, relative: the largest difference allowed; exactly one of them is given.
+            half: what is allowed instead where this report ``is_half``, for the root mean square of the difference over
+                that of the expected values; None changes nothing.
             quiet: do not print the row unless it fails (see :meth:`worst`).
         """
         if seen.shape != expected.shape:
@@ -66,6 +70,11 @@ class Report:
         if (absolute is None) == (relative is None):
             raise ValueError("one tolerance is needed, absolute or relative")
         difference, size = _distance(seen, expected)
+        if self.is_half and half is not None:
+            # One value of many may be far off: a value near a kink of the function lies on its other side.
+            distance, length = (float(part.double().norm()) for part in (seen.detach() - expected, expected))
+            ratio = distance / length if length > 0 else (0.0 if distance == 0 else math.inf)
+            return self._add(Row(name, difference, ratio, f"{half:.0e} rms", ratio <= half), quiet)
         ratio = difference / size if size > 0 else (0.0 if difference == 0 else math.inf)
         # A difference that is not a number is never within the tolerance.
         ok = difference <= absolute if absolute is not None else ratio <= float(relative or 0.0)
@@ -76,12 +85,19 @@ class Report:
         """:meth:`close` for two numbers."""
         return self.close(name, torch.tensor(float(seen)).double(), torch.tensor(float(expected)).double(), **options)
 
-    def same(self, name: str, seen: Any, expected: Any) -> Row:
-        """Compare two tensors, lists or values that must be identical."""
+    def same(self, name: str, seen: Any, expected: Any, half: float = 0.0) -> Row:
+        """Compare two tensors, lists or values that must be identical.
+
+        Args:
+            half: the share of a tensor's values that may differ where this report ``is_half``.
+        """
         if isinstance(seen, Tensor) and isinstance(expected, Tensor):
             if seen.shape != expected.shape:
                 return self.failed(name, f"shape {tuple(seen.shape)}, expected {tuple(expected.shape)}")
             difference, size = _distance(seen, expected)
+            if self.is_half and half and seen.numel():
+                share = float((seen != expected).double().mean())
+                return self._add(Row(name, difference, share, f"{half:.0e} of all", share <= half))
             # A number that is not one differs from everything, also from itself.
             return self._add(Row(name, difference, difference / size if size else 0.0, "identical", difference == 0))
         if seen == expected:
@@ -95,7 +111,9 @@ class Report:
     def worst(self, title: str, rows: list[Row]) -> None:
         """Print the worst row of a group whose rows were added quietly."""
         if rows and not self.verbose:
-            worst = max(rows, key=lambda row: (not row.ok, row.relative if row.tolerance.endswith("rel") else 0.0))
+            worst = max(
+                rows, key=lambda row: (not row.ok, row.relative if row.tolerance.endswith(("rel", "rms")) else 0.0)
+            )
             whole = Row(f"{title} ({len(rows)})", worst.largest, worst.relative, worst.tolerance, worst.ok)
             print(f"{whole}  worst: {worst.name}", flush=True)
 

@@ -28,12 +28,19 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_all_recorded_sets_agree(golden: Path) -> None:
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_all_recorded_sets_agree(golden: Path, precision: str) -> None:
     sets = sorted(path.parent for path in golden.glob("*/outputs.safetensors"))
     if not sets:
         pytest.skip(f"no recorded set in {golden.name}/")
     for folder in sets:
-        command = [sys.executable, str(REPOSITORY / "scripts" / "check_parity.py"), str(folder)]
+        command = [
+            sys.executable,
+            str(REPOSITORY / "scripts" / "check_parity.py"),
+            str(folder),
+            "--mixed_precision",
+            precision,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         last = done.stdout.strip().splitlines()[-1]
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
@@ -42,7 +49,7 @@ def test_all_recorded_sets_agree(golden: Path) -> None:
         assert num_passed > 150, last
 
 
-def run(program: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def run(program: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str]]:
     before = torch.get_num_threads()
     try:
         status = program.main([str(folder), "--threads", "1"])
@@ -113,6 +120,23 @@ def test_a_check_that_breaks_off_is_a_failure(
     assert any(line.startswith("pre-processing") and "KeyError" in line for line in failed)
     assert any(line.startswith("checkpoint_full.pth") and "PromptError" in line for line in failed)
     assert any(line.startswith("checkpoint_trainable.pth") and "not there" in line for line in failed)
+
+
+def test_a_bfloat16_run_has_tolerances_of_its_own() -> None:
+    ones, near, far = torch.ones(100), torch.ones(100), torch.ones(100)
+    near[0], far[:2] = 1.2, 1.5
+    half, full = Report(is_half=True), Report()
+    assert half.close("a", near, ones, absolute=1e-4, half=0.03).ok  # the root mean square is 0.02
+    assert not half.close("b", far, ones, absolute=1e-4, half=0.03).ok
+    assert not half.close("c", torch.full((2,), float("nan")), torch.ones(2), absolute=1e-4, half=0.03).ok
+    assert not half.close("d", near, ones, absolute=1e-4).ok
+    assert not full.close("e", near, ones, absolute=1e-4, half=0.03).ok
+    assert half.number("f", 1.004, 1.0, absolute=1e-5, half=5e-3).ok
+    assert not half.number("g", 1.006, 1.0, absolute=1e-5, half=5e-3).ok
+    assert half.same("h", near > 1, ones > 1, half=0.01).ok
+    assert not half.same("i", far > 1, ones > 1, half=0.01).ok
+    assert not half.same("j", near > 1, ones > 1).ok
+    assert not full.same("k", near > 1, ones > 1, half=0.01).ok
 
 
 def test_the_report_counts_and_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,7 +136,7 @@ def test_the_foreseen_bytes_of_the_mask_decoder_are_those_of_a_real_one() -> Non
         grounding = model.grounding
         grounding.decode_candidates(grounding.sparse_prompts(embeds * 1), grounding.finish(features), index)
 
-    assert measure_mask_decoder(model, 2, 5, False) == pytest.approx(real_bytes(model, run), rel=0.02)
+    assert measure_mask_decoder(model, 2, 5) == pytest.approx(real_bytes(model, run), rel=0.02)
 
 
 def test_the_setting_is_read() -> None:
