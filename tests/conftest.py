@@ -43,6 +43,15 @@ def _logging_as_found() -> Iterator[None]:
     logger.handlers[:] = handlers
 
 
+@pytest.fixture(params=["float32", "bf16"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test in float32, and in the bfloat16 autocast that real runs use; fixtures of a module come before it."""
+    import torch
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=request.param == "bf16"):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -66,6 +66,7 @@ def as_logits(rows: torch.Tensor) -> torch.Tensor:
 # --- values by hand -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("precision")
 def test_mask_cross_entropy_sums_the_means_of_the_objects():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), math.log(3.0)]])
     targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -76,6 +77,7 @@ def test_mask_cross_entropy_sums_the_means_of_the_objects():
     assert term.total.item() == pytest.approx(2.0 * expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("precision")
 def test_dice_by_hand():
     logits = torch.tensor([[math.log(3.0), -math.log(3.0), 0.0]])  # p = 0.75, 0.25, 0.5
     term = sum_objects(dice_loss(logits, torch.tensor([[1, 0, 1]]), eps=1.0), 0.5)
@@ -83,6 +85,7 @@ def test_dice_by_hand():
     assert term.count == 1
 
 
+@pytest.mark.usefixtures("precision")
 def test_dice_of_empty_against_empty_is_zero_and_against_full_is_near_one():
     very_low = torch.full((1, 4, 4), -50.0)
     assert dice_loss(very_low, torch.zeros(1, 4, 4)).sum().item() == pytest.approx(0.0, abs=1e-6)
@@ -99,6 +102,7 @@ def test_object_weights_scale_the_objects_and_become_the_count():
         assert terms[name].count == 2.5
 
 
+@pytest.mark.usefixtures("precision")
 def test_low_precision_logits_are_computed_in_float32():
     logits, targets, _ = _objects(2, side=64)
     low = logits.bfloat16()
@@ -144,6 +148,7 @@ def test_point_functions_accept_no_objects():
 # --- points ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("precision")
 def test_point_sample_reads_pixel_centres_midpoints_and_zeros_outside():
     maps = torch.arange(16.0).reshape(1, 4, 4)
     centre = [(2 + 0.5) / 4, (1 + 0.5) / 4]  # x = column 2, y = row 1 -> 6
@@ -160,6 +165,7 @@ def test_point_sample_reads_uint8_and_bool_masks():
     assert torch.equal(point_sample(targets, points), point_sample(targets.bool(), points))
 
 
+@pytest.mark.usefixtures("precision")
 def test_sampled_points_are_the_most_uncertain_then_uniform():
     logits, _, seeds = _objects(2, side=16)
     points = sample_points(logits, seeds, 40, 3.0, 0.75)
@@ -201,6 +207,7 @@ def test_splitting_the_batch_changes_neither_sums_nor_counts(num: int, cut: int,
         assert term.total.item() == pytest.approx((first[name].total + second[name].total).item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("precision")
 def test_losses_are_read_at_the_sampled_points_and_given_points_replace_them():
     logits, targets, seeds = _objects(2)
     points = sample_points(logits, seeds, 20, 3.0, 0.75)
@@ -218,6 +225,7 @@ def test_losses_are_read_at_the_sampled_points_and_given_points_replace_them():
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("precision")
 def test_token_cross_entropy_ignores_what_has_no_label():
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0], [9.0, -9.0]])
     total = token_cross_entropy(as_logits, logits, torch.tensor([0, 1, -100]))
@@ -279,6 +287,7 @@ def test_token_losses_refuse_wrong_shapes_and_compute_in_float32():
 # --- latent alignment -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("precision")
 def test_latent_alignment_by_hand_and_without_gradient_to_the_target():
     seg = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
     target = torch.tensor([[1.0, 4.0], [3.0, 1.0]], requires_grad=True)
@@ -330,6 +339,7 @@ def test_gradients_of_tokens_and_latents():
 # --- the original reduction -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("precision")
 def test_original_divisors_by_hand():
     logits, targets, _ = _objects(2)
     points = torch.rand(2, 3, 2)
@@ -343,6 +353,7 @@ def test_original_divisors_by_hand():
     assert whole["loss_dice"].item() == pytest.approx(dice_loss(logits, targets).mean().item() * 0.5, rel=1e-6)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden reference folder is not next to the repository")
 @pytest.mark.parametrize("with_points", [False, True])
 def test_parity_with_the_golden_reference(with_points: bool):

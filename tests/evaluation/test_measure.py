@@ -57,6 +57,7 @@ def test_a_saved_mask_of_another_size_is_refused() -> None:
     assert caught.value.reason == "size_mismatch"
 
 
+@pytest.mark.usefixtures("precision")
 def test_the_frozen_listener_hears_the_same_captions() -> None:
     model, prompter, config = small_model()
     samples = [*scene_samples(2), *pair_samples(1)]
@@ -116,6 +117,7 @@ def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch:
     assert figures["cycle_gIoU"]["value"] < summarise(accepted)["cycle_gIoU"]
 
 
+@pytest.mark.usefixtures("precision")
 def test_regions_survive_the_way_through_files() -> None:
     model, prompter, config = small_model()
     samples, starting = [*scene_samples(1), *pair_samples(1)], StartingWeights(trainable_parameters(model))

@@ -15,6 +15,8 @@ from dual_loop.model.prompts import clean_caption
 from loop_settings import write_ids
 from small_model import pair_samples, scene_samples, small_batch, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 LOOP = LoopConfig(max_new_tokens=4, max_rejected_fraction=1.0)
 
 

@@ -21,6 +21,8 @@ from dual_loop.model.ema import weights
 from loop_settings import build, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 def test_the_divergence_is_zero_while_the_adapter_is():
     config = setting("grpo", kl_weight=1.0)
@@ -83,6 +85,7 @@ def pretrained():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16"], indirect=True)
 def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch):
     config, model, prompter = pretrained
     samples = scene_samples(8, source="sa1b")

@@ -15,6 +15,8 @@ from dual_loop.types import RegionCaption
 
 from small_model import pair_samples, scene_samples, small_batch, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 @pytest.fixture(scope="module")
 def parts():

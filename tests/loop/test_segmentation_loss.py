@@ -12,6 +12,8 @@ from dual_loop.types import RegionCaption
 from loop_settings import build, setting
 from small_model import pair_samples, scene_samples, small_batch
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 @pytest.mark.parametrize("num_points", [0, 64])
 def test_terms_masks_and_gradient_are_those_of_the_task(num_points):

@@ -12,8 +12,10 @@ from dual_loop.loop.task import DualLoopTask
 from loop_settings import MASK_TERMS, build, captioner_rows, gradients, half_average, masks_only, setting
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
 
-def test_split_of_the_batch_does_not_change_the_gradient():
+
+def test_split_of_the_batch_does_not_change_the_gradient(precision):
     config = small_config()
     config = dataclasses.replace(
         config, loop=dataclasses.replace(config.loop, max_new_tokens=4, max_rejected_fraction=1.0)
@@ -27,7 +29,8 @@ def test_split_of_the_batch_does_not_change_the_gradient():
     whole, split = trained([samples]), trained([[sample] for sample in samples])
     largest = max(float((whole[n] - split[n]).abs().max()) for n in whole)
     scale = max(float(g.abs().max()) for g in whole.values())
-    assert largest <= 2e-5 * scale
+    # Another batch is another shape, whose products may round differently: to 8 bits in bfloat16.
+    assert largest <= (2e-5 if precision == "float32" else 2e-2) * scale
 
 
 def test_the_frozen_tower_runs_once_an_image(monkeypatch):
@@ -48,7 +51,7 @@ def test_without_a_signal_the_mask_loss_never_reaches_the_captioner():
 
 
 @pytest.mark.parametrize("gradient", ["none", "scst", "grpo", "gumbel", "gumbel+grpo"])
-def test_split_of_a_window_does_not_change_the_gradient(gradient):
+def test_split_of_a_window_does_not_change_the_gradient(gradient, precision):
     samples = [*masks_only(2), *scene_samples(1)]
     config = setting(gradient)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, align_weight=0.5))
@@ -58,7 +61,8 @@ def test_split_of_a_window_does_not_change_the_gradient(gradient):
     both = zip(whole.parameters(), split.parameters(), strict=True)
     pairs = [(a.grad, b.grad) for a, b in both if a.grad is not None]
     scale = max(float(a.abs().max()) for a, _ in pairs)
-    assert max(float((a - b).abs().max()) for a, b in pairs) <= 2e-4 * scale
+    tolerance = 2e-4 if precision == "float32" else 2e-2
+    assert max(float((a - b).abs().max()) for a, b in pairs) <= tolerance * scale
 
 
 @pytest.mark.parametrize("listener", ["own", "average", "frozen"])

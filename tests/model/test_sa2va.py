@@ -14,6 +14,8 @@ from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 def given(captions):
     return [RegionCaption(caption, is_reference=True) for caption in captions]

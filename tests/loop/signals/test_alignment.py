@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dual_loop.config import LossConfig
 from dual_loop.loop.signals.alignment import inner_points, latent_alignment
 
 from loop_settings import gradients, masks_only, setting
+
+pytestmark = pytest.mark.usefixtures("precision")
 
 
 def test_alignment_weighs_objects():

@@ -18,6 +18,8 @@ from dual_loop.types import SingleProcess
 from loop_settings import masks_only
 from small_model import small_batch, small_config, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 @pytest.fixture(scope="module")
 def parts():

@@ -14,6 +14,8 @@ from dual_loop.loop.task import DualLoopTask
 from loop_settings import half_average, masks_only, setting
 from small_model import small_batch, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 def test_agreement_with_the_teacher_is_zero_and_its_gradient_too():
     logits = torch.randn(3, 4, 4, requires_grad=True)

@@ -21,6 +21,8 @@ from dual_loop.types import WrittenCaption
 from loop_settings import MASK_TERMS, build, captioner_rows, gradients, masks_only, setting
 from small_model import small_batch, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 30.0, 1000.0]))
 def test_the_chosen_entry_is_always_the_largest(seed, scale):

@@ -26,6 +26,8 @@ from dual_loop.training.metrics_log import step_metrics
 from loop_settings import build, captioner_rows, gradients, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_config, small_model
 
+pytestmark = pytest.mark.usefixtures("precision")
+
 ALL = torch.ones(2, 3, dtype=torch.bool)
 REWARDS = torch.tensor([[0.2, 0.5, 0.8], [0.4, 0.4, 0.4]])
 
