@@ -17,10 +17,14 @@ from torch import Tensor
 
 from dual_loop.config import LossConfig
 from dual_loop.errors import PromptError, explain
-from dual_loop.losses import original_mask_losses, sample_points
+from dual_loop.losses import dice_loss, mask_cross_entropy
 from dual_loop.model.object_count import object_order
 from dual_loop.model.sa2va import Sa2VA
+from dual_loop.points import point_sample, sample_points
 from dual_loop.types import Segmentation
+
+ORIGINAL_AVERAGE_OFFSET = 1e-4
+"""What the original adds to its divisors; it matters only for parity with published values."""
 
 Data = Mapping[str, Any]
 """What the original's collate function hands over: tensors, lists of tensors, numbers."""
@@ -311,3 +315,29 @@ def _tensors(values: object, name: str) -> list[Tensor]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, Tensor) for value in values):
         raise PromptError(explain("an input of the model has a wrong kind", name, type(values).__name__, "tensors"))
     return list(values)
+
+
+def original_mask_losses(
+    mask_logits: torch.Tensor,
+    target_masks: torch.Tensor,
+    config: LossConfig,
+    point_coords: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return ``loss_mask`` and ``loss_dice`` as the original Sa2VA code averages them over one batch.
+
+    For comparison with published values only. Over all pixels the averages are plain means. Over points the original
+    divides dice by ``N + 1e-4`` and cross-entropy by ``N * P + 1e-4``, and adds the float32 machine epsilon to both.
+
+    Args:
+        mask_logits: (N, Q, Q) float, N >= 1. target_masks: (N, Q, Q) in 0..1.
+        point_coords: (N, P, 2) points (x, y) in 0..1, None for all pixels.
+    """
+    logits, targets, num_points, extra = mask_logits, target_masks, 1, 0.0
+    if point_coords is not None:
+        logits, targets = point_sample(logits, point_coords), point_sample(targets, point_coords)
+        num_points, extra = logits.shape[1], ORIGINAL_AVERAGE_OFFSET + torch.finfo(torch.float32).eps
+    entropy, dice, count = mask_cross_entropy(logits, targets).sum(), dice_loss(logits, targets).sum(), len(logits)
+    return {
+        "loss_mask": entropy * num_points / (count * num_points + extra) * config.mask_weight,
+        "loss_dice": dice / (count + extra) * config.dice_weight,
+    }

@@ -170,7 +170,7 @@ def test_the_plain_flow_of_the_original_is_the_same(num_points: int) -> None:
     torch.stack(list(losses.values())).sum().backward()
     means = {name: float(term.mean.detach()) for name, term in output.terms.items()}
     if num_points:
-        # The original divides a sum over points by a little more than its count (losses.original_mask_losses).
+        # The original divides a sum over points by a little more than its count (sa2va_api.original_mask_losses).
         more = 1e-4 + torch.finfo(torch.float32).eps
         for name, count in (("mask_loss", len(rows) * num_points), ("dice_loss", len(rows))):
             means[name] *= count / (count + more)

@@ -13,8 +13,8 @@ from dual_loop.config import LoopConfig, LossConfig, load_config
 from dual_loop.errors import ConfigError, PromptError
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.loop.task import DualLoopTask
-from dual_loop.losses import original_mask_losses
 from dual_loop.model.object_count import object_multiplicity, object_order
+from dual_loop.model.sa2va_api import original_mask_losses
 from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model

@@ -10,9 +10,9 @@ from dual_loop.config import LoopConfig
 from dual_loop.errors import PromptError
 from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
-from dual_loop.losses import original_mask_losses
 from dual_loop.model.adapters import group_of, trainable_parameters
 from dual_loop.model.decode import Decoder, left_pad
+from dual_loop.model.sa2va_api import original_mask_losses
 from dual_loop.types import RegionCaption
 
 from small_model import caption_prompts, scene_samples, small_batch, small_model
