@@ -1,4 +1,4 @@
-"""Measures of masks and captions: pure functions.
+"""Measures of masks: pure functions.
 
 Conventions, since published code differs in each of them:
 
@@ -12,9 +12,7 @@ All are fractions of 1, not per cent. LISA: 2308.00692; GRES: 2306.00968.
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -29,8 +27,6 @@ MASKS_AT_ONCE = 64
 
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
-# Resamples are drawn in pieces of about this many numbers, to bound the memory on large splits.
-_MAX_DRAWS_AT_ONCE = 4_000_000
 
 Array = TypeVar("Array", "np.ndarray", "torch.Tensor")
 
@@ -112,166 +108,3 @@ def own_and_margin(table: torch.Tensor, regions: torch.Tensor) -> tuple[torch.Te
 def ratio(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return the two halves of an average, as the numbers of a step hold them until ranks are summed."""
     return {f"{name}/sum": float(sum(values)), f"{name}/count": float(len(values))}
-
-
-def normalise_caption(text: str) -> str:
-    """Return ``text`` in lower case, with single spaces, without white space at the ends and full stops at the end."""
-    return " ".join(text.lower().split()).rstrip(" .")
-
-
-def caption_exact(caption: str, references: Sequence[str]) -> bool:
-    """Whether ``caption`` equals one of ``references``, both normalised with :func:`normalise_caption`.
-
-    Raises:
-        ValueError: there is no reference, so the question has no answer; leave such regions out of the average.
-    """
-    if isinstance(references, str) or not references:
-        raise ValueError(explain("captions are needed to compare with", "caption_exact", repr(references), "a list"))
-    return normalise_caption(caption) in {normalise_caption(reference) for reference in references}
-
-
-def paired_bootstrap(
-    before: npt.ArrayLike,
-    after: npt.ArrayLike,
-    num_resamples: int = 10000,
-    seed: int = 0,
-    groups: Sequence[Hashable] | None = None,
-) -> dict[str, float]:
-    """Return the mean of ``after - before`` and its 95 % interval by the percentile bootstrap (Efron 1979).
-
-    Args:
-        before, after: (N,) a score of the same N items, finite.
-        num_resamples: at least 1.
-        seed: fixes the result.
-        groups: N labels, such as image names. Whole groups are then drawn, because regions of one image are not
-            independent and drawing them singly would make the interval too narrow.
-
-    Returns:
-        ``{"mean", "ci95_low", "ci95_high"}``. With a single item or group the interval has no width.
-
-    Raises:
-        ValueError: lengths differ, nothing is given, or a score is not finite.
-    """
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    labels: Sequence[Hashable] = range(len(first)) if groups is None else groups
-    if first.ndim != 1 or first.shape != second.shape or len(labels) != len(first) or not len(first):
-        seen = f"shapes {first.shape} and {second.shape}, {len(labels)} groups"
-        raise ValueError(explain("scores cannot be paired", "paired_bootstrap", seen, "N scores each, N >= 1"))
-    differences = second - first
-    if not np.isfinite(differences).all() or num_resamples < 1:
-        seen = f"{int((~np.isfinite(differences)).sum())} not finite, num_resamples {num_resamples}"
-        raise ValueError(explain("the bootstrap needs finite scores and at least one resample", seen=seen))
-    low, high = bootstrap_ratio(differences, np.ones_like(differences), labels, num_resamples, seed)
-    return {"mean": float(differences.mean()), "ci95_low": low, "ci95_high": high}
-
-
-def bootstrap_ratio(
-    numerators: npt.ArrayLike,
-    denominators: npt.ArrayLike,
-    groups: Sequence[Hashable],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the 95 % interval of ``sum(numerators) / sum(denominators)`` by the percentile bootstrap over groups.
-
-    With denominators of 1 it is the interval of a mean; with intersections and unions that of cIoU. A resample whose
-    denominators sum to 0 counts 1, as two empty masks do.
-
-    Args:
-        numerators, denominators: (N,) finite numbers.
-        groups: N labels, such as image names; whole groups are drawn.
-        num_resamples: at least 1.
-        seed: fixes the result.
-
-    Raises:
-        ValueError: nothing is given, or lengths differ.
-    """
-    top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    if top.ndim != 1 or top.shape != bottom.shape or len(groups) != len(top) or not len(top):
-        seen = f"shapes {top.shape} and {bottom.shape}, {len(groups)} groups"
-        raise ValueError(explain("a ratio cannot be resampled", "bootstrap_ratio", seen, "N values each, N >= 1"))
-    numbers: dict[Hashable, int] = {}
-    group_of_item = np.array([numbers.setdefault(label, len(numbers)) for label in groups])
-    tops = np.bincount(group_of_item, weights=top, minlength=len(numbers))
-    bottoms = np.bincount(group_of_item, weights=bottom, minlength=len(numbers))
-    generator, ratios = np.random.default_rng(seed), np.empty(num_resamples)
-    piece = max(1, _MAX_DRAWS_AT_ONCE // len(numbers))
-    for start in range(0, num_resamples, piece):
-        stop = min(start + piece, num_resamples)
-        drawn = generator.integers(len(numbers), size=(stop - start, len(numbers)))
-        sums = bottoms[drawn].sum(axis=1)
-        ratios[start:stop] = np.where(sums > 0, tops[drawn].sum(axis=1) / np.where(sums > 0, sums, 1.0), 1.0)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def distinct_ngrams(texts: Sequence[str], length: int) -> float:
-    """Return distinct n-grams over all n-grams of ``texts`` (distinct-n, 1510.03055): 0..1, 0 where there is none."""
-    runs = []
-    for text in texts:
-        words = text.lower().split()
-        runs += [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
-
-
-METEOR_VARIANT = "meteor-exact-stem"
-"""What :func:`meteor_exact_stem` is called wherever it is printed. It is not METEOR: figures of papers are not
-comparable."""
-
-_ALPHA, _BETA, _GAMMA, _STEM_WEIGHT = 0.85, 0.20, 0.60, 0.6
-_BEAM = 32
-_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-
-
-def meteor_exact_stem(candidate: str, references: Sequence[str]) -> float:
-    """Return the METEOR-type score of a caption against its references, 0..1, the best of them.
-
-    METEOR 1.5 (Denkowski and Lavie, WMT 2014) with its English parameters (alpha 0.85, beta 0.20, gamma 0.60) and two
-    of its four matchers: exact words (weight 1) and Snowball stems (weight 0.6). No synonyms, no paraphrases, and no
-    discount for function words, so its values differ from those of the Java program. The alignment has the largest
-    weight of matches and then the fewest chunks, found by a beam search of width 32.
-    """
-    words = _WORD.findall(candidate.lower())
-    best = 0.0
-    for reference in references:
-        others = _WORD.findall(reference.lower())
-        matched, matches, chunks = _align(words, others)
-        if matches == 0:
-            continue
-        precision, recall = matched / len(words), matched / len(others)
-        mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
-        # One unbroken run over both whole texts is no fragmentation at all.
-        whole = chunks == 1 and matches == len(words) == len(others)
-        best = max(best, mean * (1 - (0.0 if whole else _GAMMA * (chunks / matches) ** _BETA)))
-    return best
-
-
-def _align(candidate: Sequence[str], reference: Sequence[str]) -> tuple[float, int, int]:
-    """Return weight, number of matches and number of chunks of the best one-to-one alignment."""
-    stem, stems = _stemmer(), [_stemmer()(word) for word in reference]
-    options = [
-        [(k, 1.0 if other == word else _STEM_WEIGHT) for k, other in enumerate(reference) if stems[k] == stem(word)]
-        for word in candidate
-    ]
-    # State: weight, chunks, matches, positions used, position that the previous word matched (-2: none).
-    beam: list[tuple[float, int, int, frozenset[int], int]] = [(0.0, 0, 0, frozenset(), -2)]
-    for matches in options:
-        grown = {(state[3], -2): (*state[:4], -2) for state in beam}
-        for weight, chunks, count, used, last in beam:
-            for position, gain in matches:
-                if position not in used:
-                    state = (weight + gain, chunks + (position != last + 1), count + 1, used | {position}, position)
-                    key = (state[3], position)
-                    if key not in grown or (state[0], -state[1]) > (grown[key][0], -grown[key][1]):
-                        grown[key] = state
-        beam = sorted(grown.values(), key=lambda s: (-s[0], s[1], sorted(s[3]), s[4]))[:_BEAM]
-    weight, chunks, count = beam[0][:3]
-    return weight, count, chunks
-
-
-@functools.cache
-def _stemmer() -> Callable[[str], str]:
-    import snowballstemmer
-
-    stem: Callable[[str], str] = snowballstemmer.stemmer("english").stemWord
-    return functools.lru_cache(maxsize=65536)(stem)

@@ -33,7 +33,7 @@ from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, pl
 from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, evaluate_samples, held_out_source
 from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.iteration import evenly_spread
-from dual_loop.model.ema import weights
+from dual_loop.model.stored_weights import weights
 from dual_loop.preflight.dry_run import dry_run as dry_run
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training.devices import end_processes, gather_objects

@@ -1,4 +1,4 @@
-"""The METEOR-type score: values by hand from the formula, and what must hold for any captions."""
+"""Measures of captions: values by hand, from METEOR's formula too, and what must hold for any captions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_loop.metrics import METEOR_VARIANT, distinct_ngrams, meteor_exact_stem
+from dual_loop.caption_metrics import (
+    METEOR_VARIANT,
+    caption_exact,
+    distinct_ngrams,
+    meteor_exact_stem,
+    normalise_caption,
+)
 
 
 def formula(matched: float, matches: int, chunks: int, length: int, reference: int) -> float:
@@ -64,3 +70,33 @@ def test_distinct():
     assert distinct_ngrams(["a b", "a b"], 1) == 0.5
     assert distinct_ngrams(["a b", "a c"], 2) == 1.0
     assert distinct_ngrams([], 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The  Red\tcircle. ", "the red circle"),
+        ("a dog .", "a dog"),
+        ("a dog...", "a dog"),
+        ("no. 5 bus", "no. 5 bus"),
+        ("left, no comma lost", "left, no comma lost"),
+        (" . ", ""),
+    ],
+)
+def test_normalising_captions(text: str, expected: str):
+    assert normalise_caption(text) == expected
+
+
+@given(st.text(alphabet=st.sampled_from("aB .\t\nÉß,"), max_size=20))
+def test_normalising_twice_changes_nothing(text: str):
+    once = normalise_caption(text)
+    assert normalise_caption(once) == once
+
+
+def test_exact_captions():
+    assert caption_exact("The red circle.", ["a blue square", "the red  circle"])
+    assert not caption_exact("the red circles", ["the red circle"])
+    with pytest.raises(ValueError, match="captions are needed"):
+        caption_exact("the red circle", [])
+    with pytest.raises(ValueError, match="captions are needed"):
+        caption_exact("a", "abc")  # a string is a sequence of letters; "a" would be among them

@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dual_loop.caption_metrics import METEOR_VARIANT, caption_exact, meteor_exact_stem
 from dual_loop.errors import EnvironmentProblem, explain
-from dual_loop.metrics import METEOR_VARIANT, caption_exact, meteor_exact_stem
 
 INSTALL = "pip install 'dual-loop[caption-eval]'"
 

@@ -16,9 +16,11 @@ from typing import TypedDict, cast
 import numpy as np
 import numpy.typing as npt
 
+from dual_loop.caption_metrics import distinct_ngrams
+from dual_loop.evaluation.bootstrap import bootstrap_ratio, paired_bootstrap
 from dual_loop.evaluation.caption_scores import score_captions
 from dual_loop.evaluation.measure import MeasuredRegion
-from dual_loop.metrics import PRECISION_THRESHOLDS, bootstrap_ratio, distinct_ngrams, iou, paired_bootstrap
+from dual_loop.metrics import PRECISION_THRESHOLDS, iou
 
 
 class Figure(TypedDict):

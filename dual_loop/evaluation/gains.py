@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from dual_loop.errors import ConfigError, explain
+from dual_loop.evaluation.bootstrap import paired_bootstrap
 from dual_loop.evaluation.cheating_flags import find_flags
 from dual_loop.evaluation.figures import cycle_gains, summarise
 from dual_loop.evaluation.measure import MeasuredRegion
-from dual_loop.metrics import paired_bootstrap
 
 
 class EvaluationSummary(TypedDict, total=False):

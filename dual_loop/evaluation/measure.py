@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dual_loop.caption_metrics import caption_exact
 from dual_loop.config import Config
 from dual_loop.data.masks import decode_rle, encode_rle
 from dual_loop.data.prepare import batch_from_samples
@@ -25,7 +26,7 @@ from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.scorer import Scorer
-from dual_loop.metrics import caption_exact, iou, mask_overlap
+from dual_loop.metrics import iou, mask_overlap
 from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
@@ -37,7 +38,7 @@ CHUNK = 8
 Rle = Mapping[str, object]
 """A mask as a COCO run-length code: ``{"size": [H, W], "counts": str}``."""
 Listener = Callable[[], AbstractContextManager[None]]
-"""Puts other weights into the model for the length of a ``with`` block (``model.ema.weights``)."""
+"""Puts other weights into the model for the length of a ``with`` block (``model.stored_weights.weights``)."""
 
 
 @dataclass

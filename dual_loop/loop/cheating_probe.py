@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dual_loop.caption_metrics import distinct_ngrams
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
 from dual_loop.loop.scorer import Scorer
-from dual_loop.metrics import distinct_ngrams, iou_table, own_and_margin, ratio
+from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
-from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
+from dual_loop.model.stored_weights import StartingWeights, weights
 from dual_loop.types import PackedBatch, RankComm, RegionCaption, Seen, Segmentation
 
 LEAST_PREFERENCE = 0.02

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dual_loop.caption_metrics import meteor_exact_stem
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.loop.judge import Judge, JudgeQuestion
-from dual_loop.metrics import meteor_exact_stem, own_and_margin
+from dual_loop.metrics import own_and_margin
 
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
 
@@ -31,7 +32,7 @@ def combined_caption_reward(
 ) -> list[float]:
     """Return how well captions agree with reference captions: 0..1, NaN where there is no reference.
 
-    The score is ``metrics.meteor_exact_stem`` over the references. With a judge: 0.25 of it and 0.75 of the judge's
+    The score is ``meteor_exact_stem`` over the references. With a judge: 0.25 of it and 0.75 of the judge's
     mark; where the judge gave none (``judge_failure = skip``), the score alone.
 
     Raises:

@@ -1,63 +1,18 @@
-"""Weights that stand in for the trainable parameters for a while: their moving average, and those of the start."""
+"""The moving average of the trainable parameters."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.shards import place_like
+from dual_loop.model.stored_weights import StoredWeights
 
 _MAX_NAMES_SHOWN = 5
-
-
-class StoredWeights:
-    """Values for the parameters of a model, which :func:`weights` puts into it for a while.
-
-    Attributes:
-        parameters: those that train, by name.
-        values: a tensor for each.
-        is_lent: whether the model holds them now.
-    """
-
-    parameters: Mapping[str, torch.nn.Parameter]
-    values: Mapping[str, torch.Tensor]
-    is_lent = False
-
-
-@contextmanager
-def weights(stored: StoredWeights) -> Iterator[None]:
-    """Put stored values into the model for the length of a ``with`` block, then restore the live weights bitwise.
-
-    The live weights come back also when the block raises. Whatever the block writes to the parameters is lost. Costs
-    one copy of the trainable parameters in their own dtype.
-
-    Raises:
-        RuntimeError: the block is entered a second time inside itself.
-    """
-    if stored.is_lent:
-        raise RuntimeError("the model already holds these weights; weights() cannot be nested")
-    with torch.no_grad():
-        live = {name: parameter.detach().clone() for name, parameter in stored.parameters.items()}
-    stored.is_lent = True
-    try:
-        _fill(stored.parameters, stored.values)
-        yield
-    finally:
-        _fill(stored.parameters, live)
-        stored.is_lent = False
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-    torch.clear_autocast_cache()  # it holds casts of what the parameters were
 
 
 class AverageState(TypedDict):
@@ -109,7 +64,7 @@ class ExponentialMovingAverage(StoredWeights):
         """Move the averages towards the live weights. Call once an optimiser step, never once a micro-batch.
 
         Raises:
-            RuntimeError: called inside :func:`weights`, where the model holds the averages themselves.
+            RuntimeError: called inside ``weights()``, where the model holds the averages themselves.
         """
         if self.is_lent:
             raise RuntimeError("the weight average was updated while the model held the averages; leave weights()")
@@ -155,60 +110,6 @@ class ExponentialMovingAverage(StoredWeights):
         for name, own in self.values.items():
             own.copy_(place_like(averages[name], own))
         self.num_updates = state["num_updates"]
-
-
-class StartingWeights(StoredWeights):
-    """A copy of the trainable parameters as they were when training began.
-
-    The starting model is the listener that training cannot talk to in a private code. A resumed run starts from the
-    same weights again before its checkpoint is read, so nothing of this needs to be saved.
-
-    Args:
-        named_parameters: names to parameters; those without ``requires_grad`` are left out, since they never change.
-        on_disk: keep the copy in a file without a name in the folder for temporary files (``TMPDIR``), which vanishes
-            with the process; else in memory. Parameters that are sharded stay in memory.
-
-    Raises:
-        EnvironmentProblem: the file cannot be written.
-    """
-
-    def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
-        self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        if on_disk and not any(isinstance(p, DTensor) for p in self.parameters.values()):
-            self.values = _TensorFile(self.parameters)
-        else:
-            self.values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-
-
-class _TensorFile(Mapping[str, torch.Tensor]):
-    """Tensors in a temporary file that has no name; each is read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
-        try:
-            self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
-            for name, tensor in tensors.items():
-                self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                self._file.write(flat.view(torch.uint8).numpy().data)
-            self._file.flush()
-        except OSError as error:
-            what, fix = "the starting weights cannot be stored", "set TMPDIR to a folder with space, or the setting off"
-            where = f"speed.start_on_disk, {tempfile.gettempdir()}"
-            raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        start, dtype, shape = self._places[name]
-        values = torch.empty(shape, dtype=dtype)
-        self._file.seek(start)
-        self._file.readinto(values.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def _show(names: list[str]) -> str:

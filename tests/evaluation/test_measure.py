@@ -16,8 +16,8 @@ from dual_loop.evaluation.figures import loop_figures, referring_figures, summar
 from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, evaluate_samples
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.ema import StartingWeights, weights
 from dual_loop.model.prompts import Prompter
+from dual_loop.model.stored_weights import StartingWeights, weights
 from dual_loop.types import RegionSample
 
 from small_model import pair_samples, scene_samples, small_model

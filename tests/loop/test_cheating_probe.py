@@ -16,7 +16,7 @@ from dual_loop.evaluation.measure import evaluate_samples
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
-from dual_loop.model.ema import weights
+from dual_loop.model.stored_weights import weights
 
 from loop_settings import build, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_model

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dual_loop.caption_metrics import meteor_exact_stem
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError
 from dual_loop.loop.rewards import RewardError, RewardSet, combined_caption_reward, length_rewards
-from dual_loop.metrics import meteor_exact_stem
 
 
 def test_lengths():

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import load_config
-from dual_loop.metrics import ratio
 from dual_loop.training.metrics_log import (
     MetricsLog,
     PhaseTimer,
@@ -86,7 +85,6 @@ def test_every_written_caption_is_counted_by_its_gate():
     assert (metrics["gate/empty"], metrics["gate/truncated"], metrics["gate/script"]) == (1.0, 1.0, 0.0)
     assert (metrics["gated/sum"], metrics["gated/count"]) == (2.0, 3.0)
     assert (metrics["truncated/sum"], metrics["truncated/count"]) == (1.0, 3.0)
-    assert ratio("a", []) == {"a/sum": 0.0, "a/count": 0.0}
 
 
 def test_add_into_prefixes_and_sums() -> None:

@@ -14,8 +14,9 @@ from dual_loop.config import LossConfig
 from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.losses import full_precision, sum_objects
 from dual_loop.metrics import iou_table
-from dual_loop.model.ema import ExponentialMovingAverage, weights
+from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.sa2va import Sa2VA
+from dual_loop.model.stored_weights import weights
 from dual_loop.types import LossTerm, PackedBatch, Segmentation
 
 
