@@ -44,6 +44,12 @@ class EnvironmentProblem(DualLoopError):
     """The machine cannot do what was asked: no space, no device, a library that is missing."""
 
 
+def shorten(value: object) -> str:
+    """Return what Python writes of ``value``, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:
     """Return the one-paragraph message of an error: what failed, where, seen, expected, what to do."""
     parts = [what.rstrip(".")]

@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 
 from dual_loop.data.index import TreeListing, load_or_build
-from dual_loop.data.leakage import leaked_by_id
+from dual_loop.data.leakage import HeldOutImage, leaked_by_id
 from dual_loop.data.open_images import CSV_NAME, OpenImages
 from dual_loop.data.reader import choose_capped
-from dual_loop.data.refcoco import HeldOutImage
 from dual_loop.data.sav import SavPairs
 from dual_loop.data.string_table import StringTable
 

@@ -12,7 +12,7 @@ import pytest
 
 import dual_loop
 from dual_loop import errors
-from dual_loop.errors import DualLoopError, SampleError, explain
+from dual_loop.errors import DualLoopError, SampleError, explain, shorten
 from dual_loop.types import Batch, LossTerm, RegionCaption, RegionSample, WrittenCaption
 
 HEAVY = ("torch", "transformers", "mmengine", "matplotlib")
@@ -117,3 +117,8 @@ def test_a_batch_moves_every_tensor_and_nothing_else() -> None:
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.num_images, moved.num_regions, moved.captions) == (1, 2, ["a", None])
     assert batch.pixel_values.device.type == "cpu"
+
+
+def test_a_long_value_is_shortened() -> None:
+    assert shorten([1, "a"]) == "[1, 'a']"
+    assert len(shorten("x" * 100)) == 60

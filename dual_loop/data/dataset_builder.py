@@ -25,7 +25,7 @@ from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset import DualLoopDataset, SkipLedger, TooManyBadSamples
 from dual_loop.data.leakage import guard
 from dual_loop.data.masks_dir import MasksDir
-from dual_loop.data.mixture import DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.data.mixture import DrawStream, WindowedBatchSampler
 from dual_loop.data.open_images import OpenImages
 from dual_loop.data.prepare import Geometry, collate
 from dual_loop.data.reader import Reader
@@ -33,6 +33,7 @@ from dual_loop.data.refcoco import RefCoco
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.data.sav import SavPairs
 from dual_loop.data.sav_video import SavVideos
+from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch
@@ -128,7 +129,7 @@ def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) ->
     """Return the stream over ``sources`` with the repeats and weights of ``data`` (1 pass, no weight for others).
 
     Raises:
-        ConfigError: the shares are impossible, see :func:`dual_loop.data.mixture.compute_quotas`.
+        ConfigError: the shares are impossible, see :func:`dual_loop.data.shares.compute_quotas`.
     """
     shares = []
     for source in sources:

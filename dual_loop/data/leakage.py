@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from PIL import Image
 
 from dual_loop.config import DataConfig
 from dual_loop.data.reader import Reader
-from dual_loop.data.refcoco import HeldOutImage, held_out_images
+from dual_loop.data.refcoco import open_parts
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import evenly_spread, in_chunks
@@ -38,6 +38,15 @@ _DIGITS = re.compile(rb"[0-9]{12,}")
 THUMBNAIL_SIDE = 24
 SAME_CORRELATION = 0.98
 _CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class HeldOutImage:
+    """An image that must not be trained on: its COCO id, the split that holds it, and its file if it is there."""
+
+    coco_id: int
+    split: str
+    path: Path | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,20 @@ def coco_id_of_name(name: str) -> int | None:
     """Return the COCO id that a file name carries, None where there is none."""
     match = COCO_NAME.search(name)
     return int(match[1]) if match else None
+
+
+def held_out_images(
+    root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
+) -> Iterator[HeldOutImage]:
+    """Yield every image in a split that is not ``train``."""
+    for part in open_parts(root, datasets, images, index_dir):
+        for split in part.split_names:
+            for number, _, _ in part.entries(split) if split != "train" else ():
+                try:
+                    path = part.find_image(number)
+                except SampleError:
+                    path = None
+                yield HeldOutImage(int(part.image_ids[number]), f"{part.label} {split}", path)
 
 
 def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:

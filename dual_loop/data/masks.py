@@ -1,7 +1,7 @@
 """Masks: run-length codes, polygons, resizing, pooling to the prompt grid; safe paths.
 
 Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``broken_rle``, ``bad_polygon``, ``empty_mask``,
-``mask_too_small``, ``mask_too_large``, ``size_mismatch``, ``unsafe_path``.
+``size_mismatch``, ``unsafe_path``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.data.coco_masks import decode_polygons
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,12 @@ def decode_rle(rle: object, where: str) -> np.ndarray:
         SampleError: reason ``broken_rle``.
     """
     if not isinstance(rle, Mapping) or "counts" not in rle or "size" not in rle:
-        raise _broken_rle("a run-length code lacks its keys", where, _short(rle), '{"size": [H, W], "counts": ...}')
+        raise _broken_rle("a run-length code lacks its keys", where, shorten(rle), '{"size": [H, W], "counts": ...}')
     size, counts = rle["size"], rle["counts"]
     is_pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_length(side) for side in size)
     if not is_pair or not 0 < size[0] * size[1] <= MAX_PIXELS:
         expected = f"[H, W], positive integers, at most {MAX_PIXELS} pixels"
-        raise _broken_rle("size of a run-length code is wrong", where, _short(size), expected)
+        raise _broken_rle("size of a run-length code is wrong", where, shorten(size), expected)
     height, width = int(size[0]), int(size[1])
     if isinstance(counts, (str, bytes)):
         runs = _parse_rle_string(counts, where)
@@ -62,7 +63,7 @@ def decode_rle(rle: object, where: str) -> np.ndarray:
         runs = np.asarray(counts, dtype=np.int64)
     else:
         expected = f"str, bytes, or integers from 0 to {MAX_PIXELS}"
-        raise _broken_rle("the counts of a run-length code are wrong", where, _short(counts), expected)
+        raise _broken_rle("the counts of a run-length code are wrong", where, shorten(counts), expected)
     if runs.size and (int(runs.min()) < 0 or int(runs.max()) > height * width):
         seen = f"lengths from {runs.min()} to {runs.max()}"
         raise _broken_rle("a run is negative or too long", where, seen, f"0 to {height * width}")
@@ -86,13 +87,13 @@ def _parse_rle_string(counts: str | bytes, where: str) -> np.ndarray:
     try:
         raw = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
     except UnicodeEncodeError as error:
-        raise _broken_rle("a run-length string is not ASCII", where, _short(counts), "characters '0' to 'o'") from error
+        raise _broken_rle("a run-length string is not ASCII", where, shorten(counts), "'0' to 'o'") from error
     codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
-        raise _broken_rle("a run-length string is empty or has foreign characters", where, _short(counts), "'0' to 'o'")
+        raise _broken_rle("a run-length string is empty or has other characters", where, shorten(counts), "'0' to 'o'")
     ends = np.flatnonzero((codes & 32) == 0)
     if ends.size == 0 or ends[-1] != codes.size - 1:
-        raise _broken_rle("a run-length string stops inside a run", where, f"...{_short(raw[-8:])}", "a complete run")
+        raise _broken_rle("a run-length string stops inside a run", where, f"...{shorten(raw[-8:])}", "a complete run")
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if int(lengths.max()) > MAX_CHARACTERS_PER_RUN:
@@ -109,31 +110,14 @@ def _broken_rle(what: str, where: str, seen: object, expected: object) -> Sample
     return SampleError("broken_rle", explain(what, where, seen, expected, "download or convert this file again"))
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def encode_rle(mask: np.ndarray) -> dict[str, object]:
-    """Encode ``mask`` (H, W), foreground where > 0, as ``{"size": [H, W], "counts": str}`` (COCO's string code).
-
-    The mask is made binary first: pycocotools starts a new run at every change of value, so 2 next to 1 would break.
-    """
-    from pycocotools import mask as coco_mask
-
-    if mask.ndim != 2:
-        raise ValueError(explain("a mask to encode has the wrong shape", seen=mask.shape, expected="(H, W)"))
-    rle = coco_mask.encode(np.asfortranarray((mask > 0).astype(np.uint8)))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def decode_segmentation(segmentation: object, height: int, width: int, where: str) -> np.ndarray:
-    """Decode a COCO ``segmentation``: polygons (united, never summed), uncompressed or compressed run-length code.
+def decode_segmentation(segmentation: object, height: int, width: int, where: str, summed: bool = False) -> np.ndarray:
+    """Decode a COCO ``segmentation``: polygons, uncompressed or compressed run-length code.
 
     Args:
         segmentation: list of polygons ``[x1, y1, x2, y2, ...]`` in pixels, or a run-length mapping.
         height, width: size of the image in pixels.
         where: file and annotation, for the message.
+        summed: how polygons are joined, see :func:`~dual_loop.data.coco_masks.decode_polygons`.
 
     Returns:
         (H, W) bool.
@@ -146,58 +130,7 @@ def decode_segmentation(segmentation: object, height: int, width: int, where: st
         if mask.shape != (height, width):
             raise _size_mismatch(mask.shape, (height, width), where, 0)
         return mask
-    from pycocotools import mask as coco_mask
-
-    united = coco_mask.merge(_encode_polygons(segmentation, height, width, where))
-    return np.ascontiguousarray(coco_mask.decode(united) > 0)
-
-
-def decode_summed_polygons(segmentation: object, height: int, width: int, where: str) -> np.ndarray:
-    """Decode polygons the way of evaluation code that adds them up: (H, W) bool, wrong where polygons overlap.
-
-    The sum is 2 there, and COCO's encoder starts a new run at every change of value, so inside and outside are
-    exchanged between such runs. Published Sa2VA and LISA figures were counted against these masks.
-
-    Raises:
-        SampleError: as :func:`decode_segmentation`.
-    """
-    if isinstance(segmentation, Mapping):
-        return decode_segmentation(segmentation, height, width, where)
-    from pycocotools import mask as coco_mask
-
-    layers = coco_mask.decode(_encode_polygons(segmentation, height, width, where))
-    summed = coco_mask.encode(np.asfortranarray(layers.sum(axis=2).astype(np.uint8)))
-    return np.ascontiguousarray(coco_mask.decode(summed) > 0)
-
-
-def _encode_polygons(segmentation: object, height: int, width: int, where: str) -> Any:
-    """Return pycocotools' codes of polygons that have at least 3 points each, finite, near the image.
-
-    pycocotools takes four numbers for a box and walks along every edge, so both a short polygon and a point that is
-    millions of pixels away have to be stopped here.
-    """
-    from pycocotools import mask as coco_mask
-
-    def bad(what: str, seen: str, expected: str) -> SampleError:
-        return SampleError("bad_polygon", explain(what, where, seen, expected, "leave this annotation out or mend it"))
-
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
-        raise bad("a segmentation is unknown", _short(segmentation), "polygons or a run-length code")
-    reach = 2 * max(height, width)
-    polygons = []
-    for polygon in segmentation:
-        try:
-            points = np.asarray(polygon, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise bad("a polygon is not numbers", _short(polygon), "[x1, y1, x2, y2, ...]") from error
-        if points.ndim != 1 or points.size < 6 or points.size % 2:
-            seen = f"{points.size} numbers, {points.ndim} dimensions"
-            raise bad("a polygon has too few points", seen, "3 points or more, as x, y pairs")
-        if not np.isfinite(points).all() or np.abs(points).max() > reach:
-            expected = f"finite coordinates within {width} x {height} pixels"
-            raise bad("a polygon lies far outside its image", _short(points.tolist()), expected)
-        polygons.append(points.tolist())
-    return coco_mask.frPyObjects(polygons, height, width)
+    return decode_polygons(segmentation, height, width, where, summed)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -217,7 +150,7 @@ def safe_join(root: str | Path, relative: str) -> Path:
     if not text or "\0" in text or text.startswith("/") or has_drive or normal.split("/")[0] in ("..", "."):
         what, fix = "a data file names a path outside its folder", "do not use this file unless you know who wrote it"
         expected = "a relative path below the folder"
-        raise SampleError("unsafe_path", explain(what, str(root), _short(relative), expected, fix))
+        raise SampleError("unsafe_path", explain(what, str(root), shorten(relative), expected, fix))
     return Path(root) / normal
 
 
@@ -256,28 +189,17 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
     return resize_mask(mask, size)
 
 
+def check_mask(mask: np.ndarray, where: str) -> None:
+    """Raise ``SampleError`` (``empty_mask``) where ``mask`` (H, W) has no pixel."""
+    if not mask.any():
+        raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
+
+
 def _size_mismatch(seen: Sequence[int], expected: Sequence[int], where: str, tolerance: int) -> SampleError:
     allowed = f"{tuple(expected)} (H, W)" + (f", {tolerance} pixels more or less" if tolerance else "")
     fix = "the image was resized or belongs to another mask: use the original file"
     message = explain("a mask and its image differ in size", where, f"{tuple(seen)} (H, W)", allowed, fix)
     return SampleError("size_mismatch", message)
-
-
-def check_mask(mask: np.ndarray, where: str, min_area_fraction: float = 0.0, max_area_fraction: float = 1.0) -> float:
-    """Return the share of the image that ``mask`` (H, W) covers, 0..1.
-
-    Raises:
-        SampleError: ``empty_mask``, ``mask_too_small``, ``mask_too_large`` (bounds are inclusive).
-    """
-    fraction = np.count_nonzero(mask) / mask.size
-    if fraction == 0:
-        raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
-    if not min_area_fraction <= fraction <= max_area_fraction:
-        size = "small" if fraction < min_area_fraction else "large"
-        seen, expected = f"{fraction:.6f} of the image", f"{min_area_fraction:g} to {max_area_fraction:g}"
-        message = explain(f"a mask is too {size}", where, seen, expected, "change the area limits to keep it")
-        raise SampleError(f"mask_too_{size}", message)
-    return fraction
 
 
 # --- the prompt grid -------------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ import numpy as np
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.index import Key, TreeListing, load_or_build
 from dual_loop.data.index_file import watch_files
+from dual_loop.data.layout import check_root, layout_error
 from dual_loop.data.masks import SIZE_TOLERANCE, decode_rle, decode_segmentation, fit_mask, safe_join
-from dual_loop.data.reader import Reader, check_root, layout_error
+from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample

@@ -19,15 +19,14 @@ two, and values outside the range are sent through again until they fall inside 
 from __future__ import annotations
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from dual_loop.errors import CheckpointError, ConfigError, explain
+from dual_loop.data.shares import SourceShare, compute_quotas
+from dual_loop.errors import CheckpointError, explain
 
 _MASK64 = (1 << 64) - 1
 _NUM_ROUNDS = 8
@@ -107,63 +106,6 @@ class DrawKey(NamedTuple):
     entry: int
     draw: int
     slot: int
-
-
-@dataclass(frozen=True)
-class SourceShare:
-    """How much of an epoch a source gets.
-
-    Attributes:
-        name: unique name of the source.
-        length: n, its number of entries.
-        repeats: passes over the source in one epoch; fractions are allowed, 0 leaves it out.
-        weight: None, or the part of the draws that all weighted sources share among themselves (any scale). Together
-            they keep the draws that their repeats give them; the sources without a weight keep their own.
-        probe: names of a few entries; they tell a changed data set of the same length at a resume.
-    """
-
-    name: str
-    length: int
-    repeats: float = 1.0
-    weight: float | None = None
-    probe: tuple[str, ...] = ()
-
-
-def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
-    """Return the draws of each source in one epoch.
-
-    Raises:
-        ConfigError: no source or no draw at all, an empty source, names that are not unique, a negative or infinite
-            number, weights that share nothing, or a source that rounding leaves without a draw.
-    """
-    problems = [f"{share.name}: the source is empty" for share in shares if share.length <= 0]
-    numbers = [(s.name, "repeats", s.repeats) for s in shares] + [(s.name, "weight", s.weight or 0.0) for s in shares]
-    wrong = [number for number in numbers if not (number[2] >= 0 and math.isfinite(number[2]))]
-    problems += [f"{name}: {label} is {value}, expected 0 or more" for name, label, value in wrong]
-    names = [share.name for share in shares]
-    problems += [f"{name}: two sources have this name" for name in sorted(set(names)) if names.count(name) > 1]
-    weights = [share.weight for share in shares if share.weight is not None]
-    if not shares:
-        problems.append("no source is given")
-    if len(weights) == 1 and len(shares) > 1:
-        problems.append("one source alone has a weight: it shares its draws with no other; give a second one a weight")
-    if weights and sum(weights) == 0:
-        problems.append("all weights are 0")
-    if problems:
-        raise ConfigError("the shares of the data sources are wrong:\n" + "\n".join(f"  - {p}" for p in problems))
-    shared = sum(share.repeats * share.length for share in shares if share.weight is not None)
-    quotas = []
-    for share in shares:
-        wanted = share.repeats * share.length
-        if share.weight is not None:
-            wanted = shared * share.weight / sum(weights)
-        quotas.append(round(wanted))
-        if wanted > 0 and quotas[-1] == 0:
-            fix = "raise its repeats or weight, or set it to 0"
-            raise ConfigError(explain("a source gets no draw", share.name, f"{wanted:.3g} draws an epoch", "1", fix))
-    if sum(quotas) == 0:
-        raise ConfigError(explain("an epoch has no draw", ", ".join(names), fix="set some repeats above 0"))
-    return quotas
 
 
 class DrawStream:

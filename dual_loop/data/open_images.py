@@ -24,8 +24,9 @@ import numpy as np
 from dual_loop.data.images import Picture, read_mask_png, read_picture
 from dual_loop.data.index import load_or_build, progress_bar
 from dual_loop.data.index_file import watch_files
+from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.masks import resize_mask, safe_join
-from dual_loop.data.reader import Reader, find_part, layout_error
+from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks

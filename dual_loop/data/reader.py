@@ -1,16 +1,16 @@
-"""What all readers share: a root, a cap, regions that are drawn until enough pass, and the errors for a bad root."""
+"""What all readers share: a root, a cap, regions that are drawn until enough pass."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dual_loop.data.images import Picture
+from dual_loop.data.layout import check_root
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
@@ -173,35 +173,6 @@ def choose_capped(num_entries: int, max_samples: int | None, setting: str) -> np
     return np.sort(np.random.default_rng(CAP_SEED).permutation(num_entries)[:max_samples])
 
 
-def check_root(root: str | Path, name: str, layout: str) -> Path:
-    """Return ``root`` as an absolute path (links kept).
-
-    Raises:
-        ConfigError: it is not a folder that can be listed.
-    """
-    path = Path(os.path.abspath(Path(root).expanduser()))
-    if not path.exists():
-        raise layout_error(f"the {name} folder does not exist", path, "nothing there", layout)
-    if not path.is_dir():
-        raise layout_error(f"the {name} folder is not a folder", path, "a file", layout)
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise layout_error(f"the {name} folder cannot be read", path, "no permission to list it", layout)
-    return path
-
-
-def find_part(root: Path, given: str | Path | None, default: str, what: str, layout: str) -> Path:
-    """Return the absolute path of a part of a data set: ``given``, also below ``root``, else ``default`` there.
-
-    Raises:
-        ConfigError: it is not there; the message begins with ``what``.
-    """
-    candidates = [root / default] if given is None else [Path(given).expanduser(), root / given]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate.absolute()
-    raise layout_error(what, candidates[-1], "nothing there", layout)
-
-
 def read_annotations(file: Path | io.BytesIO, where: str) -> object:
     """Return what a JSON file of annotations holds.
 
@@ -217,9 +188,3 @@ def read_annotations(file: Path | io.BytesIO, where: str) -> object:
         seen = f"{type(error).__name__}: {error}"
         message = explain("an annotation file is damaged", where, seen, "complete JSON", fix)
         raise SampleError("broken_json", message) from error
-
-
-def layout_error(what: str, path: Path, seen: str, layout: str) -> ConfigError:
-    """Return the error for a root that does not hold what its reader needs; ``layout`` is a small tree."""
-    fix = "give the folder that holds this tree, or leave its flag out to train without this data set"
-    return ConfigError(explain(what, str(path), seen, f"this layout\n{layout.rstrip()}\n", fix))

@@ -16,13 +16,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dual_loop.data.images import read_picture
-from dual_loop.data.masks import check_mask, decode_segmentation, decode_summed_polygons, fit_mask
+from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain
@@ -50,7 +51,7 @@ class RefParquet(Reader):
 
     def __init__(self, path: str | Path, images: str | Path | None = None, polygons: str = "union") -> None:
         self.path = Path(path)
-        self._decode = decode_summed_polygons if polygons == "summed" else decode_segmentation
+        self._decode = partial(decode_segmentation, summed=polygons == "summed")
         self._table = _open_table(self.path)
         columns = set(self._table.column_names)
         self.has_pixels = columns >= LMMS_COLUMNS

@@ -12,11 +12,7 @@ The images may also be at ``root/coco2014/train2014`` once for all, and may have
 
 An entry is one image of one data set with its references of one split. A ref's own ``file_name`` carries a suffix
 ``_<n>`` that no image has, so the image is found through ``image_id`` and ``instances.json``. COCO's masks are drawn
-on the stored pixels, so an EXIF orientation is never applied. A sentence's ``sent`` is taken, else its ``raw``.
-
-The ``.p`` files are pickles. They need dicts, lists, strings and numbers only, so the unpickler here refuses every
-global; a file that asks for one is refused outright.
-
+on the stored pixels, so an EXIF orientation is never applied.
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``unsafe_path``, ``bad_polygon``, ``broken_rle``, ``size_mismatch``, ``empty_mask`` (:meth:`RefCoco.load_all`),
 ``no_region_left``.
@@ -24,22 +20,19 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypedDict
 
 import numpy as np
 
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import load_or_build
-from dual_loop.data.index_file import watch_files
-from dual_loop.data.masks import check_mask, decode_segmentation, decode_summed_polygons, fit_mask, safe_join
-from dual_loop.data.reader import Reader, find_part, layout_error
+from dual_loop.data.layout import find_part, layout_error
+from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, safe_join
+from dual_loop.data.reader import Reader
+from dual_loop.data.refcoco_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
@@ -65,7 +58,7 @@ class RefCoco(Reader):
             without a folder are left out with a warning; ``self.datasets`` has those that are used.
         split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
-        polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.masks.decode_summed_polygons`), for comparison alone.
+        polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.coco_masks.decode_polygons`), for comparison alone.
 
     Raises:
         ConfigError: no data set, or a part of one, is there; a file has another structure; a pickle asks for a
@@ -86,8 +79,8 @@ class RefCoco(Reader):
         polygons: str = "union",
     ) -> None:
         super().__init__(root, index_dir, regions_per_image)
-        self._decode = decode_summed_polygons if polygons == "summed" else decode_segmentation
-        self._parts = _open_parts(self.root, datasets, images, index_dir)
+        self._summed = polygons == "summed"
+        self._parts = open_parts(self.root, datasets, images, index_dir)
         self.datasets = tuple(part.label for part in self._parts)
         entries = [(number, *entry) for number, part in enumerate(self._parts) for entry in part.entries(split)]
         if not entries:
@@ -157,7 +150,8 @@ class RefCoco(Reader):
         """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
         where = f"{part.folder}: ref {part.ref_ids[row]}"
         height, width = part.image_sizes[image].tolist()
-        return fit_mask(self._decode(json.loads(part.segmentations[row]), height, width, where), size, where)
+        mask = decode_segmentation(json.loads(part.segmentations[row]), height, width, where, self._summed)
+        return fit_mask(mask, size, where)
 
     def split_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Return for every data set and split the numbers of images and of references."""
@@ -183,7 +177,7 @@ class _DatasetPart:
             root, images, IMAGE_FOLDER if is_shared else f"{name}/{IMAGE_FOLDER}", what, LAYOUT
         )
         key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances)}
-        arrays = load_or_build(index_dir, key, lambda: _build_index(refs, instances))
+        arrays = load_or_build(index_dir, key, lambda: build_index(refs, instances))
         self.image_ids, self.image_sizes = arrays["image_ids"], arrays["image_sizes"]
         self.ref_ids, self._ref_images, self._ref_splits = arrays["ref_ids"], arrays["ref_images"], arrays["ref_splits"]
         self._image_files = StringTable.from_arrays(arrays, "image_file")
@@ -229,30 +223,7 @@ def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class HeldOutImage:
-    """An image that must not be trained on: its COCO id, the split that holds it, and its file if it is there."""
-
-    coco_id: int
-    split: str
-    path: Path | None
-
-
-def held_out_images(
-    root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
-) -> Iterator[HeldOutImage]:
-    """Yield every image in a split that is not ``train``."""
-    for part in _open_parts(root, datasets, images, index_dir):
-        for split in part.split_names:
-            for number, _, _ in part.entries(split) if split != "train" else ():
-                try:
-                    path = part.find_image(number)
-                except SampleError:
-                    path = None
-                yield HeldOutImage(int(part.image_ids[number]), f"{part.label} {split}", path)
-
-
-def _open_parts(
+def open_parts(
     root: Path, datasets: Sequence[str], images: str | Path | None, index_dir: str | Path | None
 ) -> list[_DatasetPart]:
     """Open the asked data sets that have a folder, each once.
@@ -277,101 +248,3 @@ def _open_parts(
         message = explain("RefCOCO data sets without a folder are left out", str(root), f"no folder for {absent}")
         warnings.warn(message, stacklevel=3)
     return [_DatasetPart(label, root, images, index_dir) for label in present]
-
-
-# --- building the index ----------------------------------------------------------------------------------------------
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, strings and numbers; refuses everything that needs a global."""
-
-    def find_class(self, module_name: str, global_name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"asks for the global {module_name}.{global_name}")
-
-
-class Reference(TypedDict):
-    """A record of a refs file; further keys are not read."""
-
-    ref_id: int
-    ann_id: int
-    image_id: int
-    split: str
-    sentences: list[dict[str, str]]
-
-
-def load_refs(path: Path) -> list[Reference]:
-    """Read a ``refs(...).p`` file of Python 2 or 3 without running anything in it; return its checked records.
-
-    Raises:
-        ConfigError: the pickle asks for a global (refused, as it could run any code), is damaged, or has another
-            structure.
-    """
-    fix = "do not use this file; get the refs from their original source"
-    try:
-        refs = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        expected = "a pickle of dicts, lists, strings and numbers alone"
-        raise ConfigError(explain("a refs file was refused", str(path), str(error), expected, fix)) from error
-    except Exception as error:  # damaged pickles raise nearly anything, MemoryError and RecursionError among them
-        seen = f"{type(error).__name__}: {error}"
-        fix = "copy or download it again"
-        raise ConfigError(explain("a refs file is damaged", str(path), seen, "a complete pickle", fix)) from error
-    if not isinstance(refs, list) or not refs:
-        seen = type(refs).__name__ if refs else "an empty list"
-        raise ConfigError(explain("a refs file has another structure", str(path), seen, "a list of references", fix))
-    for number, ref in enumerate(refs):
-        sound = isinstance(ref, dict) and isinstance(ref.get("split"), str) and isinstance(ref.get("sentences"), list)
-        sound = sound and all(type(ref.get(key)) is int for key in ("ref_id", "ann_id", "image_id"))
-        if not sound or not all(
-            isinstance(s, dict) and isinstance(s.get("sent", s.get("raw")), str) for s in ref["sentences"]
-        ):
-            where, seen = f"{path}, reference {number}", f"{str(ref)[:80]}..."
-            expected = "ref_id, ann_id, image_id (integers), split (string), sentences (list of {sent or raw: string})"
-            fix = "get the file again"
-            raise ConfigError(explain("a reference has another structure", where, seen, expected, fix))
-    return refs
-
-
-def _build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
-    """Join references, annotations and images into arrays; rows are sorted by image, then by ref_id.
-
-    Raises:
-        ConfigError: a file is damaged or has another structure, or they do not belong together.
-    """
-    watched = watch_files([refs_path, instances_path])
-    where, fix = str(instances_path), "copy or download instances.json again"
-    try:
-        tree = json.loads(instances_path.read_bytes())
-        images = {
-            int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
-            for image in tree["images"]
-        }
-        annotations = {int(item["id"]): item["segmentation"] for item in tree["annotations"]}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        expected = "images with id, file_name, height, width; annotations with id, segmentation"
-        what = "instances.json is damaged or has another structure"
-        raise ConfigError(explain(what, where, seen, expected, fix)) from error
-    refs = sorted(load_refs(refs_path), key=lambda ref: (ref["image_id"], ref["ref_id"]))
-    for ref in refs:
-        for key, value, known in (("image_id", ref["image_id"], images), ("ann_id", ref["ann_id"], annotations)):
-            if value not in known:
-                what, where = f"a reference names an unknown {key}", f"{refs_path}, ref_id {ref['ref_id']}"
-                expected, fix = f"an id of {instances_path}", "take both files from the same release"
-                raise ConfigError(explain(what, where, value, expected, fix))
-    image_ids = sorted({ref["image_id"] for ref in refs})
-    image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
-    splits = sorted({ref["split"] for ref in refs})
-    sentences = [[text for s in ref["sentences"] if (text := s.get("sent", s.get("raw", "")).strip())] for ref in refs]
-    return {
-        "image_ids": np.array(image_ids, np.int64),
-        "image_sizes": np.array([images[i][1:] for i in image_ids], np.int64).reshape(-1, 2),
-        "ref_ids": np.array([ref["ref_id"] for ref in refs], np.int64),
-        "ref_images": np.array([image_numbers[ref["image_id"]] for ref in refs], np.int64),
-        "ref_splits": np.array([splits.index(ref["split"]) for ref in refs], np.int64),
-        **StringTable.from_strings(images[i][0] for i in image_ids).to_arrays("image_file"),
-        **StringTable.from_strings(splits).to_arrays("split"),
-        **StringTable.from_strings(json.dumps(annotations[ref["ann_id"]]) for ref in refs).to_arrays("segmentation"),
-        **StringTable.from_strings(json.dumps(texts) for texts in sentences).to_arrays("sentence"),
-        **watched,
-    }

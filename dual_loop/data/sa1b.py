@@ -7,9 +7,6 @@ Layout (Kirillov et al. 2023, arXiv 2304.02643), any of the four, also mixed and
 
 Archives are read in place (:mod:`~dual_loop.data.tar`).
 
-Image and JSON belong together when their stems agree and their folders agree once parts named ``img`` and ``js`` are
-taken out. The index holds the union: an image without JSON, or JSON without image, is a bad sample when it is loaded.
-
 Mask size: the size in the run-length code must be the decoded image's; up to 2 pixels a side are bridged by nearest
 resizing (:func:`~dual_loop.data.masks.fit_mask`), more is a bad sample, as mirrors ship resized images with the
 original masks. Masks are drawn on the stored pixels, so an EXIF orientation is never applied.
@@ -20,20 +17,20 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
-import functools
 import io
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dual_loop.data.images import read_picture
-from dual_loop.data.index import Key, TreeListing, build_in_parts, default_index_dir, join_parts, load_or_build
+from dual_loop.data.index import default_index_dir, load_or_build
+from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle, fit_mask
-from dual_loop.data.reader import Reader, layout_error, read_annotations
+from dual_loop.data.reader import Reader, read_annotations
+from dual_loop.data.sa1b_index import build_index, entry_name
 from dual_loop.data.string_table import StringTable
-from dual_loop.data.tar import TAR_SUFFIXES, TarShelf, list_tar
+from dual_loop.data.tar import TarShelf
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
@@ -43,15 +40,6 @@ LAYOUT = """
     sa_<id>.json                    js/sa_<id>.json
   (or sub-folders that look like one of these, or sa_<shard>.tar as released)
 """
-
-PREFIX = "sa_"
-
-Place = tuple[int, int, int]
-"""Number of the archive, offset in it (uncompressed), size; :data:`OUTSIDE` for a file of its own."""
-
-OUTSIDE: Place = (-1, 0, 0)
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Sa1b(Reader):
@@ -85,7 +73,7 @@ class Sa1b(Reader):
         self._cache = default_index_dir() if index_dir is None else Path(index_dir)
         # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
         key = {"kind": "sa1b", "root": str(self.root), "version": 2}
-        arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
+        arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, self._cache, key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
         self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
@@ -104,32 +92,10 @@ class Sa1b(Reader):
         rows = np.arange(len(self._images)) if max_samples is None else has_image
         self._set_entries(rows, max_samples, "sa1b_max_samples", self._images, self._records)
 
-    def _build_index(self, key: Key) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), self.index_dir, key)
-        tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
-        files = [(path, OUTSIDE) for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
-        paths = [str(self.root / tar) for tar in tars]
-        build = functools.partial(list_tar, str(self._cache), PREFIX)
-
-        def num_members(part: Mapping[str, np.ndarray]) -> int:
-            return len(part["member_place"])
-
-        parts = build_in_parts(paths, build, self.index_dir, key, describe="SA-1B archives", count=num_members)
-        for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
-            names, places = StringTable.from_arrays(part, "member"), part["member_place"].tolist()
-            files += [(f"{tar}/{names[row]}", (number, *place)) for row, place in enumerate(places)]
-        found = {**listing.watched_arrays(), **StringTable.from_strings([]).to_arrays("damage")}
-        kept = [{name: part[name] for name in found} for part in parts]
-        return {
-            **_pair_up(files),
-            **StringTable.from_strings(tars).to_arrays("tar"),
-            **join_parts([found, *kept]),
-        }
-
     def entry_id(self, index: int) -> str:
         """Return ``sa_<id>``, after the sub-folder where there is one."""
         row = int(self._rows[index])
-        return _entry_name(self._images[row] or self._records[row])
+        return entry_name(self._images[row] or self._records[row])
 
     def image_path(self, index: int) -> Path | None:
         """Return the image file, None where the entry is a JSON file without one, or inside an archive."""
@@ -185,23 +151,3 @@ class Sa1b(Reader):
         is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)
         chosen = [passing[position] for position in drawn]
         return self._sample(index, picture, masks, [str(ids[n]) if is_own else f"at{n}" for n in chosen])
-
-
-def _entry_name(path: str) -> str:
-    *folders, file = path.split("/")
-    return "/".join([*(folder for folder in folders if folder not in ("img", "js")), file.rsplit(".", 1)[0]])
-
-
-def _pair_up(files: Sequence[tuple[str, Place]]) -> dict[str, np.ndarray]:
-    """Return the tables of images and JSON files, row by row those of one entry, with their places (n, 3) int64."""
-    pairs: dict[str, list[tuple[str, Place]]] = {}
-    for path, place in files:
-        if path.rsplit("/", 1)[-1].startswith(PREFIX) and path.lower().endswith((*IMAGE_SUFFIXES, ".json")):
-            entry = pairs.setdefault(_entry_name(path), [("", OUTSIDE), ("", OUTSIDE)])
-            entry[path.lower().endswith(".json")] = (path, place)
-    ordered = [pairs[name] for name in sorted(pairs)]
-    arrays: dict[str, np.ndarray] = {}
-    for column, name in enumerate(("image", "record")):
-        arrays |= StringTable.from_strings(pair[column][0] for pair in ordered).to_arrays(name)
-        arrays[f"{name}_place"] = np.array([pair[column][1] for pair in ordered], np.int64).reshape(-1, 3)
-    return arrays

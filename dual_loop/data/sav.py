@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import check_mask
-from dual_loop.data.reader import Reader, layout_error
+from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import RegionSample

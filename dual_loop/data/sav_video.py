@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dual_loop.data.index import Key, TreeListing, build_in_parts, join_parts, load_or_build
+from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle
-from dual_loop.data.reader import Reader, layout_error, read_annotations
+from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import EnvironmentProblem, SampleError, explain
 from dual_loop.types import RegionSample

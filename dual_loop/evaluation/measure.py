@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from dual_loop.caption_metrics import caption_exact
 from dual_loop.config import Config
-from dual_loop.data.masks import decode_rle, encode_rle
+from dual_loop.data.coco_masks import encode_rle
+from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain

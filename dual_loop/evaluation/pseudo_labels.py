@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from dual_loop.caption_metrics import normalise_caption
-from dual_loop.data.masks import encode_rle
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.evaluation.runner import MeasuredData
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dual_loop.data.masks import encode_rle
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.errors import ConfigError, explain
 from dual_loop.testing.scenes import (
     GENERATOR_VERSION,

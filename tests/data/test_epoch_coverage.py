@@ -16,8 +16,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.data.mixture import DrawKey, DrawStream, WindowedBatchSampler
 from dual_loop.data.reader import choose_capped
+from dual_loop.data.shares import SourceShare
 
 NUM_RANKS, NUM_WORKERS = 64, 8
 

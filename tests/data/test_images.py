@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from dual_loop.config import Config, DataConfig
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_dataset
 from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.leakage import Subset
-from dual_loop.data.masks import encode_rle
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawKey
 from dual_loop.data.prepare import Geometry, Prepared, prepare_sample

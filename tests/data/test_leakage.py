@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dual_loop.config import DataConfig
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_sources
 from dual_loop.data.leakage import (
+    HeldOutImage,
     coco_id_of_name,
     fingerprint,
     guard,
@@ -23,9 +25,7 @@ from dual_loop.data.leakage import (
     leaked_by_id,
     leaked_by_sight,
 )
-from dual_loop.data.masks import encode_rle
 from dual_loop.data.reader import Reader
-from dual_loop.data.refcoco import HeldOutImage
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError
 from dual_loop.testing.demo_data import write_demo_data

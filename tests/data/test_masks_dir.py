@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from dual_loop.config import DataConfig
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_sources
-from dual_loop.data.masks import encode_rle
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.errors import ConfigError, SampleError
 

@@ -1,13 +1,11 @@
-"""What all readers share: caps on samples and errors for a bad root."""
+"""What all readers share: caps on samples."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dual_loop.data.reader import check_root, choose_capped
+from dual_loop.data.reader import choose_capped
 from dual_loop.errors import ConfigError
 
 
@@ -21,13 +19,3 @@ def test_caps_are_nested_repeatable_and_not_the_first_ones() -> None:
     assert choose_capped(5, None, "cap").tolist() == choose_capped(5, 99, "cap").tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match="sav_max_samples"):
         choose_capped(5, 0, "sav_max_samples")
-
-
-def test_bad_roots_are_explained(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path, seen in ((tmp_path / "absent", "nothing there"), (tmp_path / "file", "a file")):
-        with pytest.raises(ConfigError, match=seen) as caught:
-            check_root(path, "SA-V", "root/\n  x.npz")
-        assert str(path) in str(caught.value)
-        assert "root/\n  x.npz" in str(caught.value)
-    assert check_root(tmp_path, "SA-V", "").is_absolute()

@@ -1,13 +1,8 @@
-"""RefCOCO: layouts, splits, sentences, polygons and crowd codes, images by id, and pickles that must not run."""
+"""RefCOCO: layouts, splits, sentences, polygons and crowd codes, images by id."""
 
 from __future__ import annotations
 
-import copy
-import io
-import json
-import os
 import pickle
-import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,81 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from refcoco_files import HEIGHT, WIDTH, crowd_mask, make_instances, make_refs, source_of, write_dataset
 
-from dual_loop.data.masks import encode_rle
-from dual_loop.data.refcoco import RefCoco, load_refs
+from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/real_samples/ref_seg"
-HEIGHT, WIDTH = 30, 40
-SPLITS = ("train", "train", "val", "testA")
-
-
-def square(x: int, y: int, side: int = 8) -> list[int]:
-    return [x, y, x + side, y, x + side, y + side, x, y + side]
-
-
-def crowd_mask() -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), bool)
-    mask[3:7, 20:35] = True
-    return mask
-
-
-def make_instances() -> dict[str, Any]:
-    flat = crowd_mask().T.flatten().astype(int)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], flat))))
-    counts = np.diff(np.concatenate(([0], edges, [flat.size]))).tolist()
-    images, annotations = [], []
-    for image_id in range(1, 5):
-        name = f"COCO_train2014_{image_id:012d}.jpg"
-        images.append({"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH})
-        shapes = ([square(2, 2), square(6, 6)], {"size": [HEIGHT, WIDTH], "counts": counts}, encode_rle(crowd_mask()))
-        for k, shape in enumerate(shapes):
-            annotations.append({"id": image_id * 10 + k, "image_id": image_id, "segmentation": shape, "iscrowd": k > 0})
-    return {"images": images, "annotations": annotations}
-
-
-def make_refs() -> list[dict[str, Any]]:
-    refs = []
-    for image_id, split in enumerate(SPLITS, start=1):
-        for k in range(3):
-            ref_id = image_id * 100 + k
-            sentences = [
-                {"sent": f"thing {ref_id} {n}", "raw": "RAW", "sent_id": n, "tokens": []} for n in range(k + 1)
-            ]
-            refs.append(
-                {
-                    "ref_id": ref_id,
-                    "ann_id": image_id * 10 + k,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "file_name": f"COCO_train2014_{image_id:012d}_{k}.jpg",
-                    "split": split,
-                    "sent_ids": list(range(k + 1)),
-                    "sentences": sentences,
-                }
-            )
-    return refs[::-1]
-
-
-def write_dataset(folder: Path, refs: Any = None, instances: Any = None, split_by: str = "unc") -> None:
-    images = folder / "coco2014/train2014"
-    images.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    for image_id in range(1, 5):
-        Image.fromarray(pixels).save(images / f"COCO_train2014_{image_id:012d}.jpg")
-    (folder / "instances.json").write_text(json.dumps(make_instances() if instances is None else instances))
-    (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(make_refs() if refs is None else refs, protocol=2))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     write_dataset(tmp_path / "data/refcoco")
     return tmp_path / "data"
-
-
-def source_of(root: Path, datasets: tuple[str, ...] = ("refcoco",), **options: Any) -> RefCoco:
-    return RefCoco(root, datasets, index_dir=root.parent / "cache", **options)
 
 
 def reason_of(source: RefCoco, index: int = 0) -> str:
@@ -277,136 +209,9 @@ def test_cap_keeps_entries(root: Path) -> None:
 
 def test_the_second_start_does_not_parse_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = source_of(root)
-    monkeypatch.setattr("dual_loop.data.refcoco.load_refs", lambda path: pytest.fail("parsed again"))
+    monkeypatch.setattr("dual_loop.data.refcoco_index.load_refs", lambda path: pytest.fail("parsed again"))
     assert source_of(root, split="val").entry_id(0) == "refcoco/3"
     assert len(source_of(root)) == len(first)
-
-
-# --- pickles ---------------------------------------------------------------------------------------------------------
-
-
-class Runs:
-    """Pickles to a call of ``function``."""
-
-    def __init__(self, function: Any, argument: str) -> None:
-        self.call = function, (argument,)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_that_asks_for_code_is_refused(root: Path, tmp_path: Path, protocol: int) -> None:
-    proof = tmp_path / "proof"
-    refs = make_refs()
-    refs[5]["sentences"].append(Runs(os.mkdir, str(proof)))
-    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=protocol))
-    with pytest.raises(ConfigError, match=rf"asks for the global {os.mkdir.__module__}\.mkdir"):
-        source_of(root)
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize(
-    "harmless",
-    [np.float64(1.0), np.array([1]), {1, 2}.__class__, Path("x"), complex(1, 2), bytearray(b"x")],
-    ids=lambda value: type(value).__name__,
-)
-def test_even_harmless_globals_are_refused(tmp_path: Path, harmless: Any) -> None:
-    path = tmp_path / "refs(unc).p"
-    path.write_bytes(pickle.dumps([harmless], protocol=2))
-    with pytest.raises(ConfigError, match="asks for the global"):
-        load_refs(path)
-
-
-def test_extension_codes_and_persistent_ids_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "refs(unc).p"
-    for code in (b"\x80\x02\x82\x01.", b"Pid\n."):
-        path.write_bytes(code)
-        with pytest.raises(ConfigError, match="refs file"):
-            load_refs(path)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
-    path = tmp_path / "refs(unc).p"
-    path.write_bytes(pickle.dumps(make_refs(), protocol=protocol))
-    assert load_refs(path) == make_refs()
-
-
-def test_python2_byte_strings_become_text(tmp_path: Path) -> None:
-    def text(value: str) -> bytes:  # BINSTRING, what Python 2's cPickle wrote for str
-        return b"T" + struct.pack("<i", len(value)) + value.encode("latin1")
-
-    def number(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    long_number = b"\x8a\x05" + (2**33).to_bytes(5, "little")  # LONG1, Python 2's long
-    sentence = b"}(" + text("sent") + text("caf\xe9 man") + b"u"
-    pairs = [
-        *((text("ref_id"), number(7)), (text("ann_id"), long_number), (text("image_id"), number(1))),
-        *((text("split"), text("train")), (text("sentences"), b"](" + sentence + b"e")),
-    ]
-    record = b"}(" + b"".join(key + value for key, value in pairs) + b"u"
-    path = tmp_path / "refs(unc).p"
-    path.write_bytes(b"\x80\x02](" + record + b"e.")
-    (ref,) = load_refs(path)
-    assert ref["ann_id"] == 2**33
-    assert ref["sentences"] == [{"sent": "café man"}]
-
-
-def test_damaged_pickles_are_refused_without_a_crash(tmp_path: Path) -> None:
-    path = tmp_path / "refs(unc).p"
-    whole = pickle.dumps(make_refs(), protocol=2)
-    for length in range(0, len(whole) - 1, 41):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="refs"):
-            load_refs(path)
-    path.write_bytes(b"(" * 200_000)
-    with pytest.raises(ConfigError, match="refs"):
-        load_refs(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"ref_id": "7"}, {"image_id": True}, {"ann_id": [1]}, {"split": None}, {"sentences": {}}, {"sentences": [{}]}],
-)
-def test_other_structures_are_refused(root: Path, change: dict[str, Any]) -> None:
-    refs = copy.deepcopy(make_refs())
-    refs[4].update(change)
-    write_dataset(root / "refcoco", refs)
-    with pytest.raises(ConfigError, match="reference 4"):
-        source_of(root)
-
-
-@pytest.mark.parametrize("refs", [[], {}, "abc", 5, [5]])
-def test_other_top_levels_are_refused(root: Path, refs: Any) -> None:
-    write_dataset(root / "refcoco", refs if refs != [] else None)
-    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs))
-    with pytest.raises(ConfigError, match="structure"):
-        source_of(root)
-
-
-@pytest.mark.parametrize("key", ["image_id", "ann_id"])
-def test_references_to_nowhere_are_refused(root: Path, key: str) -> None:
-    refs = make_refs()
-    refs[0][key] = 999
-    write_dataset(root / "refcoco", refs)
-    with pytest.raises(ConfigError, match=f"unknown {key}"):
-        source_of(root)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"images": []}', '{"images": [{}], "annotations": []}', "[" * 100_000])
-def test_broken_instances_are_refused(root: Path, text: str) -> None:
-    (root / "refcoco/instances.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"instances\.json"):
-        source_of(root)
-
-
-def test_the_attack_of_the_tests_is_real(tmp_path: Path) -> None:
-    """Without the guard the pickle of the tests does run: so the refusals above prove something."""
-    proof = tmp_path / "proof"
-    pickle.load(io.BytesIO(pickle.dumps(Runs(os.mkdir, str(proof)))))
-    assert proof.is_dir()
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside the repository")

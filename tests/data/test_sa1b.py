@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dual_loop.data import sa1b
-from dual_loop.data.masks import encode_rle
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.errors import ConfigError, SampleError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dual_loop.data.masks import encode_rle
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.evaluation.audit_page import audit_page
 from dual_loop.evaluation.figures import figures_of
 from dual_loop.evaluation.measure import MeasuredRegion, SegmentedCaption, blank_regions

@@ -10,7 +10,8 @@ import pytest
 import torch
 from squares import SIDE, square
 
-from dual_loop.data.masks import decode_rle, encode_rle
+from dual_loop.data.coco_masks import encode_rle
+from dual_loop.data.masks import decode_rle
 from dual_loop.errors import SampleError
 from dual_loop.evaluation.figures import loop_figures, referring_figures, summarise
 from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, evaluate_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dual_loop.data.masks import decode_segmentation, decode_summed_polygons
+from dual_loop.data.masks import decode_segmentation
 from dual_loop.errors import ConfigError
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 
@@ -28,11 +28,11 @@ def test_overlapping_polygons_are_united_and_the_published_way_is_not() -> None:
     polygons = [[0, 0, 6, 0, 6, 10, 0, 10], [4, 0, 10, 0, 10, 10, 4, 10]]
     united = decode_segmentation(polygons, SIDE, SIDE, "here")
     assert united.all()
-    summed = decode_summed_polygons(polygons, SIDE, SIDE, "here")
+    summed = decode_segmentation(polygons, SIDE, SIDE, "here", summed=True)
     # Columns 0..3 are 1, 4 and 5 are 2, the rest 1: the code flips at every change of value.
     assert summed[:, :4].all()
     assert not summed[:, 4:6].any()
     assert summed[:, 6:].all()
     apart = [[0, 0, 3, 0, 3, 3, 0, 3], [5, 5, 9, 5, 9, 9, 5, 9]]
-    one, two = (decode(apart, SIDE, SIDE, "here") for decode in (decode_segmentation, decode_summed_polygons))
+    one, two = (decode_segmentation(apart, SIDE, SIDE, "here", summed) for summed in (False, True))
     assert np.array_equal(one, two)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import Config, SpeedConfig, load_config
-from dual_loop.data.mixture import DrawKey, DrawStream, SourceShare, WindowedBatchSampler
+from dual_loop.data.mixture import DrawKey, DrawStream, WindowedBatchSampler
+from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, EnvironmentProblem
 from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
