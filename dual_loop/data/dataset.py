@@ -104,15 +104,13 @@ class DualLoopDataset(Dataset[Prepared]):
                 prepared.skipped = skipped
                 return prepared
         reasons = Counter(skip.reason for skip in skipped)
-        raise TooManyBadSamples(
-            explain(
-                f"{num_tries} samples in a row cannot be used",
-                f"{skipped[0].source}/{skipped[0].sample_id} and what would replace it",
-                ", ".join(f"{reason} x {count}" for reason, count in reasons.most_common()),
-                "a good sample",
-                f"mend the data set or leave it out; the last one: {skipped[-1].message}",
-            )
+        what, where = (
+            f"{num_tries} samples in a row cannot be used",
+            f"{source.name}/{skipped[0].sample_id} and what follows",
         )
+        seen = ", ".join(f"{reason} x {count}" for reason, count in reasons.most_common())
+        fix = f"mend the data set or leave it out; the last one: {skipped[-1].message}"
+        raise TooManyBadSamples(explain(what, where, seen, "a good sample", fix))
 
 
 class SkipLedger:

@@ -89,6 +89,10 @@ class Permutation:
         return (left << self._half_bits) | right
 
 
+_permutation = lru_cache(maxsize=64)(Permutation)
+"""An epoch has one, and each source one or two."""
+
+
 # --- the draws -------------------------------------------------------------------------------------------------------
 
 
@@ -125,21 +129,13 @@ class DrawStream:
         self.quotas = compute_quotas(shares)
         self.epoch_length = sum(self.quotas)
         self._ends = list(accumulate(self.quotas))
-        self._permutation = lru_cache(maxsize=4 * len(self.shares) + 4)(Permutation)
-
-    def __getstate__(self) -> dict[str, object]:
-        # A cache cannot be pickled, and spawned workers get this object by pickle.
-        return {"shares": self.shares, "seed": self.seed}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        DrawStream.__init__(self, state["shares"], state["seed"])
 
     def __getitem__(self, slot: int) -> DrawKey:
         """Return the draw at ``slot`` (0 or more, without end)."""
         if slot < 0:
             raise IndexError(f"slots count from 0, seen {slot}")
         epoch, position = divmod(slot, self.epoch_length)
-        place = self._permutation(self.epoch_length, self.seed, "epoch", epoch)[position]
+        place = _permutation(self.epoch_length, self.seed, "epoch", epoch)[position]
         source_index = bisect_right(self._ends, place)
         quota = self.quotas[source_index]
         draw = epoch * quota + place - (self._ends[source_index] - quota)
@@ -156,7 +152,7 @@ class DrawStream:
     def _entry(self, source_index: int, draw: int, attempt: int) -> int:
         length = self.shares[source_index].length
         number, position = divmod(draw, length)
-        order = self._permutation(length, self.seed, "source", source_index, number)
+        order = _permutation(length, self.seed, "source", source_index, number)
         return order[(position + attempt) % length]
 
     def fingerprint(self, slots_per_step: int) -> str:
@@ -226,11 +222,7 @@ class WindowedBatchSampler:
 
     def state_dict(self, step: int) -> dict[str, int | str]:
         """Return the position after ``step`` completed optimiser steps, as JSON holds it."""
-        return {
-            "step": step,
-            "seed": self.stream.seed,
-            "fingerprint": self.stream.fingerprint(self.slots_per_step),
-        }
+        return {"step": step, "seed": self.stream.seed, "fingerprint": self.stream.fingerprint(self.slots_per_step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after ``state["step"]`` completed steps; call it before iteration starts.
@@ -245,15 +237,12 @@ class WindowedBatchSampler:
         if wrong or not isinstance(step, int) or step < 0:
             shares = zip(self.stream.shares, self.stream.quotas, strict=True)
             described = ", ".join(f"{share.name} {share.length} x {quota}" for share, quota in shares)
-            raise CheckpointError(
-                explain(
-                    "the run cannot be continued on this data: its position means other samples here",
-                    "data position of the checkpoint: " + (", ".join(wrong) or "step"),
-                    f"seed {state.get('seed')}, fingerprint {state.get('fingerprint')}, step {step}",
-                    f"seed {own['seed']}, fingerprint {own['fingerprint']} (entries x draws an epoch: {described}; "
-                    f"{self.slots_per_step} images an optimiser step)",
-                    "resume with the same data folders, caps, repeats, weights, seed and effective batch "
-                    "(processes x batch size x accumulation), or start a new run from the weights",
-                )
-            )
+            what = "the run cannot be continued on this data: its position means other samples here"
+            where = "data position of the checkpoint: " + (", ".join(wrong) or "step")
+            seen = f"seed {state.get('seed')}, fingerprint {state.get('fingerprint')}, step {step}"
+            size = f"entries x draws an epoch: {described}; {self.slots_per_step} images an optimiser step"
+            expected = f"seed {own['seed']}, fingerprint {own['fingerprint']} ({size})"
+            same = "data folders, caps, repeats, weights, seed, images a step (processes x batch size x accumulation)"
+            fix = f"resume with the same {same}, or start a new run from the weights"
+            raise CheckpointError(explain(what, where, seen, expected, fix))
         self.start_step = step

@@ -28,7 +28,7 @@ from dual_loop.data.index import default_index_dir, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle, fit_mask
 from dual_loop.data.reader import Reader, read_annotations
-from dual_loop.data.sa1b_index import build_index, entry_name
+from dual_loop.data.sa1b_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TarShelf
 from dual_loop.errors import SampleError, explain
@@ -73,7 +73,7 @@ class Sa1b(Reader):
         self._cache = default_index_dir() if index_dir is None else Path(index_dir)
         # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
         key = {"kind": "sa1b", "root": str(self.root), "version": 2}
-        arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, self._cache, key))
+        arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, self._cache, key, entry_name))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
         self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
@@ -151,3 +151,9 @@ class Sa1b(Reader):
         is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)
         chosen = [passing[position] for position in drawn]
         return self._sample(index, picture, masks, [str(ids[n]) if is_own else f"at{n}" for n in chosen])
+
+
+def entry_name(path: str) -> str:
+    """Return ``sa_<id>`` of a file, after the sub-folder where there is one."""
+    *folders, file = path.split("/")
+    return "/".join([*(folder for folder in folders if folder not in ("img", "js")), file.rsplit(".", 1)[0]])

@@ -7,7 +7,7 @@ taken out. The index holds the union: an image without JSON, or JSON without ima
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,46 +26,40 @@ OUTSIDE: Place = (-1, 0, 0)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def build_index(root: Path, index_dir: str | Path | None, cache: Path, key: Key) -> dict[str, np.ndarray]:
+def build_index(
+    root: Path, index_dir: str | Path | None, cache: Path, key: Key, name_of: Callable[[str], str]
+) -> dict[str, np.ndarray]:
     """Return the tables of all entries, of their places, and of the archives and what is damaged in them.
 
     Args:
         index_dir: see :func:`~dual_loop.data.index.load_or_build`. cache: where indexes of archives lie.
+        name_of: from a path to the name of its entry, the same for an image and its JSON file.
     """
     listing = TreeListing(root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), index_dir, key)
     tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
     files = [(path, OUTSIDE) for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
     paths = [str(root / tar) for tar in tars]
     build = functools.partial(list_tar, str(cache), PREFIX)
-
-    def num_members(part: Mapping[str, np.ndarray]) -> int:
-        return len(part["member_place"])
-
-    parts = build_in_parts(paths, build, index_dir, key, describe="SA-1B archives", count=num_members)
+    count, describe = (lambda part: len(part["member_place"])), "SA-1B archives"
+    parts = build_in_parts(paths, build, index_dir, key, describe=describe, count=count)
     for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
         names, places = StringTable.from_arrays(part, "member"), part["member_place"].tolist()
         files += [(f"{tar}/{names[row]}", (number, *place)) for row, place in enumerate(places)]
     found = {**listing.watched_arrays(), **StringTable.from_strings([]).to_arrays("damage")}
     kept = [{name: part[name] for name in found} for part in parts]
     return {
-        **_pair_up(files),
+        **_pair_up(files, name_of),
         **StringTable.from_strings(tars).to_arrays("tar"),
         **join_parts([found, *kept]),
     }
 
 
-def entry_name(path: str) -> str:
-    """Return ``sa_<id>`` of a file, after the sub-folder where there is one."""
-    *folders, file = path.split("/")
-    return "/".join([*(folder for folder in folders if folder not in ("img", "js")), file.rsplit(".", 1)[0]])
-
-
-def _pair_up(files: Sequence[tuple[str, Place]]) -> dict[str, np.ndarray]:
+def _pair_up(files: Sequence[tuple[str, Place]], name_of: Callable[[str], str]) -> dict[str, np.ndarray]:
     """Return the tables of images and JSON files, row by row those of one entry, with their places (n, 3) int64."""
     pairs: dict[str, list[tuple[str, Place]]] = {}
     for path, place in files:
         if path.rsplit("/", 1)[-1].startswith(PREFIX) and path.lower().endswith((*IMAGE_SUFFIXES, ".json")):
-            entry = pairs.setdefault(entry_name(path), [("", OUTSIDE), ("", OUTSIDE)])
+            entry = pairs.setdefault(name_of(path), [("", OUTSIDE), ("", OUTSIDE)])
             entry[path.lower().endswith(".json")] = (path, place)
     ordered = [pairs[name] for name in sorted(pairs)]
     arrays: dict[str, np.ndarray] = {}

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from dual_loop.errors import CheckpointError, explain
-from dual_loop.model.shards import place_like
+from dual_loop.errors import explain
 from dual_loop.model.stored_weights import StoredWeights
-
-_MAX_NAMES_SHOWN = 5
-
-
-class AverageState(TypedDict):
-    """What a checkpoint keeps of a weight average: its updates, and float32 tensors by name."""
-
-    num_updates: int
-    averages: Mapping[str, torch.Tensor]
 
 
 class ExponentialMovingAverage(StoredWeights):
@@ -79,39 +68,3 @@ class ExponentialMovingAverage(StoredWeights):
             for average, value in zip(averages, live, strict=True):
                 average.lerp_(value, 1 - decay)
         self.num_updates += 1
-
-    def state_dict(self) -> AverageState:
-        """Return the state; the tensors are not copied."""
-        return {"num_updates": self.num_updates, "averages": dict(self.values)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: AverageState) -> None:
-        """Restore what :meth:`state_dict` returned; the decay stays that of this object.
-
-        Raises:
-            CheckpointError: names, shapes or dtypes differ from the model's trainable parameters. Nothing is changed
-                then.
-        """
-        if set(state) != {"num_updates", "averages"}:
-            what = "the state of the weight average is malformed"
-            raise CheckpointError(explain(what, seen=sorted(state), expected="num_updates, averages"))
-        averages = state["averages"]
-        missing, unexpected = sorted(self.values.keys() - averages), sorted(averages.keys() - self.values)
-        wrong = [
-            f"{name}: {tuple(averages[name].shape)} {averages[name].dtype}, not {tuple(own.shape)} torch.float32"
-            for name, own in self.values.items()
-            if name in averages and (averages[name].shape != own.shape or averages[name].dtype != torch.float32)
-        ]
-        if missing or unexpected or wrong:
-            what = "the saved weight average does not fit the trainable parameters"
-            seen = f"missing {_show(missing)}, unexpected {_show(unexpected)}, wrong {_show(wrong)}"
-            fix = "resume with the model settings of the saved run (model.trainable, model.lora_r)"
-            raise CheckpointError(explain(what, "", seen, f"{len(self.values)} float32 tensors", fix))
-        for name, own in self.values.items():
-            own.copy_(place_like(averages[name], own))
-        self.num_updates = state["num_updates"]
-
-
-def _show(names: list[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
-    return f"{len(names)} ({shown}{', ...' if len(names) > _MAX_NAMES_SHOWN else ''})" if names else "0"

@@ -26,10 +26,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
     """
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     # One kernel updates all parameters, but none takes sharded and whole ones in one list.
     has_shards = any(isinstance(parameter, DTensor) for parameter in parameters.values())
     options: dict[str, bool] = {"foreach": False} if has_shards else {"fused": True}
@@ -107,16 +104,10 @@ def check_finite(
     if not flag.item():
         return
     everywhere = enumerate(gather_objects(accelerator, own))
-    raise NonFiniteError(
-        explain(
-            "a loss or gradient is not finite; nothing was updated",
-            where=f"optimiser step {step}",
-            seen="; ".join(f"rank {rank}: {message}" for rank, messages in everywhere for message in messages),
-            expected="finite numbers",
-            fix="look at the regions named; lower --learning_rate, check --max_grad_norm, or resume from the last "
-            "checkpoint with --mixed_precision no",
-        )
-    )
+    what, where = "a loss or gradient is not finite; nothing was updated", f"optimiser step {step}"
+    seen = "; ".join(f"rank {rank}: {message}" for rank, messages in everywhere for message in messages)
+    fix = "look at the regions named; lower --learning_rate, check --max_grad_norm, or resume with --mixed_precision no"
+    raise NonFiniteError(explain(what, where, seen, "finite numbers", fix))
 
 
 def _shorten(names: Sequence[str]) -> str:

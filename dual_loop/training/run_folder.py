@@ -122,17 +122,18 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
 
 
 @torch.no_grad()
-def fill_parameters(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved tensors into the trainable parameters; names and shapes must be the same.
+def fill_parameters(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved tensors into the trainable parameters, or into their averages; names, shapes, dtypes must be the same.
 
     Raises:
         CheckpointError: they differ; nothing was copied.
     """
     missing, unexpected = sorted(parameters.keys() - tensors), sorted(tensors.keys() - parameters)
-    wrong = [n for n, p in parameters.items() if n in tensors and tensors[n].shape != p.shape]
+    own = {n: (p.shape, p.dtype) for n, p in parameters.items() if n in tensors}
+    wrong = [name for name, form in own.items() if (tensors[name].shape, tensors[name].dtype) != form]
     if missing or unexpected or wrong:
+        seen = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape or dtype"
         what, where = "the checkpoint does not fit the trainable parameters", [*missing, *unexpected, *wrong][:5]
-        seen = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape"
         fix = "resume with the model settings of the saved run (model.trainable, --lora_r, --train_embeddings)"
         raise CheckpointError(explain(what, ", ".join(where), seen, f"{len(parameters)} tensors", fix))
     for name, parameter in parameters.items():

@@ -299,14 +299,11 @@ class Trainer:
         """Draw some regions of this step (rank 0), one a source first; their images are read again."""
         if not self.accelerator.is_main_process:
             return
-        names = [
-            (index, region, name)
-            for index, part in enumerate(parts)
-            for region, name in enumerate(part.batch.region_names)
-        ]
-        chosen = choose_regions([name.split("/")[0] for _, _, name in names], self.config.train.panels_per_save)
+        places = [(index, region) for index, part in enumerate(parts) for region in range(part.batch.num_regions)]
+        sources = [name.split("/")[0] for part in parts for name in part.batch.region_names]
         regions, images = [], []
-        for index, region, _ in [names[position] for position in chosen]:
+        for position in choose_regions(sources, self.config.train.panels_per_save):
+            index, region = places[position]
             part = parts[index]
             regions.append((packed[index], outputs[index].masks, region))
             images.append((part.micro_step, part.first + int(part.batch.region_image[region])))
@@ -319,17 +316,17 @@ class Trainer:
 
     def save(self) -> str:
         """Write a checkpoint of the current step; every rank must call this."""
-        step, ema = self.progress.step, self.ema.state_dict()
+        step = self.progress.step
         path = save_run_checkpoint(
             self.folder.path,
             step,
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
-            ema_tensors={name: whole(average) for name, average in ema["averages"].items()},
+            ema_tensors={name: whole(average) for name, average in self.ema.values.items()},
             optimizer_state=tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
             state={
                 "progress": asdict(self.progress),
                 "data": self.data.state_dict(step),
-                "ema_updates": ema["num_updates"],
+                "ema_updates": self.ema.num_updates,
                 "total_steps": self.total_steps,
             },
             rng_states={"rng": capture_rng(), "loop": self.task.run_state()},
@@ -354,7 +351,8 @@ class Trainer:
         if saved.ema_tensors is None:
             raise CheckpointError(explain("the checkpoint has no weight average", str(path)))
         fill_parameters(self.parameters, saved.model_tensors)
-        self.ema.load_state_dict({"num_updates": saved.state["ema_updates"], "averages": saved.ema_tensors})
+        fill_parameters(self.ema.values, saved.ema_tensors)
+        self.ema.num_updates = saved.state["ema_updates"]
         load_optimizer(self.optimizer, saved.optimizer_state)
         self.data.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
@@ -364,10 +362,8 @@ class Trainer:
         self._saved = (saved.step, str(path))
         self.report(f"Resumed from {path} at step {saved.step}")
         if saved.state["total_steps"] != self.total_steps:
-            self.report(
-                f"Warning: the saved run had {saved.state['total_steps']} steps in all, this one has "
-                f"{self.total_steps}: the learning-rate schedule differs from a straight run"
-            )
+            totals = f"the saved run had {saved.state['total_steps']} steps in all, this one has {self.total_steps}"
+            self.report(f"Warning: {totals}: the learning-rate schedule differs from a straight run")
         return True
 
 
@@ -387,13 +383,10 @@ def memory_errors_explained(step: int) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise EnvironmentProblem(
-            explain(
-                "out of memory",
-                where=f"optimiser step {step}",
-                seen=str(error).splitlines()[0],
-                fix="lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or "
-                "--max_new_tokens; or --cfg-options speed.images_at_once=1 model.gradient_checkpointing=True "
-                "speed.checkpoint_layers=all loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)",
-            )
-        ) from error
+        fix = (
+            "lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or --max_new_tokens; or "
+            "--cfg-options speed.images_at_once=1 model.gradient_checkpointing=True speed.checkpoint_layers=all "
+            "loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)"
+        )
+        seen = str(error).splitlines()[0]
+        raise EnvironmentProblem(explain("out of memory", f"optimiser step {step}", seen, fix=fix)) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dual_loop.data.sa1b_index import build_index, entry_name
+from dual_loop.data.sa1b import entry_name
+from dual_loop.data.sa1b_index import build_index
 from dual_loop.data.string_table import StringTable
 
 
@@ -13,7 +14,7 @@ def test_files_pair_by_stem_and_folder_and_those_without_partner_stay(tmp_path: 
     for name in names:
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).touch()
-    arrays = build_index(tmp_path / "data", tmp_path / "index", tmp_path / "index", {"kind": "sa1b"})
+    arrays = build_index(tmp_path / "data", tmp_path / "index", tmp_path / "index", {"kind": "sa1b"}, entry_name)
     tables = [StringTable.from_arrays(arrays, name) for name in ("image", "record")]
     pairs = list(zip(*(table.slice(0, len(table)) for table in tables), strict=True))
     assert pairs == [

@@ -49,7 +49,7 @@ def test_swapping_lends_the_averages_and_restores_bitwise(dtype: torch.dtype):
     model[1].bias.data[0] = float("nan")  # equality would not see a NaN; the bits must come back too
     live, frozen_storage = _copies(model), model[0].weight.data_ptr()
     with weights(ema):
-        for name, average in ema.state_dict()["averages"].items():
+        for name, average in ema.values.items():
             assert torch.equal(dict(model.named_parameters())[name], average.to(dtype))
         assert torch.equal(model[0].weight, live["0.weight"])
     assert all(_bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dual_loop.errors import CheckpointError, ConfigError
-from dual_loop.training.run_folder import RunFolder, truncate_metrics, versions
+from dual_loop.training.run_folder import RunFolder, fill_parameters, truncate_metrics, versions
 
 
 def _create(path: Path, resuming: bool = False) -> RunFolder:
@@ -61,3 +62,23 @@ def test_an_unfinished_last_line_is_dropped_but_one_in_the_middle_is_an_error(tm
     path.write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(CheckpointError, match="line 1"):
         truncate_metrics(path, 5)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "dtype"])
+def test_tensors_that_do_not_fit_are_refused_and_change_nothing(fault: str) -> None:
+    own = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    saved = {"a": torch.ones(2), "b": torch.ones(3)}
+    if fault == "missing":
+        del saved["b"]
+    else:
+        name, value = {"unexpected": ("c", torch.ones(1)), "shape": ("b", torch.ones(5))}.get(fault, ("b", None))
+        saved[name] = torch.ones(3).bfloat16() if value is None else value
+    with pytest.raises(CheckpointError, match="does not fit"):
+        fill_parameters(own, saved)
+    assert not own["a"].any()
+
+
+def test_saved_tensors_are_copied() -> None:
+    own = {"a": torch.zeros(2)}
+    fill_parameters(own, {"a": torch.ones(2)})
+    assert own["a"].tolist() == [1.0, 1.0]
