@@ -128,11 +128,6 @@ class SkipLedger:
         self._events: Counter[tuple[str, str]] = Counter()
         self._distinct: dict[str, set[str]] = {}
 
-    @property
-    def num_distinct(self) -> int:
-        """How many different samples were skipped."""
-        return sum(len(ids) for ids in self._distinct.values())
-
     def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
         """Count skipped samples, and good ones by source. With the same input all ranks stop together.
 
@@ -161,7 +156,8 @@ class SkipLedger:
 
     def as_counters(self) -> dict[str, int]:
         """Return ``data/bad_samples`` (events), ``data/bad_samples_distinct``, and events by source and reason."""
-        counters = {"data/bad_samples": self._events.total(), "data/bad_samples_distinct": self.num_distinct}
+        num_distinct = sum(len(ids) for ids in self._distinct.values())
+        counters = {"data/bad_samples": self._events.total(), "data/bad_samples_distinct": num_distinct}
         for (source, reason), count in sorted(self._events.items()):
             counters[f"data/bad_samples/{source}/{reason}"] = count
         return counters

@@ -43,11 +43,6 @@ class ExponentialMovingAverage(StoredWeights):
         # No foreach kernel takes sharded tensors beside whole ones.
         self.is_fused = not any(isinstance(average, DTensor) for average in self.values.values())
 
-    @property
-    def current_decay(self) -> float:
-        """The decay that the next update will use."""
-        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the live weights. Call once an optimiser step, never once a micro-batch.
@@ -57,7 +52,7 @@ class ExponentialMovingAverage(StoredWeights):
         """
         if self.is_lent:
             raise RuntimeError("the weight average was updated while the model held the averages; leave weights()")
-        decay, averages = self.current_decay, list(self.values.values())
+        decay, averages = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)), list(self.values.values())
         live = [parameter.detach().to(torch.float32) for parameter in self.parameters.values()]
         if decay == 0:
             for average, value in zip(averages, live, strict=True):

@@ -146,6 +146,6 @@ def test_the_ledger_goes_on_after_a_resume(caplog: pytest.LogCaptureFixture) -> 
     caplog.clear()
     resumed.record([bad(1)], {"sav": 0})
     assert not caplog.records  # met and logged before the stop
-    assert resumed.num_distinct == 1
+    assert resumed.as_counters()["data/bad_samples_distinct"] == 1
     with pytest.raises(TooManyBadSamples, match="3 of 20"):
         resumed.record([bad(2)], {"sav": 0})

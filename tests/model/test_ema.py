@@ -46,7 +46,6 @@ def test_only_trainable_parameters_are_averaged_in_float32():
 def test_updates_follow_the_warmup_schedule_by_hand():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
     ema = ExponentialMovingAverage({"p": parameter}, decay=0.15)
-    assert ema.current_decay == pytest.approx(0.1)  # (1 + 0) / (10 + 0)
     expected = 1.0
     for live, decay in ((3.0, 0.1), (5.0, 0.15), (2.0, 0.15)):  # (1 + 1) / (10 + 1) is above 0.15
         parameter.data.fill_(live)
