@@ -50,11 +50,7 @@ class Panel:
 
 
 def overlay(
-    image: np.ndarray,
-    mask: np.ndarray,
-    colour: tuple[int, int, int],
-    side: int,
-    outline: np.ndarray | None = None,
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], side: int, outline: np.ndarray | None = None
 ) -> Image.Image:
     """Tint ``mask`` on ``image`` and fit it into a square of ``side`` pixels; the aspect ratio is kept.
 

@@ -110,6 +110,5 @@ def full_precision(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_same_shape(first: torch.Tensor, second: torch.Tensor) -> None:
     if first.shape != second.shape:
-        raise ValueError(
-            explain("prediction and target differ in shape", seen=tuple(second.shape), expected=tuple(first.shape))
-        )
+        seen, expected = tuple(second.shape), tuple(first.shape)
+        raise ValueError(explain("prediction and target differ in shape", "", seen, expected))

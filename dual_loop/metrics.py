@@ -47,9 +47,8 @@ def mask_overlap(pred: Array, target: Array) -> tuple[Array, Array]:
         raise ValueError(explain("masks cannot be compared", "mask_overlap", seen, "two equal shapes (N, H, W)"))
     dtypes = [str(mask.dtype).removeprefix("torch.") for mask in (pred, target)]
     if dtypes != ["bool", "bool"]:
-        raise ValueError(
-            explain("masks are not boolean", "mask_overlap", dtypes, "bool", "compare with a threshold first")
-        )
+        fix = "compare with a threshold first"
+        raise ValueError(explain("masks are not boolean", "mask_overlap", dtypes, "bool", fix))
     return (pred & target).sum((1, 2)), (pred | target).sum((1, 2))
 
 

@@ -140,9 +140,7 @@ class SkipLedger:
             known = self._distinct.setdefault(skip.source, set())
             if skip.sample_id not in known:
                 known.add(skip.sample_id)
-                logger.warning(
-                    "Warning: skipped %s/%s (%s): %s", skip.source, skip.sample_id, skip.reason, skip.message
-                )
+                logger.warning("Warning: skipped %s/%s (%s): %s", *vars(skip).values())
         for source in sorted(self._distinct):
             reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
             num_bad = sum(reasons.values())

@@ -187,15 +187,10 @@ def prepare_sample(
     target_masks = resize_targets(segmented, geometry.mask_size)
     lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
     if lost and not allow_empty_targets:
-        size = geometry.mask_size
-        message = explain(
-            "a region has no pixel left in its target",
-            names[lost[0]],
-            f"{int(segmented[lost[0]].sum())} pixels of an image of {segmented.shape[1:]} (H, W)",
-            f"1 pixel or more at {size} x {size}",
-            "raise the minimum area of the data set",
-        )
-        raise SampleError("target_vanished", message)
+        what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
+        seen = f"{int(segmented[lost[0]].sum())} pixels of an image of {segmented.shape[1:]} (H, W)"
+        expected = f"1 pixel or more at {geometry.mask_size} x {geometry.mask_size}"
+        raise SampleError("target_vanished", explain(what, names[lost[0]], seen, expected, fix))
     captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
     views = [image_to_tiles(captioned, geometry)]
     if sample.target_image is not None:

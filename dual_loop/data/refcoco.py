@@ -1,18 +1,13 @@
 """Reader of RefCOCO, RefCOCO+ and RefCOCOg: objects of COCO photographs with reference expressions.
 
-Layout (Yu et al. 2016, arXiv 1608.00272; Mao et al. 2016, arXiv 1511.02283)::
-
-    root/
-      refcoco/    instances.json, refs(unc).p,  coco2014/train2014/COCO_train2014_<id>.jpg
-      refcoco+/   instances.json, refs(unc).p,  coco2014/train2014/...
-      refcocog/   instances.json, refs(umd).p,  coco2014/train2014/...
-
-The images may also be at ``root/coco2014/train2014`` once for all, and may have bare 12-digit names (train2017).
+Format: Yu et al. 2016, arXiv 1608.00272; Mao et al. 2016, arXiv 1511.02283 (:data:`LAYOUT`). Images are called
+``COCO_train2014_<id>.jpg``, or by bare 12-digit names (train2017).
 ``refs(google).p`` is read only where it is asked for (``"refcocog:google"``): its splits share images.
 
 An entry is one image of one data set with its references of one split. A ref's own ``file_name`` carries a suffix
 ``_<n>`` that no image has, so the image is found through ``image_id`` and ``instances.json``. COCO's masks are drawn
 on the stored pixels, so an EXIF orientation is never applied.
+
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``unsafe_path``, ``bad_polygon``, ``broken_rle``, ``size_mismatch``, ``empty_mask`` (:meth:`RefCoco.load_all`),
 ``no_region_left``.

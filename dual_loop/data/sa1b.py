@@ -1,11 +1,7 @@
 """Reader of SA-1B: photographs with many class-agnostic masks and no text.
 
-Layout (Kirillov et al. 2023, arXiv 2304.02643), any of the four, also mixed and nested in sub-folders::
-
-    root/sa_<id>.jpg     root/img/sa_<id>.jpg      root/<shard>/sa_<id>.jpg      root/sa_<shard>.tar
-    root/sa_<id>.json    root/js/sa_<id>.json      root/<shard>/sa_<id>.json     (as released, gzipped or not)
-
-Archives are read in place (:mod:`~dual_loop.data.tar`).
+Format: Kirillov et al. 2023, arXiv 2304.02643 (:data:`LAYOUT`; its forms may be mixed and nested in sub-folders).
+Archives, gzipped or not, are read in place (:mod:`~dual_loop.data.tar`).
 
 Mask size: the size in the run-length code must be the decoded image's; up to 2 pixels a side are bridged by nearest
 resizing (:func:`~dual_loop.data.masks.fit_mask`), more is a bad sample, as mirrors ship resized images with the

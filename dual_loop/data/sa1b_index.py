@@ -47,11 +47,7 @@ def build_index(
         files += [(f"{tar}/{names[row]}", (number, *place)) for row, place in enumerate(places)]
     found = {**listing.watched_arrays(), **StringTable.from_strings([]).to_arrays("damage")}
     kept = [{name: part[name] for name in found} for part in parts]
-    return {
-        **_pair_up(files, name_of),
-        **StringTable.from_strings(tars).to_arrays("tar"),
-        **join_parts([found, *kept]),
-    }
+    return {**_pair_up(files, name_of), **StringTable.from_strings(tars).to_arrays("tar"), **join_parts([found, *kept])}
 
 
 def _pair_up(files: Sequence[tuple[str, Place]], name_of: Callable[[str], str]) -> dict[str, np.ndarray]:

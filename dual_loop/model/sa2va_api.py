@@ -318,10 +318,7 @@ def _tensors(values: object, name: str) -> list[Tensor]:
 
 
 def original_mask_losses(
-    mask_logits: torch.Tensor,
-    target_masks: torch.Tensor,
-    config: LossConfig,
-    point_coords: torch.Tensor | None = None,
+    mask_logits: torch.Tensor, target_masks: torch.Tensor, config: LossConfig, point_coords: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Return ``loss_mask`` and ``loss_dice`` as the original Sa2VA code averages them over one batch.
 

@@ -13,7 +13,7 @@ leave it idle; on a CPU one image with a few hundred tokens keeps the products b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,8 +125,7 @@ class DevicePrefetch:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self._stream)
             # Tell the allocator that this stream reads tensors that were made on another one.
-            values = [getattr(batch, field.name) for batch in window for field in fields(batch)]
-            for value in values:
+            for value in (value for batch in window for value in vars(batch).values()):
                 if isinstance(value, torch.Tensor):
                     value.record_stream(computing)
         return split_window(window, self._images)

@@ -262,12 +262,8 @@ class MetricsLog:
 
 def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
     """Pick up to ``limit`` positions so that every source comes once before any comes twice."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for position, source in enumerate(sources):
-        ranked.append((seen.get(source, 0), position))
-        seen[source] = seen.get(source, 0) + 1
-    return [position for _, position in sorted(ranked)[:limit]]
+    rounds = [sources[:position].count(source) for position, source in enumerate(sources)]
+    return sorted(range(len(sources)), key=rounds.__getitem__)[:limit]
 
 
 def make_panels(
@@ -289,9 +285,8 @@ def make_panels(
         position = region - int((batch.region_image < batch.region_image[region]).sum())
         name = f"{sample.source}/{sample.sample_id}#{sample.region_ids[position]}"
         if name != batch.region_names[region]:
-            raise RuntimeError(
-                f"the panel of {batch.region_names[region]} would show {name}: the data changed on the disk"
-            )
+            wanted = batch.region_names[region]
+            raise RuntimeError(f"the panel of {wanted} would show {name}: the data changed on the disk")
         target, logits = target_masks[position], masks.mask_logits[region][None, None].float()
         # As evaluation does: logits are resized, and cut at 0.
         resized = F.interpolate(logits, target.shape, mode="bilinear", align_corners=False)[0, 0]
