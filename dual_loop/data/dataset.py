@@ -140,7 +140,8 @@ class SkipLedger:
             known = self._distinct.setdefault(skip.source, set())
             if skip.sample_id not in known:
                 known.add(skip.sample_id)
-                logger.warning("Warning: skipped %s/%s (%s): %s", *vars(skip).values())
+                name = f"{skip.source}/{skip.sample_id}"
+                logger.warning("Warning: skipped %s (%s): %s", name, skip.reason, skip.message)
         for source in sorted(self._distinct):
             reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
             num_bad = sum(reasons.values())

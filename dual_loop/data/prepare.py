@@ -254,9 +254,8 @@ def batch_from_samples(
     for sample in samples:
         name = f"{sample.source}/{sample.sample_id}"
         seeds = [region_seed(seed, name, position) for position in range(len(sample.region_ids))]
-        rng = sample_rng(seed, name)
-        keep = {"allow_empty_targets": True, "keep_sample": keep_samples}
-        prepared.append(prepare_sample(sample, geometry, rng, seeds, **keep))
+        options = {"allow_empty_targets": True, "keep_sample": keep_samples}
+        prepared.append(prepare_sample(sample, geometry, sample_rng(seed, name), seeds, **options))
     return collate(prepared)
 
 

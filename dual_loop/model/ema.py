@@ -54,12 +54,10 @@ class ExponentialMovingAverage(StoredWeights):
             raise RuntimeError("the weight average was updated while the model held the averages; leave weights()")
         decay, averages = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)), list(self.values.values())
         live = [parameter.detach().to(torch.float32) for parameter in self.parameters.values()]
-        if decay == 0:
-            for average, value in zip(averages, live, strict=True):
-                average.copy_(value)  # lerp would keep a NaN of the old average
-        elif self.is_fused:
+        if self.is_fused and decay > 0:
             torch._foreach_lerp_(averages, live, 1 - decay)
         else:
             for average, value in zip(averages, live, strict=True):
-                average.lerp_(value, 1 - decay)
+                # lerp to the end would keep a NaN of the old average.
+                average.copy_(value) if decay == 0 else average.lerp_(value, 1 - decay)
         self.num_updates += 1

@@ -256,19 +256,15 @@ class Trainer:
         Samples consumed and skipped travel in the same all-reduce; every rank counts those of all, so that all stop
         together where too many were skipped.
         """
-        names = self.data.source_names
-        sums = {f"{SOURCE}{name}": 0.0 for name in names}
+        names, drawn = self.data.source_names, [name for batch in window for name in batch.sources]
         skipped = [item for batch in window for item in batch.skipped]
-        sums[SKIPPED] = float(len(skipped))
-        for batch in window:
-            for name in batch.sources:
-                sums[f"{SOURCE}{name}"] += 1.0
+        sums = {SKIPPED: float(len(skipped)), **{SOURCE + name: float(drawn.count(name)) for name in names}}
         for rows in packed:
             add_into(sums, rows.counts, COUNT)
         sums = reduce_sums(self.accelerator, sums)
         if sums[SKIPPED] and self.accelerator.num_processes > 1:
             skipped = [item for rank in gather_objects(self.accelerator, skipped) for item in rank]
-        consumed = {name: int(sums[f"{SOURCE}{name}"]) for name in names}
+        consumed = {name: int(sums[SOURCE + name]) for name in names}
         self.data.ledger.record(skipped, consumed)
         for name in names:
             self.progress.samples[name] += consumed[name]
