@@ -58,6 +58,6 @@ class ExponentialMovingAverage(StoredWeights):
             torch._foreach_lerp_(averages, live, 1 - decay)
         else:
             for average, value in zip(averages, live, strict=True):
-                # lerp to the end would keep a NaN of the old average.
-                average.copy_(value) if decay == 0 else average.lerp_(value, 1 - decay)
+                # At decay 0, lerp would keep a NaN of the old average.
+                average.copy_(average.lerp(value, 1 - decay) if decay > 0 else value)
         self.num_updates += 1
