@@ -20,7 +20,7 @@ from dual_loop.config import Config, LossConfig
 from dual_loop.evaluation.measure import evaluate_samples
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.ema import weights
+from dual_loop.model.stored_weights import weights
 from dual_loop.types import Batch
 
 from loop_settings import half_average, masks_only, setting
