@@ -89,14 +89,13 @@ def run_variants(
         results: dict[str, Any] = {"variants": {}}
         for name in names:
             one = run_variants(setting, [name], repeats, threads, True, is_cold)
-            results["variants"].update(one["variants"])
-            results.setdefault("floor", one["floor"])
+            results = {**one, **results, "variants": {**results["variants"], **one["variants"]}}
         return results
     workers = [Worker(setting, name, threads) for name in names]
     if not is_cold:
         for worker in workers:
             worker.ask("step")
-    shape = workers[0].ask("shape")["shape"]
+    shape, device = workers[0].ask("shape").values()
     torch.set_num_threads(threads)
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     floors = []
@@ -106,7 +105,7 @@ def run_variants(
             print(f"round {number + 1}, {worker.name}: {steps[worker.name][-1]['seconds']:.2f} s", file=sys.stderr)
         # Here and not in a worker, whose peak memory it would raise.
         rows, width, inner, dtype = shape
-        floors.append(measure_floors(rows, width, inner, getattr(torch, dtype)))
+        floors.append(measure_floors(rows, width, inner, getattr(torch, dtype), device))
     # The machine's best, not that of a disturbed moment.
     floor = {key: max(one[key] for one in floors) for key in floors[0]}
     variants = {}
@@ -115,7 +114,7 @@ def run_variants(
         counted = steps[worker.name][0] if is_cold else worker.ask("counted")
         variants[worker.name] = summary(steps[worker.name], counted, ended, floor)
         worker.close()
-    return {"variants": variants, "floor": floor}
+    return {"variants": variants, "floor": floor, "device": device}
 
 
 def summary(
@@ -141,7 +140,7 @@ def summary(
         "floors": floors,
         "flops": counted["flops"],
         "bytes": counted["bytes"],
-        "captions": counted["captions"],
+        **{key: counted[key] for key in ("captions", "rejected", "allocated", "reserved")},
         "caption_share": sum(phases[name] for name in CAPTIONING) / sum(phases.values()) if rows else None,
         "decode_step": {
             "rows": rows,
@@ -173,7 +172,8 @@ def add_ratios(results: dict[str, Any]) -> None:
 def print_report(results: dict[str, Any], setting: Setting) -> None:
     import real_size_step
 
-    print(f"commit {real_size_step.commit()}\nmachine {real_size_step.machine()}")
+    gpu = f"; {torch.cuda.get_device_name()}" if results["device"] != "cpu" else ""
+    print(f"commit {real_size_step.commit()}\nmachine {real_size_step.machine()}{gpu}")
     print(f"setting {json.dumps(asdict(setting))}")
     floor = results["floor"]
     print(
@@ -189,6 +189,7 @@ def print_report(results: dict[str, Any], setting: Setting) -> None:
             flops, moved = values["flops"][phase] / 1e9, values["bytes"][phase] / 1e9
             print(f"{phase:<18}{seconds:>9.3f}{least:>9.3f}{ratio:>7}{flops:>10.1f}{moved:>8.2f}")
         step = values["decode_step"]
+        print(f"{len(values['captions'])} captions, {values['rejected']} of them rejected and replaced")
         if not step["rows"]:
             continue
         print(
@@ -224,6 +225,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("threads", 2, "threads of a process"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--image_tokens", type=int, metavar="N", help="tokens of an image tile, a square number")
     parser.add_argument("--vocabulary", type=int, metavar="N", help="size of the vocabulary")
     parser.add_argument("--spread", action="store_true", help="let captions end at different lengths")
@@ -250,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocabulary=args.vocabulary,
         is_spread=args.spread,
         changes=dict(option.split("=", 1) for option in args.cfg_options),
+        device=args.device,
     )
     off = [*LEVERS, NEW_TOKEN_ROWS] if "all" in args.off else args.off
     names = ["default", *(["plain"] if args.plain else []), *(f"off:{n}" for n in off), *(f"on:{n}" for n in args.on)]

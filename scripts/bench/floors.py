@@ -13,15 +13,18 @@ from dual_loop.accelerate.cpu import is_slower_in_bfloat16
 COPY_BYTES = 2**28
 
 
-def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dict[str, float]:
+def measure_floors(
+    rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Return ``flops_per_second`` of (rows, width) x (width, inner) and ``bytes_per_second`` read plus written.
 
     The best of several runs: a floor is what the machine can do. A processor that multiplies float32 faster than
     bfloat16 is measured in float32. Several matrices are used in turn, so that none of them stays in a cache.
     """
-    is_wide = dtype == torch.bfloat16 and is_slower_in_bfloat16()
-    rate = _product_rate(rows, width, inner, torch.float32 if is_wide else dtype)
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
+    device = torch.device(device)
+    is_wide = device.type == "cpu" and dtype == torch.bfloat16 and is_slower_in_bfloat16()
+    rate = _product_rate(rows, width, inner, torch.float32 if is_wide else dtype, device)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return {
         "flops_per_second": rate,
@@ -32,10 +35,10 @@ def measure_floors(rows: int, width: int, inner: int, dtype: torch.dtype) -> dic
     }
 
 
-def _product_rate(rows: int, width: int, inner: int, dtype: torch.dtype) -> float:
+def _product_rate(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return floating-point operations a second of one product."""
-    x = torch.randn(rows, width, dtype=dtype)
-    matrices = [torch.randn(inner, width, dtype=dtype) for _ in range(6)]
+    x = torch.randn(rows, width, dtype=dtype, device=device)
+    matrices = [torch.randn(inner, width, dtype=dtype, device=device) for _ in range(6)]
 
     def products() -> None:
         for matrix in matrices:
@@ -54,11 +57,19 @@ def typical(run: Callable[[], object], repeats: int = 7) -> float:
     return median(_seconds(run, repeats))
 
 
+def wait() -> None:
+    """Wait until a GPU that was used has done all that it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _seconds(run: Callable[[], object], repeats: int) -> list[float]:
     run()
     seconds = []
     for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         seconds.append(time.perf_counter() - start)
     return seconds

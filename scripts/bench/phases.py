@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,19 +26,28 @@ Undo = Callable[[], None]
 class PhaseClock:
     """Adds up what passes in each phase. A phase inside another one pauses it, but for "backward", which keeps all.
 
+    On a GPU the borders of phases are marked in its own queue, so that nothing waits before :meth:`stop`. A phase
+    inside a recorded graph belongs to the one that plays the graph.
+
     Attributes:
+        is_gpu: whether the seconds are those of the GPU's queue.
         seconds, flops, bytes: by phase. ``flops`` and ``bytes`` stay 0 without a counter.
+        allocated, reserved: most bytes of the GPU's memory in each phase, where there is a counter: to ask takes time.
         calls: how often each phase was entered.
         counter: what counts operations, if anything does.
     """
 
+    is_gpu: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     bytes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    allocated: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    reserved: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     counter: ProductCounter | None = None
     _stack: list[str] = field(default_factory=lambda: ["other"])
     _last: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    _marks: list[tuple[str, Any]] = field(default_factory=list)
 
     @property
     def current(self) -> str:
@@ -46,9 +56,16 @@ class PhaseClock:
 
     def start(self) -> None:
         self._last = self._now()
+        self._mark("")
 
     def stop(self) -> None:
+        """End the last phase; wait for a GPU."""
         self._book()
+        if self.is_gpu:
+            torch.cuda.synchronize()
+        for (_, before), (name, after) in pairwise(self._marks):
+            self.seconds[name] += before.elapsed_time(after) / 1e3
+        self._marks.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -66,10 +83,23 @@ class PhaseClock:
 
     def _now(self) -> tuple[float, float, float]:
         counted = (self.counter.flops, self.counter.bytes) if self.counter else (0.0, 0.0)
-        return (time.perf_counter(), *counted)
+        return (0.0 if self.is_gpu else time.perf_counter(), *counted)
+
+    def _mark(self, name: str) -> None:
+        """Mark the end of ``name`` in the GPU's queue."""
+        if not self.is_gpu or torch.cuda.is_current_stream_capturing():
+            return
+        event: Any = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((name, event))
+        if name and self.counter is not None:
+            self.allocated[name] = max(self.allocated[name], torch.cuda.max_memory_allocated())
+            self.reserved[name] = max(self.reserved[name], torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
 
     def _book(self) -> None:
         now, name = self._now(), self._stack[-1]
+        self._mark(name)
         for table, new, old in zip((self.seconds, self.flops, self.bytes), now, self._last, strict=True):
             table[name] += new - old
         self._last = now

@@ -22,6 +22,8 @@ from dual_loop.types import Batch, RegionSample
 
 PRESETS = {"tiny": "tiny_cpu", "mid": "bench_mid", "4b": "sa2va_4b_cpu"}
 IMAGE_SIZE = (480, 640)
+MOST_READ = 20_000
+"""Tokens of a vocabulary that are looked at for words."""
 
 NEW_TOKEN_ROWS = "new_token_rows"
 """The lever besides those of SpeedConfig: off, whole embedding tables train."""
@@ -52,6 +54,7 @@ class Setting:
         vocabulary: size of the tables; None keeps the configuration's.
         is_spread: let captions end at different lengths, evenly spread up to ``new_tokens``.
         changes: further dotted keys.
+        device: as ``train.device``.
     """
 
     config: str
@@ -63,6 +66,7 @@ class Setting:
     vocabulary: int | None = None
     is_spread: bool = False
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    device: str = "auto"
 
 
 def variant_speed(name: str, base: SpeedConfig) -> SpeedConfig:
@@ -80,6 +84,7 @@ def variant_speed(name: str, base: SpeedConfig) -> SpeedConfig:
 def build_config(setting: Setting, variant: str) -> Config:
     """Return the configuration of one variant."""
     changes: dict[str, Any] = {
+        "train.device": setting.device,
         "train.batch_size": setting.batch,
         "train.gradient_accumulation_steps": setting.accumulation,
         "loop.max_new_tokens": setting.new_tokens,
@@ -180,6 +185,7 @@ def build_trainer(config: Config, setting: Setting) -> Any:
     from dual_loop.model.adapters import trainable_parameters
     from dual_loop.model.ema import ExponentialMovingAverage
     from dual_loop.training.devices import build_accelerator
+    from dual_loop.training.memory import MemoryEstimator
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
@@ -187,14 +193,40 @@ def build_trainer(config: Config, setting: Setting) -> Any:
     tokenizer = build_tokens(config, folder / "tokenizer")
     torch.manual_seed(0)
     accelerator = build_accelerator(config)
-    model = build_model(config, tokenizer)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.02)
-    average = ExponentialMovingAverage(trainable_parameters(model.to(accelerator.device)), config.train.ema_decay)
+    model = build_model(config, tokenizer, device=str(accelerator.device)).to(accelerator.device)
+    draw_weights(model, tokenizer)
+    memory = MemoryEstimator(config, model, accelerator.device.type)
+    average = ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay)
     task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
     model.finish(accelerator.device)
     data: Any = GeneratedData(setting, geometry(config))
     files = RunFolder(folder, writes=False)
-    return Trainer(config, task, average, data, accelerator, files, report=lambda line: None)
+    trainer = Trainer(config, task, average, data, accelerator, files, report=lambda line: None)
+    memory.apply(accelerator, trainer.optimizer)
+    return trainer
+
+
+@torch.no_grad()
+def draw_weights(model: Any, tokenizer: Any) -> None:
+    """Draw LoRA B, and let nothing but words be likely, so that a caption is text of ``new_tokens`` words.
+
+    With random weights a caption would be special tokens and signs, which are rejected, and step 2 would read something
+    else, and shorter. A row of zeros in the head is never the likeliest of thousands of random ones.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.normal_(std=0.02)
+    head = model.mllm.lm_head.weight
+    words = torch.zeros(len(head), 1, dtype=torch.bool)
+    words[word_ids(tokenizer)] = True
+    head.mul_(words.to(head.device))
+
+
+def word_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that are a word with a blank before it, so that a text reads back as long as it is."""
+    found = []
+    for index in range(min(len(tokenizer), MOST_READ)):
+        text = tokenizer.decode([index])
+        if text.startswith(" ") and len(text) > 3 and text[1:].isascii() and text[1:].isalpha():
+            found.append(index)
+    return found

@@ -8,39 +8,50 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dual_loop.accelerate.cpu import PackedLinear
 from dual_loop.model.decode import Decoder
 from dual_loop.model.prompts import Prompter
 from dual_loop.training.stop import StopRequest
 
-from bench.phases import PhaseClock, ProductCounter, watch, watch_task
+from bench.floors import wait
+from bench.phases import PhaseClock, ProductCounter, Undo, watch, watch_task
 from bench.setup import Setting, build_config, build_trainer
 
 MIB = 2**20
 
 
 class Variant:
-    """A trainer whose steps are timed by phase."""
+    """A trainer whose steps are timed by phase; :meth:`close` ends what it changed in the package."""
 
     def __init__(self, setting: Setting, name: str) -> None:
-        self.imports_mb = peak_mb()
+        self.imports_mb = resident_mb()
         self.setting, self.config = setting, build_config(setting, name)
         self.trainer = build_trainer(self.config, setting)
-        self.clock = PhaseClock()
+        self.device: torch.device = self.trainer.accelerator.device
+        self.clock = PhaseClock(self.is_gpu)
         self.decode_rows: list[int] = []
         self.captions: list[list[int]] = []
         self.windows = self.trainer.open_windows()
-        self._watch()
+        self.undo = self._watch()
         self.trainer.task.train()
         self.stop = StopRequest()
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def step(self, counted: bool = False) -> dict[str, Any]:
-        """Take one optimiser step; return seconds, and operations and bytes where they are counted."""
-        self.clock, self.decode_rows, self.captions = PhaseClock(), [], []
+        """Take one optimiser step; return seconds, and where it is counted operations, bytes and a GPU's memory."""
+        captioner = self.trainer.task.captioner
+        self.clock, self.decode_rows, self.captions = PhaseClock(self.is_gpu), [], []
+        before = captioner.num_rejected
+        wait()
         start = time.perf_counter()
         if counted:
             with ProductCounter() as self.clock.counter:
@@ -51,6 +62,8 @@ class Variant:
         answer["calls"], answer["decode_rows"] = self.clock.calls, self.decode_rows
         if counted:
             answer.update(flops=self.clock.flops, bytes=self.clock.bytes, captions=self.captions)
+            answer.update(allocated=self.clock.allocated, reserved=self.clock.reserved)
+            answer["rejected"] = captioner.num_rejected - before
         return answer
 
     def _run(self) -> None:
@@ -59,15 +72,23 @@ class Variant:
         self.clock.stop()
 
     def end(self) -> dict[str, Any]:
-        parameters = [*self.trainer.task.model.parameters()]
+        """Return the most memory so far, MiB: of the GPU where it computes, else resident; and the parameters."""
+        model = self.trainer.task.model
+        parameters = [*model.parameters()]
+        packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+        allocated = max(torch.cuda.max_memory_allocated(), *self.clock.allocated.values()) if self.is_gpu else 0
         return {
-            "peak_mb": peak_mb(),
-            "imports_mb": self.imports_mb,
-            "parameters": sum(p.numel() for p in parameters),
+            "peak_mb": allocated / MIB if self.is_gpu else resident_mb(),
+            "imports_mb": 0.0 if self.is_gpu else self.imports_mb,
+            "parameters": sum(p.numel() for p in parameters) + packed,
             "trained": sum(p.numel() for p in parameters if p.requires_grad),
         }
 
-    def _watch(self) -> None:
+    def close(self) -> None:
+        for undo in reversed(self.undo):
+            undo()
+
+    def _watch(self) -> list[Undo]:
         def clock() -> PhaseClock:
             return self.clock
 
@@ -78,12 +99,15 @@ class Variant:
 
         write = Decoder.write
         Decoder.write = remembered  # type: ignore[method-assign]
-        watch_task(self.trainer.task, clock, lambda rows: self.decode_rows.append(rows))
-        watch(self.windows, "take", clock, "data")
-        watch(self.windows, "start_next", clock, "data")
-        watch(torch.Tensor, "backward", clock, "backward")
-        watch(self.trainer.optimizer, "step", clock, "optimiser")
-        watch(self.trainer.ema, "update", clock, "EMA")
+        return [
+            partial(setattr, Decoder, "write", write),
+            *watch_task(self.trainer.task, clock, lambda rows: self.decode_rows.append(rows)),
+            watch(self.windows, "take", clock, "data"),
+            watch(self.windows, "start_next", clock, "data"),
+            watch(torch.Tensor, "backward", clock, "backward"),
+            watch(self.trainer.optimizer, "step", clock, "optimiser"),
+            watch(self.trainer.ema, "update", clock, "EMA"),
+        ]
 
 
 def spread_ends(new_tokens: int) -> None:
@@ -103,7 +127,7 @@ def product_shape(variant: Variant) -> list[Any]:
     return [rows, text["hidden_size"], text["intermediate_size"], variant.config.model.dtype]
 
 
-def peak_mb() -> float:
+def resident_mb() -> float:
     """Return the most resident memory of this process so far, MiB."""
     status = Path("/proc/self/status")
     if status.is_file():  # unlike getrusage, it does not begin with what the starting process had
@@ -122,7 +146,7 @@ def main() -> None:
     commands = {
         "step": variant.step,
         "counted": lambda: variant.step(counted=True),
-        "shape": lambda: {"shape": product_shape(variant)},
+        "shape": lambda: {"shape": product_shape(variant), "device": str(variant.device)},
         "end": variant.end,
     }
     print(json.dumps({"ready": True}), flush=True)

@@ -32,6 +32,7 @@ from dual_loop.training.memory import MemoryEstimator
 from dual_loop.types import Batch, PackedBatch, RegionSample
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch_task
+from bench.setup import word_ids
 from plan.fake_tensors import HollowMode
 
 REGION_SHARE = 0.05
@@ -108,12 +109,7 @@ class PlannedCaptions:
     @classmethod
     def of_words(cls, tokenizer: Any) -> PlannedCaptions:
         """Draw from the tokens that are a word with a blank before it, so that a text reads back as long as it is."""
-        words = []
-        for index in range(min(len(tokenizer), 20_000)):
-            text = tokenizer.decode([index])
-            if text.startswith(" ") and len(text) > 3 and text[1:].isascii() and text[1:].isalpha():
-                words.append(index)
-        return cls(words or range(len(tokenizer)), tokenizer.eos_token_id)
+        return cls(word_ids(tokenizer) or range(len(tokenizer)), tokenizer.eos_token_id)
 
     def write(self, length: int) -> list[int]:
         """Return the ids of one caption of ``length`` tokens, its end included."""

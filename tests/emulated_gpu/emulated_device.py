@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -235,7 +236,7 @@ def attention(
 
 
 class Stream:
-    """A stream, a device guard, an event and a graph pool in one: nothing to wait for."""
+    """A stream, a device guard, an event and a graph pool in one: nothing to wait for, and a time that was marked."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __enter__(self) -> Stream:
@@ -244,6 +245,11 @@ class Stream:
     def __exit__(self, *args: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: Stream) -> float:
+        return 1e3 * (later.seconds - self.seconds)
 
 
 class EmulatedGpu(TorchDispatchMode):
@@ -288,11 +294,13 @@ class EmulatedGpu(TorchDispatchMode):
             "set_device": self.set_device,
             "current_device": lambda: self.index,
             **{name: lambda *args: self.index for name in ("_exchange_device", "_maybe_exchange_device")},
-            **{name: lambda *args: 0 for name in ("memory_allocated", "memory_reserved", "max_memory_allocated")},
+            **{name: lambda *args: 0 for name in ("memory_allocated", "memory_reserved")},
+            **{name: lambda *args: 2**20 for name in ("max_memory_allocated", "max_memory_reserved")},
             **{name: lambda *args, **kwargs: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
             **dict.fromkeys(("device", "Stream", "Event", "current_stream", "stream"), Stream),
             "reset_peak_memory_stats": nothing,
             "device_count": lambda: int(os.environ.get("EMULATED_GPUS", "1")),
+            "is_current_stream_capturing": lambda: False,
             "mem_get_info": lambda *args: self.memory,
             "get_device_name": lambda *args: "emulated GPU",
             "get_device_capability": lambda *args: (9, 0),

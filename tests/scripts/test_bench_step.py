@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from bench_step import run_variants
 
-from dual_loop.accelerate.cpu import can_pack, pack_frozen_linears, widen_frozen_linears
+from dual_loop.accelerate.cpu import PackedLinear, can_pack, pack_frozen_linears, widen_frozen_linears
 from dual_loop.config import SpeedConfig
 
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch
 from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed
+from bench.worker import Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +67,22 @@ def test_a_cold_step_is_the_first_and_counted():
 def test_the_phases_add_up_to_the_step(results):
     for name, values in results["variants"].items():
         assert sum(values["phases"].values()) == pytest.approx(values["seconds"], rel=0.05), name
+
+
+@pytest.mark.slow
+def test_captions_are_as_long_as_asked_and_step_2_reads_them(results):
+    for name, values in results["variants"].items():
+        assert [len(ids) for ids in values["captions"]] == [4] * 4, name
+        assert values["rejected"] == 0, name
+        assert len({tuple(ids) for ids in values["captions"]}) > 1, name
+
+
+@pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN packed linear layer")
+def test_packed_matrices_are_parameters_too():
+    setting = Setting("tiny", 1, 1, 4, 1)
+    plain, packed = Variant(setting, "off:pack_weights"), Variant(setting, "on:pack_weights")
+    assert any(isinstance(module, PackedLinear) for module in packed.trainer.task.model.modules())
+    assert packed.end()["parameters"] == plain.end()["parameters"]
 
 
 @pytest.mark.slow
