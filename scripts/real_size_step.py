@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -330,6 +331,9 @@ def machine() -> str:
 
 def commit() -> str:
     """Return the commit of this checkout, and whether its files differ from it."""
+
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)

@@ -180,7 +180,8 @@ class GeneratedData:
 
 
 def build_trainer(config: Config, setting: Setting) -> Any:
-    """Return the real trainer around a model with random weights, and generated data."""
+    """Return the real trainer around a model with random weights, or those that ``config`` names; generated data."""
+    from dual_loop.checkpoint.importer import load_weights, weights_sources
     from dual_loop.loop.task import DualLoopTask
     from dual_loop.model.adapters import trainable_parameters
     from dual_loop.model.ema import ExponentialMovingAverage
@@ -194,7 +195,11 @@ def build_trainer(config: Config, setting: Setting) -> Any:
     torch.manual_seed(0)
     accelerator = build_accelerator(config)
     model = build_model(config, tokenizer, device=str(accelerator.device)).to(accelerator.device)
-    draw_weights(model, tokenizer)
+    sources = weights_sources(config)
+    if sources:
+        load_weights(model, sources, tokenizer=tokenizer, allow_missing=config.train.allow_missing)
+    else:
+        draw_weights(model, tokenizer)
     memory = MemoryEstimator(config, model, accelerator.device.type)
     average = ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay)
     task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
@@ -211,7 +216,7 @@ def draw_weights(model: Any, tokenizer: Any) -> None:
     """Draw LoRA B, and let nothing but words be likely, so that a caption is text of ``new_tokens`` words.
 
     With random weights a caption would be special tokens and signs, which are rejected, and step 2 would read something
-    else, and shorter. A row of zeros in the head is never the likeliest of thousands of random ones.
+    else, and shorter. A row of zeros in the head is never the likeliest beside dozens of random ones.
     """
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:

@@ -300,6 +300,7 @@ class EmulatedGpu(TorchDispatchMode):
             **dict.fromkeys(("device", "Stream", "Event", "current_stream", "stream"), Stream),
             "reset_peak_memory_stats": nothing,
             "device_count": lambda: int(os.environ.get("EMULATED_GPUS", "1")),
+            "set_per_process_memory_fraction": nothing,
             "is_current_stream_capturing": lambda: False,
             "mem_get_info": lambda *args: self.memory,
             "get_device_name": lambda *args: "emulated GPU",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from emulated_build import build_device
+from gpu_acceptance import main as accept
 
 from bench.phases import PHASES
 
@@ -46,3 +47,18 @@ def test_a_gpu_tells_its_own_memory_by_phase(emulated):
     assert counted["allocated"].keys() == counted["reserved"].keys() == set(PHASES)
     assert counted["allocated"]["language forward"] == counted["reserved"]["backward"] == 2**20
     assert set(emulated["step"]) & {"allocated", "reserved"} == set()
+
+
+@pytest.mark.slow
+def test_the_acceptance_run_rehearses_on_cuda_semantics(tmp_path):
+    library, reason = build_device()
+    if library is None:
+        pytest.skip(reason)
+    arguments = ["--out", str(tmp_path), "--tiny", "--sections", "machine,swaps,step,decoding,presets"]
+    status = accept(arguments, (sys.executable, "-W", "ignore", str(HERE / "emulated_acceptance.py")))
+    report = (tmp_path / "gpu.md").read_text()
+    assert status == 0, report
+    assert "emulated GPU" in report
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert {section["status"] for section in sections.values()} == {"done"}
+    assert all(row["allocated GiB"] > 0 for row in sections["step"]["tables"]["phases, 4 tokens"] if row["seconds"])
