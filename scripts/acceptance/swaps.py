@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_loop.model.ema import weights
 from dual_loop.model.sa2va import evaluating
+from dual_loop.model.stored_weights import weights
 
 from acceptance.found import Asked, Found
 from acceptance.small import build, small_setting
