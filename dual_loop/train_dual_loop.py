@@ -36,9 +36,10 @@ from dual_loop.iteration import evenly_spread
 from dual_loop.model.stored_weights import weights
 from dual_loop.preflight.dry_run import dry_run as dry_run
 from dual_loop.preflight.machine import require_ready
-from dual_loop.training.devices import end_processes, gather_objects
+from dual_loop.training import ranks
+from dual_loop.training.devices import build_accelerator, end_processes, gather_objects
 from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
-from dual_loop.training.trainer import FitResult, Totals, Trainer
+from dual_loop.training.trainer import FitResult, Totals, Trainer, memory_errors_explained
 
 TO_BE_CONTINUED = 75
 """Exit status, EX_TEMPFAIL of sysexits.h."""
@@ -62,24 +63,26 @@ def train(config: Config) -> FitResult:
     Raises:
         DualLoopError: anything that the user can mend; the message says how.
     """
-    check_paths(config)
-    warned = require_ready(config)
-    run = start(config)
-    for warning in warned:
-        run.report(f"{warning}")
-    built = build(run)
-    loaded = load(run, built)
-    stream = open_data(run)
-    placed = place(run, loaded)
-    ready = wire(run, placed, stream)
-    trainer, evaluator = ready.trainer, Evaluator(run, placed, partial(weights, ready.task.starting))
-    before = evaluator.before(trainer.progress.step)
-    result = trainer.fit()
-    after = evaluator.after(trainer) if result.stopped_by is None else None
-    totals, found = trainer.totals(), evaluation_summary(before, after)
-    run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
-    run.report(closing_line(result, totals, found, run.folder.path))
-    end_processes(run.accelerator)
+    accelerator = build_accelerator(config)
+    with ranks.failing_together(), memory_errors_explained("start-up or evaluation"):
+        check_paths(config)
+        warned = require_ready(config)
+        run = start(config, accelerator)
+        for warning in warned:
+            run.report(f"{warning}")
+        stream = open_data(run)
+        built = build(run)
+        loaded = load(run, built)
+        placed = place(run, loaded)
+        ready = wire(run, placed, stream)
+        trainer, evaluator = ready.trainer, Evaluator(run, placed, partial(weights, ready.task.starting))
+        before = evaluator.before(trainer.progress.step)
+        result = trainer.fit()
+        after = evaluator.after(trainer) if result.stopped_by is None else None
+        totals, found = trainer.totals(), evaluation_summary(before, after)
+        run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
+        run.report(closing_line(result, totals, found, run.folder.path))
+        end_processes(accelerator)
     return result
 
 

@@ -149,7 +149,10 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     from dual_loop.evaluation import runner
     from dual_loop.evaluation.measure import RegionMeter
     from dual_loop.serve.loading import find_trained
+    from dual_loop.training import ranks
     from dual_loop.training.devices import build_accelerator, end_processes
+    from dual_loop.training.setup import describe_start
+    from dual_loop.training.trainer import memory_errors_explained
 
     found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args))
     config, folder = found.config, args.output_dir
@@ -157,24 +160,27 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
         is_run = args.checkpoint is not None and (Path(args.checkpoint) / "config.json").is_file()
         folder = Path(args.checkpoint if is_run else "outputs") / name
     accelerator = build_accelerator(config)
-    data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
-    loaded = found.load(accelerator.device)
-    is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    header = {
-        "checkpoint": loaded.origin,
-        "data": [one.description() for one in data],
-        "tasks": list(tasks),
-        "protocol": protocol.to_dict(),
-        "max_new_tokens": config.loop.max_new_tokens,
-    }
-    runner.start(folder, header, is_main)
-    accelerator.wait_for_everyone()
-    meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
-    bar = name if is_main else None
-    runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)
-    accelerator.wait_for_everyone()
-    # From here on rank 0 works alone, on files.
-    end_processes(accelerator)
+    with ranks.failing_together(), memory_errors_explained(name):
+        ranks.compare(describe_start(config))
+        data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
+        loaded = found.load(accelerator.device)
+        is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+        header = {
+            "checkpoint": loaded.origin,
+            "data": [one.description() for one in data],
+            "tasks": list(tasks),
+            "protocol": protocol.to_dict(),
+            "max_new_tokens": config.loop.max_new_tokens,
+        }
+        ranks.compare({**header, "output_dir": folder})
+        runner.start(folder, header, is_main)
+        accelerator.wait_for_everyone()
+        meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
+        bar = name if is_main else None
+        runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)
+        accelerator.wait_for_everyone()
+        # From here on rank 0 works alone, on files.
+        end_processes(accelerator)
     if not is_main:
         return None
     regions, skipped = runner.join(folder, data)

@@ -67,7 +67,7 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     findings += [*machine.check_memory(config, meta), *machine.check_output(config, meta)]
     findings += model_checks.check_trains(meta)
     if not quick:
-        findings += machine.check_all_reduce()
+        findings += machine.check_all_reduce(config)
         try:
             device = build_accelerator(config).device
             model, prompter = rebuild(config, weights_sources(config))

@@ -341,6 +341,9 @@ class TrainConfig:
     parallel: str = flag("ddp", "fsdp shards the language model over the ranks", choices=("ddp", "fsdp"))
     allow_emulated_bf16: bool = setting(False, "run in bf16 on a device that has none of its own and is slow with it")
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    rank_timeout: float = setting(
+        600.0, "silence after which a rank is taken for hung, and longest wait in a collective", "SECONDS", at_least=5
+    )
     num_threads: int | None = setting(None, "of torch, a process; none: torch's own choice", "THREADS")
     seed: int = flag(42, "decides everything random")
     resume: str | None = flag(None, "newest whole checkpoint, or this one", "auto|DIR", title=RUN_FOLDER)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,7 +21,7 @@ from dual_loop.errors import EnvironmentProblem
 from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.training.devices import available_cores, device_type, precision, why_no_kernel
+from dual_loop.training.devices import available_cores, choose_device, device_type, precision, why_no_kernel
 from dual_loop.training.memory import GIB, estimate_memory, free_memory
 from dual_loop.training.run_folder import versions
 
@@ -33,11 +34,14 @@ ALL_REDUCE_SECONDS = 60
 
 _ALL_REDUCE = """
 import os, sys, time, torch, torch.distributed as dist
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-value = torch.tensor([float(rank + 1)])
+(rank, size, port), backend = map(int, sys.argv[1:4]), sys.argv[4]
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if backend == "nccl":
+    torch.cuda.set_device(device)
+dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+value = torch.tensor([float(rank + 1)], device=device)
 dist.all_reduce(value)
-assert value.item() == 3.0, value
+assert value.item() == size * (size + 1) / 2, value
 dist.barrier()
 time.sleep(0.2)
 os._exit(0)  # gloo's threads can abort a process that takes its group down on a busy machine
@@ -75,9 +79,11 @@ def check_device(config: Config) -> Iterator[Finding]:
     """Say what there is to compute on."""
     memory = psutil.virtual_memory().available / GIB
     yield Finding(NOTE, "device", f"{available_cores()} CPU cores, {memory:.1f} GiB of memory free")
-    if not torch.cuda.is_available():
-        level = PROBLEM if config.train.device == "cuda" else NOTE
-        yield Finding(level, "device", "no GPU is visible", "--device cpu" if level == PROBLEM else "")
+    try:
+        if choose_device(config.train.device).type == "cpu":
+            yield Finding(NOTE, "device", "computes on the CPU")
+    except EnvironmentProblem as problem:
+        yield Finding(PROBLEM, "device", str(problem), "--device cpu")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
@@ -103,18 +109,21 @@ def check_kernels(config: Config) -> Iterator[Finding]:
 
 
 def check_memory(config: Config, meta_model: nn.Module) -> Iterator[Finding]:
-    """Compare the estimate of one process with the memory there is; name the preset that would fit."""
-    device = torch.device(device_type(config))
-    free, where = free_memory(config, device) / GIB, "on GPU 0" if device.type == "cuda" else "of memory"
-    needed = estimate_memory(config, meta_model, USABLE_SHARE * free)[0].total / GIB
-    text = f"estimate {needed:.2f} GiB a process, {free:.1f} GiB free {where}"
-    if needed <= USABLE_SHARE * free:
-        yield Finding(OK, "memory", text)
-        return
-    fitting = [size for size in PRESETS if size <= free / USABLE_SHARE + 1]
+    """Compare the estimate of one process with the memory of every visible GPU; name the preset that would fit."""
+    if device_type(config) == "cuda":
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        free = {f"on GPU {device.index}": free_memory(config, device) / GIB for device in devices}
+    else:
+        free = {"of memory": free_memory(config, torch.device("cpu")) / GIB}
+    least = min(free.values())  # the ranks compute alike, so that of the fullest
+    needed = estimate_memory(config, meta_model, USABLE_SHARE * least)[0].total / GIB
+    fitting = [size for size in PRESETS if size <= least / USABLE_SHARE + 1]
     is_large = config.model.name.startswith("sa2va")
     fix = f"--config {PRESETS[max(fitting)]}" if fitting and is_large else "--batch_size 1 --regions_per_image 1"
-    yield Finding(WARNING, "memory", text, fix)
+    for where, own in free.items():
+        text = f"estimate {needed:.2f} GiB a process, {own:.1f} GiB free {where}"
+        fits = needed <= USABLE_SHARE * own
+        yield Finding(OK, "memory", text) if fits else Finding(WARNING, "memory", text, fix)
 
 
 def check_output(config: Config, meta_model: nn.Module | None = None) -> Iterator[Finding]:
@@ -156,14 +165,15 @@ def require_ready(config: Config) -> list[Finding]:
     return [finding for finding in findings if finding.level == WARNING]
 
 
-def check_all_reduce() -> Iterator[Finding]:
-    """Let two processes add a number over gloo on this machine."""
+def check_all_reduce(config: Config) -> Iterator[Finding]:
+    """Let processes add a number over what ranks on this machine talk over: a GPU each over NCCL, else two over gloo."""
+    backend, size = ("nccl", torch.cuda.device_count()) if device_type(config) == "cuda" else ("gloo", 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", _ALL_REDUCE]
-    pipe = subprocess.PIPE
-    ranks = [subprocess.Popen([*command, rank, str(port)], stdout=pipe, stderr=pipe, text=True) for rank in "01"]
+    command, rest = [sys.executable, "-c", _ALL_REDUCE], [str(size), str(port), backend]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), *rest], **pipes) for rank in range(size)]
     errors = []
     for rank in ranks:
         try:
@@ -175,6 +185,6 @@ def check_all_reduce() -> Iterator[Finding]:
             errors.append(text.strip().splitlines()[-1] if text.strip() else f"exit {rank.returncode}")
     if errors:
         fix = "check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and the firewall of this machine"
-        yield Finding(PROBLEM, "processes", f"two processes cannot add a number: {errors[0]}", fix)
+        yield Finding(PROBLEM, "processes", f"{size} process(es) cannot add a number over {backend}: {errors[0]}", fix)
     else:
-        yield Finding(OK, "processes", "two processes added a number over gloo")
+        yield Finding(OK, "processes", f"{size} process(es) added a number over {backend}")

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
+from dual_loop.training import ranks
 from dual_loop.training.metrics_log import reduce_sums
+from dual_loop.training.ranks import RankAccelerator
 
 Item = TypeVar("Item")
 
@@ -80,7 +83,11 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.set_num_threads(num_cpu_threads(config))
     else:
         torch.cuda.set_device(device)
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=precision(config))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        timeout = timedelta(seconds=config.train.rank_timeout)
+        torch.distributed.init_process_group("gloo" if use_cpu else "nccl", timeout=timeout)
+    accelerator = RankAccelerator(cpu=use_cpu, mixed_precision=precision(config))
+    ranks.watch(config.train.rank_timeout)
     if use_cpu:
         # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
@@ -161,8 +168,10 @@ def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:
     """Return what every rank gave, in the order of ranks. Only for values that this package made itself."""
     if accelerator.num_processes == 1:
         return [own]
+    accelerator.wait_for_everyone()  # who measured or saved comes later than the others
     gathered = [own] * accelerator.num_processes
-    torch.distributed.all_gather_object(gathered, own)
+    with ranks.exchange():
+        torch.distributed.all_gather_object(gathered, own)
     return gathered
 
 
@@ -193,11 +202,11 @@ def end_processes(accelerator: Accelerator) -> None:
 
     gloo's threads free the tensors of the last collectives a moment after these return, and need Python's lock for it.
     If the group is taken down in that moment, by a thread that holds the lock and waits for them, the process hangs
-    for ever (seen with torch 2.13). So the last collective is a barrier, which holds no Python tensor, and the lock is
-    given away for a while after it.
+    for ever (seen with torch 2.13). So the ranks meet once more without a collective, and the lock is given away for a
+    while.
     """
+    ranks.leave()
     if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
         time.sleep(LET_GO_SECONDS)
     accelerator.end_training()
 

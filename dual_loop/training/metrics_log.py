@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from dual_loop.config import GATES
 from dual_loop.drawing import Panel
 from dual_loop.metrics import iou, iou_table, mask_overlap, own_and_margin, own_image_only, ratio
+from dual_loop.training import ranks
 from dual_loop.training.run_folder import truncate_metrics
 from dual_loop.types import PackedBatch, RegionSample, Segmentation
 
@@ -140,8 +141,10 @@ def reduce_sums(accelerator: Accelerator, sums: Mapping[str, float]) -> dict[str
         return dict(sums)
     names = sorted(sums)
     values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(values)
-    return dict(zip(names, values.tolist(), strict=True))
+    with ranks.exchange():
+        torch.distributed.all_reduce(values)
+        summed = values.tolist()
+    return dict(zip(names, summed, strict=True))
 
 
 def counters_of(sums: Mapping[str, float]) -> dict[str, float]:

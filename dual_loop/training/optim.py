@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
 from dual_loop.errors import DualLoopError, explain
+from dual_loop.training import ranks
 from dual_loop.training.devices import gather_objects
 
 MAX_NAMES = 8
@@ -99,9 +100,11 @@ def check_finite(
         names = [name for group in region_names for name in group]
         own.append(f"gradient norm = {grad_norm}, losses finite, in the regions {_shorten(names)}")
     flag = torch.tensor(float(bool(own)), device=accelerator.device)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(flag)
-    if not flag.item():
+    with ranks.exchange():
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flag)
+        is_wrong = bool(flag.item())
+    if not is_wrong:
         return
     everywhere = enumerate(gather_objects(accelerator, own))
     what, where = "a loss or gradient is not finite; nothing was updated", f"optimiser step {step}"

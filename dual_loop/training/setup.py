@@ -2,7 +2,7 @@
 
 ::
 
-    start   processes, device, run folder
+    start   run folder, on ranks that are alike
     build   the model with random weights, and its prompts
     load    pretrained weights in it
     place   on its device, sharded where that is asked for, with its weight average
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
+from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream
-from dual_loop.training.devices import RankExchange, build_accelerator, share_out_batch
+from dual_loop.training.devices import RankExchange, share_out_batch
 from dual_loop.training.memory import LayerPlan, MemoryEstimator
 from dual_loop.training.metrics_log import Reporter
-from dual_loop.training.run_folder import RunFolder, check_free
+from dual_loop.training.run_folder import RunFolder, check_free, find_checkpoint, versions
 from dual_loop.training.sharding import Pace, shard_language_model
 from dual_loop.training.trainer import Trainer
 
@@ -86,9 +88,14 @@ class Ready:
     pace: AbstractContextManager[Any] | None
 
 
-def start(config: Config) -> Start:
-    """Join the processes and make the run folder, on rank 0, after every rank found it free."""
-    accelerator = build_accelerator(config)
+def start(config: Config, accelerator: Accelerator) -> Start:
+    """Make the run folder, on rank 0, after every rank found it free and all of them alike.
+
+    Raises:
+        ConfigError: the ranks differ in a setting, a package or the weights; or the folder holds another run.
+    """
+    checkpoint = find_checkpoint(config.train.resume, config.train.output_dir)
+    ranks.compare({**describe_start(config), "checkpoint": checkpoint})
     config = share_out_batch(config, accelerator.num_processes)
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
@@ -107,6 +114,30 @@ def start(config: Config) -> Start:
     folder.create(config.to_dict(), machine, is_resuming)
     accelerator.wait_for_everyone()
     return Start(config, accelerator, folder, report)
+
+
+def describe_start(config: Config) -> dict[str, object]:
+    """Return what has to be the same on all ranks before anything is built, by name."""
+    settings = {f"{group}.{name}": value for group, own in config.to_dict().items() for name, value in own.items()}
+    installed = versions()
+    packages = {**installed["packages"], "Python": installed["python"], "git commit": installed["git_commit"]}
+    files = {f"weights in {path}": fingerprint(path) for path in weights_sources(config)}
+    return {**settings, **packages, **files}
+
+
+def fingerprint(path: Path, blocks: int = 64) -> str:
+    """Return the size of a file, or of all files of a folder, and a hash of some blocks of each: fast on any size."""
+    total, digest = 0, hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            size = file.stat().st_size
+            total += size
+            digest.update(f"{file.name}/{size}".encode())
+            with file.open("rb") as stream:
+                for block in range(blocks):
+                    stream.seek(size * block // blocks)
+                    digest.update(stream.read(4096))
+    return f"{total:,} bytes, hash {digest.hexdigest()[:16]}"
 
 
 def build(run: Start) -> Built:
@@ -136,17 +167,20 @@ def load(run: Start, built: Built) -> Loaded:
 
 
 def open_data(run: Start) -> DataStream:
-    """Open the data sets and the stream of this rank's micro-batches."""
+    """Open the data sets and the stream of this rank's micro-batches.
+
+    Raises:
+        ConfigError: a data set cannot be opened, or holds other entries on another rank.
+    """
     stream = DataStream(run.config, run.accelerator)
-    run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
-    num_batches = stream.steps_per_epoch * run.config.train.gradient_accumulation_steps
-    run.report(f"✓ Dataloader created: {num_batches} batches")
+    ranks.compare({f"data {share.name}": share for share in stream.sampler.stream.shares})
     return stream
 
 
 def place(run: Start, loaded: Loaded) -> Placed:
     """Bring the model to its device; shard it where ranks are to share its layers."""
     model, accelerator, pace = loaded.model, run.accelerator, None
+    accelerator.wait_for_everyone()  # some read and hash longer than others, and what follows is collective
     if run.config.train.parallel == "fsdp" and accelerator.num_processes > 1:
         count = shard_language_model(accelerator, model)
         run.report(f"Sharding {count} decoder layers over {accelerator.num_processes} ranks")
@@ -164,6 +198,9 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
         CheckpointError: the checkpoint does not fit this run.
     """
     config, accelerator, model, pace = run.config, run.accelerator, placed.model, placed.pace
+    run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
+    num_batches = stream.steps_per_epoch * config.train.gradient_accumulation_steps
+    run.report(f"✓ Dataloader created: {num_batches} batches")
     comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
     judge = None
     if config.reward.judge_url is not None and config.reward.caption_weight > 0:
@@ -180,4 +217,5 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     trainer.restore()
     layers = placed.memory.apply(accelerator, trainer.optimizer)
     run.report(layers.line())
+    accelerator.wait_for_everyone()
     return Ready(task, trainer, layers, pace)

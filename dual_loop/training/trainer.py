@@ -29,6 +29,7 @@ from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
+from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, Part
 from dual_loop.training.devices import attention_kernel, gather_objects, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
@@ -161,7 +162,7 @@ class Trainer:
             while progress.step < total:
                 if progress.step % per_epoch == 0:
                     self.report(f"Epoch {progress.step // per_epoch + 1}/{-(-total // per_epoch)}")
-                with memory_errors_explained(progress.step + 1):
+                with memory_errors_explained(f"optimiser step {progress.step + 1}"):
                     is_stopping = self.step(windows, stop)
                 bar.update(1)
                 if is_stopping:
@@ -185,11 +186,13 @@ class Trainer:
         is_audited = number % train.audit_interval == 0 or number == last > train.audit_interval
         is_logged = is_audited or number % train.log_interval == 0 or number in (1, last)
         timer = PhaseTimer(accelerator.device, exact=is_logged)
+        ranks.note(f"step {number}, data")
 
         # ---- data
         parts = windows.take()
         window = [part.batch for part in parts]
         timer.end("data")
+        ranks.note(f"step {number}, roll-out")
 
         with self.attention():
             # ---- step 1, for the whole window
@@ -200,6 +203,7 @@ class Trainer:
                 windows.start_next()
                 timer.end("data")
             counts = self._count(window, packed)
+            ranks.note(f"step {number}, forward and backward")
 
             # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
             outputs = []
@@ -313,6 +317,7 @@ class Trainer:
     def save(self) -> str:
         """Write a checkpoint of the current step; every rank must call this."""
         step = self.progress.step
+        ranks.note(f"saves step {step}")
         path = save_run_checkpoint(
             self.folder.path,
             step,
@@ -372,7 +377,7 @@ def detach_output(output: StepOutput) -> StepOutput:
 
 
 @contextmanager
-def memory_errors_explained(step: int) -> Iterator[None]:
+def memory_errors_explained(where: str) -> Iterator[None]:
     """Turn running out of memory into an EnvironmentProblem that says which flags to change."""
     try:
         yield
@@ -385,4 +390,4 @@ def memory_errors_explained(step: int) -> Iterator[None]:
             "loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)"
         )
         seen = str(error).splitlines()[0]
-        raise EnvironmentProblem(explain("out of memory", f"optimiser step {step}", seen, fix=fix)) from error
+        raise EnvironmentProblem(explain("out of memory", where, seen, fix=fix)) from error

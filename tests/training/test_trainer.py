@@ -314,7 +314,7 @@ def test_audits_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )
 def test_out_of_memory_says_which_flags_to_change(error: Exception) -> None:
-    with pytest.raises(EnvironmentProblem) as caught, memory_errors_explained(3):
+    with pytest.raises(EnvironmentProblem) as caught, memory_errors_explained("step 3"):
         raise error
     for word in ("--batch_size", "--regions_per_image", "model.gradient_checkpointing=True", "loop.max_new_tokens"):
         assert word in str(caught.value)
@@ -322,5 +322,5 @@ def test_out_of_memory_says_which_flags_to_change(error: Exception) -> None:
 
 
 def test_other_errors_pass_unchanged() -> None:
-    with pytest.raises(RuntimeError, match="shape"), memory_errors_explained(3):
+    with pytest.raises(RuntimeError, match="shape"), memory_errors_explained("step 3"):
         raise RuntimeError("shape")
