@@ -142,7 +142,7 @@ class Evaluator:
         own_part = range(accelerator.process_index, len(source), accelerator.num_processes)
         # Random states are put back, so that a run with evaluation trains exactly as one without.
         rng = capture_rng()
-        with accelerator.autocast(), placed.pace or nullcontext():
+        with accelerator.autocast(), placed.gathered or nullcontext():
             samples = (source.load_all(index) for index in own_part)
             own = evaluate_samples(placed.model, placed.prompter, run.config, samples, listener)
             if accelerator.is_main_process:

@@ -105,7 +105,7 @@ def save_run_checkpoint(
     """Write the checkpoint of ``step`` below ``root`` and remove all but the newest ``keep``. Called by every rank.
 
     Rank 0 writes the shared files, each rank its own random states. A rank that fails leaves only a temporary folder,
-    which the next save removes; what the other ranks do in ``barrier`` then is up to the caller's.
+    which the next save removes; ``barrier`` has to end the others then.
 
     Args:
         step: optimiser steps done. A checkpoint of the same step is replaced.

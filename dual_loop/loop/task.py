@@ -104,7 +104,7 @@ class DualLoopTask(nn.Module):
         parts = zip(batches, seen, captions, strict=True)
         window = [MicroBatch(*part, RowPlan.for_captions(part[2])) for part in parts]
         asked = [dict.fromkeys(text for signal in self.signals for text in signal.asks(micro)) for micro in window]
-        if any(asked):
+        if self.signals:  # not where a text is asked: ranks that share layers gather other weights together
             with self.scoring_weights():
                 for micro, texts in zip(window, asked, strict=True):
                     table = self.scorer.score(micro.batch, micro.seen, list(texts))

@@ -12,9 +12,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def place_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return ``tensor``, which every rank holds whole, on the device and in the shards of ``like``."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    """Return ``tensor`` in the shards and on the device of ``like``, or whole where ``like`` is.
+
+    Every rank holds ``tensor`` whole, or calls this for its shards.
+    """
+    if not isinstance(like, DTensor):
+        return whole(tensor)
+    if isinstance(tensor, DTensor):
         return tensor
     placed = tensor.to(device=like.device, dtype=like.dtype)
     # Every rank has the same values already: each takes its part, nothing is sent.
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_use(parameter: Tensor) -> Tensor:
+    """Return what the model computes with: the whole tensor while its layer is gathered (``sharding.Gathered``)."""
+    gathered: Tensor = getattr(parameter, "gathered", parameter)
+    return gathered

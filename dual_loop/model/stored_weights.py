@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dual_loop.errors import EnvironmentProblem, explain
+from dual_loop.model.shards import in_use, place_like, whole
 
 
 class StoredWeights:
@@ -39,7 +39,7 @@ def weights(stored: StoredWeights) -> Iterator[None]:
     if stored.is_lent:
         raise RuntimeError("the model already holds these weights; weights() cannot be nested")
     with torch.no_grad():
-        live = {name: parameter.detach().clone() for name, parameter in stored.parameters.items()}
+        live = {name: in_use(parameter).detach().clone() for name, parameter in stored.parameters.items()}
     stored.is_lent = True
     try:
         _fill(stored.parameters, stored.values)
@@ -52,7 +52,8 @@ def weights(stored: StoredWeights) -> Iterator[None]:
 @torch.no_grad()
 def _fill(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        target = in_use(parameter)
+        target.copy_(place_like(values[name], target))
     torch.clear_autocast_cache()  # it holds casts of what the parameters were
 
 
@@ -65,7 +66,7 @@ class StartingWeights(StoredWeights):
     Args:
         named_parameters: names to parameters; those without ``requires_grad`` are left out, since they never change.
         on_disk: keep the copy in a file without a name in the folder for temporary files (``TMPDIR``), which vanishes
-            with the process; else in memory. Parameters that are sharded stay in memory.
+            with the process; else in memory. Sharded parameters are kept whole, so every rank must make one.
 
     Raises:
         EnvironmentProblem: the file cannot be written.
@@ -73,10 +74,10 @@ class StartingWeights(StoredWeights):
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
         self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        if on_disk and not any(isinstance(p, DTensor) for p in self.parameters.values()):
+        if on_disk:
             self.values = _TensorFile(self.parameters)
         else:
-            self.values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            self.values = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
 
 
 class _TensorFile(Mapping[str, torch.Tensor]):
@@ -88,7 +89,7 @@ class _TensorFile(Mapping[str, torch.Tensor]):
             self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
             for name, tensor in tensors.items():
                 self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
                 self._file.write(flat.view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:

@@ -166,7 +166,7 @@ def require_ready(config: Config) -> list[Finding]:
 
 
 def check_all_reduce(config: Config) -> Iterator[Finding]:
-    """Let processes add a number over what ranks on this machine talk over: a GPU each over NCCL, else two over gloo."""
+    """Let processes add a number over what ranks here talk over: one a GPU over NCCL, else two over gloo."""
     backend, size = ("nccl", torch.cuda.device_count()) if device_type(config) == "cuda" else ("gloo", 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

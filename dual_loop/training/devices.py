@@ -180,20 +180,17 @@ class RankExchange:
 
     Args:
         accelerator: whose ranks.
-        settle: called before every exchange; ranks that share layers wait for each other there (``sharding.Pace``).
     """
 
-    def __init__(self, accelerator: Accelerator, settle: Callable[[], None] = lambda: None) -> None:
-        self.accelerator, self.settle = accelerator, settle
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Add ``sums`` over all ranks in one all-reduce."""
-        self.settle()
         return reduce_sums(self.accelerator, sums)
 
     def gather(self, own: Sequence[str]) -> list[str]:
         """Return the texts of all ranks, rank by rank."""
-        self.settle()
         return [text for texts in gather_objects(self.accelerator, list(own)) for text in texts]
 
 

@@ -12,10 +12,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +33,7 @@ from dual_loop.training.devices import RankExchange, share_out_batch
 from dual_loop.training.memory import LayerPlan, MemoryEstimator
 from dual_loop.training.metrics_log import Reporter
 from dual_loop.training.run_folder import RunFolder, check_free, find_checkpoint, versions
-from dual_loop.training.sharding import Pace, shard_language_model
+from dual_loop.training.sharding import Gathered, shard_language_model
 from dual_loop.training.trainer import Trainer
 
 
@@ -69,13 +67,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Placed:
-    """A model on its device, with its weight average; ``pace`` where ranks share its layers."""
+    """A model on its device, with its weight average; ``gathered`` where ranks share its layers."""
 
     model: VideoLLaVASAMModel
     prompter: Prompter
     memory: MemoryEstimator
     average: ExponentialMovingAverage
-    pace: Pace | None
+    gathered: Gathered | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,6 @@ class Ready:
     task: DualLoopTask
     trainer: Trainer
     layers: LayerPlan
-    pace: AbstractContextManager[Any] | None
 
 
 def start(config: Config, accelerator: Accelerator) -> Start:
@@ -179,15 +176,15 @@ def open_data(run: Start) -> DataStream:
 
 def place(run: Start, loaded: Loaded) -> Placed:
     """Bring the model to its device; shard it where ranks are to share its layers."""
-    model, accelerator, pace = loaded.model, run.accelerator, None
+    model, accelerator, gathered = loaded.model, run.accelerator, None
     accelerator.wait_for_everyone()  # some read and hash longer than others, and what follows is collective
     if run.config.train.parallel == "fsdp" and accelerator.num_processes > 1:
         count = shard_language_model(accelerator, model)
         run.report(f"Sharding {count} decoder layers over {accelerator.num_processes} ranks")
-        pace = Pace(accelerator, model)
+        gathered = Gathered(model)
     model.to(accelerator.device)
     average = ExponentialMovingAverage(trainable_parameters(model), run.config.train.ema_decay)
-    return Placed(model, loaded.prompter, loaded.memory, average, pace)
+    return Placed(model, loaded.prompter, loaded.memory, average, gathered)
 
 
 def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
@@ -197,11 +194,11 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
         JudgeError: the judge does not answer, and ``reward.judge_failure`` is ``error``.
         CheckpointError: the checkpoint does not fit this run.
     """
-    config, accelerator, model, pace = run.config, run.accelerator, placed.model, placed.pace
+    config, accelerator, model = run.config, run.accelerator, placed.model
     run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
     num_batches = stream.steps_per_epoch * config.train.gradient_accumulation_steps
     run.report(f"✓ Dataloader created: {num_batches} batches")
-    comm = RankExchange(accelerator) if pace is None else RankExchange(accelerator, pace.settle)
+    comm = RankExchange(accelerator)
     judge = None
     if config.reward.judge_url is not None and config.reward.caption_weight > 0:
         judge = Judge(config.reward)
@@ -211,11 +208,11 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     task = DualLoopTask(model, placed.prompter, config, placed.average, comm, judge, stream.num_samples)
     for line in model.finish(accelerator.device):
         run.report(line)
-    trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, pace)
+    trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, placed.gathered)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
     layers = placed.memory.apply(accelerator, trainer.optimizer)
     run.report(layers.line())
     accelerator.wait_for_everyone()
-    return Ready(task, trainer, layers, pace)
+    return Ready(task, trainer, layers)

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -31,53 +29,39 @@ def shard_language_model(accelerator: Accelerator, model: Any) -> int:
     for layer in layers:
         layer.to(accelerator.device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    # Every pass is a collective: all ranks must take as many as each other, however long their rows are.
+    # In training every pass is a collective: all ranks must take as many, however long their rows are.
     model.group_rows = False
     return len(layers)
 
 
-class Pace:
-    """Lets ranks with unequal work share sharded layers: whoever is done takes part in the others' forward passes.
+class Gathered:
+    """Every decoder layer whole on every rank for the length of a ``with`` block; no graph inside.
 
-    A forward pass of a sharded layer is a collective. Inside a ``with`` block each rank says before every pass of the
-    language model that it is about to run; at the end of the block a rank answers the others with passes over a single
-    token until all are done, and before any other exchange inside the block too (:meth:`settle`). Captions of different
-    lengths, numbers of regions or of held-out images are so no matter.
+    A forward pass of a sharded layer is a collective: a caption would gather the language model once a token, and ranks
+    with longer captions or more images would wait for passes that the others do not take. Inside the block a pass is
+    the rank's own affair. Entering and leaving change no value; entering is a collective.
 
     Args:
-        accelerator: whose ranks share the layers.
-        model: the unwrapped model.
+        model: the unwrapped model, after :func:`shard_language_model`.
     """
 
-    def __init__(self, accelerator: Accelerator, model: Any) -> None:
-        self.device, self.language = accelerator.device, model.mllm.model.language_model
-        self._depth, self._is_answering = 0, False
-        self.language.register_forward_pre_hook(self._before)
+    def __init__(self, model: Any) -> None:
+        self.layers: list[Any] = list(model.mllm.model.language_model.layers)
+        self._shards: list[Any] = []
 
-    def __enter__(self) -> Pace:
-        self._depth += 1
-        return self
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            shards = dict(layer.named_parameters())
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+            for name, whole in layer.named_parameters():
+                shards[name].gathered = whole
+            self._shards += shards.values()
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._depth -= 1
-        if kind is None and self._depth == 0:
-            self.settle()
-
-    def _before(self, module: nn.Module, inputs: Any) -> None:
-        if self._depth and not self._is_answering:
-            self._num_running(1)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Answer the other ranks until all of them are here: before a ``with`` block ends, and before any exchange."""
-        width, kind = self.language.config.hidden_size, self.language.embed_tokens.weight.dtype
-        token = torch.zeros(1, 1, width, device=self.device, dtype=kind)
-        self._is_answering = True
-        while self._num_running(0):
-            self.language(inputs_embeds=token, use_cache=False)
-        self._is_answering = False
-
-    def _num_running(self, own: int) -> int:
-        count: Tensor = torch.tensor([own], device=self.device)
-        torch.distributed.all_reduce(count)
-        return int(count)
+    def __exit__(self, *_: object) -> None:
+        for shard in self._shards:
+            del shard.gathered
+        self._shards.clear()
+        for layer in self.layers:
+            layer.reshard()
+            layer.set_reshard_after_forward(True)

@@ -117,7 +117,7 @@ class Trainer:
         accelerator: processes, device and precision.
         folder: where records and panels go; writes on rank 0 only.
         report: prints one line (rank 0).
-        pace: entered around step 1, where ranks do unequal work (``sharding.Pace``); None where nothing is sharded.
+        gathered: entered around step 1, where ranks do unequal work (``sharding.Gathered``); None: nothing is sharded.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Trainer:
         accelerator: Accelerator,
         folder: RunFolder,
         report: Callable[[str], None] = print,
-        pace: AbstractContextManager[Any] | None = None,
+        gathered: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.config, self.task, self.ema, self.data = config, task, average, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
-        self.pace = pace or nullcontext()
+        self.gathered = gathered or nullcontext()
         self.log = MetricsLog(folder.path, folder.writes)
         self.wrapped = wrap_model(accelerator, task)
         self.attention = attention_kernel(config, accelerator.device)
@@ -196,7 +196,7 @@ class Trainer:
 
         with self.attention():
             # ---- step 1, for the whole window
-            with accelerator.autocast(), self.pace:
+            with accelerator.autocast(), self.gathered:
                 packed = self.task.prepare(window, progress.step / last, is_audited)
             timer.end("rollout")
             if number < last:

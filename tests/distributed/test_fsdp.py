@@ -54,7 +54,10 @@ def test_losses_norms_and_what_is_reported_are_those_of_ddp(runs):
         for key in ("loss", "mask_loss", "dice_loss", "llm_loss", "grad_norm", "caption_tokens"):
             assert other[key] == pytest.approx(one[key], rel=2e-3, abs=1e-5), (key, one["step"])
         assert other["counters"] == one["counters"]
-    assert any("frozen_cycle_iou" in record for record in records(runs["fsdp"]))
+    for key in ("own_cycle_iou", "frozen_cycle_iou", "kl"):
+        values = [[record[key] for record in records(runs[name]) if key in record] for name in ("ddp", "fsdp")]
+        assert values[0], key
+        assert values[1] == pytest.approx(values[0], rel=2e-2, abs=1e-3), key
 
 
 def test_parameters_and_averages_are_those_of_ddp(runs):
