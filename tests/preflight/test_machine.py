@@ -55,3 +55,47 @@ def test_memory_names_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "estimate_memory", lambda *_: (SimpleNamespace(total=10 * machine.GIB), None))
     [finding] = machine.check_memory(config, large)
     assert finding.level == OK
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_the_memory_of_every_visible_gpu_is_compared(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda _, device: (70, 5)[device.index] * machine.GIB)
+    monkeypatch.setattr(machine, "estimate_memory", lambda *_: (SimpleNamespace(total=20 * machine.GIB), None))
+    first, second = machine.check_memory(config_of(device="auto"), torch.nn.Linear(1, 1))
+    assert (first.level, second.level) == (OK, WARNING)
+    assert "70.0 GiB free on GPU 0" in first.what
+    assert "5.0 GiB free on GPU 1" in second.what
+
+
+def test_processes_talk_over_what_ranks_will_use(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
+    started = []
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started.append((command[3:5], command[6]))
+        return SimpleNamespace(returncode=0, communicate=lambda timeout: ("", ""))
+
+    monkeypatch.setattr(machine.subprocess, "Popen", start)
+    [finding] = machine.check_all_reduce(config_of(device="auto"))
+    assert started == [(["0", "2"], "nccl"), (["1", "2"], "nccl")]
+    assert (finding.level, finding.what) == (OK, "2 process(es) added a number over nccl")
+    [finding] = machine.check_all_reduce(config_of(device="cpu"))
+    assert finding.what == "2 process(es) added a number over gloo"
+
+
+@pytest.mark.slow
+def test_two_processes_add_a_number_here() -> None:
+    [finding] = machine.check_all_reduce(config_of(device="cpu"))
+    assert (finding.level, finding.what) == (OK, "2 process(es) added a number over gloo")
+
+
+def test_a_device_of_another_kind_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert [f for f in machine.check_device(config_of(device="auto")) if f.level == PROBLEM and "mps" in f.what]
+    assert not [f for f in machine.check_device(config_of(device="cpu")) if f.level == PROBLEM]
