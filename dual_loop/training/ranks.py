@@ -3,7 +3,7 @@
 A collective waits for all ranks, is aborted by its time-out, and cannot say who is missing. So every rank writes a
 record of itself into the store of the launcher twice a second, from a thread of its own, and reads those of the others:
 
-* a rank that is silent for nearly ``train.rank_timeout`` is named by the others, which then end;
+* a rank that is silent for most of ``train.rank_timeout`` is named by the others, which then end;
 * so is one that lets others wait in an exchange that long, although its thread lives;
 * a rank that fails says why, and the others end with it;
 * where one rank works alone (an index, a checkpoint), the others wait for a number in the store, for as long as it
@@ -34,7 +34,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from dual_loop.errors import ConfigError, DualLoopError, explain
 from dual_loop.training.stop import SAME_WISH_SECONDS
 
-SHARE_OF_TIMEOUT = 0.9
+SHARE_OF_TIMEOUT = 0.8
 """Of ``train.rank_timeout``: the collective itself fails at the end of it, and says less."""
 SILENT_WHEN_STOPPING = 5.0
 """Seconds of silence after which a rank that was told to stop waits for another no longer."""
