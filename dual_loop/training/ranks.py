@@ -5,7 +5,7 @@ record of itself into the store of the launcher twice a second, from a thread of
 
 * a rank that is silent for most of ``train.rank_timeout`` is named by the others, which then end;
 * so is one that lets others wait in an exchange that long, although its thread lives;
-* a rank that fails says why, and the others end with it;
+* a rank that fails says why, and the others end with it; one that is killed closes a connection, and they end too;
 * where one rank works alone (an index, a checkpoint), the others wait for a number in the store, for as long as it
   takes: nothing there has a time-out but the silence of a rank;
 * what has to be the same on all ranks is compared before anything is built.
@@ -62,14 +62,15 @@ class Ranks:
         self.signalled: float | None = None
         # A call that waits holds its connection, so each thread has one.
         self.store, self._beats = self._connect(), self._connect()
-        self._closing = threading.Event()
+        self._closing, self.is_ending = threading.Event(), False
         self._signals, writes = os.pipe()
         for end in (self._signals, writes):
             os.set_blocking(end, False)
         # Python's own handlers do not run while a collective waits; this pipe hears signals even then.
         signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        os.register_at_fork(after_in_child=self._forget)
         self._write_record(0)
+        self._lifelines = self._tie()
         self.meet("start")
         self.records = [json.loads(self.store.get(f"record/{rank}")) for rank in range(self.size)]
         for run in (self._beat, self._watch):
@@ -79,6 +80,31 @@ class Ranks:
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, timeout=timedelta(seconds=self.timeout), wait_for_workers=False)
         return PrefixStore(self.prefix, store)
+
+    def _tie(self) -> dict[int, socket.socket]:
+        """Return a connection to rank 0, or from there to every rank: nobody writes, and it ends with the process."""
+        if self.rank > 0:
+            line = socket.create_connection(json.loads(self.store.get("lifeline")), self.timeout)
+            line.sendall(self.rank.to_bytes(4, "big"))
+            lines = {0: line}
+        else:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+                route.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 1))  # sends nothing, finds the own address
+                address = route.getsockname()[0]
+            with socket.create_server((address, 0), backlog=self.size) as server:
+                server.settimeout(self.timeout)
+                self.store.set("lifeline", json.dumps(server.getsockname()[:2]))
+                accepted = [server.accept()[0] for _ in range(self.size - 1)]
+            lines = {int.from_bytes(line.recv(4, socket.MSG_WAITALL), "big"): line for line in accepted}
+        for line in lines.values():
+            line.setblocking(False)
+        return lines
+
+    def _forget(self) -> None:
+        """Leave signals and connections to the rank itself, in a process that loads its data."""
+        signal.set_wakeup_fd(-1)
+        for line in self._lifelines.values():
+            line.close()
 
     # ---- what the main thread calls ----------------------------------------------------------------------------------
 
@@ -120,6 +146,8 @@ class Ranks:
     def fail(self, error: BaseException) -> NoReturn:
         """Print why this rank ends, tell the others, and end; a collective that waits would keep it from leaving."""
         status = 2 if isinstance(error, DualLoopError) else 1
+        if status == 1:
+            time.sleep(4 * self.period)  # a broken collective follows from another rank's failure, which _watch prints
         self.failure = (f"{'' if status == 2 else type(error).__name__ + ': '}{error}", status)
         if status == 2:
             print(f"error: {error}", file=sys.stderr)
@@ -130,6 +158,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave when all do; the rank that may hold the store leaves last."""
+        self.is_ending = True
         self.meet("end")
         self._closing.set()
         self.store.add("left", 1)
@@ -172,9 +201,12 @@ class Ranks:
             exchange, rounds = self.exchange, self.rounds
             others = [rank for rank in range(self.size) if rank != self.rank]
             for rank in others:
+                is_gone = rank in self._lifelines and not self.is_ending and self._is_gone(rank)
+                if is_gone:
+                    time.sleep(2 * self.period)  # its last record may be on its way
                 message, status = self.records[rank].get("failure", ("", 0))
-                if message and not self._closing.is_set():
-                    self._end(f"{self._who(rank)} has ended: {message}", status)
+                if (is_gone or message) and not self._closing.is_set():
+                    self._end(f"{self._who(rank)} has ended: {message or 'its process is gone'}", status or 1)
             if without_store > limit:
                 self._name([0], f"silent for {without_store:.0f} s, or else the launcher's store is")
             silent = [rank for rank in others if self.silent[rank] > limit]
@@ -183,6 +215,14 @@ class Ranks:
             if waited > self.limit:
                 missing = [rank for rank in others if not self.records[rank].get("exchange")]
                 self._name(missing or others, f"awaited in an exchange for {waited:.0f} s")
+
+    def _is_gone(self, rank: int) -> bool:
+        try:
+            return not self._lifelines[rank].recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _hear_signals(self) -> None:
         try:
@@ -207,7 +247,7 @@ class Ranks:
     def _exit(self, status: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        time.sleep(2 * self.period)  # the others read why, from a store that this process may hold
+        time.sleep(3 * self.period)  # the others read why, from a store that this process may hold
         os._exit(status)
 
     def _who(self, rank: int) -> str:

@@ -186,6 +186,14 @@ def test_a_rank_that_waits_for_another_ends_when_told(machines: list[Path], tmp_
     assert f"rank 1 (host {os.uname().nodename}, pid {processes[1].pid})" in log_of(tmp_path, 0)
 
 
+def test_a_rank_that_is_killed_ends_the_one_that_waits_for_it(machines: list[Path], tmp_path: Path) -> None:
+    with running(machines, tmp_path, 600) as processes:
+        processes[1].kill()
+        start = time.monotonic()
+        assert processes[0].wait(timeout=30) == 1
+        print(f"ended {time.monotonic() - start:.1f} s after SIGKILL")
+
+
 def test_a_rank_without_memory_ends_all(machines: list[Path], tmp_path: Path) -> None:
     endless = ["--max_steps", "100000", "--output_dir", str(tmp_path / "run")]
     own = [*TRAIN, *COMMON, *endless]

@@ -108,6 +108,16 @@ def test_a_failure_ends_all(together: Together, capsys: pytest.CaptureFixture[st
     assert "has ended: no room" in text
 
 
+def test_a_process_that_is_killed_ends_all(together: Together, capsys: pytest.CaptureFixture[str]) -> None:
+    def die(one: Ranks) -> bool:
+        if one.rank == 2:
+            one._lifelines[0].close()  # as the kernel does
+        return one._closing.wait(2.0)
+
+    assert together(die)[0]
+    assert "last: starts has ended: its process is gone" in capsys.readouterr().err
+
+
 def test_alone_nothing_is_watched() -> None:
     ranks.watch(10.0)
     ranks.compare({"a": 1})
