@@ -3,4 +3,3 @@
 _base_ = ["sa2va_4b_full.py"]
 
 train = dict(batch_size=1, gradient_accumulation_steps=8)
-loop = dict(rollout_batch_size=8)

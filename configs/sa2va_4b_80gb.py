@@ -5,4 +5,3 @@ _base_ = ["sa2va_4b_full.py"]
 model = dict(gradient_checkpointing=False)
 train = dict(batch_size=4, gradient_accumulation_steps=2)
 data = dict(regions_per_image=8)
-loop = dict(rollout_batch_size=64)

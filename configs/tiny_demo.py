@@ -25,4 +25,4 @@ data = dict(
     eval_datasets=("refcoco",),
     eval_split="val",
 )
-loop = dict(max_new_tokens=12, rollout_batch_size=64)
+loop = dict(max_new_tokens=12)

@@ -13,8 +13,7 @@ Only these types cross from one package to another: ``RegionSample`` -> ``Batch`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
@@ -82,7 +81,7 @@ class SkippedSample:
 
 @dataclass
 class Batch:
-    """Tensors of B images with N regions in all.
+    """Tensors of B images with N regions in all. Pixels and target masks go to the device, all else stays on the host.
 
     Attributes:
         pixel_values: (T, 3, I, I) float32, ImageNet-normalised tiles of all views, view by view.
@@ -164,21 +163,16 @@ class Batch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with every tensor on ``device``."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the batch with pixels and target masks on ``device``; what says how rows are built stays here."""
+        return self._with_pixels(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Return the batch with every tensor in pinned memory (called by the data loader)."""
-        return self._with_tensors(lambda tensor: tensor.pin_memory())
+        """Return the batch with what :meth:`to` moves in pinned memory (called by the data loader)."""
+        return self._with_pixels(lambda tensor: tensor.pin_memory())
 
-    def _with_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        import torch
-
-        changed = copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(changed, name, function(value))
-        return changed
+    def _with_pixels(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        pixels, grounding, masks = map(function, (self.pixel_values, self.g_pixel_values, self.target_masks))
+        return replace(self, pixel_values=pixels, g_pixel_values=grounding, target_masks=masks)
 
 
 @dataclass(frozen=True)
@@ -281,13 +275,13 @@ class PackedBatch:
     Attributes:
         batch: the images, regions and masks.
         captions: N, one a region.
-        input_ids, position_ids: (R, L) int64, padded on the right.
+        input_ids: (R, L) int64, padded on the right, on the host. position_ids: the same shape.
         attention_mask: (R, 1, L, L) bool, true where the second position may be seen from the first.
         row_lengths: R columns without padding.
         read_from: the first column whose hidden state is read.
         row_tiles: for each row the indices of its tiles among the T of the batch.
-        region_tile: (P,) int64, the tile (counted over the rows) of each region prompt, ascending.
-        prompt_masks: (P, G, G) bool, the region prompts in the order in which they stand in the rows.
+        region_tile: (P,) int64, the tile (counted over the rows) of each region prompt, ascending, on the host.
+        prompt_masks: (P, G, G) bool, the region prompts in the order in which they stand in the rows, on the host.
         seg_positions: (2, n) int64, rows and columns of the [SEG] tokens, row by row.
         answer_positions: (2, A) int64, rows and columns that predict a token with loss. answer_ids: (A,) that token.
         region_weights: (N,) float32, weight of each region in the mask losses.

@@ -101,7 +101,7 @@ def test_captions_say_what_was_rejected_and_list_what_was_written() -> None:
     assert RegionCaption("a", samples=(first, second)).written == (first, second)
 
 
-def test_a_batch_moves_every_tensor_and_nothing_else() -> None:
+def test_a_batch_moves_pixels_and_target_masks_and_nothing_else() -> None:
     import torch
 
     batch = Batch(
@@ -112,9 +112,11 @@ def test_a_batch_moves_every_tensor_and_nothing_else() -> None:
         region_names=["sav/v#0", "sav/v#1"], sources=["sav"],
     )  # fmt: skip
     moved = batch.to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
-    assert all(tensor.device.type == "meta" for tensor in tensors)
+    places = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    assert {name for name, place in places.items() if place == "meta"} == {
+        *("pixel_values", "g_pixel_values", "target_masks")
+    }
+    assert len(places) == 7
     assert (moved.num_images, moved.num_regions, moved.captions) == (1, 2, ["a", None])
     assert batch.pixel_values.device.type == "cpu"
 

@@ -2,8 +2,9 @@
 
 ``build_model`` calls :func:`apply` once and nothing else of the package imports from here. A lever is a file with a
 function ``apply(model, config)``. It sets instance attributes in place of the model's plain methods (``run_language``,
-``step_language``, ``new_cache``, ``token_loss``, and ``encode``, ``finish``, ``level_width`` of ``model.grounding``),
-or changes the class of library layers. What needs loaded weights is appended to ``model.after_loading``.
+``step_language``, ``token_step``, ``repeated``, ``token_loss``, and ``encode``, ``finish``, ``level_width`` of
+``model.grounding``), or changes the class of library layers. What needs loaded weights is appended to
+``model.after_loading``.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ LEVERS = (
     Lever("lora", "fused_lora", {"peft": ("0.21", "0.21")}),
     Lever("qwen2", None, TRANSFORMERS),
     Lever("sam2", "lean_sam2", TRANSFORMERS),
+    Lever("decode_graph", None, {}),
     Lever("cpu", None, TRANSFORMERS),
     Lever("liger", "liger", {**TRANSFORMERS, "liger-kernel": ("0.8", "0.8")}),
 )

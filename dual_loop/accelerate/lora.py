@@ -5,6 +5,7 @@ peft's layer makes a float32 copy of the input, and writes the wide output three
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import cast
 
@@ -25,15 +26,20 @@ class FusedLora(LoraLinear):
     Made by :func:`fuse_adapters` from an existing layer. Merged, mixed and variant adapters take peft's own path.
     """
 
+    @property
+    def plain_adapter(self) -> str | None:
+        """The adapter in use, None where there is none, several, a merged one or a variant."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_plain = len(names) == 1 and not (self.merged or self.disable_adapters or self.lora_variant)
+        return names[0] if is_plain else None
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., in) -> (..., out), in the dtype of the frozen layer's output."""
         if self._disable_adapters and not self.merged:
             return torch.as_tensor(self.base_layer(x))
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        is_plain = len(names) == 1 and not (args or kwargs or self.merged or self.disable_adapters or self.lora_variant)
-        if not is_plain:
+        name = self.plain_adapter
+        if name is None or args or kwargs:
             return torch.as_tensor(super().forward(x, *args, **kwargs))
-        name = names[0]
         output = self.base_layer(x)
         down, up = (cast(Tensor, layers[name].weight) for layers in (self.lora_A, self.lora_B))
         rate = float(getattr(self.lora_dropout[name], "p", 0.0)) if self.training else 0.0
@@ -49,6 +55,30 @@ class FusedLora(LoraLinear):
                 return torch.as_tensor(output.add_(F.linear(low, up)))
             added = torch.addmm(output.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.to(low.dtype).t())
         return added.view(output.shape).to(output.dtype)
+
+
+TokenProjection = Callable[[Tensor], Tensor]
+
+
+def token_projection(layer: nn.Module) -> TokenProjection:
+    """Return what ``layer`` makes of a few rows (R, in), with its weights of this moment; no graph.
+
+    Under autocast an adapter is cast here, once, and its scale goes into the narrow matrix.
+    """
+    if not isinstance(layer, FusedLora):
+        return layer
+    base: nn.Module = layer.base_layer
+    if layer.disable_adapters and not layer.merged:
+        return base
+    name = layer.plain_adapter
+    if name is None or getattr(base, "widens", False):
+        return layer
+    down, up = (cast(Tensor, layers[name].weight) for layers in (layer.lora_A, layer.lora_B))
+    if not torch.is_autocast_enabled(down.device.type):
+        return layer
+    dtype = torch.get_autocast_dtype(down.device.type)
+    narrow, wide = down.to(dtype).t(), (up * layer.scaling[name]).to(dtype).t()
+    return lambda x: base(x).addmm_(x @ narrow, wide)  # type: ignore[no-any-return]
 
 
 def apply(model: Sa2VA, config: Config) -> None:

@@ -4,33 +4,37 @@
   last one. Earlier positions matter to the last layer as keys and values alone, so their queries, attention and MLP are
   left out; in a packed row of one region nine of ten positions are such.
 * Rows of like length together: a micro-batch of uneven rows runs group by group, each padded to its own longest.
-* One more token for many rows: with a few rows a decoding step is bound by reading the weights, and what transformers
-  does around layers for a token (masks, recorded outputs, keyword arguments) counts; keys and values grow in place.
+* One more token for many rows: with a few rows a decoding step is bound by reading the weights, or on a GPU by starting
+  kernels, and what transformers does for a token counts (masks, recorded outputs, norms and rotations in many pieces).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, eager_attention_forward, rotate_half
 
 from dual_loop.accelerate import replace
+from dual_loop.accelerate.lora import TokenProjection, token_projection
 from dual_loop.config import Config
-from dual_loop.model.sa2va import Sa2VA, additive_mask
+from dual_loop.model.hardware import round_columns, send
+from dual_loop.model.sa2va import Sa2VA, TokenStep, additive_mask
 
 SLACK = 0.1
 """Largest share of padding in a row of a group. Smaller groups would pad less and fill the device less."""
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Replace ``run_language``, ``step_language`` and ``new_cache``, and let the last layer be trimmed."""
-    replace(model, step_language, run_language, new_cache)
+    """Replace ``run_language``, ``step_language`` and ``token_step``, and let the last layer be trimmed."""
+    replace(model, step_language, run_language, token_step)
     if config.speed.trim_last_layer:
         make_trimmable(model.mllm.model.language_model)
 
@@ -51,8 +55,8 @@ def run_language(
     groups = row_groups(row_lengths) if row_lengths is not None and model.group_rows else []
     outputs = []
     for group in groups if len(groups) > 1 else [None]:
-        rows: Any = slice(None) if group is None else torch.tensor(group, device=embeds.device)
-        end = columns if group is None or row_lengths is None else row_lengths[group[0]]
+        rows: Any = slice(None) if group is None else send(torch.tensor(group), embeds.device)
+        end = columns if group is None or row_lengths is None else round_columns(row_lengths[group[0]], embeds.device)
         mask = additive_mask(attention_mask[rows, :, :end, :end], embeds.dtype)
         positions = None if position_ids is None else position_ids[rows, :end]
         given = {"inputs_embeds": embeds[rows, :end], "attention_mask": mask, "position_ids": positions}
@@ -61,18 +65,22 @@ def run_language(
         outputs.append(F.pad(hidden, padding) if any(padding) else hidden)
     if len(outputs) == 1:
         return torch.as_tensor(outputs[0])
-    order = torch.tensor([row for group in groups for row in group], device=embeds.device)
-    return torch.cat(outputs)[order.argsort()]
+    order = torch.tensor([row for group in groups for row in group]).argsort()
+    return torch.cat(outputs)[send(order, embeds.device)]
 
 
 def step_language(model: Sa2VA, embeds: Tensor, mask: Tensor | None, position_ids: Tensor, cache: Cache) -> Tensor:
-    """``Sa2VA.step_language``. Layers are looked at in every call: they may be wrapped at any time."""
-    language, count = model.mllm.model.language_model, embeds.shape[1]
-    if count == 1 and can_step(language):
-        return step(language, embeds[:, 0], position_ids, mask, cache)
+    """``Sa2VA.step_language`` with the last layer trimmed."""
+    language = model.mllm.model.language_model
     given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": position_ids}
-    output = language(**given, past_key_values=cache, use_cache=True, **trimming(language, count - 1))
+    output = language(**given, past_key_values=cache, use_cache=True, **trimming(language, embeds.shape[1] - 1))
     return torch.as_tensor(output.last_hidden_state[:, -1])
+
+
+def token_step(model: Sa2VA) -> TokenStep:
+    """``Sa2VA.token_step``: the layers are looked at now, for they may be wrapped between generations."""
+    language = model.mllm.model.language_model
+    return partial(step, language, token_layers(language)) if can_step(language) else model.step_language
 
 
 class TrimmedLayer(Qwen2DecoderLayer):  # type: ignore[misc]
@@ -120,8 +128,7 @@ def attend(
         key, value = cache.update(key, value, attention.layer_idx)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     output, _ = kernel(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
-    # One matrix: of a single column torch would multiply row by row, and read the weights again for each.
-    return torch.as_tensor(attention.o_proj(output.flatten(2).flatten(0, 1)).unflatten(0, output.shape[:2]))
+    return torch.as_tensor(attention.o_proj(output.flatten(2)))
 
 
 def make_trimmable(language_model: nn.Module) -> None:
@@ -165,71 +172,77 @@ def can_step(language_model: Any) -> bool:
     return True
 
 
-def step(language_model: Any, embeds: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-    """Run one new column behind what ``cache`` holds: the operations of the library's layers in the same order.
+@dataclass(frozen=True)
+class TokenLayer:
+    """What one layer needs for a new token: a projection maps (R, in) to (R, out), its adapter included."""
+
+    attention: Any
+    norms: tuple[Any, Any]
+    query: TokenProjection
+    key: TokenProjection
+    value: TokenProjection
+    output: TokenProjection
+    gate: TokenProjection
+    up: TokenProjection
+    down: TokenProjection
+
+
+def token_layers(language_model: Any) -> list[TokenLayer]:
+    """Return the layers of a language model for which :func:`can_step` is true, with their weights of this moment."""
+    found = []
+    for layer in language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        found.append(TokenLayer(attention, norms, *map(token_projection, projections)))
+    return found
+
+
+def step(
+    language_model: Any,
+    layers: Sequence[TokenLayer],
+    embeds: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor,
+    cache: Cache,
+) -> Tensor:
+    """Run one new column behind what ``cache`` holds: what the library's layers compute, in fewer kernels.
 
     Args:
-        language_model: a ``Qwen2Model`` for which :func:`can_step` is true; its linear layers may have adapters.
-        embeds: (R, D) embedded tokens.
-        position_ids: (R, 1) int64.
+        language_model: a ``Qwen2Model``.
+        layers: its :func:`token_layers`.
+        embeds: (R, 1, D) embedded tokens.
         mask: (R, 1, 1, columns) additive, or None where every column is seen.
+        position_ids: (R, 1) int64.
         cache: keys and values, one layer for each of the model's; the new ones are appended.
 
     Returns:
         (R, D) last hidden states, after the final norm.
     """
-    hidden = embeds[:, None]
-    turn = language_model.rotary_emb(hidden, position_ids)
-    for layer in language_model.layers:
-        hidden = hidden + attend(layer.self_attn, layer.input_layernorm(hidden), mask, turn, cache)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return torch.as_tensor(language_model.norm(hidden)[:, 0])
+    hidden, kind = embeds[:, 0], embeds.device.type
+    cosine, sine = language_model.rotary_emb(embeds, position_ids)  # (R, 1, d)
+    half = sine.shape[-1] // 2
+    sine = torch.cat([-sine[..., :half], sine[..., half:]], dim=-1)  # the sign of ``rotate_half``
+    name = language_model.config._attn_implementation
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    # What enters several products under autocast is cast once.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    for number, layer in enumerate(layers):
+        normed = rms_norm(layer.norms[0], hidden).to(dtype)
+        value, width = layer.value(normed), layer.attention.head_dim
+        heads = torch.cat([layer.query(normed), layer.key(normed)], dim=1).unflatten(1, (-1, width))
+        heads = torch.addcmul(heads * cosine, heads.roll(half, -1), sine)
+        query, key = heads[:, :, None].split([heads.shape[1] - value.shape[1] // width, value.shape[1] // width], dim=1)
+        keys, values = cache.update(key, value.unflatten(1, (-1, 1, width)), number)
+        scaling = layer.attention.scaling
+        output, _ = kernel(layer.attention, query, keys, values, mask, dropout=0.0, scaling=scaling)
+        hidden = hidden + layer.output(output.flatten(1))
+        normed = rms_norm(layer.norms[1], hidden).to(dtype)
+        hidden = hidden + layer.down(F.silu(layer.gate(normed)) * layer.up(normed))
+    return rms_norm(language_model.norm, hidden)
 
 
-def new_cache(model: Sa2VA, reserve: int) -> Cache:
-    """``Sa2VA.new_cache``: each layer's keys and values grow in place."""
-    return Cache(layers=[GrowingLayer(reserve) for _ in model.mllm.model.language_model.layers])
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer that is written in place; for inference only.
-
-    The stock layer copies all keys and values for each new token.
-
-    Args:
-        reserve: columns to keep free behind what is first written.
-    """
-
-    def __init__(self, reserve: int) -> None:
-        super().__init__()
-        self.reserve = reserve
-        self._buffers: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append (R, heads, new, d) keys and values; return all of them, (R, heads, columns, d)."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        end = length + key_states.shape[-2]
-        if not self._buffers or self._buffers[0].shape[-2] < end:
-            rows, heads, _, width = key_states.shape
-            grown = [key_states.new_empty(rows, heads, end + self.reserve, width) for _ in range(2)]
-            for new, old in zip(grown, self._buffers, strict=False):
-                new[:, :, :length] = old[:, :, :length]
-            self._buffers = grown
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, length:end] = states
-        return self._view(end)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` alone."""
-        length = self.get_seq_length()
-        self._buffers = [buffer[indices] for buffer in self._buffers]
-        self._view(length)
-
-    def _view(self, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
-        self.keys, self.values = keys, values
-        return keys, values
+def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
+    """Run a ``Qwen2RMSNorm`` in one kernel."""
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)

@@ -167,7 +167,9 @@ class LoopConfig:
     max_new_tokens: int = flag(64, "longest caption", "TOKENS", at_least=1)
     temperature: float = setting(0.0, "of the captions that step 2 reads; 0 takes the likeliest token", at_least=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", "FRACTION")
-    rollout_batch_size: int = setting(32, "captions that are generated together", "CAPTIONS", at_least=1)
+    rollout_batch_size: int | None = setting(
+        None, "captions that are generated together; none: as many as 1/16 of the memory holds", "CAPTIONS", at_least=1
+    )
     caption_question: str = setting("short", "bank of questions in model.prompts; any: one drawn for each region")
     segment_question: str = setting("segment", "bank of questions in model.prompts; any: one drawn for each region")
     segment_answer: str = setting("sure", "bank of answers in model.prompts; any: one drawn for each region")
@@ -312,6 +314,9 @@ class SpeedConfig:
     liger: bool = setting(False, "Liger's Triton kernels for the language model and its loss (GPUs; extra liger)")
     sdpa_kernel: str = setting(
         "auto", "attention kernel of the training step", choices=("auto", "flash", "efficient", "cudnn", "math")
+    )
+    decode_graph: str = setting(
+        "auto", "record a decoding step as a CUDA graph and play it, on GPUs", choices=("auto", "off")
     )
     prefetch_to_device: bool = setting(False, "copy the next accumulation window to the GPU ahead of time")
 

@@ -75,7 +75,7 @@ class Captioner:
         greedy: bool = True,
         num_samples: int = 0,
     ) -> list[list[RegionCaption]]:
-        """Caption all regions of all batches in as few generations as ``rollout_batch_size`` allows.
+        """Caption all regions of all batches in as few generations as memory and ``rollout_batch_size`` allow.
 
         Step 2 reads the data set's own caption where there is one, else the greedy caption (drawn at
         ``loop.temperature``, if that is not 0), else the first sample.

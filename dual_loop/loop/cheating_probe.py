@@ -19,6 +19,7 @@ from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turn
 from dual_loop.loop.scorer import Scorer
 from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
+from dual_loop.model.hardware import send
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.model.stored_weights import StartingWeights, weights
@@ -96,10 +97,10 @@ class CheatingProbe:
         probability = self.model.answer_logits(hidden[row, column - 1]).float().softmax(-1)[:, self.prompter.seg_id]
         turn = self.prompter.segment_turn("x", self.config.segment_question, self.config.segment_answer)
         lead = [token for token in turn.labels if token != -100].index(self.prompter.seg_id)
-        emitted = torch.ones_like(probability, dtype=torch.bool)
+        emitted, ids = torch.ones_like(probability, dtype=torch.bool), send(rows.input_ids, probability.device)
         for back in range(lead + 1):
             predicted = self.model.answer_logits(hidden[row, column - 1 - back]).argmax(-1)
-            emitted &= predicted == rows.input_ids[row, column - back]
+            emitted &= predicted == ids[row, column - back]
         for name, values in (("seg_probability", probability), ("seg_emitted", emitted)):
             sums[f"{name}/sum"] += float(values.sum())
             sums[f"{name}/count"] += float(len(values))
@@ -111,7 +112,7 @@ class CheatingProbe:
             return
         turns = spoken_turns(rows.batch, spoken, self.prompter, self.config.caption_question)
         packed = pack_turns(rows.batch, rows.captions, turns, self.prompter, vision=seen.vision, segments=False)
-        row, column = predicting_positions(turns, spoken).to(packed.input_ids.device)
+        row, column = send(predicting_positions(turns, spoken), self.model.device)
         live = self.model.read(self.model.embed(packed), packed)[row, column]
         with adapters_disabled(self.model):
             reference = self.model.read(self.model.embed(packed), packed)[row, column]

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dual_loop.config import LoopConfig
+from dual_loop.model.hardware import round_columns, send
 from dual_loop.model.object_count import object_multiplicity
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA
@@ -88,8 +91,7 @@ def pack_step(
     """Pack :func:`step_turns`; with ``num_objects`` every image counts with so many objects in the mask losses."""
     turns, weights = step_turns(batch, captions, plan, prompter, loop), plan.weights
     if num_objects is not None:
-        image = batch.region_image.cpu()
-        weights = weights * object_multiplicity(image, batch.num_images, num_objects, batch.region_seeds)
+        weights = weights * object_multiplicity(batch.region_image, batch.num_images, num_objects, batch.region_seeds)
     vision = None if model.trains_vision else seen.vision
     packed = pack_turns(batch, captions, turns, prompter, vision=vision, levels=seen.levels, weights=weights)
     packed.metrics = plan.metrics
@@ -176,34 +178,39 @@ def pack_turns(
         columns.append((ids, places, conversations, labels))
     fills = (prompter.tokenizer.pad_token_id or 0, 0, -1, IGNORED)
     input_ids, position_ids, conversation, label_ids = (
-        pad_sequence([torch.tensor(part) for part in parts], batch_first=True, padding_value=fill)
-        for parts, fill in zip(zip(*columns, strict=True), fills, strict=True)
+        _right_pad(parts, fill, device) for parts, fill in zip(zip(*columns, strict=True), fills, strict=True)
     )
     answers = (label_ids[:, 1:] != IGNORED).nonzero().T
     # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
-    last_tile = torch.tensor([len(group) for group in tiles]).cumsum(0) - 1
+    last_tile = [number - 1 for number in accumulate(len(group) for group in tiles)]
     prompted = [(last_tile[row], turn.region) for row, own in enumerate(rows) for turn in own if turn.is_caption]
     weights = torch.ones(batch.num_regions) if weights is None else weights
     objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
     return PackedBatch(
         batch=batch,
         captions=list(captions),
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
-        attention_mask=conversation_mask(conversation).to(device),
+        input_ids=input_ids,
+        position_ids=send(position_ids, device),
+        attention_mask=conversation_mask(send(conversation, device)),
         row_lengths=[len(ids) for ids, *_ in columns],
         read_from=max(0, min(len(prefix) for prefix in prefixes) - 1),
         row_tiles=tiles,
-        region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long, device=device),
+        region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long),
         prompt_masks=batch.prompt_masks[[region for _, region in prompted]],
-        seg_positions=(input_ids == prompter.seg_id).nonzero().T.to(device),
-        answer_positions=answers.to(device),
-        answer_ids=label_ids[answers[0], answers[1] + 1].to(device),
-        region_weights=weights.to(device),
-        vision=None if vision is None else vision[flat_tiles],
+        seg_positions=send((input_ids == prompter.seg_id).nonzero().T, device),
+        answer_positions=send(answers, device),
+        answer_ids=send(label_ids[answers[0], answers[1] + 1], device),
+        region_weights=send(weights, device),
+        vision=None if vision is None else vision[send(torch.tensor(flat_tiles), device)],
         levels=levels,
         counts={"mask_loss": objects, "dice_loss": objects, "llm_loss": float(answers.shape[1])},
     )
+
+
+def _right_pad(rows: Sequence[list[int]], fill: int, device: torch.device) -> Tensor:
+    """Return (R, L) int64 on the host; L is a length that suits ``device``."""
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+    return F.pad(padded, (0, round_columns(padded.shape[1], device) - padded.shape[1]), value=fill)
 
 
 def conversation_mask(conversation: Tensor) -> Tensor:

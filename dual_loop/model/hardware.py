@@ -1,4 +1,4 @@
-"""What this machine can compute, asked by the checks before a run and by what makes a step faster."""
+"""What this machine can compute and which sizes suit it: for checks before a run and for what makes a step fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 import platform
 
 import torch
+from torch import Tensor
+
+GPU_ROWS = (8, 32, 64, 160)
+"""Numbers of rows that a generation on a GPU has; few of them, so that what was made for one serves again."""
+GPU_COLUMNS = 64
+"""Lengths on a GPU are multiples of it: attention kernels take whole blocks, and the memory is cut in like pieces."""
 
 _X86 = ("x86_64", "amd64", "i386", "i686")
 
@@ -33,3 +39,22 @@ def why_no_liger(device_type: str) -> str | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels run on GPUs, not on a {device_type}"
     return None
+
+
+def round_rows(count: int, device: torch.device) -> int:
+    """Return how many rows a generation of ``count`` has on this device."""
+    if device.type == "cpu":
+        return count
+    return next((rows for rows in GPU_ROWS if rows >= count), count)
+
+
+def round_columns(count: int, device: torch.device) -> int:
+    """Return the length that ``count`` columns are padded to on this device."""
+    return count if device.type == "cpu" else -(-count // GPU_COLUMNS) * GPU_COLUMNS
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return ``values`` on ``device``; where they lie on the host, it does not wait for a GPU."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Sam2Model
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from dual_loop.errors import PromptError, explain
 from dual_loop.losses import token_cross_entropy
 from dual_loop.model.adapters import NewTokenRows
-from dual_loop.model.visual_prompt import fill_placeholders, insert_image_tokens, region_features
+from dual_loop.model.hardware import send
+from dual_loop.model.visual_prompt import insert_image_tokens
 from dual_loop.types import Batch, PackedBatch, Seen, Segmentation
+
+TokenStep = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+"""New columns (R, 1, D), additive mask (R, 1, 1, columns), positions (R, 1), cache -> last hidden states (R, D)."""
 
 
 class GroundingDecoder:
@@ -120,8 +124,8 @@ class GroundingDecoder:
 class Sa2VA(nn.Module):
     """Sa2VA on transformers' native classes: caption a region, segment from a caption.
 
-    ``run_language``, ``step_language``, ``new_cache``, ``token_loss`` and ``grounding.encode``/``finish`` are the seams
-    at which ``accelerate`` puts faster functions of the same results.
+    ``run_language``, ``step_language``, ``token_step``, ``repeated``, ``token_loss`` and
+    ``grounding.encode``/``finish`` are the seams at which ``accelerate`` puts faster functions of the same results.
 
     Attributes:
         mllm: ``InternVLForConditionalGeneration`` with LoRA injected into its language model.
@@ -241,28 +245,26 @@ class Sa2VA(nn.Module):
         """Return what enters the language model: (R, L, D), image and region tokens in place."""
         vision = packed.vision
         if vision is None:
-            tiles = [tile for row in packed.row_tiles for tile in row]
-            vision = self.encode_vision(packed.batch.pixel_values[tiles])
+            tiles = torch.tensor([tile for row in packed.row_tiles for tile in row])
+            vision = self.encode_vision(packed.batch.pixel_values[send(tiles, self.device)])
         features = self.project_vision(vision)
         return self.embed_prompt(packed.input_ids, features, packed.region_tile, packed.prompt_masks)
 
     def embed_prompt(
-        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        region_tile: Tensor,
+        prompt_masks: Tensor,
+        has_images: bool = True,
     ) -> Tensor:
-        """Embed token ids (B, L) and put image and region tokens in place (``visual_prompt.insert_image_tokens``)."""
-        placeholder = input_ids == self.image_context_id
-        return insert_image_tokens(self._embed_ids(input_ids), placeholder, image_features, region_tile, prompt_masks)
+        """Embed token ids (B, L) and put image and region tokens in place (``visual_prompt.insert_image_tokens``).
 
-    def embed_regions(
-        self, input_ids: Tensor, image_features: Tensor, region_tile: Tensor, prompt_masks: Tensor
-    ) -> Tensor:
-        """Embed questions (R, L) whose only placeholders are those of their region prompts, row by row.
-
-        Args:
-            image_features: (T, M, D). region_tile: (R,) int64. prompt_masks: (R, G, G) bool.
+        Ids, tiles and masks on the host cost no wait for the device.
         """
-        features = region_features(image_features, region_tile, prompt_masks)
-        return fill_placeholders(self._embed_ids(input_ids), input_ids == self.image_context_id, features)
+        embeds = self._embed_ids(send(input_ids, self.device))
+        placeholder = (input_ids == self.image_context_id).cpu()
+        return insert_image_tokens(embeds, placeholder, image_features, region_tile, prompt_masks, has_images)
 
     def _embed_ids(self, input_ids: Tensor) -> Tensor:
         embedded = self.mllm.get_input_embeddings()(input_ids)
@@ -313,9 +315,13 @@ class Sa2VA(nn.Module):
         )
         return torch.as_tensor(output.last_hidden_state[:, -1])
 
-    def new_cache(self, reserve: int) -> Cache:
-        """Return an empty cache for :meth:`step_language`; ``reserve``: columns that will follow the first ones."""
-        return Cache(layers=[DynamicLayer() for _ in range(self.num_layers)])
+    def token_step(self) -> TokenStep:
+        """Return :meth:`step_language` for single new columns of one generation, whose weights it may prepare."""
+        return self.step_language
+
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return what runs ``step``, which changes tensors in place and waits for nothing, again and again."""
+        return step
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (P, V) of chosen hidden states (P, D)."""

@@ -126,7 +126,7 @@ class DevicePrefetch:
             computing.wait_stream(self._stream)
             # Tell the allocator that this stream reads tensors that were made on another one.
             for value in (value for batch in window for value in vars(batch).values()):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and value.is_cuda:
                     value.record_stream(computing)
         return split_window(window, self._images)
 

@@ -159,7 +159,7 @@ def check_caption_prompts(case: Case, report: Report) -> None:
     for sample, short in enumerate(case.notes.get("caption_texts", [])):
         rows.append(caption_ids(case.prompter, expand(short), tiles[sample]))
     if rows:
-        ids, mask = left_pad(rows, case.tokenizer.pad_token_id, torch.device("cpu"))
+        ids, mask = left_pad(rows, case.tokenizer.pad_token_id)
         report.same("caption_input_ids, by the prompter", ids, case.inputs["caption_input_ids"])
         expected = case.inputs["caption_attention_mask"].bool()
         report.same("caption_attention_mask, by the prompter", mask, expected)

@@ -52,7 +52,7 @@ def continued(model: Any, is_lean: bool) -> torch.Tensor:
         mask.masked_fill_(~valid[:, None, None, : column + 1], torch.finfo(mask.dtype).min)
         place = positions[:, column : column + 1]
         if is_lean:
-            hidden.append(qwen2.step(model, embeds[:, column], place, mask, cache))
+            hidden.append(qwen2.step(model, qwen2.token_layers(model), embeds[:, column, None], mask, place, cache))
         else:
             given = {"inputs_embeds": embeds[:, column : column + 1], "attention_mask": mask, "position_ids": place}
             hidden.append(model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])

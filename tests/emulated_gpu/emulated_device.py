@@ -16,6 +16,9 @@ Counted are kernels (operators that are no views), synchronisations (the host wa
 the host, shapes that depend on values) and pageable copies (to the device from memory that is not pinned, for which
 the host waits too), each with the line of the project that caused it.
 
+A CUDA graph is a list of operators with the tensors that they read and write; nothing is computed while it is recorded,
+and what a GPU refuses meanwhile (waiting for the device) raises.
+
 What this cannot show: time, memory, numerics of GPU kernels, and anything behind more than one stream.
 """
 
@@ -27,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -162,7 +166,7 @@ class Generator(torch.Generator):
 
 
 CONSTRUCT, AS_TENSOR = torch.tensor, torch.as_tensor
-ATTENTION, JOIN = F.scaled_dot_product_attention, torch.distributed.init_process_group
+ATTENTION, RMS_NORM, JOIN = F.scaled_dot_product_attention, F.rms_norm, torch.distributed.init_process_group
 
 
 def is_cuda(device: Any) -> bool:
@@ -196,23 +200,25 @@ def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
     return construct(data, dtype=dtype, device=device) if is_cuda(device) else AS_TENSOR(data, dtype=dtype)
 
 
-class Attention(torch.autograd.Function):
-    """Scaled dot-product attention as one kernel forward and two backward; the CPU's own computes it."""
+class Fused(torch.autograd.Function):
+    """What a GPU computes in one kernel, and differentiates in two; the CPU's own function computes it."""
 
     @staticmethod
-    def forward(ctx: Any, options: dict[str, Any], *tensors: EmulatedTensor) -> EmulatedTensor:
+    def forward(ctx: Any, name: str, function: Any, *tensors: EmulatedTensor) -> EmulatedTensor:
         if not all(isinstance(tensor, EmulatedTensor) for tensor in tensors):
-            raise RuntimeError(f"attention over tensors of two devices ({place()})")
-        active().count("kernel", "attention")
+            raise RuntimeError(f"{name} over tensors of two devices ({place()})")
+        ctx.name = name
         with torch.enable_grad(), _disable_current_modes():
-            ctx.inputs = [tensor.value.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:3]]
-            mask = tensors[3].value if len(tensors) > 3 else None
-            ctx.output = ATTENTION(*ctx.inputs, attn_mask=mask, **options)
-        return EmulatedTensor(ctx.output.detach(), device=tensors[0].device)
+            ctx.inputs = [tensor.value.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+            ctx.output = function(*ctx.inputs)
+        made = ctx.output.detach()
+        active().count("kernel", name)
+        active().record(lambda *values: function(*values).detach(), tuple(t.value for t in tensors), {}, made)
+        return EmulatedTensor(made, device=tensors[0].device)
 
     @staticmethod
     def backward(ctx: Any, gradient: EmulatedTensor) -> Any:  # type: ignore[override]
-        active().count("kernel", "attention backward", 2)
+        active().count("kernel", f"{ctx.name} backward", 2)
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
         with torch.enable_grad(), _disable_current_modes():
             found = iter(torch.autograd.grad(ctx.output, wanted, gradient.value))
@@ -220,7 +226,7 @@ class Attention(torch.autograd.Function):
             EmulatedTensor(next(found), device=gradient.device) if tensor.requires_grad else None
             for tensor in ctx.inputs
         ]
-        return (None, *gradients, *[None] * (len(ctx.needs_input_grad) - 4))
+        return (None, None, *gradients)
 
 
 def attention(
@@ -232,7 +238,14 @@ def attention(
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
-    return Attention.apply(options, *tensors)  # type: ignore[no-any-return]
+    return Fused.apply("attention", partial(ATTENTION, **options), *tensors)  # type: ignore[no-any-return]
+
+
+def rms_norm(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
+    tensors = [input] if weight is None else [input, weight]
+    if not any(isinstance(tensor, EmulatedTensor) for tensor in tensors):
+        return RMS_NORM(input, normalized_shape, weight, eps)
+    return Fused.apply("rms_norm", lambda x, *w: RMS_NORM(x, normalized_shape, *w, eps=eps), *tensors)  # type: ignore[no-any-return]
 
 
 class Stream:
@@ -252,6 +265,54 @@ class Stream:
         return 1e3 * (later.seconds - self.seconds)
 
 
+class EmulatedGraph:
+    """Operators in the order of a recording, each with its arguments and the tensors that it made.
+
+    Played again they read and write the same tensors, whatever has been bound to the names of then.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(self, written: list[torch.Tensor]) -> None:
+        for tensor in written:
+            memory = tensor.untyped_storage()
+            whole = torch.empty(0, dtype=tensor.dtype).set_(memory)
+            self.before.setdefault(memory.data_ptr(), (whole, whole.clone()))
+
+    def replay(self) -> None:
+        with _disable_current_modes(), torch.no_grad():
+            for func, args, kwargs, made in self.calls:
+                active().count("kernel", "of a graph")
+                found = tree_flatten(func(*args, **kwargs))[0]
+                if not getattr(func, "is_view", False) and not writes(func):
+                    for old, new in zip(tree_flatten(made)[0], found, strict=True):
+                        if isinstance(old, torch.Tensor):
+                            old.copy_(new)
+
+
+class Recording:
+    """``torch.cuda.graph``: what runs inside goes into the graph, and changes nothing."""
+
+    def __init__(self, graph: EmulatedGraph, **options: Any) -> None:
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        active().recording = self.graph
+
+    def __exit__(self, *args: Any) -> None:
+        active().recording = None
+        for whole, before in self.graph.before.values():
+            whole.copy_(before)
+
+
+def writes(func: Any) -> list[tuple[int, str]]:
+    """Return place and name of the arguments that an operator changes."""
+    arguments = enumerate(func._schema.arguments if hasattr(func, "_schema") else ())
+    return [(n, one.name) for n, one in arguments if one.alias_info is not None and one.alias_info.is_write]
+
+
 class EmulatedGpu(TorchDispatchMode):
     """The device; as a context it takes the place of ``torch.cuda``.
 
@@ -262,6 +323,7 @@ class EmulatedGpu(TorchDispatchMode):
     """
 
     current: EmulatedGpu | None = None
+    recording: EmulatedGraph | None = None
 
     def __init__(self, free_gib: float = 70.0, total_gib: float = 80.0) -> None:
         super().__init__()
@@ -298,6 +360,7 @@ class EmulatedGpu(TorchDispatchMode):
             **{name: lambda *args: 2**20 for name in ("max_memory_allocated", "max_memory_reserved")},
             **{name: lambda *args, **kwargs: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
             **dict.fromkeys(("device", "Stream", "Event", "current_stream", "stream"), Stream),
+            **{"CUDAGraph": EmulatedGraph, "graph": Recording},
             "reset_peak_memory_stats": nothing,
             "device_count": lambda: int(os.environ.get("EMULATED_GPUS", "1")),
             "set_per_process_memory_fraction": nothing,
@@ -322,7 +385,7 @@ class EmulatedGpu(TorchDispatchMode):
             torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
             torch.Tensor: tensor,
             torch: {"tensor": construct, "as_tensor": as_tensor, "Generator": Generator},
-            F: {"scaled_dot_product_attention": attention},
+            F: {"scaled_dot_product_attention": attention, "rms_norm": rms_norm},
             torch.distributed: {"init_process_group": join_over_gloo},
         }
 
@@ -338,7 +401,14 @@ class EmulatedGpu(TorchDispatchMode):
         self.recent.clear()
 
     def count(self, kind: str, what: str, number: int = 1) -> None:
+        if self.recording is not None and kind != "kernel":
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what} ({place()})")
         self.recent[Event("", kind, what, place())] += number
+
+    def record(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
+        """Put what was computed into the graph that is being recorded, if there is one."""
+        if self.recording is not None:
+            self.recording.calls.append((func, args, kwargs, made))
 
     # ---- operators -------------------------------------------------------------------------------------------------
 
@@ -362,11 +432,12 @@ class EmulatedGpu(TorchDispatchMode):
         own_args, own_kwargs = tree_unflatten(values, spec)
         own_kwargs = {k: CPU if k == "device" and v is not None else v for k, v in own_kwargs.items()}
         own_kwargs.pop("pin_memory", None)
+        places = writes(func)
+        if self.recording is not None:
+            self.recording.keep([own_args[n] if n < len(own_args) else own_kwargs[name] for n, name in places])
         out = func(*own_args, **own_kwargs)
-        written = []
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written += [args[position]] if position < len(args) else [kwargs[argument.name]]
+        self.record(func, own_args, own_kwargs, out)
+        written = [args[n] if n < len(args) else kwargs[name] for n, name in places]
         if written and out is not None and not isinstance(written[0], (list, tuple)):
             return written[0] if len(written) == 1 else type(out)(written)
         device = next(iter(found)) if target is None and found else target

@@ -161,7 +161,7 @@ class Maker:
         sizes = torch.tensor([len(turn.input_ids) for turn in whole])
         self.inputs["attention_mask"] = torch.arange(length)[None] < sizes[:, None]
         self.inputs["position_ids"] = torch.arange(length).expand(3, -1)
-        ids, mask = left_pad(captions, self.tokenizer.pad_token_id, torch.device("cpu"))
+        ids, mask = left_pad(captions, self.tokenizer.pad_token_id)
         self.inputs.update(caption_input_ids=ids, caption_attention_mask=mask)
 
     def batch(self) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def finishing_window(
     model, prompter, config = small_model(config)
     enliven(model)
     batch = small_batch(config, scene_samples(3, captions=False))
-    ends_turn, forward = Prompter.ends_turn, decode.Decoder._forward
+    ends_turn, step = Prompter.ends_turn, decode.Decoder._step
     read_questions = decode.Decoder._read_questions
     sizes: list[list[int]] = []
 
@@ -253,18 +253,17 @@ def finishing_window(
         return ends_turn(self, token_ids) or sum(token_ids) % 3 == 0
 
     def begun(self: Any, rows: Any) -> Any:
-        sizes.append([])
+        sizes.append([len(rows)])
         return read_questions(self, rows)
 
-    def counted(self: Any, embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if sizes:
-            sizes[-1].append(len(embeds))
-        return forward(self, embeds, *rest)
+    def counted(self: Any, state: Any) -> None:
+        sizes[-1].append(len(state.chosen))
+        step(self, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(Prompter, "ends_turn", ends_early)
         patch.setattr(decode.Decoder, "_read_questions", begun)
-        patch.setattr(decode.Decoder, "_forward", counted)
+        patch.setattr(decode.Decoder, "_step", counted)
         [packed] = DualLoopTask(model, prompter, config).prepare([batch])
     return [caption.token_ids for caption in packed.captions], sizes
 

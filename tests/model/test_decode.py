@@ -15,7 +15,7 @@ NEW = 6
 
 
 def test_left_padding():
-    ids, mask = left_pad([[1], [2, 3]], 9, torch.device("cpu"))
+    ids, mask = left_pad([[1], [2, 3]], 9)
     assert ids.tolist() == [[9, 1], [2, 3]]
     assert mask.tolist() == [[False, True], [True, True]]
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)

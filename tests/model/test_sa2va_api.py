@@ -162,7 +162,7 @@ def test_generate_of_the_missions_example_writes_what_the_captioner_writes(small
         assert new[: len(ids)] == ids
         assert tuple(new[: len(caption.token_ids)]) == caption.token_ids
     rows = [[*prefix, *question] for question in questions]
-    padded_ids, mask = left_pad(rows, prompter.tokenizer.pad_token_id, torch.device("cpu"))
+    padded_ids, mask = left_pad(rows, prompter.tokenizer.pad_token_id)
     together = model.generate(
         pixel_values=[batch.pixel_values[image][None] for image in images],
         input_ids=padded_ids,

@@ -23,6 +23,7 @@ from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
 from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
 from dual_loop.loop.signals.base import MicroBatch, Signal
+from dual_loop.model.hardware import send
 from dual_loop.model.prompts import Prompter, clean_caption
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import PackedBatch, RegionTurn, WrittenCaption
@@ -112,7 +113,7 @@ class GumbelCaptions(Signal):
         for micro, own in zip(window, self.captions, strict=True):
             if not own:
                 continue
-            rows, batch, device = micro.rows, micro.batch, micro.rows.input_ids.device
+            rows, batch, device = micro.rows, micro.batch, micro.batch.pixel_values.device
             spoken, seeds = [(one.region, one.token_ids) for one in own], batch.region_seeds.tolist()
             turns = spoken_turns(batch, spoken, self.prompter, self.loop.caption_question)
             vision = None if rows.vision is None else micro.seen.vision
@@ -132,11 +133,9 @@ class GumbelCaptions(Signal):
                 uniform.append(torch.rand(count, self.policy.gumbel_top_k + 1, generator=generator))
             rows.lessons[self.name] = CaptioningRows(
                 packed,
-                torch.cat(positions, dim=1).to(device),
-                torch.tensor(targets, dtype=torch.long, device=device),
-                torch.cat(into, dim=1).to(device),
-                torch.cat(is_first).to(device),
-                torch.cat(uniform).to(device),
+                *(send(torch.cat(positions, dim=1), device), send(torch.tensor(targets, dtype=torch.long), device)),
+                *(send(torch.cat(into, dim=1), device), send(torch.cat(is_first), device)),
+                send(torch.cat(uniform), device),
                 temperature,
             )
 

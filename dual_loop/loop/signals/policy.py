@@ -29,6 +29,7 @@ from dual_loop.loop.signals.base import MicroBatch, Signal
 from dual_loop.losses import full_precision
 from dual_loop.metrics import own_image_only, ratio
 from dual_loop.model.adapters import adapters_disabled
+from dual_loop.model.hardware import send
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import LossTerm, PackedBatch, RankComm, RegionTurn, Segmentation, WrittenCaption
@@ -113,13 +114,13 @@ class CaptionPolicy(Signal):
 
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         for micro, (spoken, advantages, turns) in zip(window, self.earned, strict=True):
-            rows, device = micro.rows, micro.rows.input_ids.device
+            rows, device = micro.rows, self.model.device
             lengths = torch.tensor([len(ids) for _, ids in spoken], dtype=torch.long)
             flat = [token for _, ids in spoken for token in ids]
             found = SampledTokens(
-                predicting_positions(turns, spoken).to(device),
-                torch.tensor(flat, dtype=torch.long, device=device),
-                torch.tensor(advantages, dtype=torch.float32).repeat_interleave(lengths).to(device),
+                send(predicting_positions(turns, spoken), device),
+                send(torch.tensor(flat, dtype=torch.long), device),
+                send(torch.tensor(advantages, dtype=torch.float32).repeat_interleave(lengths), device),
             )
             rows.lessons[self.name] = found
             rows.counts["policy_loss"] = float(len(flat))
