@@ -70,7 +70,7 @@ def sum_objects(per_object: torch.Tensor, weight: float, object_weights: torch.T
         seen, expected = tuple(object_weights.shape), tuple(per_object.shape)
         raise ValueError(explain("one weight an object is needed", "object_weights", seen, expected))
     object_weights = object_weights.detach().to(per_object)
-    return LossTerm((per_object * object_weights).sum() * weight, float(object_weights.sum()))
+    return LossTerm((per_object * object_weights).sum() * weight, object_weights.sum())
 
 
 def token_cross_entropy(

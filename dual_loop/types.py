@@ -366,11 +366,12 @@ class LossTerm:
 
     Attributes:
         total: scalar tensor with graph, already multiplied by the term's weight.
-        count: number of items (objects, tokens) that ``total`` sums over.
+        count: number of items (objects, tokens) that ``total`` sums over; a tensor where their weights are one, so that
+            nothing waits for the device.
     """
 
     total: torch.Tensor
-    count: float
+    count: float | torch.Tensor
 
     @property
     def mean(self) -> torch.Tensor:

@@ -60,7 +60,7 @@ class RecordedStep:
         self.recorder, self.run, self.is_warm, self.is_done = recorder, step, False, False
 
     def __call__(self) -> None:
-        if self.is_warm and not self.is_done:
+        if self.is_warm and not self.is_done and self.recorder.works:
             self.run, self.is_done = self.recorder.record(self.run), True
         self.is_warm = True
         self.run()

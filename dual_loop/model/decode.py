@@ -369,7 +369,8 @@ def uniform_noise(seeds: Tensor, number: Tensor, size: int) -> Tensor:
             bits = (bits ^ ((bits >> shift) & (2 ** (32 - shift) - 1))) * factor
         return bits
 
-    low, high, draw = (part.to(torch.int32) for part in (seeds & 0x7FFFFFFF, seeds >> 31 & 0x7FFFFFFF, number))
+    halves = seeds & 0x7FFFFFFF, (seeds >> 31 ^ seeds >> 62) & 0x7FFFFFFF
+    low, high, draw = (part.to(torch.int32) for part in (*halves, number))
     key = mixed(mixed(low) ^ mixed(high + 0x3C6EF372) ^ mixed(draw + 0x1E3779B9))
     place = mixed(torch.arange(1, size + 1, dtype=torch.int32, device=seeds.device))
     # 23 bits, so that neither 0 nor 1 is rounded to.

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
 from dual_loop.errors import DualLoopError, explain
+from dual_loop.model.hardware import send
 from dual_loop.training import ranks
 from dual_loop.training.devices import gather_objects
 
@@ -49,22 +50,25 @@ def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their norm is at most ``max_norm``; return the norm before, over all shards."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most ``max_norm``; return the norm before, over all shards.
+
+    It is a scalar that the host does not wait for.
+    """
     given = list(parameters)
     gradients = [parameter.grad for parameter in given if parameter.grad is not None]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if not sharded:
-        return float(nn.utils.clip_grad_norm_(given, max_norm))
+        return torch.as_tensor(nn.utils.clip_grad_norm_(given, max_norm))
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     own: Any = nn.utils.get_total_norm(sharded)
     norms = [own.full_tensor(), *([nn.utils.get_total_norm(plain)] if plain else [])]
-    total = float(torch.stack([norm.float() for norm in norms]).norm())
-    share = max_norm / (total + 1e-6)
+    total = torch.stack([norm.float() for norm in norms]).norm()
+    share = max_norm / (float(total) + 1e-6)
     if share < 1:
         for gradient in gradients:
             gradient.mul_(share)
-    return total
+    return torch.as_tensor(total)
 
 
 class NonFiniteError(DualLoopError):
@@ -99,9 +103,10 @@ def check_finite(
     if not own and not math.isfinite(grad_norm):
         names = [name for group in region_names for name in group]
         own.append(f"gradient norm = {grad_norm}, losses finite, in the regions {_shorten(names)}")
-    flag = torch.tensor(float(bool(own)), device=accelerator.device)
-    with ranks.exchange():
-        if accelerator.num_processes > 1:
+    is_wrong = bool(own)
+    if accelerator.num_processes > 1:
+        flag = send(torch.tensor(float(is_wrong)), accelerator.device)
+        with ranks.exchange():
             torch.distributed.all_reduce(flag)
         is_wrong = bool(flag.item())
     if not is_wrong:

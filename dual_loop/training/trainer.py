@@ -222,8 +222,12 @@ class Trainer:
 
         # ---- update; nothing changes when a check fails
         rate = learning_rate_at(progress.step, last, train)
-        terms = [{name: float(term.total) for name, term in output.terms.items()} for output in outputs]
-        grad_norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
+        norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
+        # The one place where a step waits for what its losses are.
+        totals = [term.total for output in outputs for term in output.terms.values()]
+        *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
+        values_left = iter(flat)
+        terms = [dict(zip(output.terms, values_left, strict=False)) for output in outputs]
         check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

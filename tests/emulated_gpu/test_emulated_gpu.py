@@ -5,6 +5,7 @@ One process runs all commands (``emulated_run.py``); the tests look at what it w
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 from emulated_build import build_device
 
+from dual_loop.accelerate import qwen2
 from dual_loop.commands.demo_data import main as write_demo_data
 
 HERE = Path(__file__).parent
+LAYERS = 3
 TRAINING = {
     "plain": "--cfg-options train.audit_interval=1 train.panel_interval=1",
     "grpo": "--caption_gradient grpo --captions_per_region 2 --kl_weight 0.1 --contrast_reward_weight 0.5",
@@ -26,6 +29,8 @@ TRAINING = {
     "distill": "--distill_weight 0.5 --align_weight 0.5 --reward_listener frozen --caption_gradient scst "
     "--train_embeddings all",
 }
+DECODED = "--max_new_tokens 24 --cfg-options model.dtype=bfloat16 loop.temperature=0.7"
+TRAINING |= {"recorded": DECODED, "eager": f"{DECODED} speed.decode_graph=off"}
 OTHERS = {
     "resume": "train --resume auto --max_steps 2 --output_dir {out}/plain",
     "cache": "train --max_steps 1 --output_dir {out}/cached --cfg-options speed.feature_cache={out}/features",
@@ -64,7 +69,7 @@ def results(tmp_path_factory):
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return json.loads((out / "answers.json").read_text())
+    return {"out": str(out), **json.loads((out / "answers.json").read_text())}
 
 
 @pytest.mark.slow
@@ -75,6 +80,52 @@ def test_a_command_runs_on_cuda_semantics(results, name):
 
 def number(results, name: str, kind: str, *phases: str) -> int:
     return sum(n for phase, k, _, _, n in results[name]["events"] if k == kind and phase in phases)
+
+
+STEP = ("rollout", "forward", "backward", "optimiser")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recorded", "eager"])
+def test_a_step_waits_for_the_device_only_where_it_looks(results, name):
+    """At most four times a micro-batch (two in a step), one of them for all losses; and nothing is copied unpinned."""
+    assert number(results, name, "pageable copy", *STEP) == 0
+    assert number(results, name, "sync", "forward", "backward") == 0
+    assert 0 < number(results, name, "sync", *STEP) <= 2 * 4
+
+
+@pytest.mark.slow
+def test_decoding_waits_once_in_eight_tokens_and_starts_few_kernels(results):
+    lines, first = inspect.getsourcelines(qwen2.step)
+    rollout = [event[1:] for event in results["eager"]["events"] if event[0] == "rollout"]
+    kernels, steps, looks = 0, 0, 0
+    for kind, what, place, count in rollout:
+        file, _, line = place.partition(":")
+        in_step = file == "accelerate/qwen2.py" and first <= int(line) < first + len(lines)
+        steps += count * (in_step and what == "attention")
+        # What stands around the layers, the prompts and the cast of the adapters count too.
+        is_ours = in_step or file in ("accelerate/qwen2.py", "accelerate/lora.py", "model/decode.py")
+        kernels += count * (is_ours and kind == "kernel")
+        looks += count * (file == "model/decode.py" and kind == "sync")
+    tokens = steps // LAYERS + 1
+    assert tokens >= 8
+    assert 0 < looks <= tokens / 8
+    assert kernels / steps <= 40
+
+
+@pytest.mark.slow
+def test_a_recorded_step_writes_what_the_step_writes(results):
+    played, run = (
+        {what for phase, _, what, _, _ in results[name]["events"] if phase == "rollout"}
+        for name in ("recorded", "eager")
+    )
+    assert "of a graph" in played - run
+    first, second = (
+        [json.loads(line) for line in Path(results["out"], name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("recorded", "eager")
+    )
+    keys = ("loss", "mask_loss", "llm_loss", "grad_norm", "cycle_iou", "caption_tokens")
+    assert [[row.get(key) for key in keys] for row in first] == [[row.get(key) for key in keys] for row in second]
 
 
 @pytest.mark.slow

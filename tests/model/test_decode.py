@@ -6,8 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.generation.logits_process import TopPLogitsWarper
 
-from dual_loop.model.decode import CPU_TOKENS, IMAGES_AT_ONCE, Decoder, Prompt, left_pad, prefixes_at_once
+from dual_loop.model import decode
+from dual_loop.model.decode import (
+    CPU_TOKENS,
+    IMAGES_AT_ONCE,
+    Decoder,
+    Prompt,
+    keep_top,
+    left_pad,
+    prefixes_at_once,
+    uniform_noise,
+)
 
 from small_model import caption_prompts, scene_samples, small_batch, small_model
 
@@ -15,6 +26,7 @@ NEW = 6
 
 
 def test_left_padding():
+    assert left_pad([[1]], 9, 3)[0].tolist() == [[9, 9, 1]]
     ids, mask = left_pad([[1], [2, 3]], 9)
     assert ids.tolist() == [[9, 1], [2, 3]]
     assert mask.tolist() == [[False, True], [True, True]]
@@ -106,3 +118,72 @@ def test_images_of_unlike_size_share_a_generation(scene):
 def test_a_question_without_a_region_is_answered_too(scene):
     question = scene[1].segment_question("the red star", "segment")
     assert 1 <= len(write(scene, [Prompt(question, 0)])[0]) <= NEW
+
+
+def test_looking_seldom_and_padding_as_on_a_gpu_write_the_same(scene, monkeypatch):
+    """Rows and columns in blocks, tokens looked at in groups: texts that end in between are cut where they ended."""
+    prompts = [replace(one, temperature=float(n % 2), seed=n) for n, one in enumerate(scene[3])]
+    monkeypatch.setattr(type(scene[1]), "ends_turn", lambda self, ids: sum(ids) % 3 == 0)
+    expected = write(scene, prompts)
+    assert len({len(ids) for ids in expected}) > 1
+    monkeypatch.setattr(decode, "round_rows", lambda count, device: -(-count // 4) * 4)
+    monkeypatch.setattr(decode, "round_columns", lambda count, device: -(-count // 64) * 64)
+    for every in (2, 4, 8):
+        monkeypatch.setattr(
+            Decoder, "look_every", property(lambda self, n=every: n, lambda self, value: None), raising=False
+        )
+        assert write(scene, prompts) == expected
+
+
+def test_rows_are_as_many_as_the_memory_holds(scene, monkeypatch):
+    model, prompter, _, prompts, features = scene
+    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    few, many = (decoder.rows_that_fit(length) for length in (10**7, 10))
+    assert 1 <= few < many <= 160
+    monkeypatch.setattr(decode, "CACHE_SHARE", 0.0)
+    assert decoder.rows_that_fit(10) == 1
+    assert decoder.write_all() == decoder.write_all(len(prompts))
+
+
+def test_the_likeliest_tokens_are_those_of_transformers():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
+    shares = torch.tensor([[0.1], [0.5], [0.9], [0.99], [1.0]])
+    for row, share in enumerate(shares[:, 0].tolist()):
+        stock = TopPLogitsWarper(share)(torch.zeros(1, 0, dtype=torch.long), logits[row][None])
+        torch.testing.assert_close(keep_top(logits, shares)[row][None], stock)
+
+
+def test_noise_is_uniform_and_depends_on_seed_draw_and_place_alone():
+    seeds = torch.tensor([3, 2**62 + 3, 4], dtype=torch.long)
+    noise = uniform_noise(seeds, torch.tensor([7]), 50_000)
+    assert noise.min() > 0
+    assert noise.max() < 1
+    assert torch.equal(noise[1:2], uniform_noise(seeds[1:2], torch.tensor([7]), 50_000))
+    others = [uniform_noise(seeds, torch.tensor([8]), 50_000), noise.roll(1, 0), noise.roll(1, 1)]
+    for other in others:
+        # Independent uniforms: the correlation of 50,000 pairs has a standard deviation of 0.0045.
+        for one, two in zip(noise, other, strict=True):
+            assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.025
+    for row in noise:
+        counts = torch.histc(row, 20, 0, 1)
+        assert ((counts - 2500).abs() < 250).all()  # five standard deviations
+
+
+def test_samples_have_the_frequencies_of_the_softmax(scene, monkeypatch):
+    """The first token of many draws of one prompt, against its probabilities."""
+    model, prompter, _, prompts, features = scene
+    draws = [replace(prompts[0], temperature=2.0, seed=seed) for seed in range(4000)]
+    decoder = Decoder(model, prompter, draws, [[image] for image in range(4)], features, 1)
+    found = []
+    choose = Decoder._choose
+
+    def seen(self, hidden, state):
+        found.append(hidden)
+        choose(self, hidden, state)
+
+    monkeypatch.setattr(Decoder, "_choose", seen)
+    ids = torch.tensor(decoder.write_all(4000))[:, 0]
+    expected = (model.mllm.lm_head(found[0][:1]).float() / 2.0).softmax(-1)[0]
+    counts = torch.bincount(ids, minlength=len(expected)) / len(draws)
+    error = (expected * (1 - expected) / len(draws)).sqrt()
+    assert ((counts - expected).abs() < 5 * error + 1e-3).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from dual_loop.model import hardware
 
@@ -36,3 +37,10 @@ def test_liger_wants_its_packages_and_a_gpu_or_the_interpreter(monkeypatch: pyte
     assert "not on a cpu" in str(hardware.why_no_liger("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert hardware.why_no_liger("cpu") is None
+
+
+def test_sizes_of_a_gpu_are_few_and_those_of_a_cpu_exact():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [hardware.round_rows(count, gpu) for count in (1, 8, 9, 33, 160, 161)] == [8, 8, 32, 64, 160, 161]
+    assert [hardware.round_columns(count, gpu) for count in (0, 1, 64, 65)] == [0, 64, 64, 128]
+    assert (hardware.round_rows(9, cpu), hardware.round_columns(65, cpu)) == (9, 65)
