@@ -164,21 +164,21 @@ def watch(owner: Any, name: str, clock: Callable[[], PhaseClock], phase: str | C
     Returns:
         What ends the watch.
     """
-    original, was_own = getattr(owner, name), name in vars(owner)
+    original = getattr(owner, name)
 
     @wraps(original)
     def timed(*args: Any, **options: Any) -> Any:
         with clock().phase(phase if isinstance(phase, str) else phase(*args, **options)):
             return original(*args, **options)
 
-    def undo() -> None:
-        if was_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
+    return exchange(owner, name, timed)
 
-    setattr(owner, name, timed)
-    return undo
+
+def exchange(owner: Any, name: str, new: Any) -> Undo:
+    """Put ``new`` in the place of ``owner.name``; return what takes it back."""
+    original, was_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, new)
+    return lambda: setattr(owner, name, original) if was_own else delattr(owner, name)
 
 
 def watch_task(task: Any, clock: Callable[[], PhaseClock], decoded: Callable[[int], None]) -> list[Undo]:
@@ -193,17 +193,24 @@ def watch_task(task: Any, clock: Callable[[], PhaseClock], decoded: Callable[[in
 
     model = task.model
 
-    def of_columns(embeds: torch.Tensor, *_: Any) -> str:
-        if embeds.shape[1] > 1:
-            return "prompt prefill"
-        decoded(len(embeds))
-        return "decode"
+    repeated = model.repeated
 
-    return [
+    def counted(step: Any) -> Callable[[], None]:
+        # Around a step, not in it: it may be recorded once and played.
+        run, rows = repeated(step), len(step.args[0].chosen)
+
+        def call() -> None:
+            decoded(rows)
+            run()
+
+        return call
+
+    undo = exchange(model, "repeated", counted)
+    return [undo] + [
         watch(owner, name, clock, phase)
         for owner, name, phase in (
             (model, "encode_vision", "vision tower"),
-            (model, "step_language", of_columns),
+            (model, "step_language", "prompt prefill"),
             (Decoder, "write", "decode"),
             (model, "run_language", "language forward"),
             (model, "project_vision", "language forward"),

@@ -24,7 +24,7 @@ from dual_loop.errors import ConfigError, explain
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, geometry
-from dual_loop.model.decode import Decoder
+from dual_loop.model.decode import Decoder, Rows
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.recompute import checkpoint_first
 from dual_loop.training.devices import precision
@@ -273,17 +273,16 @@ def _planned_decoding(task: DualLoopTask, clock: PhaseClock, writer: PlannedCapt
 
     It lies over the watches, so that what is added belongs to the phase "decode".
     """
-    decoder, model = cast(Any, Decoder), cast(Any, task.model)
-    write, step_language = decoder.write, model.step_language
+    decoder = cast(Any, Decoder)
+    write, step = decoder.write, decoder._step
     marks: list[tuple[float, float]] = []
 
-    def marked(embeds: Tensor, *rest: Any) -> Tensor:
-        if embeds.shape[1] == 1:
-            assert clock.counter is not None
-            marks.append((clock.counter.flops, clock.counter.bytes))
-            if len(marks) > DECODED_STEPS:
-                raise _Seen
-        return cast(Tensor, step_language(embeds, *rest))
+    def marked(own: Decoder, state: Rows) -> None:
+        assert clock.counter is not None
+        marks.append((clock.counter.flops, clock.counter.bytes))
+        if len(marks) > DECODED_STEPS:
+            raise _Seen
+        step(own, state)
 
     def planned(own: Decoder, rows: Sequence[int], *_: Any) -> list[list[int]]:
         marks.clear()
@@ -295,11 +294,11 @@ def _planned_decoding(task: DualLoopTask, clock: PhaseClock, writer: PlannedCapt
                 _add_steps(clock.counter, marks, own.max_new_tokens - 1)
         return [writer.write(own.max_new_tokens) for _ in rows]
 
-    decoder.write, model.step_language = planned, marked
+    decoder.write, decoder._step = planned, marked
     try:
         yield
     finally:
-        decoder.write, model.step_language = write, step_language
+        decoder.write, decoder._step = write, step
 
 
 def _add_steps(counter: ProductCounter | None, marks: Sequence[tuple[float, float]], total: int) -> None:
