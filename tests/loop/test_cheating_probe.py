@@ -115,7 +115,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
 
     tuning = True
     writes(speak)
-    tune(model, task, batch, steps=120)
+    tune(model, task, batch, steps=80)
     tuning = False
     coded = evaluate_samples(model, prompter, config, samples, partial(weights, task.starting))
     before, after = summarise(honest), summarise(coded)
