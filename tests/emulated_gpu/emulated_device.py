@@ -38,7 +38,6 @@ import torch
 import torch._dynamo  # before torch.cuda is replaced: it looks at it while it is imported
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
