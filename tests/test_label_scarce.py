@@ -17,6 +17,8 @@ sys.path.insert(0, str(SCRIPTS))
 from experiments import label_scarce, table  # noqa: E402
 from experiments.arms import ARMS  # noqa: E402
 
+from warm_python import warm_python  # noqa: E402
+
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_valid_configuration(arm, tmp_path):
@@ -76,6 +78,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
 @pytest.mark.slow
 def test_two_arms_end_to_end(tmp_path, monkeypatch, capsys):
     sizes = ["--steps", "2", "--captioned", "3", "--scenes", "4", "--val", "3", "--jobs", "1"]
+    monkeypatch.setattr(sys, "executable", warm_python())  # of the runs that it starts
     monkeypatch.setattr(sys, "argv", ["label_scarce.py", str(tmp_path), "--arms", "A", "D2", *sizes])
     assert label_scarce.main() == 0
     first = capsys.readouterr().out

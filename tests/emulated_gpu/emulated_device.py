@@ -38,7 +38,7 @@ import torch
 import torch._dynamo  # before torch.cuda is replaced: it looks at it while it is imported
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -417,7 +417,9 @@ class EmulatedGpu(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operator on the values, and return its results as tensors of the device that they belong to."""
-        flat, spec = tree_flatten((args, kwargs))
+        flat: list[Any] = []
+        own_args = unwrapped(args, flat)
+        own_kwargs = {key: unwrapped(value, flat) for key, value in kwargs.items()}
         found = {value.device for value in flat if isinstance(value, EmulatedTensor)}
         on_gpu, target = bool(found), kwargs.get("device")
         to_gpu = on_gpu if target is None else is_cuda(target)
@@ -428,9 +430,8 @@ class EmulatedGpu(TorchDispatchMode):
             raise RuntimeError(f"expected all tensors on the same device, found {found} in {name} ({place()})")
         self.check_devices(func, name, args, flat, to_gpu)
         self.count_event(func, name, args, kwargs, on_gpu, to_gpu)
-        values = [value.value if isinstance(value, EmulatedTensor) else value for value in flat]
-        own_args, own_kwargs = tree_unflatten(values, spec)
-        own_kwargs = {k: CPU if k == "device" and v is not None else v for k, v in own_kwargs.items()}
+        if target is not None:
+            own_kwargs["device"] = CPU
         own_kwargs.pop("pin_memory", None)
         places = writes(func)
         if self.recording is not None:
@@ -441,7 +442,7 @@ class EmulatedGpu(TorchDispatchMode):
         if written and out is not None and not isinstance(written[0], (list, tuple)):
             return written[0] if len(written) == 1 else type(out)(written)
         device = next(iter(found)) if target is None and found else target
-        return tree_map_only(torch.Tensor, lambda t: EmulatedTensor(t, device=device), out) if to_gpu else out
+        return wrapped(out, device) if to_gpu else out
 
     def check_devices(self, func: Any, name: str, args: Any, flat: list[Any], to_gpu: bool) -> None:
         """Raise where a GPU would: tensors of two devices (a CPU scalar may mix), or the wrong generator."""
@@ -486,6 +487,24 @@ class EmulatedGpu(TorchDispatchMode):
 def join_over_gloo(backend: Any = None, **options: Any) -> None:
     """``init_process_group``: gloo in the place of NCCL, which this torch has not."""
     JOIN("gloo", **{name: value for name, value in options.items() if name != "device_id"})
+
+
+def unwrapped(value: Any, flat: list[Any]) -> Any:
+    """Return an operator's argument with its tensors' values; add what it is, or what its sequences hold, to ``flat``.
+
+    Several times as fast as torch's trees.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)([unwrapped(part, flat) for part in value])
+    flat.append(value)
+    return value.value if isinstance(value, EmulatedTensor) else value
+
+
+def wrapped(out: Any, device: Any) -> Any:
+    """Return an operator's result with its tensors on the device."""
+    if isinstance(out, (list, tuple)):
+        return type(out)([wrapped(part, device) for part in out])
+    return EmulatedTensor(out, device=device) if isinstance(out, torch.Tensor) else out
 
 
 def pinned(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
