@@ -313,7 +313,9 @@ class SpeedConfig:
     memory_gib: float | None = setting(None, "for checkpoint_layers=auto; none: what is free", "GIB", at_least=0.1)
     liger: bool = setting(False, "Liger's Triton kernels for the language model and its loss (GPUs; extra liger)")
     sdpa_kernel: str = setting(
-        "auto", "attention kernel of the training step", choices=("auto", "flash", "efficient", "cudnn", "math")
+        "auto",
+        "attention kernel and no other; auto: any but cuDNN's",
+        choices=("auto", "flash", "efficient", "cudnn", "math"),
     )
     decode_graph: str = setting(
         "auto", "record a decoding step as a CUDA graph and play it, on GPUs", choices=("auto", "off")

@@ -20,7 +20,7 @@ from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.devices import choose_device
+from dual_loop.training.devices import choose_attention_kernels, choose_device
 from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 
 
@@ -64,7 +64,9 @@ class Trained:
 
         Raises:
             CheckpointError: they cannot be read, or do not fit.
+            EnvironmentProblem: the device has no such attention kernel.
         """
+        choose_attention_kernels(self.config, device.type)
         model, prompter = rebuild(self.config, self.sources, device)
         if self.saved is None:
             file = self.sources[-1]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from dual_loop.config import Config
@@ -31,12 +28,7 @@ Item = TypeVar("Item")
 
 LET_GO_SECONDS = 0.5
 
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+KERNELS = ("flash", "efficient", "cudnn", "math")
 
 
 def device_type(config: Config) -> str:
@@ -75,9 +67,10 @@ def build_accelerator(config: Config) -> Accelerator:
     the divisor of the loss is known only for the whole optimiser step.
 
     Raises:
-        EnvironmentProblem: the device that ``train.device`` asks for is not there.
+        EnvironmentProblem: the device that ``train.device`` asks for is not there, or has no such attention kernel.
     """
     device = choose_device(config.train.device)
+    choose_attention_kernels(config, device.type)
     use_cpu = device.type == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
@@ -149,19 +142,21 @@ def why_no_kernel(config: Config, device_type: str) -> str | None:
     return None
 
 
-def attention_kernel(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes contexts in which ``scaled_dot_product_attention`` runs ``speed.sdpa_kernel`` and no other.
+def choose_attention_kernels(config: Config, device_type: str) -> None:
+    """Let this process take ``speed.sdpa_kernel`` for attention and no other: in training, evaluation and serving.
+
+    ``auto`` leaves out cuDNN's alone, which torch prefers on recent GPUs: it builds a graph for every new shape.
 
     Raises:
-        EnvironmentProblem: the device has no such kernel for this step.
+        EnvironmentProblem: the device has no such kernel for a training step.
     """
-    kernel = config.speed.sdpa_kernel
-    if kernel == "auto":
-        return nullcontext
-    reason = why_no_kernel(config, device.type)
+    kernel, backends = config.speed.sdpa_kernel, torch.backends.cuda
+    reason = why_no_kernel(config, device_type)
     if reason is not None:
         raise EnvironmentProblem(explain("the attention kernel cannot run", "speed.sdpa_kernel", kernel, reason))
-    return functools.partial(sdpa_kernel, KERNELS[kernel])
+    switches = backends.enable_flash_sdp, backends.enable_mem_efficient_sdp, backends.enable_cudnn_sdp
+    for name, switch in zip(KERNELS, (*switches, backends.enable_math_sdp), strict=True):
+        switch(name == kernel or (kernel == "auto" and name != "cudnn"))
 
 
 def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:

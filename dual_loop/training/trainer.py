@@ -31,7 +31,7 @@ from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
 from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, Part
-from dual_loop.training.devices import attention_kernel, gather_objects, peak_memory_mb, wrap_model
+from dual_loop.training.devices import gather_objects, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
     MetricsLog,
     PhaseTimer,
@@ -136,7 +136,6 @@ class Trainer:
         self.gathered = gathered or nullcontext()
         self.log = MetricsLog(folder.path, folder.writes)
         self.wrapped = wrap_model(accelerator, task)
-        self.attention = attention_kernel(config, accelerator.device)
         self.parameters = trainable_parameters(task.model)
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
@@ -194,31 +193,30 @@ class Trainer:
         timer.end("data")
         ranks.note(f"step {number}, roll-out")
 
-        with self.attention():
-            # ---- step 1, for the whole window
-            with accelerator.autocast(), self.gathered:
-                packed = self.task.prepare(window, progress.step / last, is_audited)
-            timer.end("rollout")
-            if number < last:
-                windows.start_next()
-                timer.end("data")
-            counts = self._count(window, packed)
-            ranks.note(f"step {number}, forward and backward")
+        # ---- step 1, for the whole window
+        with accelerator.autocast(), self.gathered:
+            packed = self.task.prepare(window, progress.step / last, is_audited)
+        timer.end("rollout")
+        if number < last:
+            windows.start_next()
+            timer.end("data")
+        counts = self._count(window, packed)
+        ranks.note(f"step {number}, forward and backward")
 
-            # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
-            outputs = []
-            for index, rows in enumerate(packed):
-                with nullcontext() if index == len(packed) - 1 else accelerator.no_sync(self.wrapped):
-                    with accelerator.autocast():
-                        output: StepOutput = self.wrapped(rows)
-                        # Sums are divided by global counts. DDP averages gradients over ranks; the factor world size
-                        # turns that into the sum that is wanted.
-                        shares = [t.total * (world_size / max(counts[n], 1.0)) for n, t in output.terms.items()]
-                        loss = torch.stack([share.float() for share in shares]).sum()
-                    timer.end("forward")
-                    loss.backward()
-                    timer.end("backward")
-                outputs.append(detach_output(output))
+        # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
+        outputs = []
+        for index, rows in enumerate(packed):
+            with nullcontext() if index == len(packed) - 1 else accelerator.no_sync(self.wrapped):
+                with accelerator.autocast():
+                    output: StepOutput = self.wrapped(rows)
+                    # Sums are divided by global counts. DDP averages gradients over ranks; the factor world size
+                    # turns that into the sum that is wanted.
+                    shares = [t.total * (world_size / max(counts[n], 1.0)) for n, t in output.terms.items()]
+                    loss = torch.stack([share.float() for share in shares]).sum()
+                timer.end("forward")
+                loss.backward()
+                timer.end("backward")
+            outputs.append(detach_output(output))
 
         # ---- update; nothing changes when a check fails
         rate = learning_rate_at(progress.step, last, train)

@@ -72,7 +72,7 @@ def run(asked: Asked, found: Found) -> None:
         # One image a micro-batch: the model is what is asked for, the rows come from below.
         with variant(real_setting(asked, long, 1, **changes)) as one:
             for rows in (8, 32) if asked.is_tiny else (8, 32, 64, 160):
-                with one.trainer.attention(), one.trainer.accelerator.autocast():
+                with one.trainer.accelerator.autocast():
                     measure(found, one.trainer.task, mode, rows, (short, long), is_real)
 
 

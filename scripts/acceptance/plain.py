@@ -63,7 +63,7 @@ def compare_with_generate(asked: Asked, found: Found, one: Any) -> None:
         with evaluating(model):
             return model.generate(**data, **options, pad_token_id=pad).tolist()
 
-    with one.trainer.attention(), one.trainer.accelerator.autocast():
+    with one.trainer.accelerator.autocast():
         written, generated = ours(), theirs()
         own, other = best(ours, 2), best(theirs, 2)
     same = sum(a == b for a, b in zip(written, generated, strict=True))

@@ -212,12 +212,15 @@ def test_image_prefixes_in_parts_change_nothing(
 
 
 def test_the_attention_kernels_of_a_cpu_are_the_same(default_window: dict[str, Any]) -> None:
-    from dual_loop.training.devices import attention_kernel
+    from dual_loop.training.devices import choose_attention_kernels
 
-    for kernel in ("math", "flash"):
-        config = dataclasses.replace(small_config(), speed=dataclasses.replace(DEFAULT, sdpa_kernel=kernel))
-        with attention_kernel(config, torch.device("cpu"))():
+    try:
+        for kernel in ("math", "flash"):
+            speed = dataclasses.replace(DEFAULT, sdpa_kernel=kernel)
+            choose_attention_kernels(dataclasses.replace(small_config(), speed=speed), "cpu")
             assert_same(one_window(DEFAULT), default_window)
+    finally:
+        choose_attention_kernels(small_config(), "cpu")
 
 
 @pytest.mark.parametrize("choice", ["1", "all"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,14 @@ from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, EnvironmentProblem
 from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
-from dual_loop.training.devices import attention_kernel, choose_device, gather_objects, share_out_batch
-
-from hollow import make_trainer
+from dual_loop.serve.loading import load_trained
+from dual_loop.training.devices import (
+    build_accelerator,
+    choose_attention_kernels,
+    choose_device,
+    gather_objects,
+    share_out_batch,
+)
 
 CPU = torch.device("cpu")
 
@@ -112,46 +117,45 @@ def kernel_config(kernel: str) -> Config:
     return Config(speed=SpeedConfig(sdpa_kernel=kernel))
 
 
-def enabled() -> tuple[bool, bool]:
+def enabled() -> tuple[bool, ...]:
     backends = torch.backends.cuda
-    return backends.flash_sdp_enabled(), backends.math_sdp_enabled()
+    return (
+        *(backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()),
+        *(backends.cudnn_sdp_enabled(), backends.math_sdp_enabled()),
+    )
 
 
-def test_one_kernel_and_no_other_inside_the_context() -> None:
-    before = enabled()
-    with attention_kernel(kernel_config("math"), CPU)():
-        assert enabled() == (False, True)
-    with attention_kernel(kernel_config("flash"), CPU)():
-        assert enabled() == (True, False)
-    with attention_kernel(kernel_config("auto"), torch.device("cuda"))():
-        assert enabled() == before
-    assert enabled() == before
+@pytest.fixture
+def kernels_as_found() -> Iterator[None]:
+    yield
+    choose_attention_kernels(Config(), "cpu")
 
 
-def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.attention = attention_kernel(kernel_config("math"), CPU)
-    seen: list[tuple[str, tuple[bool, bool]]] = []
-    parts = {"prepare": trainer.task.prepare, "forward": trainer.task.forward}
-    for name, original in parts.items():
+@pytest.mark.usefixtures("kernels_as_found")
+@pytest.mark.parametrize(
+    ("kernel", "device", "expected"),
+    [
+        ("auto", "cuda", (True, True, False, True)),
+        ("auto", "cpu", (True, True, False, True)),
+        ("cudnn", "cuda", (False, False, True, False)),
+        ("efficient", "cuda", (False, True, False, False)),
+        ("math", "cpu", (False, False, False, True)),
+        ("flash", "cpu", (True, False, False, False)),
+    ],
+)
+def test_the_process_takes_the_kernel_and_no_other(kernel: str, device: str, expected: tuple[bool, ...]) -> None:
+    choose_attention_kernels(kernel_config(kernel), device)
+    assert enabled() == expected
 
-        def watched(*args: Any, name: str = name, original: Any = original) -> Any:
-            seen.append((name, enabled()))
-            return original(*args)
 
-        setattr(trainer.task, name, watched)
-    backward = torch.Tensor.backward
-
-    def watched_backward(self: torch.Tensor, *args: Any) -> None:
-        seen.append(("backward", enabled()))
-        backward(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", watched_backward)
-        trainer.fit()
-    assert {name for name, _ in seen} == {"prepare", "forward", "backward"}
-    assert {state for _, state in seen} == {(False, True)}
-    assert enabled() == (True, True)
+@pytest.mark.usefixtures("kernels_as_found")
+def test_training_and_serving_choose_before_they_compute() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build_accelerator(kernel_config("math"))
+    assert enabled() == (False, False, False, True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_trained(device="cpu")
+    assert enabled() == (True, True, False, True)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_the_trainer_computes_the_whole_step_under_the_kernel(tmp_path: Path) ->
 )
 def test_a_kernel_that_cannot_run_is_refused(kernel: str, device: str, word: str) -> None:
     with pytest.raises(EnvironmentProblem, match=word):
-        attention_kernel(kernel_config(kernel), torch.device(device))
+        choose_attention_kernels(kernel_config(kernel), device)
 
 
 def test_preflight_names_what_the_flags_lack(monkeypatch: pytest.MonkeyPatch) -> None:
