@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dual_loop.config import Config, SpeedConfig, load_config
+from dual_loop.config import Config, SpeedConfig, TrainConfig, load_config
 from dual_loop.data.mixture import DrawKey, DrawStream, WindowedBatchSampler
 from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, EnvironmentProblem
@@ -151,7 +151,7 @@ def test_the_process_takes_the_kernel_and_no_other(kernel: str, device: str, exp
 @pytest.mark.usefixtures("kernels_as_found")
 def test_training_and_serving_choose_before_they_compute() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    build_accelerator(kernel_config("math"))
+    build_accelerator(dataclasses.replace(kernel_config("math"), train=TrainConfig(mixed_precision="no")))
     assert enabled() == (False, False, False, True)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_trained(device="cpu")
