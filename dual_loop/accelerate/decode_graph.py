@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,20 +20,26 @@ logger = logging.getLogger("dual_loop")
 
 
 def apply(model: Sa2VA, config: Config) -> None:
-    """Record decoding steps where ``speed.decode_graph`` is ``auto``."""
+    """Record decoding steps where ``speed.decode_graph`` is ``auto`` and the model comes to a GPU."""
     if config.speed.decode_graph == "auto":
-        model.repeated = Recorder(model)  # type: ignore[method-assign]
+        model.after_loading.append(partial(record_steps, model))
+
+
+def record_steps(model: Sa2VA, device: torch.device) -> None:
+    """Put a :class:`Recorder` in the place of ``Sa2VA.repeated`` on a GPU."""
+    if device.type == "cuda":
+        model.repeated = Recorder()  # type: ignore[method-assign]
 
 
 class Recorder:
-    """``Sa2VA.repeated`` on a GPU, until a step could not be recorded; elsewhere steps stay as they are."""
+    """``Sa2VA.repeated`` on a GPU, until a step could not be recorded; then steps stay as they are."""
 
-    def __init__(self, model: Sa2VA) -> None:
-        self.model, self.works = model, True
+    def __init__(self) -> None:
+        self.works = True
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         """Return what runs ``step`` at its first call, records it at the second, and plays it from then on."""
-        return RecordedStep(self, step) if self.works and self.model.device.type == "cuda" else step
+        return RecordedStep(self, step) if self.works else step
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Record ``step``, which computes nothing meanwhile, and return what plays it; say once why that fails."""

@@ -13,26 +13,13 @@ from dual_loop.accelerate.decode_graph import Recorder, apply
 from small_model import small_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()[0]
-
-
-def test_a_step_of_a_cpu_is_itself(model):
-    def step() -> None: ...
-
-    assert Recorder(model)(step) is step
-
-
-def test_a_step_that_cannot_be_recorded_runs_and_is_said_once(model, monkeypatch, caplog):
-    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
-
+def test_a_step_that_cannot_be_recorded_runs_and_is_said_once(monkeypatch, caplog):
     def refuse(*args: object, **options: object) -> None:
         raise RuntimeError("no graph here\nsecond line")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
     calls: list[int] = []
-    recorder = Recorder(model)
+    recorder = Recorder()
     first = recorder(lambda: calls.append(1))
     second = recorder(lambda: calls.append(2))
     with caplog.at_level(logging.WARNING):
@@ -49,11 +36,12 @@ def test_a_step_that_cannot_be_recorded_runs_and_is_said_once(model, monkeypatch
     assert recorder(third) is third
 
 
-def test_off_records_nothing():
+@pytest.mark.parametrize(
+    ("choice", "device", "is_recorded"), [("auto", "cuda", 1), ("auto", "cpu", 0), ("off", "cuda", 0)]
+)
+def test_steps_are_recorded_on_a_gpu_where_they_shall(choice, device, is_recorded):
     model, _, config = small_model()
-    off = dataclasses.replace(config, speed=dataclasses.replace(config.speed, decode_graph="off"))
-    del vars(model)["repeated"]
-    apply(model, off)
-    assert "repeated" not in vars(model)
-    apply(model, config)
-    assert isinstance(model.repeated, Recorder)
+    model.after_loading.clear()
+    apply(model, dataclasses.replace(config, speed=dataclasses.replace(config.speed, decode_graph=choice)))
+    model.finish(torch.device(device))
+    assert isinstance(model.repeated, Recorder) == is_recorded

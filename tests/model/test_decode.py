@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers.generation.logits_process import TopPLogitsWarper
 
 from dual_loop.model import decode
 from dual_loop.model.decode import (
@@ -14,10 +13,8 @@ from dual_loop.model.decode import (
     IMAGES_AT_ONCE,
     Decoder,
     Prompt,
-    keep_top,
     left_pad,
     prefixes_at_once,
-    uniform_noise,
 )
 
 from small_model import caption_prompts, scene_samples, small_batch, small_model
@@ -143,30 +140,6 @@ def test_rows_are_as_many_as_the_memory_holds(scene, monkeypatch):
     monkeypatch.setattr(decode, "CACHE_SHARE", 0.0)
     assert decoder.rows_that_fit(10) == 1
     assert decoder.write_all() == decoder.write_all(len(prompts))
-
-
-def test_the_likeliest_tokens_are_those_of_transformers():
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
-    shares = torch.tensor([[0.1], [0.5], [0.9], [0.99], [1.0]])
-    for row, share in enumerate(shares[:, 0].tolist()):
-        stock = TopPLogitsWarper(share)(torch.zeros(1, 0, dtype=torch.long), logits[row][None])
-        torch.testing.assert_close(keep_top(logits, shares)[row][None], stock)
-
-
-def test_noise_is_uniform_and_depends_on_seed_draw_and_place_alone():
-    seeds = torch.tensor([3, 2**62 + 3, 4], dtype=torch.long)
-    noise = uniform_noise(seeds, torch.tensor([7]), 50_000)
-    assert noise.min() > 0
-    assert noise.max() < 1
-    assert torch.equal(noise[1:2], uniform_noise(seeds[1:2], torch.tensor([7]), 50_000))
-    others = [uniform_noise(seeds, torch.tensor([8]), 50_000), noise.roll(1, 0), noise.roll(1, 1)]
-    for other in others:
-        # Independent uniforms: the correlation of 50,000 pairs has a standard deviation of 0.0045.
-        for one, two in zip(noise, other, strict=True):
-            assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.025
-    for row in noise:
-        counts = torch.histc(row, 20, 0, 1)
-        assert ((counts - 2500).abs() < 250).all()  # five standard deviations
 
 
 def test_samples_have_the_frequencies_of_the_softmax(scene, monkeypatch):
