@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -79,6 +80,8 @@ def build_accelerator(config: Config) -> Accelerator:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         timeout = timedelta(seconds=config.train.rank_timeout)
         torch.distributed.init_process_group("gloo" if use_cpu else "nccl", timeout=timeout)
+    # accelerate would hold a second run of this process to the first one's precision.
+    AcceleratorState._reset_state()
     accelerator = RankAccelerator(cpu=use_cpu, mixed_precision=precision(config))
     ranks.watch(config.train.rank_timeout)
     if use_cpu:

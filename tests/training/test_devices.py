@@ -113,6 +113,12 @@ def test_a_position_means_the_same_on_any_number_of_ranks(saved_by: int) -> None
         assert next(iter(sampler)) == sampler.keys(5, 0)
 
 
+def test_a_process_may_compute_in_one_precision_after_the_other() -> None:
+    for precision in ("no", "bf16", "no"):
+        accelerator = build_accelerator(Config(train=TrainConfig(mixed_precision=precision)))
+        assert accelerator.mixed_precision == precision
+
+
 def kernel_config(kernel: str) -> Config:
     return Config(speed=SpeedConfig(sdpa_kernel=kernel))
 
@@ -151,7 +157,7 @@ def test_the_process_takes_the_kernel_and_no_other(kernel: str, device: str, exp
 @pytest.mark.usefixtures("kernels_as_found")
 def test_training_and_serving_choose_before_they_compute() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    build_accelerator(dataclasses.replace(kernel_config("math"), train=TrainConfig(mixed_precision="no")))
+    build_accelerator(kernel_config("math"))
     assert enabled() == (False, False, False, True)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_trained(device="cpu")
