@@ -9,36 +9,11 @@ from hypothesis import strategies as st
 
 from dual_loop.model.ema import ExponentialMovingAverage
 
-
-def _model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)
-    model[0].weight.requires_grad_(False)
-    return model
-
-
-def _average(model: torch.nn.Module, **options) -> ExponentialMovingAverage:
-    return ExponentialMovingAverage(dict(model.named_parameters()), **options)
-
-
-def _move(model: torch.nn.Module, amount: float = 0.1) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * amount)
-
-
-def _copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def _bitwise_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    integer = {4: torch.int32, 2: torch.int16}[first.element_size()]
-    return torch.equal(first.view(integer), second.view(integer))
+from two_layers import average_of, move, two_layers
 
 
 def test_only_trainable_parameters_are_averaged_in_float32():
-    averages = _average(_model(torch.bfloat16)).values
+    averages = average_of(two_layers(torch.bfloat16)).values
     assert set(averages) == {"0.bias", "1.weight", "1.bias"}
     assert {tensor.dtype for tensor in averages.values()} == {torch.float32}
 
@@ -68,10 +43,10 @@ def test_the_average_stays_between_the_values_seen(values: list[float], decay: f
 
 
 def test_decay_zero_copies_the_live_weights_even_over_a_nan():
-    model = _model()
-    ema = _average(model, decay=0.0)
+    model = two_layers()
+    ema = average_of(model, decay=0.0)
     ema.values["1.bias"].fill_(float("nan"))
-    _move(model)
+    move(model)
     ema.update()
     for name, average in ema.values.items():
         assert torch.equal(average, dict(model.named_parameters())[name])
@@ -88,6 +63,6 @@ def test_a_bfloat16_model_still_moves_its_average():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="out of range"):
-        _average(_model(), decay=1.5)
+        average_of(two_layers(), decay=1.5)
     with pytest.raises(ValueError, match="nothing to average"):
-        _average(_model().requires_grad_(False))
+        average_of(two_layers().requires_grad_(False))

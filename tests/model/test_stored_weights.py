@@ -8,59 +8,33 @@ import pytest
 import torch
 
 from dual_loop.errors import EnvironmentProblem
-from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.stored_weights import StartingWeights, weights
 
-
-def _model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)
-    model[0].weight.requires_grad_(False)
-    return model
-
-
-def _average(model: torch.nn.Module, **options) -> ExponentialMovingAverage:
-    return ExponentialMovingAverage(dict(model.named_parameters()), **options)
-
-
-def _move(model: torch.nn.Module, amount: float = 0.1) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * amount)
-
-
-def _copies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def _bitwise_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    integer = {4: torch.int32, 2: torch.int16}[first.element_size()]
-    return torch.equal(first.view(integer), second.view(integer))
+from two_layers import average_of, bitwise_equal, copies_of, move, two_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapping_lends_the_averages_and_restores_bitwise(dtype: torch.dtype):
-    model = _model(dtype)
-    ema = _average(model)
-    _move(model)
+    model = two_layers(dtype)
+    ema = average_of(model)
+    move(model)
     ema.update()
-    _move(model)
+    move(model)
     model[1].bias.data[0] = float("nan")  # equality would not see a NaN; the bits must come back too
-    live, frozen_storage = _copies(model), model[0].weight.data_ptr()
+    live, frozen_storage = copies_of(model), model[0].weight.data_ptr()
     with weights(ema):
         for name, average in ema.values.items():
             assert torch.equal(dict(model.named_parameters())[name], average.to(dtype))
         assert torch.equal(model[0].weight, live["0.weight"])
-    assert all(_bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
+    assert all(bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
     assert model[0].weight.data_ptr() == frozen_storage
 
 
 def test_swapping_restores_after_an_exception_and_keeps_training_possible():
-    model = _model()
-    ema = _average(model)
-    _move(model)
-    live = _copies(model)
+    model = two_layers()
+    ema = average_of(model)
+    move(model)
+    live = copies_of(model)
 
     def fail_inside() -> None:
         with weights(ema):
@@ -69,23 +43,23 @@ def test_swapping_restores_after_an_exception_and_keeps_training_possible():
 
     with pytest.raises(KeyError):
         fail_inside()
-    assert all(_bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
+    assert all(bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
     model(torch.randn(2, 3)).sum().backward()
     assert model[1].weight.grad is not None
     ema.update()
 
 
 def test_updating_or_nesting_inside_a_swap_is_refused():
-    model = _model()
-    ema = _average(model)
-    _move(model)
-    live = _copies(model)
+    model = two_layers()
+    ema = average_of(model)
+    move(model)
+    live = copies_of(model)
     with weights(ema):
         with pytest.raises(RuntimeError, match="updated while"):
             ema.update()
         with pytest.raises(RuntimeError, match="nested"), weights(ema):
             pass
-    assert all(_bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
+    assert all(bitwise_equal(parameter, live[name]) for name, parameter in model.named_parameters())
 
 
 def test_bfloat16_autocast_sees_the_weights_that_were_put_in_and_those_that_came_back():
