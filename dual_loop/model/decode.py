@@ -106,7 +106,7 @@ class Rows:
         count: (1,) int64, how many these are.
         positions: (R, 1) int64 of the newest token.
         mask: (R, 1, 1, columns) additive.
-        cache: its window's ``columns`` is where the newest token goes.
+        cache: keys and values. window: its ``columns`` is where the newest token goes.
         choice: seeds (R,), temperatures (R, 1) and shares ``top_p`` (R, 1), None where all are 1; None where no row is
             sampled.
     """
