@@ -86,7 +86,7 @@ def small_batch(config: Config, samples: list[RegionSample]) -> Batch:
 def caption_prompts(prompter: Any, batch: Batch, question: str) -> list[Prompt]:
     """Prompts that ask for the caption of every region of a batch of one-tile images."""
     cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    questions = prompter.caption_questions(zip(cells, seeds, strict=True), question)
+    questions = [prompter.caption_question(size, question, seed) for size, seed in zip(cells, seeds, strict=True)]
     return [Prompt(*one) for one in zip(questions, batch.region_image.tolist(), batch.prompt_masks, strict=True)]
 
 

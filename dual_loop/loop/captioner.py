@@ -97,11 +97,8 @@ class Captioner:
             asked = [n for n, text in enumerate(batch.captions) if text is None or not keeps]
             owners, offsets = batch.region_image.tolist(), batch.tile_offsets
             cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-            questions = self.prompter.caption_questions(
-                [(cells[region], seeds[region]) for region in asked], self.config.caption_question
-            )
             image_of_view: dict[int, int] = {}
-            for region, question in zip(asked, questions, strict=True):
+            for region in asked:
                 view = batch.caption_view[owners[region]]
                 if view not in image_of_view:
                     image_of_view[view] = len(features)
@@ -109,7 +106,9 @@ class Captioner:
                     features.append(seen[index].vision[first : first + count])
                     start = tiles[-1].stop if tiles else 0
                     tiles.append(range(start, start + count))
-                place, seed = (question, image_of_view[view], batch.prompt_masks[region]), seeds[region]
+                seed = seeds[region]
+                question = self.prompter.caption_question(cells[region], self.config.caption_question, seed)
+                place = (question, image_of_view[view], batch.prompt_masks[region])
                 if greedy:
                     settings = (self.config.temperature, seed, self.config.top_p)
                     requests.append(Request(*place, *settings, index, region))

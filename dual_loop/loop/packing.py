@@ -67,7 +67,7 @@ def step_turns(
             own = prompter.segment_turn(captions[region].text, *names, seeds[region], not continues)
             turn = RegionTurn(region, own, continues=continues)
         if weight == 0.0:
-            turn.turn = silent(turn.turn)
+            turn.turn = silent(turn.turn.input_ids)
         turns.append(turn)
     if config.caption_supervision:
         cells = batch.prompt_masks.flatten(1).sum(1).tolist()
@@ -122,9 +122,9 @@ def predicting_positions(turns: Sequence[RegionTurn], spoken: Sequence[tuple[int
     return torch.tensor(index, dtype=torch.long).reshape(-1, 2).T
 
 
-def silent(turn: Turn) -> Turn:
-    """Return the turn without language loss."""
-    return Turn(turn.input_ids, (IGNORED,) * len(turn.labels))
+def silent(input_ids: tuple[int, ...]) -> Turn:
+    """Return a turn of these ids without language loss."""
+    return Turn(input_ids, (IGNORED,) * len(input_ids))
 
 
 def pack_turns(

@@ -17,7 +17,7 @@ from dual_loop.metrics import iou_table, own_image_only
 from dual_loop.model.decode import Decoder, Prompt
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import Batch, RegionTurn, Seen, Turn
+from dual_loop.types import Batch, RegionTurn, Seen
 
 ANSWER_TOKENS = 32
 """Longest written answer: ``Sure, the segmentation result is [SEG].`` and its end, with room."""
@@ -79,7 +79,7 @@ class Scorer:
         question, answer = self.config.segment_question, self.config.segment_answer
         if not generated:
             own = [self.prompter.segment_turn(text, question, answer, seeds[region]) for region, text in texts]
-            return [RegionTurn(region, silent(turn)) for (region, _), turn in zip(texts, own, strict=True)]
+            return [RegionTurn(region, silent(turn.input_ids)) for (region, _), turn in zip(texts, own, strict=True)]
         questions = [self.prompter.segment_question(text, question, seeds[region]) for region, text in texts]
         views = sorted({batch.target_view[owners[region]] for region, _ in texts})
         tiles = [range(offsets[view], offsets[view] + batch.tiles_per_view[view]) for view in views]
@@ -90,9 +90,8 @@ class Scorer:
         turns = []
         for (region, _), asked, written in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
             # A written placeholder would ask for image features that nobody gave.
-            kept = self.prompter.cut_answer(written, is_caption=False)
-            ids = (*asked, *(token for token in kept if token != self.prompter.image_context_id))
-            turns.append(RegionTurn(region, silent(Turn(ids, ids))))
+            ids = (*asked, *(token for token in written if token != self.prompter.image_context_id))
+            turns.append(RegionTurn(region, silent(ids)))
         return turns
 
 

@@ -203,7 +203,8 @@ class Decoder:
                 ids = state.written[: len(owners), :count].tolist()
                 for place, row in enumerate(owners):
                     if is_open[place]:
-                        texts[row], is_open[place] = self._until_end(ids[place], len(texts[row]))
+                        length = self.prompter.answer_length(ids[place], len(texts[row]))
+                        texts[row], is_open[place] = ids[place][:length], length is None
                 if not any(is_open):
                     break
                 size = round_rows(sum(is_open), self.device)
@@ -219,13 +220,6 @@ class Decoder:
                     run = self.model.repeated(partial(self._step, state))
                 run()
         return texts
-
-    def _until_end(self, ids: list[int], looked_at: int) -> tuple[list[int], bool]:
-        """Return ids up to and with what ended them, behind the first ``looked_at``, and whether nothing did."""
-        for length in range(looked_at + 1, len(ids) + 1):
-            if ids[length - 1] == self.prompter.tokenizer.eos_token_id or self.prompter.ends_turn(ids[:length]):
-                return ids[:length], False
-        return ids, True
 
     def _step(self, state: Rows) -> None:
         """Run the newest token of every row and choose the next; nothing here waits for the device."""

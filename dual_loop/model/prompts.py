@@ -182,15 +182,11 @@ class Prompter:
         text = choose(CAPTION_QUESTIONS, question, seed)
         return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
 
-    def caption_questions(self, regions: Iterable[tuple[int, int]], question: str) -> list[list[int]]:
-        """Return :meth:`caption_question` for many regions, given as (grid cells, seed)."""
-        return [self.caption_question(num_cells, question, seed) for num_cells, seed in regions]
-
     def sampled_turn(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with generated ids as the answer, verbatim; nothing carries language loss.
 
         The last id is left out: every id is predicted at the place before its own, and a special token, which can only
-        be the last (:meth:`cut_answer`), would be taken for an image token or a request for a mask.
+        be the last (:meth:`answer_length`), would be taken for an image token or a request for a mask.
         """
         ids = (*self.caption_question(num_cells, question, seed), *token_ids[:-1])
         return Turn(ids, (-100,) * len(ids))
@@ -270,19 +266,17 @@ class Prompter:
             table[token] = vocabulary.get(SPACE_LETTER + text, token)
         return table
 
-    def cut_answer(self, token_ids: Sequence[int], is_caption: bool = True) -> list[int]:
-        """Return generated ids up to and with what ended the answer.
+    def answer_length(self, token_ids: Sequence[int], looked_at: int = 0, is_caption: bool = False) -> int | None:
+        """Return how many generated ids there are up to and with what ended the answer; None where nothing did.
 
         A caption also ends with its first special token: from there on the text is no caption, whatever follows, so
         what follows teaches nothing. In another answer special tokens such as [SEG] stay.
+
+        ``looked_at``: nothing ended it among so many first ids.
         """
         ends = {self.tokenizer.eos_token_id, *(self.marker_ids.values() if is_caption else ())}
-        last = next((number for number, token in enumerate(token_ids) if token in ends), len(token_ids))
-        ids = list(token_ids[: last + 1])
-        for length in range(1, len(ids) + 1):
-            if any(stop in self._decode(ids[:length]) for stop in self.template.stop_texts):
-                return ids[:length]
-        return ids
+        lengths = range(looked_at + 1, len(token_ids) + 1)
+        return next((n for n in lengths if token_ids[n - 1] in ends or self.ends_turn(token_ids[:n])), None)
 
     def _turn(self, question_ids: list[int], answer: str) -> Turn:
         answer_ids = self.encode(answer + self.template.answer_end)
@@ -299,7 +293,7 @@ class Prompter:
         """Return what generated ids say, up to what ended them; no gate was asked yet."""
         found = []
         for token_ids in rows:
-            ids = self.cut_answer(token_ids)
+            ids = list(token_ids[: self.answer_length(token_ids, is_caption=True)])
             text, ended = self.decode_caption(ids)
             text = clean_caption(text)
             found.append(WrittenCaption(text, tuple(ids), None, not ended, self.unreadable(text)))
@@ -318,7 +312,7 @@ class Prompter:
         """
         # A token holds at least one byte, so a text of n bytes spans at most n tokens.
         window = max(len(text.encode()) for text in self.template.stop_texts)
-        tail = self.tokenizer.decode(list(token_ids[-window:]), skip_special_tokens=False)
+        tail = self._decode(token_ids[-window:])
         return any(text in tail for text in self.template.stop_texts)
 
     def decode_caption(self, token_ids: list[int]) -> tuple[str, bool]:

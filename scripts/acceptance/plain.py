@@ -40,7 +40,8 @@ def compare_with_generate(asked: Asked, found: Found, one: Any) -> None:
     batch = batch_from_samples(generated_samples(2 if asked.is_tiny else IMAGES, REGIONS), geometry(config)).to(device)
     prompter, model = task.prompter, task.model
     cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    questions = prompter.caption_questions(zip(cells, seeds, strict=True), config.loop.caption_question)
+    asked_for = config.loop.caption_question
+    questions = [prompter.caption_question(size, asked_for, seed) for size, seed in zip(cells, seeds, strict=True)]
     rows = [[*prompter.image_prefix(1), *question] for question in questions]
     parts, pad = [torch.tensor(row) for row in rows], prompter.tokenizer.pad_token_id
     left = {"batch_first": True, "padding_side": "left"}

@@ -150,7 +150,8 @@ def test_the_plain_flow_of_the_original_is_the_same(num_points: int) -> None:
             do_sample=False,
             eos_token_id=prompter.tokenizer.eos_token_id,
         )
-        assert prompter.cut_answer(ids[0].tolist()) == list(caption.token_ids)
+        written = ids[0].tolist()
+        assert written[: prompter.answer_length(written, is_caption=True)] == list(caption.token_ids)
     turns = [
         prompter.segment_turn(caption.text, LOOP.segment_question, LOOP.segment_answer, seed)
         for caption, seed in zip(packed.captions, seeds, strict=True)

@@ -168,8 +168,8 @@ def test_a_region_of_weight_zero_stays_and_teaches_nothing(parts):
     captions = [RegionCaption("a star")] * batch.num_regions
     weights = torch.tensor([0.0, *[1.0] * (batch.num_regions - 1)])
     turns = step_turns(batch, captions, RowPlan(weights), prompter, LoopConfig())
-    assert turns[0].turn == silent(turns[0].turn)
-    assert turns[1].turn != silent(turns[1].turn)
+    assert turns[0].turn == silent(turns[0].turn.input_ids)
+    assert turns[1].turn != silent(turns[1].turn.input_ids)
     packed = pack_turns(batch, captions, turns, prompter, vision=None, weights=weights)
     assert packed.seg_positions.shape[1] == batch.num_regions
     assert packed.counts["mask_loss"] == batch.num_regions - 1
