@@ -15,8 +15,9 @@ from torch import Tensor
 from dual_loop.caption_metrics import distinct_ngrams
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
-from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
+from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.signals.base import predicting_positions, spoken_turns
 from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send

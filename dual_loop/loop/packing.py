@@ -98,30 +98,6 @@ def pack_step(
     return packed
 
 
-def spoken_turns(
-    batch: Batch, spoken: Sequence[tuple[int, Sequence[int]]], prompter: Prompter, question: str
-) -> list[RegionTurn]:
-    """Return captioning turns whose answers are generated ids, given as (region, ids); nothing carries loss."""
-    cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    return [
-        RegionTurn(region, prompter.sampled_turn(cells[region], ids, question, seeds[region]), is_caption=True)
-        for region, ids in spoken
-    ]
-
-
-def predicting_positions(turns: Sequence[RegionTurn], spoken: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    """Return rows and columns of the hidden states that predict the generated ids of packed turns: (2, P) int64.
-
-    A turn leaves its last id out, and the state before an id predicts it.
-    """
-    index = [
-        (turn.row, turn.start + len(turn.turn.input_ids) - len(ids) + number)
-        for turn, (_, ids) in zip(turns, spoken, strict=True)
-        for number in range(len(ids))
-    ]
-    return torch.tensor(index, dtype=torch.long).reshape(-1, 2).T
-
-
 def silent(input_ids: tuple[int, ...]) -> Turn:
     """Return a turn of these ids without language loss."""
     return Turn(input_ids, (IGNORED,) * len(input_ids))

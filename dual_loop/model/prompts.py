@@ -182,15 +182,6 @@ class Prompter:
         text = choose(CAPTION_QUESTIONS, question, seed)
         return self.encode(f"\n{list_regions([num_cells])}\n\n{text}{after}")
 
-    def sampled_turn(self, num_cells: int, token_ids: Sequence[int], question: str, seed: int = 0) -> Turn:
-        """Return the captioning turn with generated ids as the answer, verbatim; nothing carries language loss.
-
-        The last id is left out: every id is predicted at the place before its own, and a special token, which can only
-        be the last (:meth:`answer_length`), would be taken for an image token or a request for a mask.
-        """
-        ids = (*self.caption_question(num_cells, question, seed), *token_ids[:-1])
-        return Turn(ids, (-100,) * len(ids))
-
     def caption_turn(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with ``caption`` as the answer; the answer and its end carry loss."""
         self._refuse_markers(caption)

@@ -21,8 +21,8 @@ from torch import Tensor
 from dual_loop.config import Config
 from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
-from dual_loop.loop.packing import pack_turns, predicting_positions, spoken_turns
-from dual_loop.loop.signals.base import MicroBatch, Signal
+from dual_loop.loop.packing import pack_turns
+from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
 from dual_loop.model.hardware import send
 from dual_loop.model.prompts import Prompter, clean_caption
 from dual_loop.model.sa2va import Sa2VA

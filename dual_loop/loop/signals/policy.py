@@ -22,10 +22,9 @@ from torch import Tensor
 
 from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
-from dual_loop.loop.packing import predicting_positions, spoken_turns
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText
-from dual_loop.loop.signals.base import MicroBatch, Signal
+from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
 from dual_loop.losses import full_precision
 from dual_loop.metrics import own_image_only, ratio
 from dual_loop.model.adapters import adapters_disabled
