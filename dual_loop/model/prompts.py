@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from dual_loop.errors import PromptError, explain
@@ -62,9 +61,6 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
     "qwen_chat": _chat_ml(("<|im_end|>", "<|endoftext|>")),
 }
 """Stock forms after xtuner's templates of these names; ``internvl2_5`` is InternVL2.5's, without its system text."""
-
-SPACE_LETTER = "\u0120"
-"""How byte-level vocabularies write a space at the start of a token."""
 
 ANY = "any"
 """In place of a question's or answer's name: each region draws one from the bank by its seed, as Sa2VA trains."""
@@ -185,7 +181,7 @@ class Prompter:
     def caption_turn(self, num_cells: int, caption: str, question: str, seed: int = 0) -> Turn:
         """Return the captioning turn with ``caption`` as the answer; the answer and its end carry loss."""
         self._refuse_markers(caption)
-        return self._turn(self.caption_question(num_cells, question, seed), caption)
+        return self.answered(self.caption_question(num_cells, question, seed), caption)
 
     def segment_turn(
         self, caption: str, question: str, answer: str = "sure", seed: int = 0, is_first: bool = True
@@ -195,7 +191,7 @@ class Prompter:
         ``is_first``: the turn follows the image directly; else it is a later turn of the same conversation.
         """
         ids = self.segment_question(caption, question, seed, is_first)
-        return self._turn(ids, choose(SEGMENT_ANSWERS, answer, seed + 1))
+        return self.answered(ids, choose(SEGMENT_ANSWERS, answer, seed + 1))
 
     def segment_question(self, caption: str, question: str, seed: int = 0, is_first: bool = True) -> list[int]:
         """Return the ids that ask for the mask of ``caption``, after the image prefix or an earlier turn.
@@ -226,36 +222,10 @@ class Prompter:
         listing = f"{list_regions(num_cells)}\n" if num_cells else ""
         for number, (question, answer) in enumerate(turns):
             start = f"\n{listing}" if number == 0 else (template.turn_separator if stock else "") + before
-            turn = self._turn(self.encode(start + question + after), answer)
+            turn = self.answered(self.encode(start + question + after), answer)
             ids += turn.input_ids
             labels += turn.labels
         return Turn(tuple(ids), tuple(labels))
-
-    def straight_through_turn(
-        self, caption_ids: Sequence[int], question: str, answer: str, seed: int, is_first: bool = True
-    ) -> tuple[Turn, int]:
-        """Return a segmentation turn around ready caption ids, and where they start in it.
-
-        The text before the caption ends without its space: the first caption id brings it (:attr:`with_space`).
-        """
-        before, after = self.segment_parts
-        start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
-        head = self.encode(("\n" if is_first else before) + start.removesuffix(" "))
-        tail = self.encode(end + after)
-        turn = self._turn([*head, *caption_ids, *tail], choose(SEGMENT_ANSWERS, answer, seed + 1))
-        return turn, len(head)
-
-    @cached_property
-    def with_space(self) -> list[int]:
-        """For every token id the id of the same text with a space before it; itself where there is none.
-
-        Byte-level vocabularies write that space as the first letter of the token.
-        """
-        vocabulary = self.tokenizer.get_vocab()
-        table = list(range(max(vocabulary.values()) + 1))
-        for text, token in vocabulary.items():
-            table[token] = vocabulary.get(SPACE_LETTER + text, token)
-        return table
 
     def answer_length(self, token_ids: Sequence[int], looked_at: int = 0, is_caption: bool = False) -> int | None:
         """Return how many generated ids there are up to and with what ended the answer; None where nothing did.
@@ -269,7 +239,8 @@ class Prompter:
         lengths = range(looked_at + 1, len(token_ids) + 1)
         return next((n for n in lengths if token_ids[n - 1] in ends or self.ends_turn(token_ids[:n])), None)
 
-    def _turn(self, question_ids: list[int], answer: str) -> Turn:
+    def answered(self, question_ids: list[int], answer: str) -> Turn:
+        """Return the turn of a question and its answer in plain text; the answer and its end carry loss."""
         answer_ids = self.encode(answer + self.template.answer_end)
         labels = [-100] * len(question_ids) + answer_ids
         return Turn(tuple(question_ids + answer_ids), tuple(labels))

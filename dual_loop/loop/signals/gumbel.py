@@ -24,12 +24,14 @@ from dual_loop.loop.captioner import sample_seed
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
 from dual_loop.model.hardware import send
-from dual_loop.model.prompts import Prompter, clean_caption
+from dual_loop.model.prompts import SEGMENT_ANSWERS, SEGMENT_QUESTIONS, Prompter, choose, clean_caption
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.types import PackedBatch, RegionTurn, WrittenCaption
+from dual_loop.types import PackedBatch, RegionTurn, Turn, WrittenCaption
 
 NOISE_DRAW = 1_000_003
 """Number of the draw whose seed gives a straight-through caption its Gumbel noise; no sample has it."""
+SPACE_LETTER = "\u0120"
+"""How byte-level vocabularies write a space at the start of a token."""
 _TINY = 1e-12
 
 
@@ -85,7 +87,7 @@ class GumbelCaptions(Signal):
     def __init__(self, prompter: Prompter, config: Config) -> None:
         self.prompter, self.loop, self.policy = prompter, config.loop, config.policy
         self.captions: list[list[StraightThroughCaption]] = []
-        self.spaced: Tensor | None = None
+        self.spaced = with_space(prompter)
 
     def plan(self, window: Sequence[MicroBatch]) -> None:
         names, self.captions = (self.loop.segment_question, self.loop.segment_answer), []
@@ -97,12 +99,12 @@ class GumbelCaptions(Signal):
                 seen.add(image)
                 if caption.is_reference or caption.rejected or not caption.is_kept:
                     continue
-                own = straight_through(self.prompter, region, caption.samples[0])
+                own = straight_through(self.prompter, self.spaced, region, caption.samples[0])
                 if own is None:
                     missed += 1
                     continue
                 ids = (own.reading_ids, *names, seeds[region], not continues)
-                turn, own.offset = self.prompter.straight_through_turn(*ids)
+                turn, own.offset = straight_through_turn(self.prompter, *ids)
                 own.turn = micro.plan.segmentation[region] = RegionTurn(region, turn, continues=continues)
                 found.append(own)
             micro.plan.metrics["gumbel/not_aligned"] = float(missed)
@@ -156,14 +158,37 @@ class GumbelCaptions(Signal):
         logits = model.answer_logits(hidden[rows, columns])
         settings = (captioning.uniform, captioning.temperature, self.policy.gumbel_top_k)
         ids, weights = straight_through_weights(logits, captioning.targets, *settings)
-        if self.spaced is None:
-            self.spaced = torch.tensor(self.prompter.with_space, dtype=torch.long)
         table = self.spaced.to(ids.device)
         read = torch.where(captioning.is_first[:, None], table[ids.clamp_max(len(table) - 1)], ids)
         return soft_embeddings(model.mllm.get_input_embeddings().weight.detach(), read, weights)
 
 
-def straight_through(prompter: Prompter, region: int, caption: WrittenCaption) -> StraightThroughCaption | None:
+def with_space(prompter: Prompter) -> Tensor:
+    """Return for every token id the id of the same text with a space before it, itself where there is none: (V,)."""
+    vocabulary = prompter.tokenizer.get_vocab()
+    table = list(range(max(vocabulary.values()) + 1))
+    for text, token in vocabulary.items():
+        table[token] = vocabulary.get(SPACE_LETTER + text, token)
+    return torch.tensor(table)
+
+
+def straight_through_turn(
+    prompter: Prompter, caption_ids: Sequence[int], question: str, answer: str, seed: int, is_first: bool = True
+) -> tuple[Turn, int]:
+    """Return a segmentation turn around ready caption ids, and where they start in it.
+
+    The text before the caption ends without its space: the first caption id brings it (:func:`with_space`).
+    """
+    before, after = prompter.segment_parts
+    start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
+    head = prompter.encode(("\n" if is_first else before) + start.removesuffix(" "))
+    ids = [*head, *caption_ids, *prompter.encode(end + after)]
+    return prompter.answered(ids, choose(SEGMENT_ANSWERS, answer, seed + 1)), len(head)
+
+
+def straight_through(
+    prompter: Prompter, spaced: Tensor, region: int, caption: WrittenCaption
+) -> StraightThroughCaption | None:
     """Find the part of generated ids that is the caption; None where step 2 cannot read it as it is.
 
     That is so where it holds a special token, and where cleaning changed more than its ends.
@@ -183,8 +208,7 @@ def straight_through(prompter: Prompter, region: int, caption: WrittenCaption) -
         first += 1
     if text_of(first, last).strip() != caption.text:
         return None
-    table = prompter.with_space
-    return StraightThroughCaption(region, ids, first, last, (table[ids[first]], *ids[first + 1 : last]))
+    return StraightThroughCaption(region, ids, first, last, (int(spaced[ids[first]]), *ids[first + 1 : last]))
 
 
 def conditioned_perturbation(logits: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:

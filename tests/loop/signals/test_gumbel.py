@@ -15,6 +15,7 @@ from dual_loop.loop.signals.gumbel import (
     straight_through,
     straight_through_weights,
     temperature_at,
+    with_space,
 )
 from dual_loop.types import WrittenCaption
 
@@ -141,15 +142,15 @@ def test_straight_through_ids_read_as_the_caption():
     _, prompter, _ = small_model()
     ids = prompter.encode(' "red circle".<|end|>')
     caption = WrittenCaption("red circle", tuple(ids), None, False)
-    found = straight_through(prompter, 0, caption)
+    found = straight_through(prompter, with_space(prompter), 0, caption)
     assert found is not None
     assert prompter.decode_caption(list(found.reading_ids))[0] == " red circle"
     other = WrittenCaption("red circle", tuple(prompter.encode("red  circle")), None, False)
-    assert straight_through(prompter, 0, other) is None
+    assert straight_through(prompter, with_space(prompter), 0, other) is None
 
 
 @pytest.mark.parametrize(("text", "unreadable"), [("red [SEG] circle", "special_token"), ("", "empty")])
 def test_a_caption_that_step_two_cannot_read_has_no_straight_through_turn(text, unreadable):
     _, prompter, _ = small_model()
     caption = WrittenCaption(text, tuple(prompter.encode(text or ".")), unreadable, False, unreadable)
-    assert straight_through(prompter, 0, caption) is None
+    assert straight_through(prompter, with_space(prompter), 0, caption) is None
