@@ -90,22 +90,18 @@ class Captioner:
             CaptionRejected: under ``on_rejected = error``, or when more than ``max_rejected_fraction`` were rejected.
         """
         requests: list[Request] = []
-        features: list[Tensor] = []
-        tiles: list[range] = []  # of each image, counted over the features
+        images: list[Tensor] = []
         for index, batch in enumerate(batches):
             keeps = use_references and not num_samples
             asked = [n for n, text in enumerate(batch.captions) if text is None or not keeps]
-            owners, offsets = batch.region_image.tolist(), batch.tile_offsets
+            owners, of_view = batch.region_image.tolist(), seen[index].vision.split(batch.tiles_per_view)
             cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
             image_of_view: dict[int, int] = {}
             for region in asked:
                 view = batch.caption_view[owners[region]]
                 if view not in image_of_view:
-                    image_of_view[view] = len(features)
-                    first, count = offsets[view], batch.tiles_per_view[view]
-                    features.append(seen[index].vision[first : first + count])
-                    start = tiles[-1].stop if tiles else 0
-                    tiles.append(range(start, start + count))
+                    image_of_view[view] = len(images)
+                    images.append(of_view[view])
                 seed = seeds[region]
                 question = self.prompter.caption_question(cells[region], self.config.caption_question, seed)
                 place = (question, image_of_view[view], batch.prompt_masks[region])
@@ -118,9 +114,9 @@ class Captioner:
         written: dict[tuple[int, int], dict[int, WrittenCaption]] = {}
         if requests:
             with evaluating(self.model), merged_adapters(self.model):
-                projected = torch.cat([self.model.project_vision(feature) for feature in features])
-                limit, at_once = self.config.max_new_tokens, self.config.rollout_batch_size
-                ids = Decoder(self.model, self.prompter, requests, tiles, projected, limit).write_all(at_once)
+                projected = [self.model.project_vision(tiles) for tiles in images]
+                decoder = Decoder(self.model, self.prompter, requests, projected, self.config.max_new_tokens)
+                ids = decoder.write_all(self.config.rollout_batch_size)
             for request, one in zip(requests, self.prompter.read_captions(ids), strict=True):
                 gate = self.gates.check(one.text, one.truncated, one.unreadable)
                 written.setdefault((request.batch, request.region), {})[request.draw] = replace(one, gate=gate)

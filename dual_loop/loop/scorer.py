@@ -75,18 +75,17 @@ class Scorer:
 
     def _answers(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool) -> list[RegionTurn]:
         """Return a turn for each text, with the given answer or with the one that the model writes."""
-        owners, seeds, offsets = batch.region_image.tolist(), batch.region_seeds.tolist(), batch.tile_offsets
+        owners, seeds = batch.region_image.tolist(), batch.region_seeds.tolist()
         question, answer = self.config.segment_question, self.config.segment_answer
         if not generated:
             own = [self.prompter.segment_turn(text, question, answer, seeds[region]) for region, text in texts]
             return [RegionTurn(region, silent(turn.input_ids)) for (region, _), turn in zip(texts, own, strict=True)]
         questions = [self.prompter.segment_question(text, question, seeds[region]) for region, text in texts]
         views = sorted({batch.target_view[owners[region]] for region, _ in texts})
-        tiles = [range(offsets[view], offsets[view] + batch.tiles_per_view[view]) for view in views]
         images = [views.index(batch.target_view[owners[region]]) for region, _ in texts]
         prompts = [Prompt(asked, image) for asked, image in zip(questions, images, strict=True)]
-        features = self.model.project_vision(seen.vision)
-        decoder = Decoder(self.model, self.prompter, prompts, tiles, features, ANSWER_TOKENS)
+        of_view = self.model.project_vision(seen.vision).split(batch.tiles_per_view)
+        decoder = Decoder(self.model, self.prompter, prompts, [of_view[view] for view in views], ANSWER_TOKENS)
         turns = []
         for (region, _), asked, written in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
             # A written placeholder would ask for image features that nobody gave.

@@ -139,8 +139,7 @@ class Decoder:
         model: in eval mode.
         prompter: tokenizer, image prefixes and ends of turns.
         prompts: all of them.
-        tiles: for each of the I images the numbers of its tiles.
-        image_features: (T, M, D) projected features of all tiles.
+        images: the projected features of each of the I images, (tiles, M, D); the last tile shows the whole image.
         max_new_tokens: longest continuation.
     """
 
@@ -149,15 +148,14 @@ class Decoder:
         model: Sa2VA,
         prompter: Prompter,
         prompts: Sequence[Prompt],
-        tiles: Sequence[Sequence[int]],
-        image_features: Tensor,
+        images: Sequence[Tensor],
         max_new_tokens: int,
     ) -> None:
-        self.model, self.prompter, self.prompts, self.tiles = model, prompter, prompts, tiles
-        self.image_features, self.max_new_tokens = image_features, max_new_tokens
+        self.model, self.prompter, self.prompts = model, prompter, prompts
+        self.images, self.max_new_tokens = list(images), max_new_tokens
         self.device = model.device
         self.pad_id = prompter.tokenizer.pad_token_id or 0
-        self.side = int(image_features.shape[1] ** 0.5)
+        self.side = int(self.images[0].shape[1] ** 0.5)
         self.look_every = 1 if self.device.type == "cpu" else LOOK_EVERY
         model.sync_new_tokens()
         self.run_token = model.token_step()
@@ -250,16 +248,14 @@ class Decoder:
 
         A few images are read at a time.
         """
-        prefixes = [self.prompter.image_prefix(len(group)) for group in self.tiles]
+        prefixes = [self.prompter.image_prefix(len(tiles)) for tiles in self.images]
         length = round_columns(max(map(len, prefixes)), self.device)
         ids, valid = left_pad(prefixes, self.pad_id, length)
         layers, size = [], prefixes_at_once(length, self.device.type)
         nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0, self.side, self.side, dtype=torch.bool)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
-            tiles = [tile for image in self.tiles[part] for tile in image]
-            features = self.image_features[send(torch.tensor(tiles), self.device)]
-            embeds = self.model.embed_prompt(ids[part], features, *nothing)
+            embeds = self.model.embed_prompt(ids[part], torch.cat(self.images[part]), *nothing)
             cache, window = self._new_cache(len(embeds), length)
             self._read(embeds, valid[part], cache, window)
             layers.append([(layer.keys, layer.values) for layer in cast(list[DynamicLayer], cache.layers)])
@@ -273,11 +269,12 @@ class Decoder:
         longest = max(len(prompt.question) for prompt in prompts)
         ids, valid = left_pad([one.question for one in prompts], self.pad_id, round_columns(longest, device))
         # A region refers to the last tile of its image: the thumbnail, or the only tile.
-        asked = [(self.tiles[one.image][-1], one.mask.bool()) for one in prompts if one.mask is not None]
-        last = torch.tensor([tile for tile, _ in asked], dtype=torch.long)
+        last = torch.stack([tiles[-1] for tiles in self.images])
+        asked = [(one.image, one.mask.bool()) for one in prompts if one.mask is not None]
+        owners = torch.tensor([image for image, _ in asked], dtype=torch.long)
         none = torch.zeros(0, self.side, self.side, dtype=torch.bool)
         masks = torch.stack([mask for _, mask in asked]) if asked else none
-        embeds = self.model.embed_prompt(ids, self.image_features, last, masks, has_images=False)
+        embeds = self.model.embed_prompt(ids, last, owners, masks, has_images=False)
         first, size = prefix + ids.shape[1], round_rows(len(rows), device)
         columns = first + round_columns(self.max_new_tokens, device)
         cache, window = self._new_cache(size, columns)

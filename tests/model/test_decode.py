@@ -57,7 +57,7 @@ def scene():
 def write(scene, prompts):
     """Continue prompts about the four images in one generation."""
     model, prompter, _, _, features = scene
-    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    decoder = Decoder(model, prompter, prompts, features[:, None], NEW)
     return decoder.write(range(len(prompts)))
 
 
@@ -86,7 +86,7 @@ def test_greedy_texts_are_those_of_transformers_on_whole_prompts(scene):
 def test_a_text_does_not_depend_on_the_rows_beside_it(scene):
     model, prompter, _, greedy, features = scene
     prompts = [replace(one, temperature=1.0, seed=100 + n, top_p=0.9 if n % 2 else 1.0) for n, one in enumerate(greedy)]
-    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    decoder = Decoder(model, prompter, prompts, features[:, None], NEW)
     together = decoder.write(range(len(prompts)))
     for size in (1, 3):
         assert decoder.write_all(size) == together
@@ -103,12 +103,12 @@ def test_temperature_zero_is_greedy_beside_sampled_rows(scene):
 def test_images_of_unlike_size_share_a_generation(scene):
     """Prefixes of one and of two tiles are padded, and each text is that of its image alone."""
     model, prompter, batch, prompts, features = scene
-    tiles = [[0], [1, 2], [3]]
+    images = [features[:1], features[1:3], features[3:]]
     rows = [batch.region_image.tolist().index(image) for image in (0, 2, 3)]
     mixed = [replace(prompts[row], image=number) for number, row in enumerate(rows)]
-    together = Decoder(model, prompter, mixed, tiles, features, NEW).write(range(3))
-    for number, group in enumerate(tiles):
-        alone = Decoder(model, prompter, [replace(mixed[number], image=0)], [group], features, NEW)
+    together = Decoder(model, prompter, mixed, images, NEW).write(range(3))
+    for number, image in enumerate(images):
+        alone = Decoder(model, prompter, [replace(mixed[number], image=0)], [image], NEW)
         assert alone.write([0])[0] == together[number]
 
 
@@ -134,7 +134,7 @@ def test_looking_seldom_and_padding_as_on_a_gpu_write_the_same(scene, monkeypatc
 
 def test_rows_are_as_many_as_the_memory_holds(scene, monkeypatch):
     model, prompter, _, prompts, features = scene
-    decoder = Decoder(model, prompter, prompts, [[image] for image in range(4)], features, NEW)
+    decoder = Decoder(model, prompter, prompts, features[:, None], NEW)
     few, many = (decoder.rows_that_fit(length) for length in (10**7, 10))
     assert 1 <= few < many <= 160
     monkeypatch.setattr(decode, "CACHE_SHARE", 0.0)
@@ -146,7 +146,7 @@ def test_samples_have_the_frequencies_of_the_softmax(scene, monkeypatch):
     """The first token of many draws of one prompt, against its probabilities."""
     model, prompter, _, prompts, features = scene
     draws = [replace(prompts[0], temperature=2.0, seed=seed) for seed in range(4000)]
-    decoder = Decoder(model, prompter, draws, [[image] for image in range(4)], features, 1)
+    decoder = Decoder(model, prompter, draws, features[:, None], 1)
     found = []
     choose = Decoder._choose
 

@@ -148,7 +148,7 @@ def test_generate_of_the_missions_example_writes_what_the_captioner_writes(small
     questions, images = [one.question for one in prompts], [one.image for one in prompts]
     with torch.no_grad():
         features = model.project_vision(model.encode_vision(batch.pixel_values))
-    decoded = Decoder(model, prompter, prompts, [[0], [1]], features, 6).write(range(len(questions)))
+    decoded = Decoder(model, prompter, prompts, features[:, None], 6).write(range(len(questions)))
     assert len({tuple(ids) for ids in decoded}) > 2
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": prompter.tokenizer.eos_token_id}
     for number, (caption, ids) in enumerate(zip(own, decoded, strict=True)):
