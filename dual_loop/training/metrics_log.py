@@ -21,7 +21,7 @@ from dual_loop.drawing import Panel
 from dual_loop.metrics import iou, iou_table, mask_overlap, own_and_margin, own_image_only, ratio
 from dual_loop.training import ranks
 from dual_loop.training.run_folder import truncate_metrics
-from dual_loop.types import PackedBatch, RegionSample, Segmentation
+from dual_loop.types import PackedBatch, RegionSample
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -96,16 +96,16 @@ class PhaseTimer:
 
 
 @torch.no_grad()
-def step_metrics(packed: PackedBatch, masks: Segmentation) -> dict[str, float]:
+def step_metrics(packed: PackedBatch, mask_logits: torch.Tensor) -> dict[str, float]:
     """Return what a micro-batch adds to the records: IoU by where the caption is from, lengths, and counters.
 
-    A key ``x/sum`` goes with ``x/count``.
+    ``mask_logits``: (N, Q, Q). A key ``x/sum`` goes with ``x/count``.
     Of everything that step 1 wrote it is counted how often each gate closed on it, and how often it was cut off.
     """
     batch, captions = packed.batch, packed.captions
     rejected = torch.tensor([caption.rejected is not None for caption in captions])
     # A rejected caption is an empty mask, whatever step 2 reads in its place.
-    predicted = (masks.mask_logits > 0) & ~rejected.to(masks.mask_logits.device)[:, None, None]
+    predicted = (mask_logits > 0) & ~rejected.to(mask_logits.device)[:, None, None]
     own = torch.arange(batch.num_regions)
     table = own_image_only(iou_table(predicted, batch.target_masks > 0).cpu(), own, batch.region_image)
     ious, margins = (values.tolist() for values in own_and_margin(table, own))
@@ -270,12 +270,12 @@ def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
 
 
 def make_panels(
-    regions: Sequence[tuple[PackedBatch, Segmentation, int]], samples: Sequence[RegionSample]
+    regions: Sequence[tuple[PackedBatch, torch.Tensor, int]], samples: Sequence[RegionSample]
 ) -> list[Panel]:
     """Collect what is drawn of some regions.
 
     Args:
-        regions: of each the micro-batch, its masks, and the number of the region in it.
+        regions: of each the micro-batch, its mask logits (N, Q, Q), and the number of the region in it.
         samples: of each the sample that it was made of.
 
     Raises:
@@ -290,7 +290,7 @@ def make_panels(
         if name != batch.region_names[region]:
             wanted = batch.region_names[region]
             raise RuntimeError(f"the panel of {wanted} would show {name}: the data changed on the disk")
-        target, logits = target_masks[position], masks.mask_logits[region][None, None].float()
+        target, logits = target_masks[position], masks[region][None, None].float()
         # As evaluation does: logits are resized, and cut at 0.
         resized = F.interpolate(logits, target.shape, mode="bilinear", align_corners=False)[0, 0]
         predicted = (resized > 0).cpu().numpy()

@@ -47,7 +47,7 @@ from dual_loop.training.metrics_log import (
 from dual_loop.training.optim import build_optimizer, check_finite, clip_gradients, learning_rate_at
 from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, load_optimizer
 from dual_loop.training.stop import StopRequest
-from dual_loop.types import Batch, LossTerm, PackedBatch, Segmentation, StepOutput
+from dual_loop.types import Batch, PackedBatch, StepOutput
 
 TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "stop"
 
@@ -204,7 +204,7 @@ class Trainer:
         ranks.note(f"step {number}, forward and backward")
 
         # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
-        outputs = []
+        losses_of, masks = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
         for index, rows in enumerate(packed):
             with nullcontext() if index == len(packed) - 1 else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():
@@ -216,16 +216,18 @@ class Trainer:
                 timer.end("forward")
                 loss.backward()
                 timer.end("backward")
-            outputs.append(detach_output(output))
+            # Without the graph, so that the memory of one micro-batch is free before the next.
+            losses_of.append({name: term.total.detach() for name, term in output.terms.items()})
+            masks.append(output.masks.mask_logits.detach())
 
         # ---- update; nothing changes when a check fails
         rate = learning_rate_at(progress.step, last, train)
         norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
         # The one place where a step waits for what its losses are.
-        totals = [term.total for output in outputs for term in output.terms.values()]
+        totals = [total for losses in losses_of for total in losses.values()]
         *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
         values_left = iter(flat)
-        terms = [dict(zip(output.terms, values_left, strict=False)) for output in outputs]
+        terms = [dict(zip(losses, values_left, strict=False)) for losses in losses_of]
         check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -236,9 +238,9 @@ class Trainer:
 
         # ---- log
         sums = {STOP: float(stop.signal_name is not None)}
-        for rows, output, values in zip(packed, outputs, terms, strict=True):
+        for rows, logits, values in zip(packed, masks, terms, strict=True):
             add_into(sums, values, TERM)
-            add_into(sums, step_metrics(rows, output.masks))
+            add_into(sums, step_metrics(rows, logits))
         sums = reduce_sums(accelerator, sums)
         is_stopping = sums.pop(STOP) > 0
         names = [name.removeprefix(TERM) for name in sums if name.startswith(TERM)]
@@ -253,7 +255,7 @@ class Trainer:
             self.log.write(record)
             self.report(record.line(last))
         if number in (1, last) or number % train.panel_interval == 0:
-            self._save_panels(parts, packed, outputs)
+            self._save_panels(parts, packed, masks)
         return is_stopping
 
     def _count(self, window: Sequence[Batch], packed: Sequence[PackedBatch]) -> dict[str, float]:
@@ -297,7 +299,7 @@ class Trainer:
             peak_memory_mb=round(max(gather_objects(self.accelerator, own)), 1),
         )
 
-    def _save_panels(self, parts: Sequence[Part], packed: Sequence[PackedBatch], outputs: Sequence[StepOutput]) -> None:
+    def _save_panels(self, parts: Sequence[Part], packed: Sequence[PackedBatch], masks: Sequence[torch.Tensor]) -> None:
         """Draw some regions of this step (rank 0), one a source first; their images are read again."""
         if not self.accelerator.is_main_process:
             return
@@ -307,7 +309,7 @@ class Trainer:
         for position in choose_regions(sources, self.config.train.panels_per_save):
             index, region = places[position]
             part = parts[index]
-            regions.append((packed[index], outputs[index].masks, region))
+            regions.append((packed[index], masks[index], region))
             images.append((part.micro_step, part.first + int(part.batch.region_image[region])))
         read = list(dict.fromkeys(images))
         samples = dict(zip(read, self.data.samples(self.progress.step - 1, read), strict=True))
@@ -368,14 +370,6 @@ class Trainer:
             totals = f"the saved run had {saved.state['total_steps']} steps in all, this one has {self.total_steps}"
             self.report(f"Warning: {totals}: the learning-rate schedule differs from a straight run")
         return True
-
-
-def detach_output(output: StepOutput) -> StepOutput:
-    """Return ``output`` without its graph, so that the memory of one micro-batch is free before the next."""
-    terms = {name: LossTerm(term.total.detach(), term.count) for name, term in output.terms.items()}
-    masks = output.masks
-    kept = (masks.mask_logits, masks.predicted_iou, masks.chosen, masks.object_score_logits)
-    return StepOutput(terms, Segmentation(*(tensor.detach() for tensor in kept)))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -28,7 +27,7 @@ from dual_loop.training.metrics_log import (
     reduce_sums,
     step_metrics,
 )
-from dual_loop.types import RegionCaption, RegionSample, Segmentation, WrittenCaption
+from dual_loop.types import RegionCaption, RegionSample, WrittenCaption
 
 from hollow import HollowData, HollowTask
 from loop_settings import build, setting
@@ -47,7 +46,7 @@ def test_step_reports_sums_and_counts():
     batch = small_batch(config, [*scene_samples(1), *scene_samples(1, source="sa1b", captions=False)])
     (packed,) = task.prepare([batch])
     output = task(packed)
-    metrics = step_metrics(packed, output.masks)
+    metrics = step_metrics(packed, output.masks.mask_logits)
     assert metrics["regions"] == batch.num_regions
     assert metrics["cycle_iou/count"] + metrics["reference_iou/count"] == batch.num_regions
     assert {name: term.count for name, term in output.terms.items()} == packed.counts
@@ -58,8 +57,7 @@ def test_a_rejected_caption_is_an_empty_mask_whatever_step_two_read():
     _, task = build(config)
     batch = small_batch(config, scene_samples(1))
     (packed,) = task.prepare([batch])
-    masks = task(packed).masks
-    perfect = dataclasses.replace(masks, mask_logits=batch.target_masks.float() - 0.5)
+    perfect = batch.target_masks.float() - 0.5
     assert step_metrics(packed, perfect)["reference_iou/sum"] == pytest.approx(batch.num_regions)
     packed.captions[0] = RegionCaption("the object", rejected="empty")
     metrics = step_metrics(packed, perfect)
@@ -75,7 +73,7 @@ def test_every_written_caption_is_counted_by_its_gate():
 
     _, task = build(setting())
     (packed,) = task.prepare([small_batch(setting(), scene_samples(1))])
-    masks = task(packed).masks
+    masks = task(packed).masks.mask_logits
     packed.captions[:] = [RegionCaption("z", is_reference=True)] * len(packed.captions)
     packed.captions[:2] = [
         RegionCaption("x", greedy=written("empty"), samples=(written(None), written("truncated", True))),
@@ -168,14 +166,12 @@ def test_a_panel_has_the_mask_at_the_size_of_its_image_cut_at_zero() -> None:
     [packed] = HollowTask().prepare([next(HollowData(config).batches(0))])
     logits = torch.full((2, 4, 4), -3.0)
     logits[1, :, 2:] = 3.0
-    nothing = torch.zeros(2, 1)
     masks = np.zeros((1, 8, 16), bool)
     masks[..., 8:] = True
     sample = RegionSample("sa1b", "1", np.zeros((8, 16, 3), np.uint8), masks, ("0",), ((),))
-    segmentation = Segmentation(logits, nothing, nothing, nothing)
-    [panel] = make_panels([(packed, segmentation, 1)], [sample])
+    [panel] = make_panels([(packed, logits, 1)], [sample])
     assert (panel.name, panel.caption, panel.origin, panel.iou) == ("sa1b/1#0", "a star", "generated", 1.0)
     assert panel.predicted_mask.dtype == bool
     assert (panel.predicted_mask == masks[0]).all()
     with pytest.raises(RuntimeError, match="the data changed"):
-        make_panels([(packed, segmentation, 0)], [sample])
+        make_panels([(packed, logits, 0)], [sample])

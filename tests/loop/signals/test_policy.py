@@ -271,7 +271,7 @@ def test_sampled_special_tokens_are_punished_not_obeyed(monkeypatch):
     assert prompter.seg_id in packed.lessons["policy"].targets.tolist()
     output = task(packed)
     assert len(output.masks.mask_logits) == packed.batch.num_regions
-    assert step_metrics(packed, output.masks)["gate/special_token"] >= 2 * packed.batch.num_regions
+    assert step_metrics(packed, output.masks.mask_logits)["gate/special_token"] >= 2 * packed.batch.num_regions
 
 
 def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
@@ -289,7 +289,7 @@ def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
     batch = small_batch(config, scene_samples(2, captions=False))
     (packed,) = task.prepare([batch])
     # The greedy caption is among them.
-    assert step_metrics(packed, task(packed).masks)["gate/coordinates"] == 3 * batch.num_regions
+    assert step_metrics(packed, task(packed).masks.mask_logits)["gate/coordinates"] == 3 * batch.num_regions
     gates = [[sample.gate for sample in caption.samples] for caption in packed.captions]
     assert all(row == ["coordinates", "coordinates", None] for row in gates)
     found, taught = packed.lessons["policy"], [caption.samples for caption in packed.captions]
