@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -340,23 +340,15 @@ class RunState(TypedDict, total=False):
     auditor: dict[str, list[str]]
 
 
-class RankComm(Protocol):
-    """What the loop needs of the other ranks; every rank must make the same calls with the same keys."""
+class RankComm:
+    """What the loop needs of the other ranks, as one alone has it; all make the same calls with the same keys."""
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Add ``sums`` over all ranks."""
-
-    def gather(self, own: Sequence[str]) -> list[str]:
-        """Return the texts of all ranks, rank by rank."""
-
-
-class SingleProcess:
-    """The :class:`RankComm` of one process."""
-
-    def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
         return dict(sums)
 
     def gather(self, own: Sequence[str]) -> list[str]:
+        """Return the texts of all ranks, rank by rank."""
         return list(own)
 
 

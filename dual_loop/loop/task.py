@@ -31,17 +31,7 @@ from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.model.stored_weights import StartingWeights, weights
-from dual_loop.types import (
-    Batch,
-    LossTerm,
-    PackedBatch,
-    RankComm,
-    RunState,
-    Seen,
-    Segmentation,
-    SingleProcess,
-    StepOutput,
-)
+from dual_loop.types import Batch, LossTerm, PackedBatch, RankComm, RunState, Seen, Segmentation, StepOutput
 
 REMEMBERED_CAPTIONS = 512
 
@@ -71,7 +61,7 @@ class DualLoopTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.prompter, self.config, self.average = model, prompter, config, average
-        comm = comm or SingleProcess()
+        comm = comm or RankComm()
         gates, temperature = CaptionGates(config.reward.gates, prompt_texts()), config.policy.temperature
         self.captioner = Captioner(model, prompter, config.loop, gates, temperature)
         self.scorer = Scorer(model, prompter, config.loop)

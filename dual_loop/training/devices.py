@@ -24,6 +24,7 @@ from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.training import ranks
 from dual_loop.training.metrics_log import reduce_sums
 from dual_loop.training.ranks import RankAccelerator
+from dual_loop.types import RankComm
 
 Item = TypeVar("Item")
 
@@ -173,22 +174,16 @@ def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:
     return gathered
 
 
-class RankExchange:
-    """The loop's view of the other ranks (``dual_loop.types.RankComm``).
-
-    Args:
-        accelerator: whose ranks.
-    """
+class RankExchange(RankComm):
+    """The loop's view of the ranks of ``accelerator``."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
     def reduce(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Add ``sums`` over all ranks in one all-reduce."""
         return reduce_sums(self.accelerator, sums)
 
     def gather(self, own: Sequence[str]) -> list[str]:
-        """Return the texts of all ranks, rank by rank."""
         return [text for texts in gather_objects(self.accelerator, list(own)) for text in texts]
 
 

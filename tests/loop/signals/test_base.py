@@ -13,7 +13,7 @@ from dual_loop.loop.signals.base import Signal
 from dual_loop.loop.signals.gumbel import GumbelCaptions
 from dual_loop.loop.signals.policy import CaptionPolicy, against_greedy, against_group, against_scaled_group
 from dual_loop.loop.task import DualLoopTask
-from dual_loop.types import SingleProcess
+from dual_loop.types import RankComm
 
 from loop_settings import masks_only
 from small_model import small_batch, small_config, small_model
@@ -59,7 +59,7 @@ def test_what_each_asks_for(parts, monkeypatch, name, expected):
 def test_a_reward_beside_the_cycle_brings_its_own_learner(parts):
     def built(reward: RewardConfig):
         config = dataclasses.replace(small_config(), policy=PolicyConfig(), reward=reward)
-        return build_signals(parts[0], parts[1], config, None, SingleProcess())
+        return build_signals(parts[0], parts[1], config, None, RankComm())
 
     assert built(RewardConfig()) == []
     (signal,) = built(RewardConfig(caption_weight=0.1))
@@ -80,7 +80,7 @@ def test_a_reward_beside_the_cycle_brings_its_own_learner(parts):
 )
 def test_what_each_compares_a_reward_with(parts, name, scale, center):
     config = dataclasses.replace(parts[2], policy=PolicyConfig(caption_gradient=name, advantage_scale=scale))
-    built = build_signals(parts[0], parts[1], config, None, SingleProcess())
+    built = build_signals(parts[0], parts[1], config, None, RankComm())
     (signal,) = [one for one in built if isinstance(one, CaptionPolicy)]
     assert signal.center is center
 
