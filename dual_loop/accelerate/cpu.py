@@ -11,7 +11,7 @@ not (without bfloat16 torch emulates it, up to a hundred times slower; with ``av
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import cache, partial
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -153,13 +152,10 @@ class PackedLinear(nn.Linear):
     def dtype(self) -> torch.dtype:
         return self.packed.dtype
 
-    @staticmethod
-    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
-        """Add the adapters of ``layers``, whose base layers are packed, to the matrices; ``undo`` restores them."""
-        for layer in layers:
-            base: Any = layer.get_base_layer()
-            undo.callback(setattr, base, "packed", base.packed)
-            base.packed = pack_matrix(base.weight + layer.get_delta_weight(layer.active_adapters[0]))
+    def add_to_matrix(self, delta: Tensor, undo: ExitStack) -> None:
+        """Add (out, in) to the matrix; ``undo`` restores it."""
+        undo.callback(setattr, self, "packed", self.packed)
+        self.packed = pack_matrix(self.weight + delta)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the matrix's dtype."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol, cast, runtime_checkable
 
 import psutil
@@ -355,9 +354,8 @@ class KeepsMatrix(Protocol):
 
     dtype: torch.dtype
 
-    @staticmethod
-    def merge(layers: Sequence[LoraLinear], undo: ExitStack) -> None:
-        """Add the adapters of ``layers``, whose base layers are of this class, to the matrices; ``undo`` restores."""
+    def add_to_matrix(self, delta: Tensor, undo: ExitStack) -> None:
+        """Add (out, in) to the matrix; ``undo`` restores it."""
 
 
 @contextmanager
@@ -367,29 +365,30 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     The frozen matrices themselves are put aside and come back as they were, whatever happens inside or in merging.
     Layers whose matrices have another dtype, or live elsewhere than in a plain tensor, keep their adapters.
     """
-    plain: list[LoraLinear] = []
-    kept: dict[type[KeepsMatrix], list[LoraLinear]] = {}
-    for layer in (module for module in model.modules() if isinstance(module, LoraLinear)):
-        if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters or layer.lora_variant:
-            continue
-        base: Any = layer.get_base_layer()
-        keeps = isinstance(base, KeepsMatrix)
-        weight = None if keeps else getattr(base, "weight", None)
-        if keeps and base.dtype in _WIDE:
-            kept.setdefault(type(base), []).append(layer)
-        elif isinstance(weight, nn.Parameter) and not isinstance(weight, DTensor) and weight.dtype in _WIDE:
-            plain.append(layer)
     with ExitStack() as undo:
         undo.callback(torch.clear_autocast_cache)  # it holds casts of matrices that train
-        with torch.no_grad():
-            for layer in plain:
-                matrix: Any = layer.get_base_layer().weight
-                undo.callback(setattr, matrix, "data", matrix.data)
-                matrix.data = matrix + layer.get_delta_weight(layer.active_adapters[0])
-            for cls, layers in kept.items():
-                cls.merge(layers, undo)
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear):
+                _merge_adapter(layer, undo)
         torch.clear_autocast_cache()
-        for layer in chain(plain, *kept.values()):
-            undo.callback(setattr, layer, "_disable_adapters", False)
-            layer._disable_adapters = True
         yield
+
+
+@torch.no_grad()
+def _merge_adapter(layer: LoraLinear, undo: ExitStack) -> None:
+    if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters or layer.lora_variant:
+        return
+    base: Any = layer.get_base_layer()
+    keeps = isinstance(base, KeepsMatrix)
+    matrix: Any = base if keeps else getattr(base, "weight", None)
+    is_plain = isinstance(matrix, nn.Parameter) and not isinstance(matrix, DTensor)
+    if not (keeps or is_plain) or matrix.dtype not in _WIDE:
+        return
+    delta = layer.get_delta_weight(layer.active_adapters[0])
+    if keeps:
+        base.add_to_matrix(delta, undo)
+    else:
+        undo.callback(setattr, matrix, "data", matrix.data)
+        matrix.data = matrix + delta
+    undo.callback(setattr, layer, "_disable_adapters", False)
+    layer._disable_adapters = True
