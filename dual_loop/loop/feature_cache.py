@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dual_loop.data.index_file import replacing
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import Batch, Seen
@@ -123,13 +122,10 @@ class FeatureCache:
         if self.used + size > self.limit:
             self.num_not_stored += 1
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-        path.parent.mkdir(exist_ok=True)
         try:
-            save_file({f"{k}": level.contiguous() for k, level in enumerate(levels)}, str(temporary))
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file({f"{k}": level.contiguous() for k, level in enumerate(levels)}, str(temporary))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             what, fix = "the feature cache cannot be written", "free space there, or lower speed.feature_cache_gib"
             raise EnvironmentProblem(explain(what, str(path), str(error), fix=fix)) from error
         self.used += size
