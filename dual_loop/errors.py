@@ -6,6 +6,8 @@ Use :func:`explain` to build it, so that no part is forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class DualLoopError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -48,6 +50,12 @@ def shorten(value: object) -> str:
     """Return what Python writes of ``value``, at most 60 characters of it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(values: Sequence[object], most: int = 8) -> str:
+    """Return the first ``most`` values with commas between them, and how many more there are."""
+    more = len(values) - most
+    return ", ".join(map(str, values[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:

@@ -12,7 +12,7 @@ import pytest
 
 import dual_loop
 from dual_loop import errors
-from dual_loop.errors import DualLoopError, SampleError, explain, shorten
+from dual_loop.errors import DualLoopError, SampleError, explain, listed, shorten
 from dual_loop.types import Batch, LossTerm, RegionCaption, RegionSample, WrittenCaption
 
 HEAVY = ("torch", "transformers", "mmengine", "matplotlib")
@@ -124,3 +124,8 @@ def test_a_batch_moves_pixels_and_target_masks_and_nothing_else() -> None:
 def test_a_long_value_is_shortened() -> None:
     assert shorten([1, "a"]) == "[1, 'a']"
     assert len(shorten("x" * 100)) == 60
+
+
+def test_a_long_list_is_cut() -> None:
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

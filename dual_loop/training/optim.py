@@ -12,12 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
-from dual_loop.errors import DualLoopError, explain
+from dual_loop.errors import DualLoopError, explain, listed
 from dual_loop.model.hardware import send
 from dual_loop.training import ranks
 from dual_loop.training.devices import gather_objects
-
-MAX_NAMES = 8
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -99,10 +97,10 @@ def check_finite(
     for index, (values, names) in enumerate(zip(terms, region_names, strict=True)):
         wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
-            own.append(f"{', '.join(wrong)} in micro-batch {index} ({_shorten(names)})")
+            own.append(f"{', '.join(wrong)} in micro-batch {index} ({listed(names)})")
     if not own and not math.isfinite(grad_norm):
         names = [name for group in region_names for name in group]
-        own.append(f"gradient norm = {grad_norm}, losses finite, in the regions {_shorten(names)}")
+        own.append(f"gradient norm = {grad_norm}, losses finite, in the regions {listed(names)}")
     is_wrong = bool(own)
     if accelerator.num_processes > 1:
         flag = send(torch.tensor(float(is_wrong)), accelerator.device)
@@ -116,8 +114,3 @@ def check_finite(
     seen = "; ".join(f"rank {rank}: {message}" for rank, messages in everywhere for message in messages)
     fix = "look at the regions named; lower --learning_rate, check --max_grad_norm, or resume with --mixed_precision no"
     raise NonFiniteError(explain(what, where, seen, "finite numbers", fix))
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.errors import ConfigError, DualLoopError, explain, listed
 from dual_loop.training.stop import SAME_WISH_SECONDS
 
 SHARE_OF_TIMEOUT = 0.8
@@ -134,7 +134,7 @@ class Ranks:
             for rank, own in enumerate(every):
                 holders.setdefault(own.get(name, "nothing"), []).append(rank)
             if len(holders) > 1:
-                shown = [f"{value[:MAX_SHOWN]} (rank {_numbers(ranks)})" for value, ranks in holders.items()]
+                shown = [f"{value[:MAX_SHOWN]} (rank {listed(ranks)})" for value, ranks in holders.items()]
                 different.append(f"{name}: {' and '.join(shown)}")
         if different:
             what, fix = "the ranks differ", "give every rank the same flags, files and packages"
@@ -251,7 +251,3 @@ class Ranks:
     def _who(self, rank: int) -> str:
         record = self.records[rank]
         return f"rank {rank} (host {record.get('host')}, pid {record.get('pid')}), last: {record.get('doing')}"
-
-
-def _numbers(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
