@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import IO
 
 import torch
 
@@ -17,13 +18,17 @@ class StoredWeights:
 
     Attributes:
         parameters: those that train, by name.
-        values: a tensor for each.
+        values: a tensor for each, where they lie in memory.
         is_lent: whether the model holds them now.
     """
 
     parameters: Mapping[str, torch.nn.Parameter]
     values: Mapping[str, torch.Tensor]
     is_lent = False
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """Return a tensor for each parameter."""
+        return self.values
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def weights(stored: StoredWeights) -> Iterator[None]:
         live = {name: in_use(parameter).detach().clone() for name, parameter in stored.parameters.items()}
     stored.is_lent = True
     try:
-        _fill(stored.parameters, stored.values)
+        _fill(stored.parameters, stored.read())
         yield
     finally:
         _fill(stored.parameters, live)
@@ -74,38 +79,22 @@ class StartingWeights(StoredWeights):
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
         self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        self.values = {name: whole(p.detach()).to("cpu", copy=not on_disk) for name, p in self.parameters.items()}
+        self._file: IO[bytes] | None = None
         if on_disk:
-            self.values = _TensorFile(self.parameters)
-        else:
-            self.values = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
+            try:
+                self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
+                torch.save(self.values, self._file)
+                self._file.flush()
+            except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+                where = f"speed.start_on_disk, {tempfile.gettempdir()}"
+                fix = "set TMPDIR to a folder with space, or the setting off"
+                what = "the starting weights cannot be stored"
+                raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
+            self.values = {}
 
-
-class _TensorFile(Mapping[str, torch.Tensor]):
-    """Tensors in a temporary file that has no name; each is read when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
-        try:
-            self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
-            for name, tensor in tensors.items():
-                self._places[name] = (self._file.tell(), tensor.dtype, tensor.shape)
-                flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
-                self._file.write(flat.view(torch.uint8).numpy().data)
-            self._file.flush()
-        except OSError as error:
-            what, fix = "the starting weights cannot be stored", "set TMPDIR to a folder with space, or the setting off"
-            where = f"speed.start_on_disk, {tempfile.gettempdir()}"
-            raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        start, dtype, shape = self._places[name]
-        values = torch.empty(shape, dtype=dtype)
-        self._file.seek(start)
-        self._file.readinto(values.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+    def read(self) -> Mapping[str, torch.Tensor]:
+        if self._file is None:
+            return self.values
+        self._file.seek(0)
+        return dict(torch.load(self._file, weights_only=True))
