@@ -85,7 +85,7 @@ def check(file: str) -> tuple[str, Any]:
         tokenizer = build_tokens(config, Path(folder))
     batches = GeneratedData(setting, geometry(config)).batches(0)
     micros = [next(batches) for _ in range(setting.accumulation)]
-    window = [part.batch for part in split_window(micros, images_at_once(config, device_type(config)))]
+    window = split_window(micros, images_at_once(config, device_type(config)))
     measured = found["variants"]["default"]
     # How long a caption of random tokens is when step 2 reads it again is known from the step alone.
     captions = PlannedCaptions(range(len(tokenizer)), None, measured.get("captions", ()))

@@ -13,7 +13,7 @@ leave it idle; on a CPU one image with a few hundred tokens keeps the products b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,15 +62,15 @@ class DataStream:
         seed = self.sampler.stream.seed
         return iter(build_loader(self.dataset, self.sampler, self.num_workers, self.pin_memory, seed))
 
-    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
+    def samples(self, step: int, images: Sequence[int]) -> list[RegionSample]:
         """Read samples of an optimiser step again; the same draws give the same samples and regions.
 
         Args:
             step: 0-based.
-            images: for each the micro-batch, and the number of the image in it.
+            images: their numbers among all of this rank's micro-batches.
         """
-        keys = [self.sampler.keys(step, micro_step)[image] for micro_step, image in images]
-        return list(map(self.dataset.sample, keys))
+        keys = [key for micro_step in range(self.sampler.accumulation) for key in self.sampler.keys(step, micro_step)]
+        return [self.dataset.sample(keys[image]) for image in images]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return JSON values: the position after ``step`` steps, and the ledger."""
@@ -84,21 +84,6 @@ class DataStream:
         """
         self.sampler.load_state_dict(state["sampler"])
         self.ledger.load_state_dict(state["ledger"])
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some images of a micro-batch.
-
-    Attributes:
-        batch: the images.
-        micro_step: the micro-batch of the accumulation window that they belong to.
-        first: the number of the first one there.
-    """
-
-    batch: Batch
-    micro_step: int
-    first: int
 
 
 class DevicePrefetch:
@@ -117,7 +102,7 @@ class DevicePrefetch:
         self._stream: Any = torch.cuda.Stream(device) if self.copies_ahead and device.type == "cuda" else None
         self._next: list[Batch] | None = None
 
-    def take(self) -> list[Part]:
+    def take(self) -> list[Batch]:
         """Return the next window in parts."""
         window = self._next if self._next is not None else self._copy()
         self._next = None
@@ -164,10 +149,6 @@ def as_computed(config: Config, device_type: str) -> Config:
     return replace(config, train=replace(train, batch_size=count, gradient_accumulation_steps=steps))
 
 
-def split_window(window: Sequence[Batch], count: int) -> list[Part]:
+def split_window(window: Sequence[Batch], count: int) -> list[Batch]:
     """Return the micro-batches of a window in parts of at most ``count`` images, in order."""
-    return [
-        Part(batch.images(start, start + count), micro_step, start)
-        for micro_step, batch in enumerate(window)
-        for start in range(0, len(batch.sources), count)
-    ]
+    return [batch.images(start, start + count) for batch in window for start in range(0, batch.num_images, count)]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
 from dual_loop.training import ranks
-from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, Part
+from dual_loop.training.device_prefetch import DataStream, DevicePrefetch
 from dual_loop.training.devices import gather_objects, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
     MetricsLog,
@@ -188,8 +189,7 @@ class Trainer:
         ranks.note(f"step {number}, data")
 
         # ---- data
-        parts = windows.take()
-        window = [part.batch for part in parts]
+        window = windows.take()
         timer.end("data")
         ranks.note(f"step {number}, roll-out")
 
@@ -255,7 +255,7 @@ class Trainer:
             self.log.write(record)
             self.report(record.line(last))
         if number in (1, last) or number % train.panel_interval == 0:
-            self._save_panels(parts, packed, masks)
+            self._save_panels(window, packed, masks)
         return is_stopping
 
     def _count(self, window: Sequence[Batch], packed: Sequence[PackedBatch]) -> dict[str, float]:
@@ -299,18 +299,20 @@ class Trainer:
             peak_memory_mb=round(max(gather_objects(self.accelerator, own)), 1),
         )
 
-    def _save_panels(self, parts: Sequence[Part], packed: Sequence[PackedBatch], masks: Sequence[torch.Tensor]) -> None:
+    def _save_panels(
+        self, window: Sequence[Batch], packed: Sequence[PackedBatch], masks: Sequence[torch.Tensor]
+    ) -> None:
         """Draw some regions of this step (rank 0), one a source first; their images are read again."""
         if not self.accelerator.is_main_process:
             return
-        places = [(index, region) for index, part in enumerate(parts) for region in range(part.batch.num_regions)]
-        sources = [name.split("/")[0] for part in parts for name in part.batch.region_names]
+        places = [(index, region) for index, batch in enumerate(window) for region in range(batch.num_regions)]
+        sources = [name.split("/")[0] for batch in window for name in batch.region_names]
+        firsts = [0, *accumulate(batch.num_images for batch in window)]
         regions, images = [], []
         for position in choose_regions(sources, self.config.train.panels_per_save):
             index, region = places[position]
-            part = parts[index]
             regions.append((packed[index], masks[index], region))
-            images.append((part.micro_step, part.first + int(part.batch.region_image[region])))
+            images.append(firsts[index] + int(window[index].region_image[region]))
         read = list(dict.fromkeys(images))
         samples = dict(zip(read, self.data.samples(self.progress.step - 1, read), strict=True))
         panels = make_panels(regions, [samples[image] for image in images])

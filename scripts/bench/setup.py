@@ -169,8 +169,8 @@ class GeneratedData:
             yield batch_from_samples(self.made[first : first + self.setting.batch], self.shape, seed=number)
             number += 1
 
-    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
-        return [self.made[micro_step * self.setting.batch + image] for micro_step, image in images]
+    def samples(self, step: int, images: Sequence[int]) -> list[RegionSample]:
+        return [self.made[image] for image in images]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         return {}

@@ -59,7 +59,7 @@ def one_window(
     batches = [small_batch(config, samples) for samples in (scene_samples(2, captions=False), pair_samples(2))]
     batches.append(small_batch(config, scene_samples(1) + pair_samples(1)))
     if images is not None:
-        batches = [part.batch for part in split_window(batches, images)]
+        batches = split_window(batches, images)
     task = DualLoopTask(model, prompter, config)
     task.train()
     window = task.prepare(batches)

@@ -30,7 +30,8 @@ class FixedData:
             yield from self.window
 
     def samples(self, step, images):
-        return [self.window[micro_step].samples[image] for micro_step, image in images]
+        samples = [sample for batch in self.window for sample in batch.samples]
+        return [samples[image] for image in images]
 
     def state_dict(self, step):
         return {}

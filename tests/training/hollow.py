@@ -151,11 +151,12 @@ class HollowData:
             skipped=[SkippedSample("sav", f"bad{slot}", "broken", "broken") for slot in slots if slot % 5 == 3],
         )
 
-    def samples(self, step: int, images: Sequence[tuple[int, int]]) -> list[RegionSample]:
+    def samples(self, step: int, images: Sequence[int]) -> list[RegionSample]:
         import numpy as np
 
         image, masks = np.zeros((6, 8, 3), np.uint8), np.ones((1, 6, 8), bool)
-        slots = [self.slots(step, micro_step)[number] for micro_step, number in images]
+        every = [slot for micro_step in range(self.accumulation) for slot in self.slots(step, micro_step)]
+        slots = [every[image] for image in images]
         return [RegionSample(self.source_names[s % 2], str(s), image, masks, ("0",), ((),)) for s in slots]
 
     def state_dict(self, step: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_windows_come_in_the_order_of_the_stream(copies_ahead: bool) -> None:
     settings = {"train.batch_size": 2, "train.gradient_accumulation_steps": 3, "speed.images_at_once": "all"}
     windows = DevicePrefetch(source, load_config(None, settings | {"speed.prefetch_to_device": copies_ahead}), CPU)
     for number in range(1, 5):
-        window = [part.batch for part in windows.take()]
+        window = windows.take()
         assert source.asked == 3 * number
         windows.start_next()
         windows.start_next()
@@ -104,14 +104,16 @@ def test_images_of_a_batch_are_the_batch_of_those_samples() -> None:
     assert whole.images(0, 4) is whole
 
 
-def test_parts_know_where_they_come_from_and_skips_are_told_once() -> None:
+def test_parts_come_in_order_and_skips_are_told_once() -> None:
     config = small_config()
     window = [small_batch(config, scene_samples(3)), small_batch(config, pair_samples(2))]
     window[0].skipped.append("a sample")  # type: ignore[arg-type]
     parts = split_window(window, 2)
-    assert [(part.micro_step, part.first, part.batch.num_images) for part in parts] == [(0, 0, 2), (0, 2, 1), (1, 0, 2)]
-    assert [part.batch.skipped for part in parts] == [["a sample"], [], []]
-    assert parts[2].batch is window[1]
+    names = [part.region_names for part in parts[:2]]
+    assert names == [window[0].images(0, 2).region_names, window[0].images(2, 3).region_names]
+    assert [part.num_images for part in parts] == [2, 1, 2]
+    assert [part.skipped for part in parts] == [["a sample"], [], []]
+    assert parts[2] is window[1]
 
 
 def config_of(name: str = "bench_mid", **changes: Any) -> Config:
@@ -155,7 +157,7 @@ def test_a_run_in_parts_is_the_run(tmp_path: Path, choice: str) -> None:
 def test_panels_read_the_images_of_their_parts(tmp_path: Path) -> None:
     """Regions of parts are named by their place in the micro-batch: a wrong one would be refused by its name."""
     trainer = make_trainer(tmp_path, images_at_once="3", batch_size=4, max_steps=1, gradient_accumulation_steps=1)
-    read: list[tuple[int, int]] = []
+    read: list[int] = []
     original = trainer.data.samples
 
     def samples(step: int, images: Any) -> Any:
@@ -165,4 +167,4 @@ def test_panels_read_the_images_of_their_parts(tmp_path: Path) -> None:
 
     trainer.data.samples = samples  # type: ignore[method-assign]
     trainer.fit()
-    assert sorted(read) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert sorted(read) == [0, 1, 2, 3]
