@@ -66,8 +66,8 @@ def plan(args: argparse.Namespace) -> tuple[str, Any]:
 def check(file: str) -> tuple[str, Any]:
     """Return planned against measured of a file that ``bench_step.py --json`` wrote."""
     from dual_loop.model.build import geometry
-    from dual_loop.training.device_prefetch import images_at_once, split_window
-    from dual_loop.training.devices import device_type
+    from dual_loop.training.device_prefetch import split_window
+    from dual_loop.training.devices import device_type, images_at_once
 
     from bench.setup import GeneratedData, Setting, build_config, build_tokens
     from plan.report import check_report

@@ -13,7 +13,6 @@ leave it idle; on a CPU one image with a few hundred tokens keeps the products b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +23,8 @@ from dual_loop.data.dataset import SkipLedger
 from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
 from dual_loop.data.mixture import WindowedBatchSampler
 from dual_loop.model.build import geometry
+from dual_loop.training.devices import images_at_once
 from dual_loop.types import Batch, RegionSample
-
-ENOUGH_TOKENS = 256
-"""Image tokens from which on one image is enough for a CPU."""
 
 
 class DataStream:
@@ -126,27 +123,6 @@ class DevicePrefetch:
     def _copy(self) -> list[Batch]:
         with torch.cuda.stream(self._stream):  # of no effect with None
             return [next(self.batches).to(self.device, non_blocking=True) for _ in range(self._window)]
-
-
-def images_at_once(config: Config, device_type: str) -> int:
-    """Return how many images of a micro-batch are run together on this kind of device.
-
-    ``auto`` is one on a CPU where an image has 256 tokens or more, else all. A sharded model runs all: its ranks have
-    to take the same number of passes.
-    """
-    choice, size = config.speed.images_at_once, config.train.batch_size
-    if choice.isdigit():
-        return min(int(choice), size)
-    if size == 1 or choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
-        return size
-    return 1 if geometry(config).grid_size ** 2 >= ENOUGH_TOKENS else size
-
-
-def as_computed(config: Config, device_type: str) -> Config:
-    """Return ``config`` with the parts as micro-batches: what estimates of time and memory have to look at."""
-    train, count = config.train, images_at_once(config, device_type)
-    steps = train.gradient_accumulation_steps * -(-train.batch_size // count)
-    return replace(config, train=replace(train, batch_size=count, gradient_accumulation_steps=steps))
 
 
 def split_window(window: Sequence[Batch], count: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""Where a run computes: processes, device, precision, threads."""
+"""Where a run computes: processes, device, precision, threads; and how a step is shared out to them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dual_loop.config import Config
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
+from dual_loop.model.build import geometry
 from dual_loop.training import ranks
 from dual_loop.training.metrics_log import reduce_sums
 from dual_loop.training.ranks import RankAccelerator
 from dual_loop.types import RankComm
 
 Item = TypeVar("Item")
+
+ENOUGH_TOKENS = 256
+"""Image tokens from which on one image is enough for a CPU."""
 
 LET_GO_SECONDS = 0.5
 
@@ -116,6 +120,28 @@ def share_out_batch(config: Config, world_size: int) -> Config:
         )
     steps = train.effective_batch // at_once
     return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=steps))
+
+
+def images_at_once(config: Config, device_type: str) -> int:
+    """Return how many images of a micro-batch are run together on this kind of device.
+
+    ``auto`` is one on a CPU where an image has 256 tokens or more, else all. A sharded model runs all: its ranks have
+    to take the same number of passes.
+    """
+    choice, size = config.speed.images_at_once, config.train.batch_size
+    if choice.isdigit():
+        return min(int(choice), size)
+    if size == 1 or choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
+        return size
+    return 1 if geometry(config).grid_size ** 2 >= ENOUGH_TOKENS else size
+
+
+def as_computed(config: Config, device_type: str) -> Config:
+    """Return ``config`` with the parts as micro-batches: what estimates of time and memory have to look at."""
+    train, count = config.train, images_at_once(config, device_type)
+    steps = train.gradient_accumulation_steps * -(-train.batch_size // count)
+    train = dataclasses.replace(train, batch_size=count, gradient_accumulation_steps=steps)
+    return dataclasses.replace(config, train=train)
 
 
 def wrap_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -29,8 +29,7 @@ from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import GroundingDecoder
-from dual_loop.training.device_prefetch import as_computed
-from dual_loop.training.devices import gather_objects, precision
+from dual_loop.training.devices import as_computed, gather_objects, precision
 
 GIB = 2**30
 SHARE_USED = 0.85

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dual_loop.config import Config, load_config, resolve_config_path
-from dual_loop.errors import ConfigError
-from dual_loop.training.device_prefetch import DevicePrefetch, as_computed, images_at_once, split_window
+from dual_loop.config import load_config
+from dual_loop.training.device_prefetch import DevicePrefetch, split_window
 from dual_loop.types import Batch
 
 from hollow import HollowData, make_trainer
@@ -114,28 +113,6 @@ def test_parts_come_in_order_and_skips_are_told_once() -> None:
     assert [part.num_images for part in parts] == [2, 1, 2]
     assert [part.skipped for part in parts] == [["a sample"], [], []]
     assert parts[2] is window[1]
-
-
-def config_of(name: str = "bench_mid", **changes: Any) -> Config:
-    given = {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config(resolve_config_path(name), {"train.batch_size": 4, **given})
-
-
-def test_one_image_at_once_where_it_keeps_a_cpu_busy() -> None:
-    assert images_at_once(config_of(), "cpu") == 1
-    assert images_at_once(config_of(), "cuda") == 4
-    assert images_at_once(config_of("tiny_cpu"), "cpu") == 4
-    assert images_at_once(config_of(train__parallel="fsdp"), "cpu") == 4
-    chosen = [images_at_once(config_of(speed__images_at_once=choice), "cuda") for choice in ("all", "3", "9")]
-    assert chosen == [4, 3, 4]
-    with pytest.raises(ConfigError, match="images_at_once"):
-        config_of(speed__images_at_once="0")
-
-
-def test_estimates_look_at_parts() -> None:
-    train = as_computed(config_of(speed__images_at_once="3", train__gradient_accumulation_steps=2), "cuda").train
-    assert (train.batch_size, train.gradient_accumulation_steps) == (3, 4)
-    assert as_computed(config_of(), "cuda") == config_of()
 
 
 @pytest.mark.parametrize("choice", ["1", "3"])

@@ -1,4 +1,4 @@
-"""How the images of a step are shared out among the ranks, and the attention kernel that is asked for."""
+"""How the images of a step are shared out among ranks and passes, and the attention kernel that is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dual_loop.config import Config, SpeedConfig, TrainConfig, load_config
+from dual_loop.config import Config, SpeedConfig, TrainConfig, load_config, resolve_config_path
 from dual_loop.data.mixture import DrawKey, DrawStream, WindowedBatchSampler
 from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, EnvironmentProblem
@@ -22,10 +23,12 @@ from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
 from dual_loop.serve.loading import load_trained
 from dual_loop.training.devices import (
+    as_computed,
     build_accelerator,
     choose_attention_kernels,
     choose_device,
     gather_objects,
+    images_at_once,
     share_out_batch,
 )
 
@@ -204,3 +207,25 @@ def test_a_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gathering_in_one_process_keeps_the_value() -> None:
     assert gather_objects(Accelerator(cpu=True), ["x"]) == [["x"]]
+
+
+def config_of(name: str = "bench_mid", **changes: Any) -> Config:
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config(resolve_config_path(name), {"train.batch_size": 4, **given})
+
+
+def test_one_image_at_once_where_it_keeps_a_cpu_busy() -> None:
+    assert images_at_once(config_of(), "cpu") == 1
+    assert images_at_once(config_of(), "cuda") == 4
+    assert images_at_once(config_of("tiny_cpu"), "cpu") == 4
+    assert images_at_once(config_of(train__parallel="fsdp"), "cpu") == 4
+    chosen = [images_at_once(config_of(speed__images_at_once=choice), "cuda") for choice in ("all", "3", "9")]
+    assert chosen == [4, 3, 4]
+    with pytest.raises(ConfigError, match="images_at_once"):
+        config_of(speed__images_at_once="0")
+
+
+def test_estimates_look_at_parts() -> None:
+    train = as_computed(config_of(speed__images_at_once="3", train__gradient_accumulation_steps=2), "cuda").train
+    assert (train.batch_size, train.gradient_accumulation_steps) == (3, 4)
+    assert as_computed(config_of(), "cuda") == config_of()
