@@ -99,7 +99,7 @@ class Batch:
         region_names: N strings ``source/sample_id#region_id`` for logs.
         sources: B source names.
         skipped: the samples that were skipped while this batch was collected.
-        samples: the B samples themselves where ``keep_samples`` was asked for (panels, evaluation), else empty.
+        samples: the B samples themselves in evaluation and inference, empty in training.
     """
 
     pixel_values: torch.Tensor

@@ -172,7 +172,7 @@ def plain_image(
 
 def pixel_difference(source: Any, geometry: Any, folder: Path, grounding_filter: Image.Resampling) -> float:
     """Return the mean difference (0..255) of the grounding image to the plain pipeline's with a filter."""
-    ours = prepare_image(source, geometry, 0, False).g_pixel_values.permute(1, 2, 0).numpy().astype(np.int16)
+    ours = prepare_image(source, geometry, 0, False).g_pixel_values[0].permute(1, 2, 0).numpy().astype(np.int16)
     return float(np.abs(ours - plain_image(folder, geometry, 0, grounding_filter)[1].astype(np.int16)).mean())
 
 
@@ -260,10 +260,12 @@ def differences(source: Any, geometry: Any) -> dict[str, float]:
     """Return mean differences (0..255) of what is prepared with and without a smaller scale; masks must be equal."""
     import torch
 
+    from dual_loop.data.prepare import IMAGENET_STD
+
     one, other = (prepare_image(source, geometry, 0, is_reduced) for is_reduced in (False, True))
     assert torch.equal(one.target_masks, other.target_masks)
     assert torch.equal(one.prompt_masks, other.prompt_masks)
-    deviation = 255 * torch.tensor(geometry.image_std).view(1, 3, 1, 1)
+    deviation = 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return {
         "grounding pixels differ by": float((one.g_pixel_values.float() - other.g_pixel_values.float()).abs().mean()),
         "vision pixels differ by": float(((one.pixel_values - other.pixel_values) * deviation).abs().mean()),

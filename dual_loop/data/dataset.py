@@ -10,31 +10,21 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dual_loop.data.mixture import DrawKey, DrawStream
-from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import DualLoopError, SampleError, explain
-from dual_loop.types import RegionSample, SkippedSample
+from dual_loop.types import Batch, RegionSample, SkippedSample
 
 MAX_TRIES = 32
 
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadSamples(SampleError):
-    """So many samples are bad that training would not be on the data that was asked for.
-
-    Args:
-        message: the full message. (One argument, so that a loader worker can pass the error on with its type.)
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__("too_many_bad_samples", message)
-
-    def __reduce__(self) -> tuple[type, Any]:
-        return type(self), (str(self),)
+class TooManyBadSamples(DualLoopError):
+    """So many samples are bad that training would not be on the data that was asked for."""
 
 
-class DualLoopDataset(Dataset[Prepared]):
+class DualLoopDataset(Dataset[Batch]):
     """All sources as one map-style data set over :class:`DrawKey`; what a key gives depends on nothing else.
 
     Args:
@@ -42,9 +32,7 @@ class DualLoopDataset(Dataset[Prepared]):
         stream: the draws over these sources; it also says what replaces a bad sample.
         geometry: sizes of the model.
         seed: of the random choices inside samples.
-        keep_samples: put the :class:`RegionSample` into every batch. Full images then travel between processes.
-        decode_scale: ``full``, or ``needed``: JPEGs are decoded at a smaller scale where the model needs no more. A
-            sample that is kept or asked for by :meth:`sample` is always in full.
+        decode_scale: ``full``, or ``needed``: JPEGs are decoded at a smaller scale where the model needs no more.
     """
 
     def __init__(
@@ -53,37 +41,33 @@ class DualLoopDataset(Dataset[Prepared]):
         stream: DrawStream,
         geometry: Geometry,
         seed: int,
-        keep_samples: bool = False,
         decode_scale: str = "full",
     ) -> None:
         self.sources = tuple(sources)
-        self.stream, self.geometry, self.seed = stream, geometry, seed
-        self.keep_samples, self.decode_scale = keep_samples, decode_scale
+        self.stream, self.geometry, self.seed, self.decode_scale = stream, geometry, seed, decode_scale
 
     def __len__(self) -> int:
         """Return the number of entries of all sources (keys are endless)."""
         return sum(share.length for share in self.stream.shares)
 
-    def __getitem__(self, key: DrawKey) -> Prepared:
-        """Return the sample of ``key``, or the first good one of those that replace it, with what was skipped.
+    def __getitem__(self, key: DrawKey) -> Batch:
+        """Return the image of ``key``, or the first good one of those that replace it, with what was skipped.
 
         Raises:
             TooManyBadSamples: no good one among the first 32 (or all, in a smaller source).
             DualLoopError: a reader failed by anything but a ``SampleError``; the message names the sample.
         """
-        return self._first_good(key, self.keep_samples)
+        return self._first_good(key, in_full=self.decode_scale == "full")[1]
 
     def sample(self, key: DrawKey) -> RegionSample:
-        """Return the region sample that ``dataset[key]`` was made from (reads it again; for example panels)."""
-        sample = self._first_good(key, keep_sample=True).sample
-        assert sample is not None, "the sample was asked for"
-        return sample
+        """Return the sample that ``dataset[key]`` was made from (reads it again, in full; for example panels)."""
+        return self._first_good(key, in_full=True)[0]
 
-    def _first_good(self, key: DrawKey, keep_sample: bool) -> Prepared:
+    def _first_good(self, key: DrawKey, in_full: bool) -> tuple[RegionSample, Batch]:
         skipped: list[SkippedSample] = []
         source = self.sources[key.source_index]
         # A user's own source need not be a Reader.
-        is_reduced = self.decode_scale == "needed" and not keep_sample and hasattr(source, "load_reduced")
+        is_reduced = not in_full and hasattr(source, "load_reduced")
         num_tries = min(MAX_TRIES, self.stream.shares[key.source_index].length)
         for attempt in range(num_tries):
             entry = self.stream.substitute(key, attempt).entry if attempt else key.entry
@@ -93,7 +77,7 @@ class DualLoopDataset(Dataset[Prepared]):
                 needed = self.geometry.needed_size
                 sample = source.load_reduced(entry, rng, needed) if is_reduced else source.load(entry, rng)
                 seeds = [region_seed(self.seed, key.slot, position) for position in range(len(sample.region_ids))]
-                prepared = prepare_sample(sample, self.geometry, rng, seeds, keep_sample=keep_sample)
+                prepared = prepare_sample(sample, self.geometry, rng, seeds)
             except SampleError as error:
                 skipped.append(SkippedSample(source.name, name, error.reason, str(error)))
             except Exception as error:
@@ -102,12 +86,10 @@ class DualLoopDataset(Dataset[Prepared]):
                 raise DualLoopError(explain(what, f"{source.name}/{name}", seen, fix="see the cause above")) from error
             else:
                 prepared.skipped = skipped
-                return prepared
+                return sample, prepared
         reasons = Counter(skip.reason for skip in skipped)
-        what, where = (
-            f"{num_tries} samples in a row cannot be used",
-            f"{source.name}/{skipped[0].sample_id} and what follows",
-        )
+        what = f"{num_tries} samples in a row cannot be used"
+        where = f"{source.name}/{skipped[0].sample_id} and what follows"
         seen = ", ".join(f"{reason} x {count}" for reason, count in reasons.most_common())
         fix = f"mend the data set or leave it out; the last one: {skipped[-1].message}"
         raise TooManyBadSamples(explain(what, where, seen, "a good sample", fix))

@@ -16,7 +16,6 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -155,22 +154,19 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
     return "\n".join(f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows)
 
 
-def build_dataset(
-    config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None, *, keep_samples: bool = False
-) -> DualLoopDataset:
+def build_dataset(config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None) -> DualLoopDataset:
     """Return the training data of ``config``; ``.stream`` is what a :class:`WindowedBatchSampler` takes.
 
     Args:
         geometry: sizes of the model, from ``model.build.geometry``.
         sources: readers to use instead of those of the config, for example a source of your own.
-        keep_samples: put the region samples into the batches.
 
     Raises:
         ConfigError: see :func:`build_sources`, :func:`~dual_loop.data.leakage.guard`, :func:`build_draw_stream`.
     """
     readers = guard(build_sources(config.data), config.data) if sources is None else list(sources)
     stream = build_draw_stream(readers, config.data, config.train.seed)
-    return DualLoopDataset(readers, stream, geometry, config.train.seed, keep_samples, config.data.decode_scale)
+    return DualLoopDataset(readers, stream, geometry, config.train.seed, config.data.decode_scale)
 
 
 def build_loader(
@@ -188,8 +184,7 @@ def build_loader(
         seed: of the workers' global generators, which nothing here uses. Without it the loader would draw from
             torch's global generator, and a resumed run would differ from a straight one.
     """
-    # torch types a loader by what the data set returns; collate_fn turns a list of Prepared into a Batch.
-    loader: DataLoader[Any] = DataLoader(
+    return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
@@ -199,7 +194,6 @@ def build_loader(
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=num_workers > 0,
     )
-    return loader
 
 
 def prepare_worker(worker_id: int) -> None:

@@ -1,4 +1,4 @@
-"""From a region sample to tensors, and from several of those to a batch.
+"""From a region sample to a batch of one image, and from several of those to one batch.
 
 The vision-language image follows InternVL: Pillow's bicubic filter on the 8-bit image, straight to I x I (the aspect
 ratio is not kept), divided by 255, ImageNet mean and deviation; with ``max_tiles > 1`` the image is cut into tiles
@@ -9,7 +9,9 @@ a quarter of the bytes on the way to the GPU, and SAM 2's own normalisation runs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from dual_loop.data.images import Picture
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import Batch, RegionSample, SkippedSample
+from dual_loop.types import Batch, RegionSample
 
 # The only copy in the package; InternVL and SAM 2 were both trained with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,7 +36,6 @@ class Geometry:
         grid_size: G, side of the prompt grid, that is image tokens along one side of a tile.
         grounding_size: S, side of SAM 2's input in pixels.
         mask_size: Q, side of the mask logits and so of the target masks.
-        image_mean, image_std: of the three channels, on the 0..1 scale.
         max_tiles: most tiles that an image is cut into, the thumbnail not counted; 1 is no cutting.
         grid_pooling: ``"area"`` or ``"nearest"``, see :func:`dual_loop.data.masks.pool_mask_to_grid`.
     """
@@ -43,8 +44,6 @@ class Geometry:
     grid_size: int
     grounding_size: int
     mask_size: int
-    image_mean: tuple[float, float, float] = IMAGENET_MEAN
-    image_std: tuple[float, float, float] = IMAGENET_STD
     max_tiles: int = 1
     grid_pooling: str = "area"
 
@@ -53,32 +52,6 @@ class Geometry:
         columns, rows = choose_tile_grid(height, width, self.max_tiles, self.vision_image_size)
         least = self.grounding_size
         return max(least, rows * self.vision_image_size), max(least, columns * self.vision_image_size)
-
-
-@dataclass
-class Prepared:
-    """The tensors of one sample: what :class:`~dual_loop.types.Batch` says of B = 1, and where it differs:
-
-    Attributes:
-        target_view: the view that is segmented: 1 for a frame pair, else 0. The captioned view is always 0.
-        g_pixel_values: (3, S, S) uint8.
-        region_seeds: N integers in 0..2**63-1.
-        sample: the sample itself where it is to be kept.
-    """
-
-    pixel_values: torch.Tensor
-    tiles_per_view: list[int]
-    target_view: int
-    g_pixel_values: torch.Tensor
-    prompt_masks: torch.Tensor
-    grid_rescued: torch.Tensor
-    target_masks: torch.Tensor
-    region_seeds: list[int]
-    captions: list[str | None]
-    region_names: list[str]
-    source: str
-    skipped: list[SkippedSample] = field(default_factory=list)
-    sample: RegionSample | None = None
 
 
 def region_seed(seed: int, slot: int | str, position: int) -> int:
@@ -118,7 +91,7 @@ def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Ten
 
     Args:
         image: (H, W, 3) uint8 RGB, or a picture, which may be smaller than the image that it shows.
-        geometry: I, ``max_tiles``, mean and deviation are used.
+        geometry: I and ``max_tiles`` are used.
 
     Returns:
         (t, 3, I, I) float32. With one tile it is the whole image resized to I x I; with more, the tiles come row by
@@ -133,8 +106,8 @@ def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Ten
         thumbnail = picture.resized(size, size)
         tiles = np.concatenate([tiles, thumbnail[None]])
     pixels = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).float().div_(255)
-    mean = torch.tensor(geometry.image_mean).view(1, 3, 1, 1)
-    std = torch.tensor(geometry.image_std).view(1, 3, 1, 1)
+    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return pixels.sub_(mean).div_(std)
 
 
@@ -161,8 +134,7 @@ def prepare_sample(
     region_seeds: Sequence[int],
     *,
     allow_empty_targets: bool = False,
-    keep_sample: bool = False,
-) -> Prepared:
+) -> Batch:
     """Turn one sample into tensors.
 
     Args:
@@ -172,7 +144,6 @@ def prepare_sample(
         region_seeds: N seeds, see :func:`region_seed`.
         allow_empty_targets: keep a region whose target is lost at Q x Q. Evaluation compares at the original size
             and must not drop anything; training would learn from an empty mask, so there it is an error.
-        keep_sample: put ``sample`` into the result.
 
     Raises:
         SampleError: ``invalid_sample`` (shapes or types that break the contract of ``RegionSample``), ``empty_mask``,
@@ -183,66 +154,59 @@ def prepare_sample(
     if len(region_seeds) != len(sample.region_ids):
         raise ValueError(f"{where} has {len(sample.region_ids)} regions, but {len(region_seeds)} seeds were given")
     names = [f"{where}#{region_id}" for region_id in sample.region_ids]
-    segmented = sample.masks if sample.target_masks is None else sample.target_masks
-    target_masks = resize_targets(segmented, geometry.mask_size)
+    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
     lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
     if lost and not allow_empty_targets:
         what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
-        seen = f"{int(segmented[lost[0]].sum())} pixels of an image of {segmented.shape[1:]} (H, W)"
+        given = sample.segmentation_masks[lost[0]]
+        seen = f"{int(given.sum())} pixels of an image of {given.shape} (H, W)"
         expected = f"1 pixel or more at {geometry.mask_size} x {geometry.mask_size}"
         raise SampleError("target_vanished", explain(what, names[lost[0]], seen, expected, fix))
     captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
-    views = [image_to_tiles(captioned, geometry)]
-    if sample.target_image is not None:
-        views.append(image_to_tiles(sample.target_image, geometry))
+    shown = [captioned] if sample.target_image is None else [captioned, _as_picture(sample.target_image)]
+    views = [image_to_tiles(image, geometry) for image in shown]
     prompt_masks, grid_rescued = pool_mask_to_grid(sample.masks, geometry.grid_size, mode=geometry.grid_pooling)
-    return Prepared(
+    return Batch(
         pixel_values=torch.cat(views),
         tiles_per_view=[len(view) for view in views],
-        target_view=len(views) - 1,
-        g_pixel_values=grounding_image(
-            captioned if sample.target_image is None else sample.target_image, geometry.grounding_size
-        ),
+        caption_view=[0],
+        target_view=[len(views) - 1],
+        g_pixel_values=grounding_image(shown[-1], geometry.grounding_size)[None],
         prompt_masks=prompt_masks,
         grid_rescued=grid_rescued,
         target_masks=target_masks,
-        region_seeds=list(region_seeds),
+        region_image=torch.zeros(len(names), dtype=torch.int64),
+        region_seeds=torch.tensor(region_seeds, dtype=torch.int64),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
         region_names=names,
-        source=sample.source,
-        sample=sample if keep_sample else None,
+        sources=[sample.source],
     )
 
 
-def collate(prepared: Sequence[Prepared]) -> Batch:
-    """Join prepared samples (B >= 1) into one batch; nothing is padded, regions and tiles are concatenated."""
-    if not prepared:
+def collate(batches: Sequence[Batch]) -> Batch:
+    """Join batches, one or more; nothing is padded, regions and tiles are concatenated."""
+    if not batches:
         raise ValueError("a batch needs at least one sample")
-    first_views = np.cumsum([0] + [len(item.tiles_per_view) for item in prepared]).tolist()
-    counts = torch.tensor([len(item.region_names) for item in prepared])
-    return Batch(
-        pixel_values=torch.cat([item.pixel_values for item in prepared]),
-        tiles_per_view=[tiles for item in prepared for tiles in item.tiles_per_view],
-        caption_view=first_views[:-1],
-        target_view=[first + item.target_view for first, item in zip(first_views, prepared, strict=False)],
-        g_pixel_values=torch.stack([item.g_pixel_values for item in prepared]),
-        prompt_masks=torch.cat([item.prompt_masks for item in prepared]),
-        grid_rescued=torch.cat([item.grid_rescued for item in prepared]),
-        target_masks=torch.cat([item.target_masks for item in prepared]),
-        region_image=torch.repeat_interleave(torch.arange(len(prepared)), counts),
-        region_seeds=torch.tensor([seed for item in prepared for seed in item.region_seeds], dtype=torch.int64),
-        captions=[caption for item in prepared for caption in item.captions],
-        region_names=[name for item in prepared for name in item.region_names],
-        sources=[item.source for item in prepared],
-        skipped=[skipped for item in prepared for skipped in item.skipped],
-        samples=[item.sample for item in prepared if item.sample is not None],
-    )
+    first_image = accumulate((batch.num_images for batch in batches), initial=0)
+    first_view = accumulate((len(batch.tiles_per_view) for batch in batches), initial=0)
+    counted_on = [
+        replace(
+            batch,
+            caption_view=[view + number for number in batch.caption_view],
+            target_view=[view + number for number in batch.target_view],
+            region_image=batch.region_image + image,
+        )
+        for batch, image, view in zip(batches, first_image, first_view, strict=False)
+    ]
+    joined: dict[str, Any] = {}
+    for name in (item.name for item in fields(Batch)):
+        parts = [getattr(batch, name) for batch in counted_on]
+        joined[name] = torch.cat(parts) if isinstance(parts[0], torch.Tensor) else list(chain.from_iterable(parts))
+    return Batch(**joined)
 
 
-def batch_from_samples(
-    samples: Sequence[RegionSample], geometry: Geometry, seed: int = 0, keep_samples: bool = True
-) -> Batch:
-    """Make a batch of ``samples`` (B >= 1) for evaluation and inference.
+def batch_from_samples(samples: Sequence[RegionSample], geometry: Geometry, seed: int = 0) -> Batch:
+    """Make a batch of ``samples`` (one or more), which it keeps, for evaluation and inference.
 
     Seeds come from ``seed`` and the sample's own name, so results do not depend on how samples are batched. Targets
     may be empty at Q x Q (``target_masks`` is not what evaluation compares with).
@@ -254,9 +218,8 @@ def batch_from_samples(
     for sample in samples:
         name = f"{sample.source}/{sample.sample_id}"
         seeds = [region_seed(seed, name, position) for position in range(len(sample.region_ids))]
-        options = {"allow_empty_targets": True, "keep_sample": keep_samples}
-        prepared.append(prepare_sample(sample, geometry, sample_rng(seed, name), seeds, **options))
-    return collate(prepared)
+        prepared.append(prepare_sample(sample, geometry, sample_rng(seed, name), seeds, allow_empty_targets=True))
+    return replace(collate(prepared), samples=list(samples))
 
 
 def _check_sample(sample: RegionSample, where: str) -> None:

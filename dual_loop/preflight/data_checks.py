@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
-from dual_loop.data.prepare import Geometry, Prepared, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
 from dual_loop.iteration import evenly_spread
 from dual_loop.model.build import geometry
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.types import RegionSample
+from dual_loop.types import Batch, RegionSample
 
 DECODED = 8
 LOOKED_AT = 20_000
@@ -76,7 +76,7 @@ def open_sources(data: DataConfig) -> tuple[list[Reader], list[Finding]]:
     return sources, findings
 
 
-def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[RegionSample, Prepared]:
+def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[RegionSample, Batch]:
     """Read and prepare one entry the way that training does.
 
     Raises:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dual_loop.data.prepare import Geometry, Prepared
+from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.data.reader import Reader
 from dual_loop.drawing import GIVEN_COLOUR, data_uri, overlay
 from dual_loop.errors import SampleError
 from dual_loop.html import Figure, Page
 from dual_loop.iteration import evenly_spread
 from dual_loop.preflight.data_checks import read_entry
-from dual_loop.types import RegionSample
+from dual_loop.types import Batch, RegionSample
 
 SIDE = 260
 
@@ -39,13 +39,13 @@ def preview_page(sources: Sequence[Reader], count: int, geometry: Geometry, seed
     return page.html()
 
 
-def _region(sample: RegionSample, prepared: Prepared, place: int, geometry: Geometry) -> Figure:
+def _region(sample: RegionSample, prepared: Batch, place: int, geometry: Geometry) -> Figure:
     """Draw one region: the image, the last tile with the kept grid cells, the grounding image with the target."""
     grid = prepared.prompt_masks[place].numpy()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (geometry.image_mean, geometry.image_std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (prepared.pixel_values[prepared.tiles_per_view[0] - 1] * std + mean) * 255
     tile = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    grounding = prepared.g_pixel_values.permute(1, 2, 0).contiguous().numpy()
+    grounding = prepared.g_pixel_values[0].permute(1, 2, 0).contiguous().numpy()
     target = prepared.target_masks[place].numpy()
     pictures = [
         overlay(sample.image, sample.masks[place], GIVEN_COLOUR, SIDE),

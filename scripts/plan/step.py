@@ -152,7 +152,7 @@ def generated_window(config: Config) -> list[Batch]:
             image = np.full((height, width, 3), 127, np.uint8)
             names = tuple(str(k) for k in range(count))
             samples.append(RegionSample("planned", f"{micro}/{number}", image, masks, names, ((),) * count))
-        window.append(batch_from_samples(samples, shape, seed=micro, keep_samples=False))
+        window.append(batch_from_samples(samples, shape, seed=micro))
     return window
 
 

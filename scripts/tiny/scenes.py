@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dual_loop.data.prepare import Geometry, Prepared, collate, prepare_sample
+from dual_loop.data.prepare import Geometry, collate, prepare_sample
 from dual_loop.testing.scenes import COLOURS, GLYPHS, Scene, SceneOptions, generate_scene, pool_seed
 from dual_loop.types import Batch, RegionSample
 
@@ -32,7 +32,7 @@ def scene_sample(scene: Scene, name: str) -> RegionSample:
 class ScenePool:
     """Prepared scenes with the class of every object: images are stored once, batches are joined on demand."""
 
-    prepared: list[Prepared]
+    prepared: list[Batch]
     shapes: list[list[int]]
     colours: list[list[int]]
 

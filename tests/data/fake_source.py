@@ -53,9 +53,8 @@ class CrashingSource(FakeSource):
         raise ZeroDivisionError("oh no")
 
 
-def make_dataset(*sources: FakeSource, seed: int = 1, keep_samples: bool = False) -> DualLoopDataset:
-    config = Config(train=TrainConfig(seed=seed))
-    return build_dataset(config, GEOMETRY, sources, keep_samples=keep_samples)
+def make_dataset(*sources: FakeSource, seed: int = 1) -> DualLoopDataset:
+    return build_dataset(Config(train=TrainConfig(seed=seed)), GEOMETRY, sources)
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:

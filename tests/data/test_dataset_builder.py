@@ -52,7 +52,7 @@ def test_all_four_formats_are_opened_and_read(demo_data: Path, tmp_path: Path) -
     sources = build_sources(data)
     assert [source.name for source in sources] == ["sav", "sa1b", "openimages", "refcoco"]
     assert [len(source) for source in sources] == [4, 3, 4, 4]
-    dataset = build_dataset(Config(data=data), GEOMETRY, keep_samples=True)
+    dataset = build_dataset(Config(data=data), GEOMETRY)
     assert len(dataset) == 15
     assert dataset.stream.quotas == [4, 3, 4, 8]
     sampler = WindowedBatchSampler(dataset.stream, 19)
@@ -61,8 +61,9 @@ def test_all_four_formats_are_opened_and_read(demo_data: Path, tmp_path: Path) -
     assert {name: batch.sources.count(name) for name in set(batch.sources)} == {
         "sav": 4, "sa1b": 3, "openimages": 4, "refcoco": 8,
     }  # fmt: skip
-    assert len(batch.samples) == 19
-    num_regions = [sample.num_regions for sample in batch.samples]
+    assert batch.samples == []
+    num_regions = batch.region_image.bincount().tolist()
+    assert len(num_regions) == batch.num_images == 19
     assert max(num_regions) == 2  # regions_per_image reached the readers
     assert sum(num_regions) == batch.num_regions
     texts = [text for text, name in zip(batch.captions, batch.region_names, strict=True) if name.startswith("refcoco")]

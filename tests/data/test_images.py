@@ -18,10 +18,10 @@ from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.leakage import Subset
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawKey
-from dual_loop.data.prepare import Geometry, Prepared, prepare_sample
+from dual_loop.data.prepare import IMAGENET_STD, Geometry, prepare_sample
 from dual_loop.data.sa1b import Sa1b
 from dual_loop.errors import SampleError
-from dual_loop.types import RegionSample
+from dual_loop.types import Batch, RegionSample
 
 GEOMETRY = Geometry(vision_image_size=56, grid_size=4, grounding_size=64, mask_size=16)
 SIZE = (275, 331)
@@ -72,7 +72,7 @@ def own_masks(tmp_path: Path) -> MasksDir:
     return MasksDir(folder, regions_per_image=2, index_dir=tmp_path / "index")
 
 
-def prepared(sample: RegionSample, geometry: Geometry) -> Prepared:
+def prepared(sample: RegionSample, geometry: Geometry) -> Batch:
     return prepare_sample(sample, geometry, np.random.default_rng(1), list(range(sample.num_regions)))
 
 
@@ -98,7 +98,7 @@ def test_only_pixels_differ_and_only_by_resampling(request, kind, max_tiles):
         assert (one.captions, one.region_names) == (other.captions, other.region_names)
         assert one.tiles_per_view == other.tiles_per_view
         assert mean_difference(one.g_pixel_values, other.g_pixel_values) < 1.5
-        deviation = torch.tensor(geometry.image_std).view(1, 3, 1, 1)
+        deviation = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         assert mean_difference(one.pixel_values * deviation * 255, other.pixel_values * deviation * 255) < 1.5
 
 
@@ -152,7 +152,7 @@ def test_turned_images_are_decoded_in_full_and_damage_is_still_seen(tmp_path):
     assert error.value.reason == "truncated_file"
 
 
-def test_training_reduces_only_where_it_is_told_and_never_what_is_kept(sa1b, monkeypatch):
+def test_training_reduces_only_where_it_is_told_and_never_what_is_read_again(sa1b, monkeypatch):
     seen: list[int] = []
     load = Sa1b.load_reduced
 
@@ -163,9 +163,8 @@ def test_training_reduces_only_where_it_is_told_and_never_what_is_kept(sa1b, mon
 
     monkeypatch.setattr(Sa1b, "load_reduced", counted)
     key = DrawKey(source_index=0, entry=0, draw=0, slot=0)
-    for scale, keep, expected in (("full", False, 1), ("needed", False, 4), ("needed", True, 1)):
-        config = Config(data=DataConfig(decode_scale=scale))
-        dataset = build_dataset(config, GEOMETRY, [Subset(sa1b, [0, 1])], keep_samples=keep)
+    for scale, expected in (("full", 1), ("needed", 4)):
+        dataset = build_dataset(Config(data=DataConfig(decode_scale=scale)), GEOMETRY, [Subset(sa1b, [0, 1])])
         dataset[key]
         assert seen.pop() == expected
         assert dataset.sample(key).image.shape == (*SIZE, 3)
