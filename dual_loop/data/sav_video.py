@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.index import Key, TreeListing, build_in_parts, join_parts, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle
@@ -92,8 +93,7 @@ class SavVideos(Reader):
         records, columns = np.asarray(arrays["entry"], np.int64).T
         self._set_entries(np.arange(len(records)), max_samples, "sav_max_samples", self._records)
         self._rows, self._columns = records[self._rows], columns[self._rows]
-        self._frames = VideoFrames()
-        self._parsed: dict[int, Codes] = {}
+        _import_av()
 
     def _build_index(self, key: Key, kinds: Sequence[str]) -> dict[str, np.ndarray]:
         listing = TreeListing(self.root, (".mp4", ".json"), self.index_dir, key)
@@ -129,12 +129,8 @@ class SavVideos(Reader):
         """Draw a frame pair of masklet ``index``: captioned on one frame, compared on the other."""
         row, column = int(self._rows[index]), int(self._columns[index])
         path, record = self.root / self._videos[row], self.root / self._records[row]
-        if row not in self._parsed:
-            self._parsed[row] = read_masklets(record)
-            if len(self._parsed) > RECORDS_KEPT:
-                del self._parsed[next(iter(self._parsed))]
-        codes = self._parsed[row]
-        stamps, _, rate = self._frames.times(path)
+        codes = _kept_masklets(record)
+        stamps, _, rate = video_times(path)
         step = max(1, round(len(stamps) / len(codes)))
         areas = [area_share(frame[column], f"{record}[{number}]") for number, frame in enumerate(codes)]
         shown = np.array(areas[: 1 + (len(stamps) - 1) // step])
@@ -150,7 +146,7 @@ class SavVideos(Reader):
         for number in pair:
             drawn = [decode_rle(codes[number][k], f"{record}[{number}][{k}]") for k in columns]
             masks.append(np.stack(drawn))
-            images.append(self._frames.read(path, number * step, drawn[0].shape))
+            images.append(read_frame(path, number * step, drawn[0].shape))
         name, ids = f"{self.entry_id(index)}@{pair[0] * step}-{pair[1] * step}", tuple(map(str, columns))
         captions = ((),) * len(columns)
         return RegionSample(self.name, name, images[0], masks[0], ids, captions, images[1], masks[1])
@@ -211,6 +207,9 @@ def read_masklets(path: Path) -> Codes:
     return frames
 
 
+_kept_masklets = functools.lru_cache(RECORDS_KEPT)(read_masklets)
+
+
 def area_share(code: object, where: str) -> float:
     """Return the share of the frame under a run-length code, 0..1; 0 for an empty one.
 
@@ -230,9 +229,7 @@ def _is_visible(code: object) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _empty_counts(height: int, width: int) -> str:
-    from pycocotools import mask as coco
-
-    return str(coco.encode(np.zeros((height, width), np.uint8, order="F"))["counts"].decode())
+    return str(encode_rle(np.zeros((height, width), bool))["counts"])
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -246,68 +243,59 @@ class VideoTimes(NamedTuple):
     rate: float
 
 
-class VideoFrames:
-    """Reads single frames of videos by their number, through PyAV; remembers the time stamps of the last videos."""
+def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return frame ``number`` (0-based, in the order of presentation) of a video as (H, W, 3) uint8 RGB.
 
-    def __init__(self) -> None:
-        _import_av()
-        self._known: dict[Path, VideoTimes] = {}
+    Args:
+        size: (H, W) that the frame must have; a frame that has it only once its rotation is applied is turned.
 
-    def read(self, path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
-        """Return frame ``number`` (0-based, in the order of presentation) as (H, W, 3) uint8 RGB.
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
+    """
+    stamps, keys, _ = video_times(path)
+    if not 0 <= number < len(stamps):
+        message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
+        raise SampleError("no_frame", message)
+    av = _import_av()
+    before = [key for key in keys if key <= stamps[number]]
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"  # loader workers already use the cores
+            # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
+            for key in [*before[: -ATTEMPTS - 1 : -1], stamps[0]]:
+                container.seek(key, stream=stream, backward=True)
+                frame = next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamps[number])
+                if frame.pts == stamps[number]:
+                    return _upright(frame, size, f"{path}, frame {number}")
+    except (av.error.FFmpegError, StopIteration) as error:
+        raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
+    raise _damaged(path, f"frame {number} cannot be decoded")
 
-        Args:
-            size: (H, W) that the frame must have; a frame that has it only once its rotation is applied is turned.
 
-        Raises:
-            SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
-        """
-        stamps, keys, _ = self.times(path)
-        if not 0 <= number < len(stamps):
-            message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
-            raise SampleError("no_frame", message)
-        av = _import_av()
-        before = [key for key in keys if key <= stamps[number]]
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "NONE"  # loader workers already use the cores
-                # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
-                for key in [*before[: -ATTEMPTS - 1 : -1], stamps[0]]:
-                    container.seek(key, stream=stream, backward=True)
-                    frame = next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamps[number])
-                    if frame.pts == stamps[number]:
-                        return _upright(frame, size, f"{path}, frame {number}")
-        except (av.error.FFmpegError, StopIteration) as error:
-            raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
-        raise _damaged(path, f"frame {number} cannot be decoded")
+@functools.lru_cache(VIDEOS_KEPT)
+def video_times(path: Path) -> VideoTimes:
+    """Return what the packets of a video tell.
 
-    def times(self, path: Path) -> VideoTimes:
-        """Return what the packets of a video tell.
-
-        Raises:
-            SampleError: ``missing_file``, ``truncated_file``.
-        """
-        if path not in self._known:
-            av = _import_av()
-            if not path.is_file():
-                raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
-            try:
-                with av.open(str(path)) as container:
-                    stream = next(iter(container.streams.video), None)
-                    packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
-                    unit = stream.time_base if stream else 0
-            except av.error.FFmpegError as error:
-                raise _damaged(path, f"{type(error).__name__}: {error}") from error
-            if not packets:
-                raise _damaged(path, "no frame")
-            stamps = sorted(packet.pts for packet in packets)
-            keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
-            seconds = float((stamps[-1] - stamps[0]) * unit)
-            self._known[path] = VideoTimes(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
-            if len(self._known) > VIDEOS_KEPT:
-                del self._known[next(iter(self._known))]
-        return self._known[path]
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``.
+    """
+    av = _import_av()
+    if not path.is_file():
+        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
+    try:
+        with av.open(str(path)) as container:
+            stream = next(iter(container.streams.video), None)
+            packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
+            unit = stream.time_base if stream else 0
+    except av.error.FFmpegError as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if not packets:
+        raise _damaged(path, "no frame")
+    stamps = sorted(packet.pts for packet in packets)
+    keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+    seconds = float((stamps[-1] - stamps[0]) * unit)
+    return VideoTimes(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
 
 
 def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray:

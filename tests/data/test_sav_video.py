@@ -12,7 +12,7 @@ from video_maker import SIZE, code_of, number_of, true_mask, write_masklets, wri
 from dual_loop.config import DataConfig
 from dual_loop.data import sav_video
 from dual_loop.data.dataset_builder import open_source
-from dual_loop.data.sav_video import SavVideos, VideoFrames
+from dual_loop.data.sav_video import SavVideos, read_frame, video_times
 from dual_loop.errors import ConfigError, SampleError
 
 pytest.importorskip("av", reason="videos need PyAV")
@@ -39,11 +39,10 @@ def opened(root: Path, tmp_path: Path, **options) -> SavVideos:
 def test_every_frame_is_the_one_that_was_asked_for(tmp_path, codec):
     path = tmp_path / "video.mp4"
     write_video(path, FRAMES, codec)
-    frames = VideoFrames()
-    assert len(frames.times(path).stamps) == FRAMES
-    assert frames.times(path).rate == pytest.approx(24, rel=0.01)
+    assert len(video_times(path).stamps) == FRAMES
+    assert video_times(path).rate == pytest.approx(24, rel=0.01)
     order = np.random.default_rng(0).permutation(FRAMES)
-    assert [number_of(frames.read(path, int(n))) for n in order] == order.tolist()
+    assert [number_of(read_frame(path, int(n))) for n in order] == order.tolist()
 
 
 def test_a_read_frame_is_that_of_decoding_from_the_start(tmp_path):
@@ -53,16 +52,14 @@ def test_a_read_frame_is_that_of_decoding_from_the_start(tmp_path):
     write_video(path, 30)
     with av.open(str(path)) as container:
         whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    frames = VideoFrames()
-    assert all(np.array_equal(frames.read(path, number), whole[number]) for number in range(30))
+    assert all(np.array_equal(read_frame(path, number), whole[number]) for number in range(30))
 
 
 def test_uneven_time_stamps_change_nothing(tmp_path):
     path = tmp_path / "video.mp4"
     stamps = np.cumsum(np.random.default_rng(0).integers(1, 5, 30)).tolist()
     write_video(path, 30, stamps=[int(stamp) for stamp in stamps])
-    frames = VideoFrames()
-    assert [number_of(frames.read(path, n)) for n in (29, 0, 17, 5)] == [29, 0, 17, 5]
+    assert [number_of(read_frame(path, n)) for n in (29, 0, 17, 5)] == [29, 0, 17, 5]
 
 
 def test_entries_are_masklets_that_are_seen(root, tmp_path):
@@ -158,7 +155,7 @@ def test_what_is_wrong_has_its_reason(tmp_path, reason):
 def test_a_frame_behind_the_end_is_an_error(tmp_path):
     write_video(tmp_path / "video.mp4", 5)
     with pytest.raises(SampleError) as error:
-        VideoFrames().read(tmp_path / "video.mp4", 5)
+        read_frame(tmp_path / "video.mp4", 5)
     assert error.value.reason == "no_frame"
 
 
