@@ -225,12 +225,12 @@ def _image_paths(path: Path) -> list[Path]:
 
 
 def _open_images(paths: Sequence[Path], results: _Results) -> Iterator[tuple[Path, np.ndarray]]:
-    from dual_loop.data.images import read_image
+    from dual_loop.data.images import read_picture
 
     for path in paths:
         try:
             # As a viewer shows it, and as a mask drawn over it was drawn.
-            yield path, read_image(path, apply_exif=True)
+            yield path, read_picture(path, apply_exif=True).pixels
         except SampleError as error:
             results.skip(path, error)
 

@@ -7,8 +7,11 @@ Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``missing_fil
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from dual_loop.types import NeededSize
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 """What Pillow raises on damaged files, depending on the format and on where the damage is."""
+_NO_IMAGE = (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,6 @@ class Picture:
         return np.asarray(Image.fromarray(self.pixels).resize((width, height), Image.Resampling.BICUBIC, box))
 
 
-def read_image(source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None) -> np.ndarray:
-    """Read an image file in full as (H, W, 3) uint8 RGB; see :func:`read_picture`."""
-    return read_picture(source, apply_exif, where).pixels
-
-
 def read_picture(
     source: str | Path | io.BytesIO, apply_exif: bool, where: str | None = None, needed: NeededSize | None = None
 ) -> Picture:
@@ -70,8 +69,8 @@ def read_picture(
         SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
     """
     path = where or str(source)
-    image = _open_image(source if isinstance(source, io.BytesIO) else Path(source), path)
-    try:
+    with _decoding(source, path):
+        image: Image.Image = Image.open(source)
         size = (image.height, image.width)
         reduction = 1
         if needed is not None and not apply_exif and isinstance(image, JpegImageFile):
@@ -83,9 +82,8 @@ def read_picture(
         if apply_exif:
             image = ImageOps.exif_transpose(image)
             size = (image.height, image.width)
-        return Picture(_to_rgb(image, path), size, reduction)
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
+        picture = Picture(_to_rgb(image, path), size, reduction)
+    return picture
 
 
 def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
@@ -102,19 +100,23 @@ def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def read_mask_png(path: str | Path) -> np.ndarray:
-    """Read a mask file as (H, W) bool: foreground where the stored value is > 0, in any mode.
-
-    Of palette images the index counts (not its colour), of colour images any colour channel; transparency is ignored.
+def open_image_file(path: str | Path) -> Image.Image:
+    """Open and decode an image file, in the mode it is stored in.
 
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
     """
-    return foreground_of(open_image_file(path))
+    with _decoding(path, str(path)):
+        image = Image.open(path)
+        image.load()
+    return image
 
 
 def foreground_of(image: Image.Image) -> np.ndarray:
-    """Return where a decoded mask image is above 0, as :func:`read_mask_png` counts it: (H, W) bool."""
+    """Return where a mask that is stored as an image is above 0, in any mode: (H, W) bool.
+
+    Of palette images the index counts (not its colour), of colour images any colour channel; transparency is ignored.
+    """
     values = np.asarray(image)
     if values.ndim == 2:
         return np.ascontiguousarray(values > 0)
@@ -122,38 +124,24 @@ def foreground_of(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray((values[:, :, :num_colours] > 0).any(axis=2))
 
 
-def open_image_file(path: str | Path) -> Image.Image:
-    """Open and decode an image file, in the mode it is stored in.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
-    """
-    image = _open_image(Path(path), path)
-    try:
-        image.load()
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
-    return image
-
-
-def _open_image(source: Path | io.BytesIO, path: str | Path) -> Image.Image:
-    """Open an image; ``path`` names it in messages."""
+@contextmanager
+def _decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[None]:
+    """Turn what Pillow raises about ``source`` into a SampleError; ``path`` names it in messages."""
     fix = "check the data set's folder, or leave this sample out of the index"
     try:
-        return Image.open(source)
+        yield
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("an image file is missing", str(path), fix=fix)) from error
-    except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError) as error:
-        is_file = isinstance(source, io.BytesIO) or source.is_file()
-        if is_file and not (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size):
-            raise _damaged(path, error) from error
-        message = explain("a file is not a usable image", str(path), str(error), "JPEG, PNG or another image", fix)
-        raise SampleError("not_an_image", message) from error
-    except _DECODE_ERRORS as error:
-        raise _damaged(path, error) from error
+        raise SampleError("missing_file", explain("an image file is missing", path, fix=fix)) from error
+    except (*_NO_IMAGE, *_DECODE_ERRORS) as error:
+        if isinstance(error, _NO_IMAGE) and not _is_empty(source):
+            message = explain("a file is not a usable image", path, str(error), "JPEG, PNG or another image", fix)
+            raise SampleError("not_an_image", message) from error
+        seen, fix = f"{type(error).__name__}: {error}", "download or copy the file again"
+        message = explain("an image file is damaged", path, seen, "a complete file", fix)
+        raise SampleError("truncated_file", message) from error
 
 
-def _damaged(path: str | Path, error: Exception) -> SampleError:
-    seen = f"{type(error).__name__}: {error}"
-    fix = "download or copy the file again"
-    return SampleError("truncated_file", explain("an image file is damaged", str(path), seen, "a complete file", fix))
+def _is_empty(source: str | Path | io.BytesIO) -> bool:
+    if isinstance(source, io.BytesIO):
+        return not source.getbuffer().nbytes
+    return os.path.isfile(source) and not os.path.getsize(source)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.images import Picture, read_mask_png, read_picture
+from dual_loop.data.images import Picture, foreground_of, open_image_file, read_picture
 from dual_loop.data.index import load_or_build, progress_bar
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import find_part, layout_error
@@ -178,7 +178,7 @@ class OpenImages(Reader):
         def decode(number: int) -> np.ndarray:
             nonlocal picture
             path = safe_join(self.masks, names[number])
-            mask = read_mask_png(path)
+            mask = foreground_of(open_image_file(path))
             if picture is None:
                 picture = read_picture(self.image_path(index), apply_exif=False, needed=needed)
                 if not _same_aspect(mask, picture):

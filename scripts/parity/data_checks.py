@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dual_loop.data.images import read_image
+from dual_loop.data.images import read_picture
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import Geometry, choose_tile_grid, grounding_image, image_to_tiles
 from dual_loop.model.decode import left_pad
@@ -52,7 +52,7 @@ def check_tokenizer(case: Case, report: Report) -> None:
 def check_images(case: Case, report: Report) -> None:
     """Make both inputs from the image files."""
     files = case.notes.get("image_files", [])
-    images = [read_image(case.folder / name, apply_exif=False) for name in files]
+    images = [read_picture(case.folder / name, apply_exif=False).pixels for name in files]
     tiles = case.tiles.split(case.tiles_per_sample())
     for index, image in enumerate(images):
         sizes = dataclasses.replace(case.geometry, max_tiles=tile_limit(case, image, len(tiles[index])))

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from dual_loop.data.coco_masks import encode_rle
-from dual_loop.data.images import read_image, read_mask_png
+from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.masks import (
     MAX_PIXELS,
     check_mask,
@@ -149,7 +149,7 @@ def test_every_mode_is_read_as_rgb(tmp_path: Path, mode: str, suffix: str) -> No
     colour = Image.new("RGB", (6, 4), (255, 255, 255))
     path = tmp_path / f"image.{suffix}"
     colour.convert(mode).save(path)
-    image = read_image(path, apply_exif=False)
+    image = read_picture(path, apply_exif=False).pixels
     assert image.shape == (4, 6, 3)
     assert image.dtype == np.uint8
     assert np.abs(image.astype(int) - 255).max() <= 6
@@ -158,7 +158,7 @@ def test_every_mode_is_read_as_rgb(tmp_path: Path, mode: str, suffix: str) -> No
 def test_sixteen_bit_grey_keeps_its_upper_byte(tmp_path: Path) -> None:
     values = np.array([[0, 256, 65535], [32768, 255, 1000]], np.uint16)
     Image.fromarray(values).save(tmp_path / "grey.png")
-    image = read_image(tmp_path / "grey.png", apply_exif=False)
+    image = read_picture(tmp_path / "grey.png", apply_exif=False).pixels
     assert image[:, :, 0].tolist() == [[0, 1, 255], [128, 0, 3]]
     assert (image == image[:, :, :1]).all()
 
@@ -167,11 +167,13 @@ def test_exif_orientation_only_when_asked(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg", apply_exif=False).shape == (4, 6, 3)
-    assert read_image(tmp_path / "turned.jpg", apply_exif=True).shape == (6, 4, 3)
+    assert read_picture(tmp_path / "turned.jpg", apply_exif=False).pixels.shape == (4, 6, 3)
+    assert read_picture(tmp_path / "turned.jpg", apply_exif=True).pixels.shape == (6, 4, 3)
 
 
-@pytest.mark.parametrize("read", [lambda p: read_image(p, apply_exif=False), read_mask_png])
+@pytest.mark.parametrize(
+    "read", [lambda p: read_picture(p, apply_exif=False), lambda p: foreground_of(open_image_file(p))]
+)
 def test_bad_files_have_distinct_reasons(tmp_path: Path, read) -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
@@ -187,7 +189,7 @@ def test_bad_files_have_distinct_reasons(tmp_path: Path, read) -> None:
     assert reason_of(lambda: read(tmp_path / "text.jpg")) == "not_an_image"
     assert reason_of(lambda: read(tmp_path)) == "not_an_image"
     assert reason_of(lambda: read(tmp_path / "absent.jpg")) == "missing_file"
-    assert reason_of(lambda: read_image(tmp_path / "float.tiff", apply_exif=False)) == "not_an_image"
+    assert reason_of(lambda: read_picture(tmp_path / "float.tiff", apply_exif=False).pixels) == "not_an_image"
 
 
 def test_masks_are_true_above_zero_in_any_mode(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_masks_are_true_above_zero_in_any_mode(tmp_path: Path) -> None:
     }
     for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
-        read = read_mask_png(tmp_path / f"{name}.png")
+        read = foreground_of(open_image_file(tmp_path / f"{name}.png"))
         assert read.dtype == np.bool_
         assert np.array_equal(read, mask), name
 
