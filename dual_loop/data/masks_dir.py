@@ -95,37 +95,29 @@ class MasksDir(Reader):
         folder, self.kind, self.file = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
-        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "layout": self.kind}
+        # The number changes where the arrays do: since 2, places of lines stand among the records.
+        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "version": 2}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
-        self._lines, self._starts = arrays["lines"], arrays["starts"]
+        self._starts = arrays["starts"]
         if not len(self._images):
             raise layout_error("the folder holds no image with a mask", self.root, "no pair of the same name", LAYOUT)
         self._set_entries(np.arange(len(self._images)), max_samples, "masks_max_samples", self._images)
 
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
-        """Return images, and the regions of each: a JSON record, or where its line is (``lines``: offset, length)."""
-        regions: dict[str, list[Region]] = {}
-        places: dict[str, list[tuple[int, int]]] = {}
+        """Return images, and the regions of each as JSON: a record, or where its line is (offset, length in bytes)."""
         if self.file is None:
             listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), self.index_dir, key)
-            watched = listing.watched_arrays()
-            regions = dict(_pair_png_files(listing.files, self.root))
+            watched, regions = listing.watched_arrays(), dict(_pair_png_files(listing.files, self.root))
         else:
             watched = watch_files([self.file])
-            if self.kind == "coco":
-                regions = _coco_regions(self.file)
-            else:
-                places = _line_places(self.file)
-        names = sorted([*regions, *places])
-        records = [json.dumps(region) for name in names for region in regions.get(name, ())]
-        counts = [len(regions.get(name, ())) + len(places.get(name, ())) for name in names]
+            regions = _coco_regions(self.file) if self.kind == "coco" else _line_places(self.file)
+        names = sorted(regions)
         return {
             **StringTable.from_strings(names).to_arrays("image"),
-            **StringTable.from_strings(records).to_arrays("region"),
-            "lines": np.array([place for name in names for place in places.get(name, ())], np.int64).reshape(-1, 2),
-            "starts": np.cumsum([0, *counts], dtype=np.int64),
+            **StringTable.from_strings(region for name in names for region in regions[name]).to_arrays("region"),
+            "starts": np.cumsum([0, *(len(regions[name]) for name in names)], dtype=np.int64),
             **watched,
         }
 
@@ -176,9 +168,10 @@ class MasksDir(Reader):
         return self._sample(index, picture, masks, ids, captions)
 
     def _region(self, number: int) -> Region:
+        record = json.loads(self._regions[number])
         if self.file is None or self.kind == "coco":
-            return cast(Region, json.loads(self._regions[number]))
-        offset, length = self._lines[number].tolist()
+            return cast(Region, record)
+        offset, length = record
         with self.file.open("rb") as stream:
             stream.seek(offset)
             return _parse_line(stream.read(length), f"{self.file}, byte {offset}")
@@ -221,8 +214,8 @@ def _find_layout(root: Path) -> tuple[Path, str, Path | None]:
     raise layout_error("it is not clear where the masks are (give one file to say which)", folder, seen, LAYOUT)
 
 
-def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[Region]]]:
-    """Yield (image, its regions) for the images that have masks.
+def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (image, its regions as JSON) for the images that have masks.
 
     Raises:
         ConfigError: captions cannot be read, or belong to no mask.
@@ -238,7 +231,7 @@ def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[Re
                 masks.setdefault(owner, []).append(file)
     unused = set(captions)
     for owner, found in masks.items():
-        regions: list[Region] = []
+        regions: list[str] = []
         for file in found:
             labels: list[int] | list[None] = [None]  # also of damaged files, which fail when they are loaded
             with contextlib.suppress(SampleError):
@@ -247,7 +240,7 @@ def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[Re
                 name = _stem_of(file) + ("" if label is None else f"#{label}")
                 unused.discard(name)
                 region: Region = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": label}
-                regions.append({**region, "captions": captions.get(name, [])})
+                regions.append(json.dumps({**region, "captions": captions.get(name, [])}))
         yield images[owner], regions
     if unused:
         seen = f"{len(unused)} names without a mask: {', '.join(sorted(unused)[:3])}"
@@ -321,16 +314,17 @@ def _texts(region: Region, where: str) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def _coco_regions(path: Path) -> dict[str, list[Region]]:
+def _coco_regions(path: Path) -> dict[str, list[str]]:
+    """Return for each image its regions as JSON."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: image for image in tree["images"]}
-        found: dict[str, list[Region]] = {}
+        found: dict[str, list[str]] = {}
         for item in tree["annotations"]:
             image = images[item["image_id"]]
             region = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
             region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
-            found.setdefault(str(image["file_name"]), []).append(cast(Region, region))
+            found.setdefault(str(image["file_name"]), []).append(json.dumps(region))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         seen = f"{type(error).__name__}: {error}"
         expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"
@@ -338,16 +332,16 @@ def _coco_regions(path: Path) -> dict[str, list[Region]]:
     return found
 
 
-def _line_places(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return for each image where its lines are: (offset, length) in bytes."""
-    found: dict[str, list[tuple[int, int]]] = {}
+def _line_places(path: Path) -> dict[str, list[str]]:
+    """Return for each image where its lines are, as JSON: offset and length in bytes."""
+    found: dict[str, list[str]] = {}
     offset = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             try:
                 if raw.strip():
                     record = _parse_line(raw, f"{path}, line {number}")
-                    found.setdefault(record["image"], []).append((offset, len(raw)))
+                    found.setdefault(record["image"], []).append(f"[{offset}, {len(raw)}]")
             except SampleError as error:
                 raise ConfigError(str(error)) from error
             offset += len(raw)
