@@ -73,7 +73,7 @@ def load_or_build(
     processes share one copy; a process that gets them by pickle opens the file itself.
 
     Args:
-        index_dir: folder of the indexes; None takes :func:`default_index_dir`. Where it cannot be written, the index
+        index_dir: folder of the indexes; None takes that of :func:`index_folder`. Where it cannot be written, the index
             is built in memory, with one warning.
         key: reader, absolute root and options, as JSON holds them; the file's name is a hash of it.
         build: makes the arrays; include :meth:`TreeListing.watched_arrays` or :func:`watch_files` in them. An index
@@ -102,16 +102,15 @@ def load_or_build(
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def default_index_dir() -> Path:
-    """Return ``$DUAL_LOOP_CACHE`` where it is set, else ``~/.cache/dual_loop/index``."""
-    return Path(os.environ.get("DUAL_LOOP_CACHE") or "~/.cache/dual_loop/index").expanduser()
+def index_folder(index_dir: str | Path | None) -> Path:
+    """Return ``index_dir``, else ``$DUAL_LOOP_CACHE`` where it is set, else ``~/.cache/dual_loop/index``."""
+    return Path(index_dir or os.environ.get("DUAL_LOOP_CACHE") or "~/.cache/dual_loop/index").expanduser()
 
 
 def index_path(index_dir: str | Path | None, key: Key) -> tuple[Path, str]:
-    """Return where the index of ``key`` is stored, and the key as text (None: :func:`default_index_dir`)."""
-    folder = default_index_dir() if index_dir is None else Path(index_dir)
+    """Return where the index of ``key`` is stored, and the key as text."""
     text = json.dumps({**key, "index_version": INDEX_VERSION}, sort_keys=True)
-    return folder / f"{key.get('kind', 'index')}-{_digest(text)}.safetensors", text
+    return index_folder(index_dir) / f"{key.get('kind', 'index')}-{_digest(text)}.safetensors", text
 
 
 def partial_folder(index_dir: str | Path | None, key: Key) -> Path:

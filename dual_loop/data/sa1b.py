@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dual_loop.data.images import read_picture
-from dual_loop.data.index import default_index_dir, load_or_build
+from dual_loop.data.index import index_folder, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle, fit_mask
 from dual_loop.data.reader import Reader, read_annotations
@@ -66,15 +66,14 @@ class Sa1b(Reader):
     ) -> None:
         super().__init__(root, index_dir, regions_per_image, min_area, max_area)
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
-        self._cache = default_index_dir() if index_dir is None else Path(index_dir)
         # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
         key = {"kind": "sa1b", "root": str(self.root), "version": 2}
-        arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, self._cache, key, entry_name))
+        arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, key, entry_name))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
         self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
         tars, damages = StringTable.from_arrays(arrays, "tar"), StringTable.from_arrays(arrays, "damage")
-        self._shelf = TarShelf(self.root, tars, self._cache)
+        self._shelf = TarShelf(self.root, tars, index_folder(index_dir))
         self.damaged_archives = {tars[number]: damages[number] for number in range(len(tars)) if damages[number]}
         if self.damaged_archives:
             name, text = next(iter(self.damaged_archives.items()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.index import Key, TreeListing, build_in_parts, join_parts
+from dual_loop.data.index import Key, TreeListing, build_in_parts, index_folder, join_parts
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TAR_SUFFIXES, list_tar
 
@@ -27,19 +27,19 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def build_index(
-    root: Path, index_dir: str | Path | None, cache: Path, key: Key, name_of: Callable[[str], str]
+    root: Path, index_dir: str | Path | None, key: Key, name_of: Callable[[str], str]
 ) -> dict[str, np.ndarray]:
     """Return the tables of all entries, of their places, and of the archives and what is damaged in them.
 
     Args:
-        index_dir: see :func:`~dual_loop.data.index.load_or_build`. cache: where indexes of archives lie.
+        index_dir, key: see :func:`~dual_loop.data.index.load_or_build`.
         name_of: from a path to the name of its entry, the same for an image and its JSON file.
     """
     listing = TreeListing(root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), index_dir, key)
     tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
     files = [(path, OUTSIDE) for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
     paths = [str(root / tar) for tar in tars]
-    build = functools.partial(list_tar, str(cache), PREFIX)
+    build = functools.partial(list_tar, str(index_folder(index_dir)), PREFIX)
     count, describe = (lambda part: len(part["member_place"])), "SA-1B archives"
     parts = build_in_parts(paths, build, index_dir, key, describe=describe, count=count)
     for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):

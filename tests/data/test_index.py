@@ -159,7 +159,7 @@ def test_default_folder_follows_the_environment(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "chosen").iterdir())) == 1
     monkeypatch.delenv("DUAL_LOOP_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert index.default_index_dir() == tmp_path / ".cache/dual_loop/index"
+    assert index.index_folder(None) == tmp_path / ".cache/dual_loop/index"
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:

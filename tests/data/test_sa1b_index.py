@@ -14,7 +14,7 @@ def test_files_pair_by_stem_and_folder_and_those_without_partner_stay(tmp_path: 
     for name in names:
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).touch()
-    arrays = build_index(tmp_path / "data", tmp_path / "index", tmp_path / "index", {"kind": "sa1b"}, entry_name)
+    arrays = build_index(tmp_path / "data", tmp_path / "index", {"kind": "sa1b"}, entry_name)
     tables = [StringTable.from_arrays(arrays, name) for name in ("image", "record")]
     pairs = list(zip(*(table.slice(0, len(table)) for table in tables), strict=True))
     assert pairs == [
