@@ -59,12 +59,16 @@ def listed(values: Sequence[object], most: int = 8) -> str:
 
 
 def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:
-    """Return the one-paragraph message of an error: what failed, where, seen, expected, what to do."""
+    """Return the one-paragraph message of an error: what failed, where, seen, expected, what to do.
+
+    An exception that was ``seen`` is written with its type.
+    """
     parts = [what.rstrip(".")]
     if where:
         parts.append(f"where: {where}")
     if seen is not None:
-        parts.append(f"seen: {seen}")
+        kind = f"{type(seen).__name__}: " if isinstance(seen, Exception) else ""
+        parts.append(f"seen: {kind}{seen}")
     if expected is not None:
         parts.append(f"expected: {expected}")
     if fix:

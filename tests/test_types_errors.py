@@ -48,6 +48,10 @@ def test_explain_says_everything_in_order() -> None:
     )
 
 
+def test_explain_writes_an_exception_with_its_type() -> None:
+    assert explain("nothing read", seen=KeyError("image")) == "nothing read; seen: KeyError: 'image'"
+
+
 def test_explain_leaves_out_what_is_not_given_and_keeps_falsy_values() -> None:
     assert explain("nothing read") == "nothing read"
     assert explain("nothing read", seen=0, expected=[]) == "nothing read; seen: 0; expected: []"

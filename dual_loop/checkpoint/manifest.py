@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         what = "the manifest cannot be read" if path.exists() else "not a whole checkpoint: it has no manifest"
         fix = "the save was interrupted or this is not a checkpoint folder; resume from another step"
-        raise CheckpointError(explain(what, str(path), f"{type(error).__name__}: {error}", fix=fix)) from error
+        raise CheckpointError(explain(what, str(path), error, fix=fix)) from error
     try:
         if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
             raise ValueError(f"{content['format']!r} version {content['version']!r}")
@@ -111,8 +111,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"files that it does not list: {sorted(absent)}, names that are no file's: {unsafe}")
         return Manifest(_typed(content["step"], int), _typed(content["world_size"], int), files)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        seen, expected = f"{type(error).__name__}: {error}", f"{FORMAT_NAME} version {FORMAT_VERSION}"
-        raise CheckpointError(explain("the manifest is malformed", str(path), seen, expected)) from error
+        expected = f"{FORMAT_NAME} version {FORMAT_VERSION}"
+        raise CheckpointError(explain("the manifest is malformed", str(path), error, expected)) from error
 
 
 def _typed(value: object, kind: type[T]) -> T:

@@ -343,9 +343,9 @@ def _load_plain(path: Path) -> Plain:
         content: Plain = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
-        what, seen = "a state file cannot be read safely", f"{type(error).__name__}: {error}"
+        what = "a state file cannot be read safely"
         fix = "the file was not written by this package; do not load it from a source that you do not trust"
-        raise CheckpointError(explain(what, str(path), seen, fix=fix)) from error
+        raise CheckpointError(explain(what, str(path), error, fix=fix)) from error
 
 
 @contextmanager
@@ -354,9 +354,8 @@ def _disk_errors_explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what, seen = "the checkpoint cannot be written", f"{type(error).__name__}: {error}"
         fix = "free some space" if full else "check permissions and quota of train.output_dir"
-        raise EnvironmentProblem(explain(what, str(path), seen, fix=fix)) from error
+        raise EnvironmentProblem(explain("the checkpoint cannot be written", str(path), error, fix=fix)) from error
 
 
 def _check_plain(value: Any, where: str, for_json: bool = False) -> None:

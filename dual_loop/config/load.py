@@ -87,8 +87,7 @@ def _read_tree(path: Path) -> Tree:
 
             tree = PythonConfig.fromfile(str(path), import_custom_modules=False).to_dict()
     except Exception as error:  # mmengine raises many types, from SyntaxError to its own
-        seen = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("config file cannot be read", str(path), seen, fix="mend the file")) from error
+        raise ConfigError(explain("config file cannot be read", str(path), error, fix="mend the file")) from error
     if not isinstance(tree, dict):
         expected = "an object of groups, as in the config.json of a run"
         raise ConfigError(explain("not a configuration", str(path), type(tree).__name__, expected))

@@ -82,8 +82,7 @@ class DualLoopDataset(Dataset[Batch]):
                 skipped.append(SkippedSample(source.name, name, error.reason, str(error)))
             except Exception as error:
                 what = "reading a sample failed in a way that is not a bad sample"
-                seen = f"{type(error).__name__}: {error}"
-                raise DualLoopError(explain(what, f"{source.name}/{name}", seen, fix="see the cause above")) from error
+                raise DualLoopError(explain(what, f"{source.name}/{name}", error, fix="see the cause above")) from error
             else:
                 prepared.skipped = skipped
                 return sample, prepared

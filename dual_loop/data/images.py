@@ -136,8 +136,8 @@ def _decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[None]:
         if isinstance(error, _NO_IMAGE) and not _is_empty(source):
             message = explain("a file is not a usable image", path, str(error), "JPEG, PNG or another image", fix)
             raise SampleError("not_an_image", message) from error
-        seen, fix = f"{type(error).__name__}: {error}", "download or copy the file again"
-        message = explain("an image file is damaged", path, seen, "a complete file", fix)
+        fix = "download or copy the file again"
+        message = explain("an image file is damaged", path, error, "a complete file", fix)
         raise SampleError("truncated_file", message) from error
 
 

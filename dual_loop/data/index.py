@@ -90,8 +90,8 @@ def load_or_build(
         if str(path.parent) not in _warned_folders:
             _warned_folders.add(str(path.parent))
             what = "the data index cannot be stored, so every start lists the data folders again"
-            seen, fix = f"{type(error).__name__}: {error}", "set data.index_dir or $DUAL_LOOP_CACHE"
-            warnings.warn(explain(what, str(path.parent), seen, "a folder that can be written", fix), stacklevel=3)
+            fix = "set data.index_dir or $DUAL_LOOP_CACHE"
+            warnings.warn(explain(what, str(path.parent), error, "a folder that can be written", fix), stacklevel=3)
         return arrays
     # Only now: until the index is stored, its parts are what a build that is killed goes on from.
     shutil.rmtree(partial_folder(index_dir, key), ignore_errors=True)

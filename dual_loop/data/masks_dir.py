@@ -326,9 +326,8 @@ def _coco_regions(path: Path) -> dict[str, list[str]]:
             region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
             found.setdefault(str(image["file_name"]), []).append(json.dumps(region))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        seen = f"{type(error).__name__}: {error}"
         expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"
-        raise ConfigError(explain("not a COCO file", str(path), seen, expected, "mend or replace it")) from error
+        raise ConfigError(explain("not a COCO file", str(path), error, expected, "mend or replace it")) from error
     return found
 
 

@@ -149,8 +149,7 @@ class OpenImages(Reader):
                         raise ConfigError(explain("a CSV row is broken", where, seen, expected, fix))
                     yield row[path_column], image_id
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            seen = f"{type(error).__name__}: {error}"
-            raise ConfigError(explain("a CSV file cannot be read", path, seen, "UTF-8 CSV", fix)) from error
+            raise ConfigError(explain("a CSV file cannot be read", path, error, "UTF-8 CSV", fix)) from error
 
     def entry_id(self, index: int) -> str:
         """Return the ImageID."""

@@ -185,6 +185,5 @@ def read_annotations(file: Path | io.BytesIO, where: str) -> object:
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an annotation file is missing", where, fix=fix)) from error
     except (OSError, ValueError, RecursionError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        message = explain("an annotation file is damaged", where, seen, "complete JSON", fix)
+        message = explain("an annotation file is damaged", where, error, "complete JSON", fix)
         raise SampleError("broken_json", message) from error

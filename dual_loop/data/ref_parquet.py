@@ -143,8 +143,7 @@ def _open_table(path: Path) -> Any:
     try:
         return parquet.read_table(path)
     except (OSError, ArrowException) as error:
-        seen = f"{type(error).__name__}: {error}"
-        raise ConfigError(explain("a parquet file cannot be read", str(path), seen, fix="download it again")) from error
+        raise ConfigError(explain("a parquet file cannot be read", str(path), error, fix="get it again")) from error
 
 
 def _json(text: Any, where: str) -> Any:

@@ -50,9 +50,8 @@ def load_refs(path: Path) -> list[Reference]:
         expected = "a pickle of dicts, lists, strings and numbers alone"
         raise ConfigError(explain("a refs file was refused", str(path), str(error), expected, fix)) from error
     except Exception as error:  # damaged pickles raise nearly anything, MemoryError and RecursionError among them
-        seen = f"{type(error).__name__}: {error}"
         fix = "copy or download it again"
-        raise ConfigError(explain("a refs file is damaged", str(path), seen, "a complete pickle", fix)) from error
+        raise ConfigError(explain("a refs file is damaged", str(path), error, "a complete pickle", fix)) from error
     if not isinstance(refs, list) or not refs:
         seen = type(refs).__name__ if refs else "an empty list"
         raise ConfigError(explain("a refs file has another structure", str(path), seen, "a list of references", fix))
@@ -85,10 +84,9 @@ def build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
         }
         annotations = {int(item["id"]): item["segmentation"] for item in tree["annotations"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        seen = f"{type(error).__name__}: {error}"
         expected = "images with id, file_name, height, width; annotations with id, segmentation"
         what = "instances.json is damaged or has another structure"
-        raise ConfigError(explain(what, where, seen, expected, fix)) from error
+        raise ConfigError(explain(what, where, error, expected, fix)) from error
     refs = sorted(load_refs(refs_path), key=lambda ref: (ref["image_id"], ref["ref_id"]))
     for ref in refs:
         for key, value, known in (("image_id", ref["image_id"], images), ("ann_id", ref["ann_id"], annotations)):

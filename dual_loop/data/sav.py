@@ -109,8 +109,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a frame pair is missing", str(path), fix=fix)) from error
     except _DAMAGE as error:
-        seen = f"{type(error).__name__}: {error}"
-        message = explain("a frame pair is damaged", str(path), seen, "a complete npz archive", fix)
+        message = explain("a frame pair is damaged", str(path), error, "a complete npz archive", fix)
         raise SampleError("truncated_file", message) from error
     return arrays
 

@@ -289,7 +289,7 @@ def video_times(path: Path) -> VideoTimes:
             packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
             unit = stream.time_base if stream else 0
     except av.error.FFmpegError as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damaged(path, error) from error
     if not packets:
         raise _damaged(path, "no frame")
     stamps = sorted(packet.pts for packet in packets)
@@ -311,7 +311,7 @@ def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray
     raise SampleError("size_mismatch", message)
 
 
-def _damaged(path: Path, seen: str) -> SampleError:
+def _damaged(path: Path, seen: object) -> SampleError:
     message = explain("a video is damaged", str(path), seen, "a complete video", "download it again")
     return SampleError("truncated_file", message)
 

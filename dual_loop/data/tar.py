@@ -181,7 +181,7 @@ class TarShelf:
         except FileNotFoundError as error:
             raise SampleError("missing_file", explain("an archive is missing", str(self._path(number)))) from error
         except _DAMAGE as error:
-            raise _damaged(self._path(number), offset, f"{type(error).__name__}: {error}") from error
+            raise _damaged(self._path(number), offset, error) from error
         if len(data) != size:
             raise _damaged(self._path(number), offset, f"{len(data):,} of {size:,} bytes")
         return data
@@ -214,6 +214,6 @@ class TarShelf:
         return self._open[number]
 
 
-def _damaged(path: Path, offset: int, seen: str) -> SampleError:
+def _damaged(path: Path, offset: int, seen: object) -> SampleError:
     fix = "download this archive again"
     return SampleError("truncated_file", explain("an archive is damaged", f"{path} at byte {offset:,}", seen, fix=fix))
