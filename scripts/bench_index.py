@@ -204,6 +204,9 @@ class Names:
     def entry_id(self, index: int) -> str:
         return self.table[int(self.kept[index])]
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        return [], self.kept
+
 
 class SearchableNames(Names):
     def named_rows(self) -> tuple[list[StringTable], np.ndarray]:

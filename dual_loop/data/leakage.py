@@ -13,10 +13,11 @@ their own. Two ways to find them:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,45 +71,37 @@ def coco_id_of_name(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def held_out_images(
-    root: Path, datasets: Sequence[str], images: str | Path | None = None, index_dir: str | Path | None = None
-) -> Iterator[HeldOutImage]:
-    """Yield every image in a split that is not ``train``."""
-    for part in open_parts(root, datasets, images, index_dir):
-        for split in part.split_names:
-            for number, _, _ in part.entries(split) if split != "train" else ():
-                try:
-                    path = part.find_image(number)
-                except SampleError:
-                    path = None
-                yield HeldOutImage(int(part.image_ids[number]), f"{part.label} {split}", path)
-
-
 def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
-    """Return the held-out images of the RefCOCO sets in ``refcoco_dir`` and ``eval_dir``, by COCO id."""
-    found: dict[int, HeldOutImage] = {}
-    places = ((data.refcoco_dir, data.refcoco_datasets), (data.eval_dir, data.eval_datasets))
+    """Return the images of ``refcoco_dir`` and ``eval_dir`` in a split that is not ``train``, by COCO id."""
+    parts = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
-        for given, datasets in places:
+        for given, datasets in ((data.refcoco_dir, data.refcoco_datasets), (data.eval_dir, data.eval_datasets)):
             root = Path(given or "").expanduser()
             if given is not None and root.is_dir():
-                for image in held_out_images(root, datasets, data.refcoco_images, data.index_dir):
-                    found.setdefault(image.coco_id, image)
+                parts += open_parts(root, datasets, data.refcoco_images, data.index_dir)
+    found: dict[int, HeldOutImage] = {}
+    for part in parts:
+        for split in part.split_names:
+            for number, _, _ in part.entries(split) if split != "train" else ():
+                coco_id = int(part.image_ids[number])
+                path: Path | None = None
+                with contextlib.suppress(SampleError):
+                    path = part.find_image(number)
+                found.setdefault(coco_id, HeldOutImage(coco_id, f"{part.label} {split}", path))
     return found
 
 
 def leaked_by_id(source: Reader, held_out: Mapping[int, HeldOutImage]) -> list[Leak]:
     """Return the entries whose COCO id is held out; works from the index alone.
 
-    A source that offers ``named_rows()`` (string tables whose rows contain the entries' names, and the row of each
-    entry) is searched as a whole, a million names in well under a second; other sources are asked name by name.
+    Where ``named_rows()`` offers tables they are searched as a whole, a million names in well under a second; other
+    sources are asked name by name.
     """
     own_id = getattr(source, "coco_id", None)
-    named_rows = getattr(source, "named_rows", None)
     entries: Iterable[int] = range(len(source) if held_out else 0)
-    tables, rows = named_rows() if named_rows is not None else ((), np.empty(0))
-    if held_out and own_id is None and tables:
+    tables, rows = source.named_rows()
+    if held_out and tables:
         suspects = np.concatenate([_suspect_rows(table, held_out) for table in tables])
         entries = np.flatnonzero(np.isin(rows, suspects)).tolist()
     leaks = []

@@ -110,6 +110,9 @@ class Named:
     def entry_id(self, index: int) -> str:
         return self.table[int(self.kept[index])]
 
+    def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
+        return [], self.kept
+
 
 class Searchable(Named):
     def named_rows(self) -> tuple[list[StringTable], np.ndarray]:
