@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.leakage import HeldOutImage, leaked_by_id
 from dual_loop.data.open_images import CSV_NAME, OpenImages
 from dual_loop.data.reader import choose_capped
@@ -158,8 +158,8 @@ def read_some(length: int, read: Callable[[int], str]) -> int:
 
 def measure_listing(folder: Path, shape: str, workers: str) -> dict[str, float]:
     def work() -> Callable[[], int]:
-        listing = TreeListing(folder / shape, (".npz",), folder / f"parts{shape}{workers}", {}, int(workers))
-        return lambda: len(listing.files)
+        files, _ = list_tree(folder / shape, (".npz",), folder / f"parts{shape}{workers}", {}, int(workers))
+        return lambda: len(files)
 
     return measured(work)
 

@@ -76,8 +76,8 @@ def load_or_build(
         index_dir: folder of the indexes; None takes that of :func:`index_folder`. Where it cannot be written, the index
             is built in memory, with one warning.
         key: reader, absolute root and options, as JSON holds them; the file's name is a hash of it.
-        build: makes the arrays; include :meth:`TreeListing.watched_arrays` or :func:`watch_files` in them. An index
-            without watched paths never becomes stale.
+        build: makes the arrays; include those of :func:`list_tree` or :func:`watch_files` in them. An index without
+            watched paths never becomes stale.
     """
     path, text = index_path(index_dir, key)
     stored = _read_current(path, text)
@@ -264,61 +264,51 @@ def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: 
 # --- listing ---------------------------------------------------------------------------------------------------------
 
 
-class TreeListing:
-    """The files below a root, and the folders that were listed, for :meth:`watched_arrays`.
+def list_tree(
+    root: Path,
+    suffixes: tuple[str, ...],
+    index_dir: str | Path | None = None,
+    key: Key | None = None,
+    workers: int | None = None,
+) -> tuple[list[str], Arrays]:
+    """List the files below ``root``; a wide tree in parts (:func:`build_in_parts`), by threads, as listing waits.
 
-    A wide tree is listed in parts (:func:`build_in_parts`), in threads, as listing waits for the file system. No file
-    is asked for its state, so a folder of a million files is one listing.
+    No file is asked for its state, so a folder of a million files is one listing.
 
     Args:
-        root: folder to list; links to folders are followed, each folder once.
+        root: links to folders below it are followed, each folder once.
         suffixes: lower-case endings of the wanted files, with the dot. Names that begin with a dot are left out
             (macOS writes a ``._x.jpg`` beside ``x.jpg``).
         index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on; without a
             key it is one walk.
         workers: see :func:`build_in_parts`.
 
-    Attributes:
-        files: paths below the root with ``/``, sorted.
-        folders: (path, modification time in ns, :data:`~dual_loop.data.index_file.ANY_SIZE`), upper ones first.
+    Returns:
+        The paths below the root with ``/``, sorted, and the listed folders (at most :data:`MAX_WATCHED`, upper ones
+        first) as watched paths of an index.
 
     Raises:
         ConfigError: a folder below the root cannot be listed.
     """
-
-    def __init__(
-        self,
-        root: Path,
-        suffixes: tuple[str, ...],
-        index_dir: str | Path | None = None,
-        key: Key | None = None,
-        workers: int | None = None,
-    ) -> None:
-        self.root = root
-        seen: set[tuple[int, int]] = set()
-        found, pending = _walk(root, [""], suffixes, seen, None if key is None else _MANY_FOLDERS)
-        parts: list[Arrays] = []
-        if pending and key is not None:
-            groups: dict[int, list[str]] = {}
-            for name in pending:
-                groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
-            names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
-            make = functools.partial(_list_group, str(root), frozenset(seen))
-            text, count = f"listing {root.name}", lambda part: int(part["num_files"].sum())
-            parts = build_in_parts(
-                names, make, index_dir, key, workers=workers, threads=True, describe=text, count=count
-            )
-        # A folder that two parts reached by links counts where it is highest.
-        listed = [*found, *(folder for part in parts for folder in _unpack(part))]
-        listed.sort(key=lambda folder: (folder.name.count("/"), folder.name.split("/")))
-        unique = {folder.identity: folder for folder in reversed(listed)}
-        kept = [folder for folder in listed if unique[folder.identity] is folder]
-        self.files = sorted(file for folder in kept for file in folder.files)
-        self.folders = [(str(root / folder.name), folder.modified, ANY_SIZE) for folder in kept]
-
-    def watched_arrays(self) -> Arrays:
-        """Return the listed folders (at most :data:`MAX_WATCHED`) as arrays of an index."""
-        return watched_arrays(self.folders[:MAX_WATCHED])
+    seen: set[tuple[int, int]] = set()
+    found, pending = _walk(root, [""], suffixes, seen, None if key is None else _MANY_FOLDERS)
+    if pending and key is not None:
+        groups: dict[int, list[str]] = {}
+        for name in pending:
+            groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
+        names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
+        make = functools.partial(_list_group, str(root), frozenset(seen))
+        text, count = f"listing {root.name}", lambda part: int(part["num_files"].sum())
+        parts = build_in_parts(names, make, index_dir, key, workers=workers, threads=True, describe=text, count=count)
+        found += [folder for part in parts for folder in _unpack(part)]
+    found.sort(key=lambda folder: (folder.name.count("/"), folder.name.split("/")))
+    # A folder that two parts reached by links counts where it is highest.
+    highest: dict[tuple[int, int], _Folder] = {}
+    for folder in found:
+        highest.setdefault(folder.identity, folder)
+    folders = list(highest.values())
+    files = sorted(file for folder in folders for file in folder.files)
+    return files, watched_arrays([folder.watched(root) for folder in folders[:MAX_WATCHED]])
 
 
 class _Folder(NamedTuple):
@@ -328,6 +318,9 @@ class _Folder(NamedTuple):
     identity: tuple[int, int]
     modified: int
     files: list[str]
+
+    def watched(self, root: Path) -> tuple[str, int, int]:
+        return str(root / self.name), self.modified, ANY_SIZE
 
 
 def _walk(
@@ -376,7 +369,7 @@ def _list_group(root: str, seen: frozenset[tuple[int, int]], part: str) -> Array
         **StringTable.from_strings(file for folder in found for file in folder.files).to_arrays("file"),
         "identities": np.array([folder.identity for folder in found], np.uint64).reshape(-1, 2),
         "num_files": np.array([len(folder.files) for folder in found], np.int64),
-        **watched_arrays([(f"{root}/{folder.name}", folder.modified, ANY_SIZE) for folder in found]),
+        **watched_arrays([folder.watched(Path(root)) for folder in found]),
     }
 
 

@@ -36,7 +36,7 @@ from typing import TypedDict, cast
 import numpy as np
 
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
-from dual_loop.data.index import Key, TreeListing, load_or_build
+from dual_loop.data.index import Key, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import check_root, layout_error
 from dual_loop.data.masks import SIZE_TOLERANCE, decode_rle, decode_segmentation, fit_mask, safe_join
@@ -108,8 +108,8 @@ class MasksDir(Reader):
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
         """Return images, and the regions of each as JSON: a record, or where its line is (offset, length in bytes)."""
         if self.file is None:
-            listing = TreeListing(self.root, (*IMAGE_SUFFIXES, ".json"), self.index_dir, key)
-            watched, regions = listing.watched_arrays(), dict(_pair_png_files(listing.files, self.root))
+            files, watched = list_tree(self.root, (*IMAGE_SUFFIXES, ".json"), self.index_dir, key)
+            regions = dict(_pair_png_files(files, self.root))
         else:
             watched = watch_files([self.file])
             regions = _coco_regions(self.file) if self.kind == "coco" else _line_places(self.file)

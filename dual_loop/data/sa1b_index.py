@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.index import Key, TreeListing, build_in_parts, index_folder, join_parts
+from dual_loop.data.index import Key, build_in_parts, index_folder, join_parts, list_tree
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TAR_SUFFIXES, list_tar
 
@@ -35,9 +35,9 @@ def build_index(
         index_dir, key: see :func:`~dual_loop.data.index.load_or_build`.
         name_of: from a path to the name of its entry, the same for an image and its JSON file.
     """
-    listing = TreeListing(root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), index_dir, key)
-    tars = [path for path in listing.files if path.lower().endswith(TAR_SUFFIXES)]
-    files = [(path, OUTSIDE) for path in listing.files if not path.lower().endswith(TAR_SUFFIXES)]
+    listed, watched = list_tree(root, (*IMAGE_SUFFIXES, ".json", *TAR_SUFFIXES), index_dir, key)
+    tars = [path for path in listed if path.lower().endswith(TAR_SUFFIXES)]
+    files = [(path, OUTSIDE) for path in listed if not path.lower().endswith(TAR_SUFFIXES)]
     paths = [str(root / tar) for tar in tars]
     build = functools.partial(list_tar, str(index_folder(index_dir)), PREFIX)
     count, describe = (lambda part: len(part["member_place"])), "SA-1B archives"
@@ -45,7 +45,7 @@ def build_index(
     for number, (tar, part) in enumerate(zip(tars, parts, strict=True)):
         names, places = StringTable.from_arrays(part, "member"), part["member_place"].tolist()
         files += [(f"{tar}/{names[row]}", (number, *place)) for row, place in enumerate(places)]
-    found = {**listing.watched_arrays(), **StringTable.from_strings([]).to_arrays("damage")}
+    found = {**watched, **StringTable.from_strings([]).to_arrays("damage")}
     kept = [{name: part[name] for name in found} for part in parts]
     return {**_pair_up(files, name_of), **StringTable.from_strings(tars).to_arrays("tar"), **join_parts([found, *kept])}
 

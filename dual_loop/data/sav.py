@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.index import TreeListing, load_or_build
+from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import check_mask
 from dual_loop.data.reader import Reader
@@ -54,9 +54,9 @@ class SavPairs(Reader):
         key = {"kind": "sav", "root": str(self.root)}
 
         def build() -> dict[str, np.ndarray]:
-            listing = TreeListing(self.root, (".npz",), index_dir, key)
-            paths = StringTable.from_strings(p for p in listing.files if p.rsplit("/", 1)[-1].startswith(PREFIX))
-            return {**paths.to_arrays("path"), **listing.watched_arrays()}
+            files, watched = list_tree(self.root, (".npz",), index_dir, key)
+            paths = StringTable.from_strings(path for path in files if path.rsplit("/", 1)[-1].startswith(PREFIX))
+            return {**paths.to_arrays("path"), **watched}
 
         self._paths = StringTable.from_arrays(load_or_build(index_dir, key, build), "path")
         if not len(self._paths):

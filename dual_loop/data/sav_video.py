@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dual_loop.data.coco_masks import encode_rle
-from dual_loop.data.index import Key, TreeListing, build_in_parts, join_parts, load_or_build
+from dual_loop.data.index import Key, build_in_parts, join_parts, list_tree, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.reader import Reader, read_annotations
@@ -96,11 +96,11 @@ class SavVideos(Reader):
         _import_av()
 
     def _build_index(self, key: Key, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-        listing = TreeListing(self.root, (".mp4", ".json"), self.index_dir, key)
-        present = set(listing.files)
+        files, watched = list_tree(self.root, (".mp4", ".json"), self.index_dir, key)
+        present = set(files)
         videos: dict[str, str] = {}
         folders: dict[str, list[str]] = {}
-        for path in listing.files:
+        for path in files:
             for kind in kinds:
                 video = path.removesuffix(f"_{kind}.json") + ".mp4"
                 if path.endswith(f"_{kind}.json") and video in present:
@@ -118,7 +118,7 @@ class SavVideos(Reader):
             **StringTable.from_strings(videos.values()).to_arrays("video"),
             **StringTable.from_strings(videos).to_arrays("record"),
             "entry": entries[found["visible"] >= 2].astype(np.int32),
-            **listing.watched_arrays(),
+            **watched,
         }
 
     def entry_id(self, index: int) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from dual_loop.data import index
-from dual_loop.data.index import TreeListing, build_in_parts, join_parts, load_or_build, partial_folder
+from dual_loop.data.index import build_in_parts, join_parts, list_tree, load_or_build, partial_folder
 from dual_loop.data.index_file import StoredArray, watch_files
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem
@@ -33,8 +33,8 @@ class Builder:
 
     def __call__(self) -> dict[str, np.ndarray]:
         self.num_calls += 1
-        listing = TreeListing(self.root, (".npz",))
-        return {**StringTable.from_strings(listing.files).to_arrays("path"), **listing.watched_arrays()}
+        files, watched = list_tree(self.root, (".npz",))
+        return {**StringTable.from_strings(files).to_arrays("path"), **watched}
 
 
 def names(arrays: dict[str, np.ndarray]) -> list[str]:
@@ -168,7 +168,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     root.mkdir()
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(root)
-    assert TreeListing(root, (".npz",)).files == ["link/a.npz"]
+    assert list_tree(root, (".npz",))[0] == ["link/a.npz"]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +177,14 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ConfigError, match="cannot be listed") as caught:
-        TreeListing(tmp_path, (".npz",))
+        list_tree(tmp_path, (".npz",))
     assert str(tmp_path) in str(caught.value)
 
 
 def test_watching_keeps_the_upper_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "MAX_WATCHED", 2)
     touch(tmp_path / "a/b/c/x.npz")
-    arrays = TreeListing(tmp_path, (".npz",)).watched_arrays()
+    _, arrays = list_tree(tmp_path, (".npz",))
     table = StringTable.from_arrays(arrays, "watched")
     assert [table[i] for i in range(len(table))] == [str(tmp_path), str(tmp_path / "a")]
 
@@ -202,14 +202,16 @@ def test_a_wide_tree_is_listed_in_parts_with_the_same_result(tmp_path: Path) -> 
     (root / "part05/back").symlink_to(root)
     (root / "part06/side").symlink_to(root / "part30/deep")  # as deep as its target, and before it in the order
     (root / "part07/deep/down").symlink_to(root / "part31")
-    one_walk = TreeListing(root, (".npz",))
+    files, watched = list_tree(root, (".npz",))
     for workers in (1, 3):
-        in_parts = TreeListing(root, (".npz",), tmp_path / str(workers), {"kind": "test"}, workers)
-        assert in_parts.files == one_walk.files
-        assert in_parts.folders == one_walk.folders
-    assert "part06/side/b.npz" in one_walk.files
-    assert "part30/deep/b.npz" not in one_walk.files
-    assert len(one_walk.files) == 81
+        same, watched_too = list_tree(root, (".npz",), tmp_path / str(workers), {"kind": "test"}, workers)
+        assert same == files
+        assert {name: values.tolist() for name, values in watched_too.items()} == {
+            name: values.tolist() for name, values in watched.items()
+        }
+    assert "part06/side/b.npz" in files
+    assert "part30/deep/b.npz" not in files
+    assert len(files) == 81
     parts = list(partial_folder(tmp_path / "1", {"kind": "test"}).iterdir())
     assert 10 < len(parts) <= index.NUM_GROUPS
 
@@ -227,12 +229,12 @@ def test_a_listing_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "scandir", die_after_50)
     with pytest.raises(KeyboardInterrupt):
-        TreeListing(root, (".npz",), cache, key, 1)
+        list_tree(root, (".npz",), cache, key, 1)
     num_before = len(listed)
-    assert len(TreeListing(root, (".npz",), cache, key, 1).files) == 81
+    assert len(list_tree(root, (".npz",), cache, key, 1)[0]) == 81
     assert len(listed) - num_before < 81 - 30, "finished parts are not listed again"
     touch(root / "part11/deep/new.npz")
-    assert "part11/deep/new.npz" in TreeListing(root, (".npz",), cache, key, 1).files
+    assert "part11/deep/new.npz" in list_tree(root, (".npz",), cache, key, 1)[0]
 
 
 def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +249,7 @@ def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", note)
-        files = TreeListing(tmp_path, (".npz",)).files
+        files = list_tree(tmp_path, (".npz",))[0]
     assert len(files) == 200
     assert asked == [str(tmp_path)]
 
