@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from dual_loop.checkpoint.importer import load_weights
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
+from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.model.build import build_model
 from dual_loop.preflight.dry_run import PlaceholderTokenizer
@@ -60,7 +60,7 @@ def write(folder: Path, config: str, shard_gb: float) -> None:
     """Write shards of random values, one shard in memory at a time."""
     folder.mkdir(parents=True)
     model, _ = meta_model(config)
-    tensors = export_tensors(model.state_dict(), ORIGINAL)
+    tensors = dict(iterate_export(model.state_dict().items(), ORIGINAL))
     shard: dict[str, torch.Tensor] = {}
     size, number, weight_map = 0, 0, {}
     for name, tensor in tensors.items():

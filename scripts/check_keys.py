@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from dual_loop.checkpoint.importer import match_keys
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, place
+from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export, place
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.model.build import build_model
 from dual_loop.preflight.dry_run import PlaceholderTokenizer
@@ -56,7 +56,7 @@ def main() -> int:
 def inverse_problems(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], trainable: set[str]) -> list[str]:
     """Compare the map backwards with the listing: names, shapes, and which names train."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("new_token_rows.")}
-    back = export_tensors(state, ORIGINAL)
+    back = dict(iterate_export(state.items(), ORIGINAL))
     kept = {name for name in shapes if place(name, ORIGINAL) not in (None,) and not place(name, ORIGINAL)[1]}
     problems = [f"backwards: {name} is not written" for name in sorted(kept - back.keys())]
     problems += [f"backwards: {name} is no key of the original" for name in sorted(back.keys() - kept)]

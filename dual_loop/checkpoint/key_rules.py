@@ -12,7 +12,7 @@ Format: the key table of the original (Sa2VA, InternVL, SAM 2) against transform
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -311,13 +311,8 @@ def sources_of(target: str, layout: Layout) -> list[tuple[str, Part | None, Part
     ]
 
 
-def export_tensors(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Turn native tensors into a file's tensors: every rule backwards; see :func:`iterate_export`."""
-    return dict(iterate_export(state.items(), layout))
-
-
 def iterate_export(state: Iterable[tuple[str, Tensor]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Yield a file's (key, tensor) as soon as all native tensors that it is made of have come.
+    """Yield a file's (key, tensor), every rule backwards, as soon as all native tensors that it is made of have come.
 
     ``state`` has the names of ``model.state_dict()``; ``new_token_rows`` must have been written into the tables.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, file_name, place, sources_of
+from dual_loop.checkpoint.key_rules import ORIGINAL, file_name, iterate_export, place, sources_of
 from dual_loop.model.adapters import trainable_parameters, without_mask_gradient
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
@@ -27,7 +27,7 @@ def import_full(case: Case, report: Report) -> VideoLLaVASAMModel:
     model = case.new_model()
     print(load_weights(model, case.folder / FULL, tokenizer=case.tokenizer))
     source = guess_load_checkpoint(case.folder / FULL)
-    back = export_tensors(model.state_dict(), ORIGINAL)
+    back = dict(iterate_export(model.state_dict().items(), ORIGINAL))
     dropped = {name for name in source if (found := place(name, ORIGINAL)) is not None and found[1]}
     report.same("names of the full checkpoint", sorted(back), sorted(source.keys() - dropped))
     different = [

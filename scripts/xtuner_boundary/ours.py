@@ -18,7 +18,7 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 
 from dual_loop.checkpoint.importer import weights_sources
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
+from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export
 from dual_loop.cli import main as dual_loop
 from dual_loop.config import CONFIG_DIR, load_config
 from dual_loop.model.prompts import TEMPLATES
@@ -60,7 +60,7 @@ def write_expected(run: Path, path: Path) -> None:
     fill(model, checkpoint, "ema")
     model.sync_new_tokens()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("new_token_rows.")}
-    save_file({name: tensor.clone() for name, tensor in export_tensors(state, ORIGINAL).items()}, path)
+    save_file({name: tensor.clone() for name, tensor in iterate_export(state.items(), ORIGINAL)}, path)
 
 
 def render(name: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
-from dual_loop.checkpoint.key_rules import HF_SA2VA, ORIGINAL, export_tensors
+from dual_loop.checkpoint.key_rules import HF_SA2VA, ORIGINAL, iterate_export
 from dual_loop.errors import CheckpointError
 from dual_loop.model.build import TINY_WEIGHTS
 
@@ -38,7 +38,7 @@ def native(tmp_path, change=lambda state: None):
 def original(tmp_path, change=lambda state: None, name="weights.pth", wrap=lambda s: {"state_dict": s, "meta": {}}):
     """Write the original's training layout with made-up video memory; return (model, path)."""
     model, _, _ = small_model(seed=1)
-    state = clones(export_tensors(model.state_dict(), ORIGINAL))
+    state = {k: v.clone() for k, v in iterate_export(model.state_dict().items(), ORIGINAL)}
     state["grounding_encoder.sam2_model.no_obj_ptr"] = torch.zeros(1, 32)
     change(state)
     torch.save(wrap(state), tmp_path / name)
@@ -157,7 +157,7 @@ def test_trimmed_over_a_base_and_alone(tmp_path):
 @pytest.mark.parametrize("native_names", [False, True])
 def test_base_models_separately_with_new_vocabulary_rows(tmp_path, native_names):
     model, prompter, _ = small_model(seed=1)
-    full = {k: v for k, v in clones(export_tensors(model.state_dict(), HF_SA2VA)).items() if "lora_" not in k}
+    full = {k: v.clone() for k, v in iterate_export(model.state_dict().items(), HF_SA2VA) if "lora_" not in k}
     if native_names:
         full = {k.removeprefix("mllm."): v for k, v in clones(model.state_dict()).items() if "lora_" not in k}
         full = {k.replace(".base_layer.", "."): v for k, v in full.items()}
@@ -278,7 +278,7 @@ def starting_from(initial=None, **paths):
 
 def write_sources(tmp_path):
     model, prompter, _ = small_model()
-    state = {k: v.clone() for k, v in export_tensors(model.state_dict(), ORIGINAL).items()}
+    state = {k: v.clone() for k, v in iterate_export(model.state_dict().items(), ORIGINAL)}
     torch.save(state, tmp_path / "full.pth")
     torch.save({k: v for k, v in state.items() if "lora_" in k}, tmp_path / "trimmed.pth")
     (tmp_path / "base").mkdir()

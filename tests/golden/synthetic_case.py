@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors, file_name, sources_of
+from dual_loop.checkpoint.key_rules import ORIGINAL, file_name, iterate_export, sources_of
 from dual_loop.config import ModelConfig
 from dual_loop.data.masks import pool_mask_to_grid
 from dual_loop.data.prepare import grounding_image, image_to_tiles, resize_targets
@@ -244,7 +244,7 @@ class Maker:
         self.outputs["caption_generated_ids"] = ids[:, -NUM_STEPS:]
 
     def write_checkpoints(self) -> None:
-        whole = export_tensors(self.model.state_dict(), ORIGINAL)
+        whole = dict(iterate_export(self.model.state_dict().items(), ORIGINAL))
         whole["grounding_encoder.sam2_model.maskmem_tpos_enc"] = torch.zeros(7, 1, 1, 4)
         trained = {"lora", "mlp1", "mask_decoder", "text_hidden_fcs", "embeddings"}
         part = {self.key(n) for n, _ in self.model.named_parameters() if group_of(n) in trained}

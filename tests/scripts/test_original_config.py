@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dual_loop.checkpoint.importer import match_keys
-from dual_loop.checkpoint.key_rules import ORIGINAL, export_tensors
+from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export
 from dual_loop.config import LossConfig, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError
 from dual_loop.model.build import build_model, build_tokenizer
@@ -74,7 +74,7 @@ def test_the_model_has_the_originals_names_and_shapes():
     config = config_from_original(with_vocabulary(original_config(), len(tokenizer)))
     with torch.device("meta"):
         model = build_model(config, tokenizer, device="meta")
-    shapes = {name: tuple(t.shape) for name, t in export_tensors(model.state_dict(), ORIGINAL).items()}
+    shapes = {name: tuple(t.shape) for name, t in iterate_export(model.state_dict().items(), ORIGINAL)}
     problems, _, num_filled = match_keys(model, shapes)
     assert problems == []
     assert num_filled == len(model.state_dict())
