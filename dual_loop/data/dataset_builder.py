@@ -6,7 +6,7 @@
     for batch in build_loader(dataset, sampler, num_workers=2): ...
 
 A bad sample is never silent: the next entry of the same source takes its place by a fixed rule, the batch carries a
-:class:`SkippedSample` with the reason, and a :class:`SkipLedger` counts, logs and, past a set fraction, stops.
+:class:`SkippedSample` with the reason, and ``dataset.SkipLedger`` counts, logs and, past a set fraction, stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset import DualLoopDataset, SkipLedger, TooManyBadSamples
+from dual_loop.data.dataset import DualLoopDataset
 from dual_loop.data.leakage import guard
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawStream, WindowedBatchSampler
@@ -36,8 +36,6 @@ from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch
-
-__all__ = ["DualLoopDataset", "SkipLedger", "TooManyBadSamples", "build_dataset", "build_loader", "open_source"]
 
 # Source name -> prefix of its settings in DataConfig.
 SETTING_PREFIX = {"sav": "sav", "sa1b": "sa1b", "openimages": "openimage", "refcoco": "refcoco", "masks": "masks"}

@@ -39,7 +39,7 @@ from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.index import Key, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import check_root, layout_error
-from dual_loop.data.masks import SIZE_TOLERANCE, decode_rle, decode_segmentation, fit_mask, safe_join
+from dual_loop.data.masks import SIZE_TOLERANCE, check_mask, decode_rle, decode_segmentation, fit_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
@@ -281,8 +281,7 @@ def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``ambiguous_mask``, ``empty_mask``.
     """
     values, labels = _mask_values(path)
-    if not (values > 0).any():
-        raise SampleError("empty_mask", explain("a mask is empty", str(path), "0 pixels", "1 or more"))
+    check_mask(values > 0, str(path))
     return [(path.stem, values > 0) if label is None else (f"{path.stem}#{label}", values == label) for label in labels]
 
 

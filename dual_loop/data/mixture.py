@@ -178,27 +178,23 @@ class WindowedBatchSampler:
         batch_size: images in one micro-batch of one rank.
         world_size, rank: number of processes, and which one this is.
         accumulation: micro-batches of one rank in an optimiser step.
-        start_step: optimiser steps completed before.
+
+    Attributes:
+        start_step: optimiser steps completed before iteration starts, 0 unless it is set.
 
     Raises:
         ValueError: a size below 1, or a rank outside the world.
     """
 
     def __init__(
-        self,
-        stream: DrawStream,
-        batch_size: int,
-        world_size: int = 1,
-        rank: int = 0,
-        accumulation: int = 1,
-        start_step: int = 0,
+        self, stream: DrawStream, batch_size: int, world_size: int = 1, rank: int = 0, accumulation: int = 1
     ) -> None:
-        if min(batch_size, world_size, accumulation) < 1 or not 0 <= rank < world_size or start_step < 0:
-            given = f"{batch_size=} {world_size=} {rank=} {accumulation=} {start_step=}"
+        if min(batch_size, world_size, accumulation) < 1 or not 0 <= rank < world_size:
+            given = f"{batch_size=} {world_size=} {rank=} {accumulation=}"
             raise ValueError(f"sizes must be 1 or more and the rank inside the world, seen {given}")
         self.stream = stream
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
-        self.accumulation, self.start_step = accumulation, start_step
+        self.accumulation, self.start_step = accumulation, 0
         self.slots_per_step = world_size * batch_size * accumulation
 
     @property

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dual_loop.data.images import Picture
-from dual_loop.data.masks import pool_mask_to_grid
+from dual_loop.data.masks import check_mask, pool_mask_to_grid
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import Batch, RegionSample
@@ -240,10 +240,8 @@ def _check_sample(sample: RegionSample, where: str) -> None:
         if count == 0 or at_image != expected or masks.dtype != np.bool_:
             seen = f"{masks.shape} {masks.dtype}"
             raise _invalid("masks do not fit", f"{where}, {name}", seen, f"{expected} bool, N >= 1")
-        empty = np.flatnonzero(~masks.reshape(count, -1).any(axis=1))
-        if len(empty):
-            place = f"{where}, {name}, region {empty[0]}"
-            raise SampleError("empty_mask", explain("a mask is empty", place, "0 pixels", "1 or more"))
+        for number, mask in enumerate(masks):
+            check_mask(mask, f"{where}, {name}, region {number}")
 
 
 def _invalid(what: str, where: str, seen: str, expected: str) -> SampleError:

@@ -9,10 +9,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from dual_loop.config import Config, TrainConfig
-from dual_loop.data.dataset_builder import (
-    DualLoopDataset,
-    build_dataset,
-)
+from dual_loop.data.dataset import DualLoopDataset
+from dual_loop.data.dataset_builder import build_dataset
 from dual_loop.data.prepare import Geometry
 from dual_loop.errors import SampleError
 from dual_loop.types import Batch, RegionSample

@@ -150,7 +150,8 @@ def same(first: Batch, second: Batch) -> bool:
 def test_workers_change_neither_order_nor_content_nor_global_randomness() -> None:
     def batches(num_workers: int, start_step: int, count: int) -> list[Batch]:
         dataset = make_dataset(FakeSource("one", 9, bad=(4,)), FakeSource("two", 5))
-        sampler = WindowedBatchSampler(dataset.stream, 2, 2, 1, 3, start_step)
+        sampler = WindowedBatchSampler(dataset.stream, 2, 2, 1, 3)
+        sampler.start_step = start_step
         return take(iter(build_loader(dataset, sampler, num_workers, seed=3)), count)
 
     torch.manual_seed(0)

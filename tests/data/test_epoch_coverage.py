@@ -128,7 +128,8 @@ def test_the_order_of_billions_of_entries_takes_no_memory() -> None:
     shares = [SourceShare("large", 3_000_000_000), SourceShare("small", 1000, 2.5), SourceShare("other", 735_000)]
     tracemalloc.start()
     stream = DrawStream(shares, 0)
-    sampler = WindowedBatchSampler(stream, 2, NUM_RANKS, 63, 4, start_step=sum(stream.quotas) // 512 - 2)
+    sampler = WindowedBatchSampler(stream, 2, NUM_RANKS, 63, 4)
+    sampler.start_step = sum(stream.quotas) // 512 - 2
     keys = list(itertools.islice(sampler, 20))  # over the end of the epoch
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
