@@ -72,15 +72,12 @@ class RunCheckpoint:
 
     Attributes:
         step: number of optimiser steps done.
-        world_size: number of ranks that saved.
         model_tensors: names to tensors, as given when saving.
         ema_tensors: the same of the averages, None where none were saved.
         rng_states: the random states of this rank, None where the run had another number of ranks.
     """
 
-    path: Path
     step: int
-    world_size: int
     model_tensors: dict[str, Tensor]
     ema_tensors: dict[str, Tensor] | None
     optimizer_state: Plain
@@ -189,9 +186,7 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) ->
         if not name.startswith("rng_") or (fits and name == rng_name(rank)):
             entry.verify(path / name)
     return RunCheckpoint(
-        path=path,
         step=manifest.step,
-        world_size=manifest.world_size,
         model_tensors=_load_tensors(path / MODEL_NAME),
         ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
         optimizer_state=_load_plain(path / OPTIMIZER_NAME),
