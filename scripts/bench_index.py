@@ -30,8 +30,8 @@ import numpy as np
 from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.leakage import HeldOutImage, leaked_by_id
 from dual_loop.data.open_images import CSV_NAME, OpenImages
-from dual_loop.data.reader import choose_capped
 from dual_loop.data.sav import SavPairs
+from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
 
 SMALL_TREE = 20_000

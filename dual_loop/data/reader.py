@@ -11,12 +11,10 @@ import numpy as np
 
 from dual_loop.data.images import Picture
 from dual_loop.data.layout import check_root
+from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
-
-CAP_SEED = 20_240_816
-"""Seed of the shuffle before a cap. Fixed, so that a capped data set is the same in every run."""
 
 
 class Reader:
@@ -32,7 +30,7 @@ class Reader:
         min_area, max_area: limits on the share of the image that a mask covers, 0..1.
 
     The readers of the package also take ``max_samples``: keep this many entries, drawn with a fixed seed
-    (:func:`choose_capped`); None keeps all.
+    (:func:`~dual_loop.data.shares.choose_capped`); None keeps all.
 
     Raises:
         ConfigError: the root is not a folder that can be listed.
@@ -154,23 +152,6 @@ class Reader:
             captions=((),) * len(ids) if captions is None else tuple(captions),
             image_reduction=picture.reduction,
         )
-
-
-def choose_capped(num_entries: int, max_samples: int | None, setting: str) -> np.ndarray:
-    """Return the kept entries, ascending, (n,) int64: all of them, or ``max_samples`` drawn with a fixed seed.
-
-    The first n in sorted order would be one video, one shard or one kind of object; a shuffle with :data:`CAP_SEED`
-    comes first. A smaller cap keeps a subset of what a larger one keeps.
-
-    Raises:
-        ConfigError: ``max_samples`` is below 1; the message names ``setting``.
-    """
-    if max_samples is None:
-        return np.arange(num_entries)
-    if max_samples < 1:
-        fix = "leave the directory out to skip a data set, or the cap to use all of it"
-        raise ConfigError(explain("a cap on samples is too small", setting, max_samples, "1 or more, or none", fix))
-    return np.sort(np.random.default_rng(CAP_SEED).permutation(num_entries)[:max_samples])
 
 
 def read_annotations(file: Path | io.BytesIO, where: str) -> object:

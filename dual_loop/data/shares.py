@@ -1,4 +1,4 @@
-"""How much of an epoch each source gets: repeats and weights become numbers of draws."""
+"""How much of a source is used, and how much of an epoch it gets: caps; repeats and weights as numbers of draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dual_loop.errors import ConfigError, explain
+
+CAP_SEED = 20_240_816
+"""Seed of the shuffle before a cap. Fixed, so that a capped data set is the same in every run."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,20 @@ def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
     if sum(quotas) == 0:
         raise ConfigError(explain("an epoch has no draw", ", ".join(names), fix="set some repeats above 0"))
     return quotas
+
+
+def choose_capped(num_entries: int, max_samples: int | None, setting: str) -> np.ndarray:
+    """Return the kept entries, ascending, (n,) int64: all of them, or ``max_samples`` drawn with a fixed seed.
+
+    The first n in sorted order would be one video, one shard or one kind of object; a shuffle with :data:`CAP_SEED`
+    comes first. A smaller cap keeps a subset of what a larger one keeps.
+
+    Raises:
+        ConfigError: ``max_samples`` is below 1; the message names ``setting``.
+    """
+    if max_samples is None:
+        return np.arange(num_entries)
+    if max_samples < 1:
+        fix = "leave the directory out to skip a data set, or the cap to use all of it"
+        raise ConfigError(explain("a cap on samples is too small", setting, max_samples, "1 or more, or none", fix))
+    return np.sort(np.random.default_rng(CAP_SEED).permutation(num_entries)[:max_samples])

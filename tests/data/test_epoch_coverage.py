@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dual_loop.data.mixture import DrawKey, DrawStream, WindowedBatchSampler
-from dual_loop.data.reader import choose_capped
-from dual_loop.data.shares import SourceShare
+from dual_loop.data.shares import SourceShare, choose_capped
 
 NUM_RANKS, NUM_WORKERS = 64, 8
 

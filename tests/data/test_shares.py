@@ -1,11 +1,12 @@
-"""Draws an epoch by repeats and weights."""
+"""Draws an epoch by repeats and weights; caps."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dual_loop.data.mixture import DrawStream
-from dual_loop.data.shares import SourceShare, compute_quotas
+from dual_loop.data.shares import SourceShare, choose_capped, compute_quotas
 from dual_loop.errors import ConfigError
 
 
@@ -42,3 +43,15 @@ def test_sources_without_weight_keep_their_draws() -> None:
 def test_impossible_shares_are_refused(shares: list[SourceShare], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DrawStream(shares, 0)
+
+
+def test_caps_are_nested_repeatable_and_not_the_first_ones() -> None:
+    small, large = choose_capped(1000, 50, "cap"), choose_capped(1000, 200, "cap")
+    assert set(small) < set(large)
+    assert np.array_equal(small, choose_capped(1000, 50, "cap"))
+    assert np.array_equal(small, np.sort(small))
+    assert small.max() > 900
+    assert small.min() < 100
+    assert choose_capped(5, None, "cap").tolist() == choose_capped(5, 99, "cap").tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="sav_max_samples"):
+        choose_capped(5, 0, "sav_max_samples")
