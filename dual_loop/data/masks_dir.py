@@ -92,7 +92,7 @@ class MasksDir(Reader):
         images: str | Path | None = None,
         index_dir: str | Path | None = None,
     ) -> None:
-        folder, self.kind, self.file = _find_layout(Path(root).expanduser())
+        folder, self.file = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
         # The number changes where the arrays do: since 2, places of lines stand among the records.
@@ -112,7 +112,7 @@ class MasksDir(Reader):
             regions = dict(_pair_png_files(files, self.root))
         else:
             watched = watch_files([self.file])
-            regions = _coco_regions(self.file) if self.kind == "coco" else _line_places(self.file)
+            regions = _coco_regions(self.file) if self.file.suffix == ".json" else _line_places(self.file)
         names = sorted(regions)
         return {
             **StringTable.from_strings(names).to_arrays("image"),
@@ -169,7 +169,7 @@ class MasksDir(Reader):
 
     def _region(self, number: int) -> Region:
         record = json.loads(self._regions[number])
-        if self.file is None or self.kind == "coco":
+        if self.file is None or self.file.suffix == ".json":
             return cast(Region, record)
         offset, length = record
         with self.file.open("rb") as stream:
@@ -191,23 +191,22 @@ class MasksDir(Reader):
 # --- finding out what is there ---------------------------------------------------------------------------------------
 
 
-def _find_layout(root: Path) -> tuple[Path, str, Path | None]:
-    """Return (folder, ``png`` | ``coco`` | ``lines``, the file that lists the masks or None).
+def _find_layout(root: Path) -> tuple[Path, Path | None]:
+    """Return the folder, and the ``.json`` or ``.jsonl`` file that lists the masks, None where they are PNG files.
 
     Raises:
         ConfigError: none of the layouts is there, or more than one could be meant.
     """
     if root.is_file():
-        kinds = {".jsonl": "lines", ".json": "coco"}
-        if root.suffix not in kinds:
+        if root.suffix not in (".json", ".jsonl"):
             raise layout_error("a file of masks has an unknown kind", root, root.suffix or "no suffix", LAYOUT)
-        return check_root(root.parent, "masks", LAYOUT), kinds[root.suffix], root.absolute()
+        return check_root(root.parent, "masks", LAYOUT), root.absolute()
     folder = check_root(root, "masks", LAYOUT)
     lists = sorted([*folder.glob("*.jsonl"), *(p for p in folder.glob("*.json") if p.name != CAPTIONS_NAME)])
     if (folder / "masks").is_dir() and not lists:
-        return folder, "png", None
+        return folder, None
     if len(lists) == 1 and not (folder / "masks").is_dir():
-        return folder, "lines" if lists[0].suffix == ".jsonl" else "coco", lists[0]
+        return folder, lists[0]
     seen = ", ".join(path.name for path in lists) or "no masks/, no .json, no .jsonl"
     if (folder / "masks").is_dir():
         seen = f"masks/ and {seen}"
