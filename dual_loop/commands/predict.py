@@ -33,13 +33,10 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     """
     from dual_loop.serve.predictor import Predictor
 
+    given = {"train.model_path": args.model_path, "loop.max_new_tokens": args.max_new_tokens}
+    overrides = {key: value for key, value in given.items() if value is not None}
     return Predictor.load(
-        args.checkpoint,
-        weights=args.weights,
-        device=args.device,
-        config=args.config,
-        overrides={"train.model_path": args.model_path} if args.model_path else {},
-        max_new_tokens=args.max_new_tokens,
+        args.checkpoint, weights=args.weights, device=args.device, config=args.config, overrides=overrides
     )
 
 

@@ -20,7 +20,7 @@ from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.devices import choose_attention_kernels, choose_device
+from dual_loop.training.devices import choose_attention_kernels
 from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 
 
@@ -84,7 +84,19 @@ def find_trained(
     config: str | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Trained:
-    """Find a model and its configuration; see :func:`load_trained`."""
+    """Find a model and its configuration, without reading any weights.
+
+    Args:
+        checkpoint: a run folder, one checkpoint folder inside it, or weights (a file or folder that
+            ``--pretrained_pth`` takes); None is the tiny checkpoint in the package.
+        weights: ``ema`` (the weight average) or ``live``, for runs.
+        config: configuration of weights that are no run; None is the tiny one.
+        overrides: dotted settings that win over the run's or the file's.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+        ConfigError: a setting is wrong.
+    """
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.exists():
         fix = "check the path; a run folder is what --output_dir named"
@@ -106,32 +118,6 @@ def find_trained(
     return Trained(
         own, sources, None, weights, {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
     )
-
-
-def load_trained(
-    checkpoint: str | Path | None = None,
-    *,
-    weights: str = "ema",
-    config: str | None = None,
-    overrides: Mapping[str, object] | None = None,
-    device: str = "auto",
-) -> LoadedModel:
-    """Load a model for use.
-
-    Args:
-        checkpoint: a run folder, one checkpoint folder inside it, or weights (a file or folder that
-            ``--pretrained_pth`` takes); None is the tiny checkpoint in the package.
-        weights: ``ema`` (the weight average) or ``live``, for runs.
-        config: configuration of weights that are no run; None is the tiny one.
-        overrides: dotted settings that win over the run's or the file's.
-
-    Raises:
-        CheckpointError: nothing usable is there.
-        ConfigError: a setting is wrong.
-        EnvironmentProblem: there is no such device.
-    """
-    place = choose_device(device)
-    return find_trained(checkpoint, weights=weights, config=config, overrides=overrides).load(place)
 
 
 def find_run(path: Path) -> tuple[Path, Path]:

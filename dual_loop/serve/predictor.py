@@ -8,10 +8,9 @@ predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, 
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,17 +18,19 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
-from dual_loop.evaluation.measure import resize_logits
+from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, RegionMeter, resize_logits
+from dual_loop.evaluation.protocols import Protocol
 from dual_loop.iteration import in_chunks
-from dual_loop.loop.captioner import Captioner, measuring_settings
-from dual_loop.loop.scorer import Scorer, join_masks
-from dual_loop.metrics import iou_table
+from dual_loop.loop.captioner import measuring_settings
+from dual_loop.loop.scorer import Scorer
 from dual_loop.model.build import geometry
 from dual_loop.model.sa2va import evaluating
-from dual_loop.serve.loading import LoadedModel, load_trained
-from dual_loop.types import Batch, RegionSample, Seen
+from dual_loop.serve.loading import LoadedModel, find_trained
+from dual_loop.training.devices import choose_device
+from dual_loop.types import RegionSample
 
 ImageLike: TypeAlias = "np.ndarray | Image.Image"
 
@@ -72,18 +73,14 @@ class Predictor:
     """A loaded model with the three questions that the package is about.
 
     Args:
-        loaded: model, prompter and configuration (:func:`dual_loop.serve.loading.load_trained`).
-        max_new_tokens: longest caption; None takes the configuration's.
+        loaded: model, prompter and configuration.
     """
 
-    images_at_once = 8
+    images_at_once = CHUNK
 
-    def __init__(self, loaded: LoadedModel, max_new_tokens: int | None = None) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
-        self.settings = measuring_settings(self.config.loop)
-        if max_new_tokens is not None:
-            self.settings = dataclasses.replace(self.settings, max_new_tokens=max_new_tokens)
         self.geometry = geometry(self.config)
 
     @classmethod
@@ -95,11 +92,14 @@ class Predictor:
         device: str = "auto",
         config: str | None = None,
         overrides: Mapping[str, object] | None = None,
-        max_new_tokens: int | None = None,
     ) -> Predictor:
-        """Load a run, a checkpoint or weights; see :func:`dual_loop.serve.loading.load_trained` for all of it."""
-        loaded = load_trained(checkpoint, weights=weights, config=config, overrides=overrides, device=device)
-        return cls(loaded, max_new_tokens)
+        """Load a run, a checkpoint or weights; the other arguments are those of :func:`find_trained`.
+
+        Raises:
+            DualLoopError: as there, or there is no such device.
+        """
+        place = choose_device(device)
+        return cls(find_trained(checkpoint, weights=weights, config=config, overrides=overrides).load(place))
 
     # ---- one image ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Predictor:
 
         Args:
             image: (H, W, 3) uint8 RGB, or a PIL image.
-                generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
+            generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
 
         Raises:
             PromptError: a text holds a special token.
@@ -164,14 +164,10 @@ class Predictor:
 
     # ---- many images -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def caption_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[list[str]]:
         """:meth:`caption` for many images, eight at a time."""
-        found: list[list[str]] = []
-        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
-            captions, _ = self._write(*self._encode(chunk))
-            found += [captions[part] for part in _parts(sample.num_regions for sample in chunk)]
-        return found
+        # The words themselves, also where step 2 could not read them.
+        return [[region.caption for region in regions] for regions in self._measure(items, "captioning")]
 
     @torch.no_grad()
     def segment_many(
@@ -179,54 +175,39 @@ class Predictor:
     ) -> list[list[SegmentedText]]:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
-        scorer = Scorer(self.model, self.prompter, self.settings)
+        scorer = Scorer(self.model, self.prompter, measuring_settings(self.config.loop))
         for chunk in in_chunks([(to_array(image), texts) for image, texts in items], self.images_at_once):
-            flat = [text for _, texts in chunk for text in texts]
-            if not flat:
-                found += [[] for _ in chunk]
-                continue
+            asked = list(enumerate(text for _, texts in chunk for text in texts))
             # A text needs no region; a whole image stands in for one, so that one path serves all.
             samples = [region_sample(p, np.ones((len(texts), *p.shape[:2]), bool)) for p, texts in chunk if texts]
-            batch, seen = self._encode(samples)
-            with self.loaded.autocast():
-                logits = scorer.segment(batch, seen, list(enumerate(flat)), generated=generated)
-            parts = _parts(len(texts) for _, texts in chunk)
-            for (pixels, texts), part in zip(chunk, parts, strict=True):
-                found.append([self._united(t, m, pixels.shape) for t, m in zip(texts, logits[part], strict=True)])
+            logits: Iterator[torch.Tensor] = iter(())
+            if samples:
+                batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
+                with evaluating(self.model), self.loaded.autocast():
+                    logits = iter(scorer.segment(batch, self.model.see(batch), asked, generated=generated))
+            found += [[self._united(text, next(logits), pixels.shape) for text in texts] for pixels, texts in chunk]
         return found
 
-    @torch.no_grad()
     def loop_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[LoopResult]:
         """:meth:`loop` for many images, eight at a time."""
         results: list[LoopResult] = []
-        scorer = Scorer(self.model, self.prompter, self.settings)
-        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
-            batch, seen = self._encode(chunk)
-            captions, rejected = self._write(batch, seen)
-            pairs = zip(captions, rejected, strict=True)
-            readable = [(n, text if reason is None else None) for n, (text, reason) in enumerate(pairs)]
-            with self.loaded.autocast():
-                logits = join_masks(scorer.segment(batch, seen, readable), self.model.mask_size)
-            for sample, part in zip(chunk, _parts(sample.num_regions for sample in chunk), strict=True):
-                masks = self._at_size(logits[part], sample.image.shape) > 0
-                table = iou_table(torch.from_numpy(masks), torch.from_numpy(sample.masks)).double().numpy()
-                results.append(LoopResult(captions[part], rejected[part], masks, table.diagonal().copy(), table))
+        for regions in self._measure(items, "loop"):
+            loops = [region.cycle for region in regions if region.cycle is not None]
+            masks = np.stack([decode_rle(loop.mask, "a mask that came back") for loop in loops])
+            captions, rejected = [region.caption for region in regions], [region.rejected for region in regions]
+            matrix = np.array([loop.ious for loop in loops])
+            results.append(LoopResult(captions, rejected, masks, matrix.diagonal().copy(), matrix))
         return results
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _encode(self, samples: Sequence[RegionSample]) -> tuple[Batch, Seen]:
-        batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
-        with evaluating(self.model), self.loaded.autocast(), torch.no_grad():
-            return batch, self.model.see(batch)
-
-    def _write(self, batch: Batch, seen: Seen) -> tuple[list[str], list[str | None]]:
-        captioner = Captioner(self.model, self.prompter, self.settings, is_silent=True)
-        with self.loaded.autocast():
-            [captions] = captioner.write([seen], [batch], use_references=False)
-        # The words themselves, also where step 2 could not read them.
-        texts = [caption.greedy.text for caption in captions if caption.greedy is not None]
-        return texts, [caption.rejected for caption in captions]
+    def _measure(self, items: Sequence[tuple[ImageLike, np.ndarray]], task: str) -> Iterator[list[MeasuredRegion]]:
+        """Yield the measured regions of every image."""
+        protocol = Protocol(question=self.config.loop.segment_question)
+        meter = RegionMeter(self.model, self.prompter, self.config, protocol, (task,), self.loaded.autocast())
+        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
+            regions = iter(meter.measure(chunk, "given"))
+            yield from (list(islice(regions, sample.num_regions)) for sample in chunk)
 
     def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
         size = (int(shape[0]), int(shape[1]))
@@ -293,9 +274,3 @@ def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
         raise SampleError("empty_mask", explain("a mask is empty", f"mask {empty[0]}", "0 pixels", "1 or more"))
     names = tuple(str(number) for number in range(len(stack)))
     return RegionSample("given", "image", pixels, np.ascontiguousarray(stack), names, ((),) * len(stack))
-
-
-def _parts(counts: Iterable[int]) -> list[slice]:
-    """Return the slices that cut a list of all items into runs of ``counts``."""
-    ends = [0, *itertools.accumulate(counts)]
-    return [slice(first, last) for first, last in itertools.pairwise(ends)]

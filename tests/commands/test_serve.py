@@ -29,8 +29,8 @@ def test_the_server_gets_model_address_and_origin(
     assert capsys.readouterr().out == f"http://0.0.0.0:81  ({origin}); stop with Ctrl-C\n"
     [(path, options)] = asked
     assert path == "run"
-    expected = {"weights": "live", "device": "auto", "config": None, "max_new_tokens": 7}
-    assert options == {**expected, "overrides": {"train.model_path": str(tmp_path)}}
+    overrides = {"train.model_path": str(tmp_path), "loop.max_new_tokens": 7}
+    assert options == {"weights": "live", "device": "auto", "config": None, "overrides": overrides}
 
 
 def test_a_port_in_use_stops_before_the_model_is_loaded(

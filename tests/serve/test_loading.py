@@ -10,32 +10,35 @@ import torch
 from dual_loop.checkpoint.manifest import hash_file
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.model.build import TINY_WEIGHTS
-from dual_loop.serve.loading import find_run, load_trained
+from dual_loop.serve.loading import find_run, find_trained
+from dual_loop.serve.predictor import Predictor
+
+CPU = torch.device("cpu")
 
 
 def test_nothing_given_is_the_tiny_checkpoint() -> None:
-    loaded = load_trained(device="cpu")
+    loaded = find_trained().load(CPU)
     assert loaded.origin == {"path": "the tiny checkpoint in the package", "sha256": hash_file(TINY_WEIGHTS)}
     assert loaded.config.model.initial_weights == "tiny"
     assert not loaded.model.training
 
 
 def test_weights_by_their_path_with_settings_over_the_configs() -> None:
-    loaded = load_trained(TINY_WEIGHTS, overrides={"loop.max_new_tokens": 3}, device="cpu")
+    loaded = find_trained(TINY_WEIGHTS, overrides={"loop.max_new_tokens": 3}).load(CPU)
     assert loaded.origin["path"] == str(TINY_WEIGHTS)
     assert loaded.config.loop.max_new_tokens == 3
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such run or weights"):
-        load_trained(tmp_path / "nowhere")
+        find_trained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="not a run folder"):
         find_run(tmp_path)
     with pytest.raises(CheckpointError, match="no weights are given"):
-        load_trained(config="tiny_cpu", overrides={"model.initial_weights": None}, device="cpu")
+        find_trained(config="tiny_cpu", overrides={"model.initial_weights": None})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this checks a machine without CUDA")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read() -> None:
     with pytest.raises(EnvironmentProblem, match="no GPU is visible"):
-        load_trained("nowhere", device="cuda")
+        Predictor.load("nowhere", device="cuda")

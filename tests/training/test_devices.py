@@ -21,7 +21,7 @@ from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, EnvironmentProblem
 from dual_loop.preflight.findings import PROBLEM
 from dual_loop.preflight.machine import check_kernels
-from dual_loop.serve.loading import load_trained
+from dual_loop.serve.loading import find_trained
 from dual_loop.training.devices import (
     as_computed,
     build_accelerator,
@@ -163,7 +163,7 @@ def test_training_and_serving_choose_before_they_compute() -> None:
     build_accelerator(kernel_config("math"))
     assert enabled() == (False, False, False, True)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    load_trained(device="cpu")
+    find_trained().load(torch.device("cpu"))
     assert enabled() == (True, True, False, True)
 
 
