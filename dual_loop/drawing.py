@@ -1,9 +1,7 @@
-"""Masks drawn on images, panels of a region, and images as text: for runs, pages and reports."""
+"""Masks drawn on images, and panels of a region: for runs, pages and reports."""
 
 from __future__ import annotations
 
-import base64
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,13 +104,6 @@ def dejavu_font(size: int, layout: ImageFont.Layout | None = None) -> ImageFont.
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=layout)
-
-
-def data_uri(picture: Image.Image, quality: int = 80) -> str:
-    """Return a picture as a ``data:`` address with a JPEG inside, for pages that stand alone."""
-    stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from dual_loop.data.masks import decode_rle
-from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, data_uri, overlay
+from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.evaluation.figures import DataFigures, as_text, each_figure
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.evaluation.runner import SkippedEntry
@@ -81,4 +81,4 @@ def _figure(region: MeasuredRegion, sample: RegionSample) -> Figure:
     lines = [f"“{region.caption}”" + (f" (rejected: {region.rejected})" if region.rejected else "")]
     lines += [f"reference: {text}" for text in region.references[:1]]
     lines += [f"IoU {region.cycle_iou:.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}"), region.name]
-    return Figure([data_uri(picture) for picture in pictures], lines, alt=f"{region.name}: {region.caption}")
+    return Figure(pictures, lines, alt=f"{region.name}: {region.caption}")

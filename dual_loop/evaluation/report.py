@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from dual_loop.drawing import data_uri
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.evaluation.figures import as_text, each_figure
 from dual_loop.html import Figure, Page, line_chart
@@ -174,17 +173,12 @@ def _panels(page: Page, folder: Path) -> None:
             "Held-out regions, before and after", "given mask, caption, mask that came back; before, then after"
         )
         for first, second in pairs:
-            page.gallery([Figure([_uri(first)], ["before"]), Figure([_uri(second)], ["after"])])
+            page.gallery([Figure([Image.open(first)], ["before"]), Figure([Image.open(second)], ["after"])])
     steps = sorted({path.name.split("_")[1] for path in folder.glob("step_*.png")})
     for step in dict.fromkeys((*steps[:1], *steps[-1:])):
         page.heading(f"Training samples at step {int(step)}")
         paths = sorted(folder.glob(f"step_{step}_*.png"))[:MAX_PANELS]
-        page.gallery([Figure([_uri(path)], [path.name]) for path in paths], is_wide=True)
-
-
-def _uri(path: Path) -> str:
-    with Image.open(path) as picture:
-        return data_uri(picture)
+        page.gallery([Figure([Image.open(path)], [path.name]) for path in paths], is_wide=True)
 
 
 def _evaluation(page: Page, evaluation: Document) -> None:

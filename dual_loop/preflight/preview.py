@@ -10,7 +10,7 @@ from PIL import Image
 
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.data.reader import Reader
-from dual_loop.drawing import GIVEN_COLOUR, data_uri, overlay
+from dual_loop.drawing import GIVEN_COLOUR, overlay
 from dual_loop.errors import SampleError
 from dual_loop.html import Figure, Page
 from dual_loop.iteration import evenly_spread
@@ -62,7 +62,7 @@ def _region(sample: RegionSample, prepared: Batch, place: int, geometry: Geometr
     ]
     if sample.target_image is not None:
         lines.append("frame pair: captioned on the first, segmented on the second")
-    return Figure([data_uri(picture) for picture in pictures], lines)
+    return Figure(pictures, lines)
 
 
 def _resized(mask: np.ndarray, image: np.ndarray) -> np.ndarray:

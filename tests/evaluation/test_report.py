@@ -35,8 +35,9 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "Not there: versions.json" in page
     assert "train.name" in page
     assert "&lt;b&gt;" in page
-    assert page.count("<polyline") == 2  # loss and seconds
-    assert max(len(line.split()) for line in page.split('points="')[1:]) < 1000, "curves are thinned"
+    assert page.count("<svg ") == 2  # loss and seconds
+    assert ">loss 0.001001<" in page
+    assert max(path.count("\nL ") for path in page.split(' d="')[1:]) < 500, "curves are thinned"
 
 
 def test_two_runs_show_what_differs(tmp_path: Path) -> None:
