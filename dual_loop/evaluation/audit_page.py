@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
-from dual_loop.evaluation.figures import DataFigures, as_text, each_figure
+from dual_loop.evaluation.figures import DataFigures, figure_rows
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.evaluation.runner import SkippedEntry
 from dual_loop.html import Figure, Page
@@ -40,8 +40,7 @@ def audit_page(
     tiles = {"regions": f"{len(regions):,}", "mean cycle IoU": mean, "cycle IoU of 0.7 or more": good}
     page.tiles({**tiles, "kept as pseudo-labels": f"{kept:,}"})
     page.heading("Figures", "in per cent, with 95 % intervals over images")
-    loops = {data: each_figure({"loop": tasks["loop"]}) for data, tasks in figures.items()}
-    rows = [(data, name, *as_text(figure, 100, 1)) for data, found in loops.items() for name, figure in found]
+    rows = [(data, *row) for data, tasks in figures.items() for row in figure_rows({"loop": tasks["loop"]})]
     page.table(("data", "figure", "value", "interval"), rows)
     counts = [0] * BINS
     for iou in ious:

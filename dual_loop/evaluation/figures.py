@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -152,29 +152,28 @@ def _plain(value: float) -> Figure:
     return {"value": value, "ci95_low": None, "ci95_high": None}
 
 
-def each_figure(tasks: Mapping[str, object]) -> Iterator[tuple[str, Figure]]:
-    """Yield the name and value of every figure in the :data:`DataFigures` of one data set, counts left out."""
+def figure_rows(tasks: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and interval of every figure in the :data:`DataFigures` of one data set, counts left out.
+
+    In per cent, but for CIDEr-D and words (as they are); ``-`` where there is no interval.
+    """
     for figures in tasks.values():
         for name, figure in figures.items() if isinstance(figures, Mapping) else ():
             if isinstance(figure, Mapping) and "value" in figure:
-                yield name, cast(Figure, figure)
-
-
-def as_text(figure: Figure, scale: float, digits: int) -> tuple[str, str]:
-    """Return a figure times ``scale``, and its interval; ``-`` where it has none."""
-    low, high = figure["ci95_low"], figure["ci95_high"]
-    interval = "-" if low is None or high is None else f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
-    return f"{scale * figure['value']:.{digits}f}", interval
+                scale, digits = (1, 2) if name in ("CIDEr-D", "words") else (100, 1)
+                value, low, high = (
+                    "-" if number is None else f"{scale * number:.{digits}f}"
+                    for number in (figure["value"], figure["ci95_low"], figure["ci95_high"])
+                )
+                yield name, value, "-" if low == "-" else f"{low} to {high}"
 
 
 def markdown_table(results: Mapping[str, DataFigures]) -> str:
-    """Return the figures of all data sets as Markdown, in per cent but for CIDEr-D and words (as they are)."""
+    """Return the figures of all data sets as Markdown, as :func:`figure_rows` gives them."""
     lines = []
     for data, tasks in results.items():
         lines += [f"**{data}**: {tasks['regions']} regions, {tasks['images']} images", ""]
         lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
-        for name, figure in each_figure(tasks):
-            value, interval = as_text(figure, *((1, 2) if name in ("CIDEr-D", "words") else (100, 1)))
-            lines.append(f"| {name} | {value} | {interval} |")
+        lines += [f"| {' | '.join(row)} |" for row in figure_rows(tasks)]
         lines.append("")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from dual_loop.errors import CheckpointError, explain
-from dual_loop.evaluation.figures import as_text, each_figure
+from dual_loop.evaluation.figures import figure_rows
 from dual_loop.html import Figure, Page, line_chart
 
 CHARTS: Mapping[str, tuple[str, ...]] = {
@@ -184,8 +184,7 @@ def _panels(page: Page, folder: Path) -> None:
 def _evaluation(page: Page, evaluation: Document) -> None:
     for data, tasks in evaluation.get("figures", {}).items():
         page.heading(f"Evaluation of {data}", f"{tasks['regions']} regions, {tasks['images']} images")
-        rows = [(name, *as_text(figure, 1, 3)) for name, figure in each_figure(tasks)]
-        page.table(("figure (fractions of 1)", "value", "95 % interval"), rows)
+        page.table(("figure", "value", "95 % interval"), list(figure_rows(tasks)))
     if "protocol" in evaluation:
         page.text("Protocol: " + ", ".join(f"{key} {value}" for key, value in evaluation["protocol"].items()))
 
