@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,22 +36,17 @@ def _audit(args: argparse.Namespace) -> int:
     measured = common.measure(args, "audit", PRESETS["dual_loop"], TASKS)
     if measured is not None:
         _finish(args, measured)
-        measured.finish()
     return 0
 
 
 def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
     """Choose, write and show; on rank 0."""
     from dual_loop.evaluation.audit_page import audit_page
-    from dual_loop.evaluation.figures import figures_of
     from dual_loop.evaluation.pseudo_labels import LABELS, choose_labels, write_labels
     from dual_loop.model.prompts import prompt_texts
-    from dual_loop.training.run_folder import versions, write_json
 
-    folder, config, skipped = measured.folder, measured.config, measured.skipped
+    figures, skipped, path = measured.figures(TASKS), measured.skipped, measured.folder / "audit.html"
     regions = [region for own in measured.regions.values() for region in own]
-    if not regions:
-        raise common.nothing_was("audited", folder, skipped)
     gates = CaptionGates(GATES, prompt_texts())
     kept, left_out = {}, Counter[str]()
     for name, own in measured.regions.items():
@@ -65,8 +59,7 @@ def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
         )
         left_out += reasons
     count = sum(len(own) for own in kept.values())
-    figures = {name: figures_of(own, TASKS) for name, own in measured.regions.items() if own}
-    by_name, seed = {one.name: one for one in measured.data}, config.train.seed
+    by_name, seed = {one.name: one for one in measured.data}, measured.config.train.seed
     page = audit_page(
         regions,
         lambda region: by_name[region.data].load(region.entry, seed),
@@ -77,19 +70,16 @@ def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
         skipped=skipped,
         examples=args.examples,
     )
-    (folder / "audit.html").write_text(page, encoding="utf-8")
-    limits = {"min_iou": args.min_iou, "min_uniqueness": args.min_uniqueness}
-    summary = {**measured.header, "versions": versions(), "thresholds": limits, "figures": figures}
-    by_reason = dict(sorted(left_out.items()))
-    write_json(folder / "audit.json", {**summary, "left_out": by_reason, "skipped": skipped})
+    path.write_text(page, encoding="utf-8")
     if args.labels is not None:
         write_labels(args.labels, measured.data, kept, seed, args.copy_images)
         print(f"{count:,} pseudo-labels in {args.labels / LABELS}; train on them with --masks_dir {args.labels}")
+    limits = {"min_iou": args.min_iou, "min_uniqueness": args.min_uniqueness}
+    by_reason = dict(sorted(left_out.items()))
+    measured.finish("audit.json", {"thresholds": limits, "figures": figures, "left_out": by_reason})
     print(f"{len(regions):,} regions, {count:,} captions pass; {len(skipped)} entries skipped")
     print("left out: " + (", ".join(f"{reason} {number}" for reason, number in by_reason.items()) or "none"))
-    for entry in skipped:
-        print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
-    print(f"page: {folder / 'audit.html'}")
+    print(f"page: {path}")
 
 
 main = common.Command(

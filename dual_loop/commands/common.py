@@ -18,6 +18,7 @@ from dual_loop.errors import ConfigError, DualLoopError, explain
 
 if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
+    from dual_loop.evaluation.figures import DataFigures
     from dual_loop.evaluation.measure import MeasuredRegion
     from dual_loop.evaluation.protocols import Protocol
     from dual_loop.evaluation.runner import MeasuredData, SkippedEntry
@@ -129,10 +130,29 @@ class Measured:
     regions: dict[str, list[MeasuredRegion]]
     skipped: list[SkippedEntry]
 
-    def finish(self) -> None:
-        """Remove the parts; call it when everything is written, since a second start needs them until then."""
-        from dual_loop.evaluation.runner import PARTS
+    def figures(self, tasks: Sequence[str]) -> dict[str, DataFigures]:
+        """Return the figures of every data set that has regions.
 
+        Raises:
+            ConfigError: none has.
+        """
+        from dual_loop.evaluation.figures import figures_of
+
+        figures = {name: figures_of(own, tasks) for name, own in self.regions.items() if own}
+        if not figures:
+            seen = self.skipped[0]["message"] if self.skipped else "the data sets are empty"
+            what, fix = "no region was measured", "check --data and its folders"
+            raise ConfigError(explain(what, str(self.folder), seen, fix=fix))
+        return figures
+
+    def finish(self, name: str, result: Mapping[str, object]) -> None:
+        """Write the result, say what was skipped, and remove the parts, which a second start needed until now."""
+        from dual_loop.evaluation.runner import PARTS
+        from dual_loop.training.run_folder import versions, write_json
+
+        write_json(self.folder / name, {**self.header, "versions": versions(), **result, "skipped": self.skipped})
+        for entry in self.skipped:
+            print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
 
@@ -186,12 +206,6 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     regions, skipped = runner.join(folder, data)
     header = {**header, "world_size": world_size}
     return Measured(folder, header, describe_origin(loaded.origin), data, config, regions, skipped)
-
-
-def nothing_was(done: str, folder: Path, skipped: Sequence[SkippedEntry]) -> ConfigError:
-    """Return the error of a result without any region."""
-    seen = skipped[0]["message"] if skipped else "the data sets are empty"
-    return ConfigError(explain(f"no region was {done}", str(folder), seen, fix="check --data and its folders"))
 
 
 def open_measured(

@@ -47,22 +47,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         if found is None:
             return 0
         measured = found
-    from dual_loop.evaluation.figures import figures_of, markdown_table
-    from dual_loop.training.run_folder import versions, write_json
+    from dual_loop.evaluation.figures import markdown_table
 
-    folder, skipped = measured.folder, measured.skipped
-    figures = {name: figures_of(own, tasks) for name, own in measured.regions.items() if own}
-    if not figures:
-        raise common.nothing_was("measured", folder, skipped)
-    result = {**measured.header, "versions": versions(), "skipped": skipped, "figures": figures}
-    write_json(folder / "evaluation.json", result)
+    figures = measured.figures(tasks)
+    measured.finish("evaluation.json", {"figures": figures})
     print(markdown_table(figures))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.to_dict().items()))
     print(f"weights: {measured.weights}")
-    for entry in skipped:
-        print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
-    print(f"{len(skipped)} entries skipped; written to {folder}")
-    measured.finish()
+    print(f"{len(measured.skipped)} entries skipped; written to {measured.folder}")
     return 0
 
 
