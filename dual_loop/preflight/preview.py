@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 
+from dual_loop.data.masks import resize_mask
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.data.reader import Reader
 from dual_loop.drawing import GIVEN_COLOUR, overlay
@@ -49,8 +48,8 @@ def _region(sample: RegionSample, prepared: Batch, place: int, geometry: Geometr
     target = prepared.target_masks[place].numpy()
     pictures = [
         overlay(sample.image, sample.masks[place], GIVEN_COLOUR, SIDE),
-        overlay(tile, _resized(grid, tile), GIVEN_COLOUR, SIDE),
-        overlay(grounding, _resized(target, grounding), GIVEN_COLOUR, SIDE),
+        overlay(tile, resize_mask(grid, tile.shape[:2]), GIVEN_COLOUR, SIDE),
+        overlay(grounding, resize_mask(target, grounding.shape[:2]) > 0, GIVEN_COLOUR, SIDE),
     ]
     rescued = ", rescued" if bool(prepared.grid_rescued[place]) else ""
     height, width = sample.image.shape[:2]
@@ -63,9 +62,3 @@ def _region(sample: RegionSample, prepared: Batch, place: int, geometry: Geometr
     if sample.target_image is not None:
         lines.append("frame pair: captioned on the first, segmented on the second")
     return Figure(pictures, lines)
-
-
-def _resized(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Return a mask at the size of an image, without new edges."""
-    size = (image.shape[1], image.shape[0])
-    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
