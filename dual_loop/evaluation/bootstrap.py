@@ -33,17 +33,13 @@ def paired_bootstrap(
         ``{"mean", "ci95_low", "ci95_high"}``. With a single item or group the interval has no width.
 
     Raises:
-        ValueError: lengths differ, nothing is given, or a score is not finite.
+        ValueError: lengths differ, or as :func:`bootstrap_ratio`.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    labels: Sequence[Hashable] = range(len(first)) if groups is None else groups
-    if first.ndim != 1 or first.shape != second.shape or len(labels) != len(first) or not len(first):
-        seen = f"shapes {first.shape} and {second.shape}, {len(labels)} groups"
-        raise ValueError(explain("scores cannot be paired", "paired_bootstrap", seen, "N scores each, N >= 1"))
-    differences = second - first
-    if not np.isfinite(differences).all() or num_resamples < 1:
-        seen = f"{int((~np.isfinite(differences)).sum())} not finite, num_resamples {num_resamples}"
-        raise ValueError(explain("the bootstrap needs finite scores and at least one resample", seen=seen))
+    if first.shape != second.shape:
+        seen = f"shapes {first.shape} and {second.shape}"
+        raise ValueError(explain("scores cannot be paired", "paired_bootstrap", seen, "N scores each"))
+    differences, labels = second - first, range(len(first)) if groups is None else groups
     low, high = bootstrap_ratio(differences, np.ones_like(differences), labels, num_resamples, seed)
     return {"mean": float(differences.mean()), "ci95_low": low, "ci95_high": high}
 
@@ -67,12 +63,14 @@ def bootstrap_ratio(
         seed: fixes the result.
 
     Raises:
-        ValueError: nothing is given, or lengths differ.
+        ValueError: nothing is given, lengths differ, a number is not finite, or no resample is asked for.
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    if top.ndim != 1 or top.shape != bottom.shape or len(groups) != len(top) or not len(top):
-        seen = f"shapes {top.shape} and {bottom.shape}, {len(groups)} groups"
-        raise ValueError(explain("a ratio cannot be resampled", "bootstrap_ratio", seen, "N values each, N >= 1"))
+    is_fit = top.shape == bottom.shape == (len(groups),) and len(groups) > 0
+    if not is_fit or not np.isfinite([top, bottom]).all() or num_resamples < 1:
+        seen = f"shapes {top.shape} and {bottom.shape}, {len(groups)} groups, {num_resamples} resamples"
+        expected = "N finite values each, N >= 1, and 1 resample or more"
+        raise ValueError(explain("a ratio cannot be resampled", "bootstrap_ratio", seen, expected))
     numbers: dict[Hashable, int] = {}
     group_of_item = np.array([numbers.setdefault(label, len(numbers)) for label in groups])
     tops = np.bincount(group_of_item, weights=top, minlength=len(numbers))

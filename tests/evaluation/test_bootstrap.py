@@ -72,7 +72,7 @@ def test_the_memory_bound_does_not_change_the_numbers(monkeypatch: pytest.Monkey
     ],
 )
 def test_bad_scores_are_refused(before: list, after: list, options: dict):
-    with pytest.raises(ValueError, match=r"cannot be paired|finite scores"):
+    with pytest.raises(ValueError, match=r"cannot be paired|cannot be resampled.*finite"):
         paired_bootstrap(before, after, **options)
 
 
