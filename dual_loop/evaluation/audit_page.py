@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.evaluation.figures import DataFigures, figure_rows
@@ -42,9 +44,7 @@ def audit_page(
     page.heading("Figures", "in per cent, with 95 % intervals over images")
     rows = [(data, *row) for data, tasks in figures.items() for row in figure_rows({"loop": tasks["loop"]})]
     page.table(("data", "figure", "value", "interval"), rows)
-    counts = [0] * BINS
-    for iou in ious:
-        counts[min(int(iou * BINS), BINS - 1)] += 1
+    counts = np.bincount([min(int(iou * BINS), BINS - 1) for iou in ious], minlength=BINS).tolist()
     page.heading("Cycle IoU", "how many regions came back how well")
     bars = ["█" * round(30 * count / max(counts)) for count in counts]
     steps = [f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}" for k in range(BINS)]

@@ -187,7 +187,7 @@ def _write_sa1b(root: Path, count: int, scene: Callable[[str, int], Scene]) -> N
         ]
         image = {"image_id": index + 1, "width": width, "height": height, "file_name": f"{stem}.jpg"}
         _write_jpeg(drawn.image, root / f"{stem}.jpg")
-        _write_json({"image": image, "annotations": annotations}, root / f"{stem}.json")
+        (root / f"{stem}.json").write_text(json.dumps({"image": image, "annotations": annotations}), encoding="utf-8")
 
 
 def _write_open_images(
@@ -266,7 +266,7 @@ def _write_refcoco(
         "annotations": annotations,
         "categories": [{"id": n, "name": shape, "supercategory": "symbol"} for shape, n in categories.items()],
     }
-    _write_json(instances, root / "instances.json")
+    (root / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
     # Protocol 2 with plain dicts, lists, strings and integers, as in the original: it holds no global to refuse.
     (root / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
@@ -295,10 +295,6 @@ def _inner_point(mask: np.ndarray) -> list[float]:
 
 def _write_jpeg(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, format="JPEG", quality=JPEG_QUALITY)
-
-
-def _write_json(value: Mapping[str, object], path: Path) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> None:
