@@ -7,7 +7,7 @@ a download::
     OUT/sa1b/sa_1.jpg, sa_1.json                     compressed COCO run-length codes
     OUT/openimages/train-annotations-object-segmentation.csv, oidv7-class-descriptions.csv, images/train, masks/train
     OUT/ref_seg/refcoco/instances.json, refs(unc).p, coco2014/train2014
-    OUT/demo.json                                    seed, options and counts; written last
+    OUT/demo.json                                    seed, counts and what scenes are made of; written last
 
 Masks are stored as drawn, never derived from a JPEG. The same arguments give the same bytes. Scene seeds come from
 named pools (:func:`~dual_loop.testing.scenes.pool_seed`), so no two sources or splits share a scene.
@@ -20,7 +20,6 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,9 @@ from dual_loop.data.coco_masks import encode_rle
 from dual_loop.errors import ConfigError, explain
 from dual_loop.testing.scenes import (
     GENERATOR_VERSION,
+    GLYPHS,
+    SCENE_OPTIONS,
     Scene,
-    SceneOptions,
     generate_pair,
     generate_scene,
     movable_objects,
@@ -39,7 +39,7 @@ from dual_loop.testing.scenes import (
 )
 from dual_loop.types import SOURCES
 
-__all__ = ["SceneOptions", "demo_directories", "pool_seed", "write_demo_data"]
+__all__ = ["demo_directories", "pool_seed", "write_demo_data"]
 
 JPEG_QUALITY = 95
 POOLS = ("sav", "sa1b", "openimages", *(f"refcoco/{split}" for split in ("train", "val", "testA", "testB")))
@@ -52,7 +52,6 @@ def write_demo_data(
     out: Path,
     num_images: int,
     seed: int = 0,
-    options: SceneOptions | None = None,
     *,
     sources: Sequence[str] = SOURCES,
     num_refcoco: int | None = None,
@@ -66,7 +65,7 @@ def write_demo_data(
     Args:
         out: a new or empty folder. Where it already holds this very data set, nothing is written.
         num_images: images of each source, and of the train split of RefCOCO.
-        seed: with ``options``, decides every byte.
+        seed: decides every byte.
         sources: the sources to write, from :data:`~dual_loop.types.SOURCES`.
         num_refcoco: images of the train split of RefCOCO; None takes ``num_images``.
         num_val: images of the val split of RefCOCO; None takes a fifth of ``num_images``, at least one.
@@ -80,17 +79,15 @@ def write_demo_data(
         Counts by pool: ``sav``, ``sa1b``, ``openimages``, ``refcoco/train``, ``refcoco/val``, ...
 
     Raises:
-        ConfigError: an unknown source or pool, a negative count, wrong options, or ``out`` holds something else.
+        ConfigError: an unknown source or pool, a negative count, or ``out`` holds something else.
     """
-    options = options or SceneOptions()
-    options.check()
     counts = {name: num_images for name in SOURCES if name in sources and name != "refcoco"}
     if "refcoco" in sources:
         counts["refcoco/train"] = num_images if num_refcoco is None else num_refcoco
         counts["refcoco/val"] = max(1, num_images // 5) if num_val is None else num_val
     counts.update(sizes or {})
     _check_request(sources, counts, captioned_pools)
-    record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": asdict(options)}
+    record = {"generator_version": GENERATOR_VERSION, "seed": seed, "counts": counts, "options": SCENE_OPTIONS}
     if captioned_pools:
         record["captioned_pools"] = list(captioned_pools)
     if vague_share:
@@ -100,19 +97,19 @@ def write_demo_data(
         return counts
 
     def scene(pool: str, index: int) -> Scene:
-        return generate_scene(pool_seed(seed, pool, index), options)
+        return generate_scene(pool_seed(seed, pool, index))
 
     if counts.get("sav"):
-        _write_sav(out / "sav" / "npz", seed, options, counts["sav"])
+        _write_sav(out / "sav" / "npz", seed, counts["sav"])
     if counts.get("sa1b"):
         _write_sa1b(out / "sa1b", counts["sa1b"], scene)
     if counts.get("openimages"):
-        _write_open_images(out / "openimages", counts["openimages"], seed, options, scene)
+        _write_open_images(out / "openimages", counts["openimages"], seed, scene)
     pools = [pool for pool, count in counts.items() if pool.startswith("refcoco/") and count]
     parts = [(pool.removeprefix("refcoco/"), pool, counts[pool]) for pool in pools]
     parts += [("train", pool, counts[pool]) for pool in captioned_pools]
     if parts:
-        _write_refcoco(out / "ref_seg" / "refcoco", parts, options, scene, vague_share)
+        _write_refcoco(out / "ref_seg" / "refcoco", parts, scene, vague_share)
     (out / "demo.json").write_text(text, encoding="utf-8")
     return counts
 
@@ -150,13 +147,13 @@ def _is_written(out: Path, record: str) -> bool:
     raise ConfigError(explain("the output folder is not empty", str(out), state, "a new or empty folder", fix))
 
 
-def _write_sav(root: Path, seed: int, options: SceneOptions, count: int) -> None:
+def _write_sav(root: Path, seed: int, count: int) -> None:
     """Write frame pairs of one region each; masks of odd files hold 0 and 255, those of even files 0 and 1."""
     for index in range(count):
         folder = root / f"part_{index // FILES_PER_FOLDER:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         scene_seed = pool_seed(seed, "sav", index)
-        first, second = generate_pair(scene_seed, options)
+        first, second = generate_pair(scene_seed)
         choices = movable_objects(first)
         chosen = choices[scene_seed % len(choices)]
         foreground = 255 if index % 2 else 1
@@ -190,9 +187,7 @@ def _write_sa1b(root: Path, count: int, scene: Callable[[str, int], Scene]) -> N
         (root / f"{stem}.json").write_text(json.dumps({"image": image, "annotations": annotations}), encoding="utf-8")
 
 
-def _write_open_images(
-    root: Path, count: int, seed: int, options: SceneOptions, scene: Callable[[str, int], Scene]
-) -> None:
+def _write_open_images(root: Path, count: int, seed: int, scene: Callable[[str, int], Scene]) -> None:
     """Write images, 1-bit masks and the two CSV files; masks of odd images are 1.25 times as large as the image."""
     images, masks = root / "images" / "train", root / "masks" / "train"
     images.mkdir(parents=True)
@@ -217,14 +212,13 @@ def _write_open_images(
             mask = Image.fromarray(item.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
             mask.convert("1").save(masks / name, format="PNG")
     _write_csv([OPEN_IMAGES_HEADER.split(","), *rows], root / "train-annotations-object-segmentation.csv")
-    names = [(f"/m/{shape}", shape.capitalize()) for shape in options.shapes]
+    names = [(f"/m/{shape}", shape.capitalize()) for shape in GLYPHS]
     _write_csv([("LabelName", "DisplayName"), *names], root / "oidv7-class-descriptions.csv")
 
 
 def _write_refcoco(
     root: Path,
     parts: Sequence[tuple[str, str, int]],
-    options: SceneOptions,
     scene: Callable[[str, int], Scene],
     vague_share: float = 0.0,
 ) -> None:
@@ -235,7 +229,7 @@ def _write_refcoco(
     """
     folder = root / "coco2014" / "train2014"
     folder.mkdir(parents=True)
-    categories = {shape: number for number, shape in enumerate(options.shapes, start=1)}
+    categories = {shape: number for number, shape in enumerate(GLYPHS, start=1)}
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     refs: list[dict[str, object]] = []

@@ -1,8 +1,8 @@
 """Generated scenes with exact masks and true captions: coloured symbols on dull backgrounds.
 
-A scene depends on its seed and its :class:`SceneOptions` alone. Random numbers come from one numpy generator, and
-all drawing is integer or plain IEEE arithmetic on glyphs of DejaVu Sans (which ships with matplotlib), so the same
-seed gives the same scene on every machine with the same Pillow.
+A scene depends on its seed alone. Random numbers come from one numpy generator, and all drawing is integer or plain
+IEEE arithmetic on glyphs of DejaVu Sans (which ships with matplotlib), so the same seed gives the same scene on every
+machine with the same Pillow.
 
 The caption of an object is ``the {colour} {shape}``. Two objects of a scene never share both, unless they are made
 as *twins*; then, and only then, the caption has one further word: the size where the sizes differ clearly, else the
@@ -21,17 +21,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from dual_loop.drawing import dejavu_font
-from dual_loop.errors import ConfigError, explain
 
 GENERATOR_VERSION = 2
 
-_SHAPES = (
-    *("star", "heart", "cloud", "umbrella", "cross", "moon", "flag", "triangle"),
-    *("anchor", "arrow", "flower", "gear", "hand", "knight", "phone", "spade"),
-)
-_CHARACTERS = "\u2605\u2665\u2601\u2602\u271a\u2768\u2691\u25b2\u2693\u27a4\u273f\u2699\u261b\u265e\u260e\u2660"
-GLYPHS = dict(zip(_SHAPES, _CHARACTERS, strict=True))
-"""Shape names and the character of DejaVu Sans that draws each. The first eight are the default."""
+_SHAPES = ("star", "heart", "cloud", "umbrella", "cross", "moon", "flag", "triangle")
+GLYPHS = dict(zip(_SHAPES, "\u2605\u2665\u2601\u2602\u271a\u2768\u2691\u25b2", strict=True))
+"""Shape names and the character of DejaVu Sans that draws each."""
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -40,10 +35,30 @@ COLOURS = {
     "yellow": (240, 210, 40),
     "purple": (150, 50, 180),
     "cyan": (40, 200, 215),
-    "orange": (245, 130, 25),
-    "pink": (245, 120, 180),
 }
-"""Colour names and RGB in 0..255. The first six are the default."""
+"""Colour names and RGB in 0..255."""
+
+SIDES = (128, 144, 160)
+"""Canvas heights and widths, in pixels."""
+NUM_OBJECTS = (2, 4)
+"""Fewest and most objects of a scene."""
+SIZES = (34.0, 56.0)
+"""Smallest and largest nominal size of an object (:class:`SceneObject`), at a canvas side of 144 pixels."""
+TWIN_PROBABILITY = 0.12
+"""Chance that a scene has a pair of twins: two objects of one shape and one colour."""
+SHARE_PROBABILITY = 0.6
+"""Chance that a new object that is no twin shares shape or colour with an earlier one."""
+SCENE_OPTIONS = {
+    "shapes": tuple(GLYPHS),
+    "colours": tuple(COLOURS),
+    "sizes": SIZES,
+    "twin_probability": TWIN_PROBABILITY,
+    "share_probability": SHARE_PROBABILITY,
+    "min_objects": NUM_OBJECTS[0],
+    "max_objects": NUM_OBJECTS[1],
+    "sides": SIDES,
+}
+"""All of that, as data sets record it."""
 
 POSITION_WORDS = ("left", "right", "top", "bottom")
 SIZE_WORDS = ("small", "large")
@@ -54,52 +69,9 @@ CLEAR_OFFSET = 0.25
 CLEAR_AXIS_MARGIN = 0.12
 MIN_VISIBLE_FRACTION = 0.45
 MIN_VISIBLE_PIXELS = 60
-MAX_ATTEMPTS = 1000
 LAYOUTS_PER_DRAW = 25
 _GLYPH_SIDE = 160
 _EDGE = 2
-
-
-@dataclass(frozen=True)
-class SceneOptions:
-    """What scenes are made of.
-
-    Attributes:
-        shapes, colours: names from :data:`GLYPHS` and :data:`COLOURS`.
-        sizes: smallest and largest nominal size of an object (:class:`SceneObject`), at a canvas side of 144 pixels.
-        twin_probability: chance that a scene has a pair of twins: two objects of one shape and one colour.
-        share_probability: chance that a new object that is no twin shares shape or colour with an earlier one.
-        min_objects, max_objects: range of the number of objects, within 1..4.
-        sides: canvas heights and widths to draw from, in pixels.
-    """
-
-    shapes: tuple[str, ...] = tuple(GLYPHS)[:8]
-    colours: tuple[str, ...] = tuple(COLOURS)[:6]
-    sizes: tuple[float, float] = (34.0, 56.0)
-    twin_probability: float = 0.12
-    share_probability: float = 0.6
-    min_objects: int = 2
-    max_objects: int = 4
-    sides: tuple[int, ...] = (128, 144, 160)
-
-    def check(self) -> None:
-        """Raise ConfigError where no scene, or only a crowded one, could be made with these options."""
-        problems = []
-        for kind, names, known in (("shape", self.shapes, GLYPHS), ("colour", self.colours, COLOURS)):
-            problems += [f"unknown {kind} {name!r} (known: {', '.join(known)})" for name in names if name not in known]
-        if len(set(self.shapes)) * len(set(self.colours)) < self.max_objects:
-            problems.append(f"{self.max_objects} objects need as many different pairs of shape and colour")
-        if not 1 <= self.min_objects <= self.max_objects <= 4:
-            problems.append(f"objects {self.min_objects}..{self.max_objects}, expected a range within 1..4")
-        if not 16 <= self.sizes[0] <= self.sizes[1] <= 64:
-            problems.append(f"sizes {self.sizes}, expected smallest <= largest within 16..64")
-        if not self.sides or min(self.sides) < 96:
-            problems.append(f"sides {self.sides}, expected at least one, each 96 or more")
-        for name in ("twin_probability", "share_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.append(f"{name} {getattr(self, name)}, expected a number in 0..1")
-        if problems:
-            raise ConfigError(explain("scenes cannot be generated", "SceneOptions", "; ".join(problems)))
 
 
 @dataclass(frozen=True)
@@ -186,46 +158,36 @@ def pool_seed(seed: int, pool: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generate_scene(seed: int, options: SceneOptions | None = None) -> Scene:
-    """Return the scene of ``seed``: a pure function of its arguments.
-
-    Raises:
-        ConfigError: the options are wrong, or no valid layout was found in 1,000 attempts.
-    """
-    (scene,) = _generate(seed, options or SceneOptions(), 1)
+def generate_scene(seed: int) -> Scene:
+    """Return the scene of ``seed``: a pure function of it."""
+    (scene,) = _generate(seed, 1)
     return scene
 
 
-def generate_pair(seed: int, options: SceneOptions | None = None) -> tuple[Scene, Scene]:
+def generate_pair(seed: int) -> tuple[Scene, Scene]:
     """Return two scenes with the same objects in the same order, moved and on a new background.
 
     All objects change size by one common factor, so a size word is true in both scenes. A position word is true in
     its own scene only: choose the region among :func:`movable_objects`, of which there is at least one.
-
-    Raises:
-        ConfigError: as :func:`generate_scene`.
     """
-    first, second = _generate(seed, options or SceneOptions(), 2)
+    first, second = _generate(seed, 2)
     return first, second
 
 
-def _generate(seed: int, options: SceneOptions, count: int) -> list[Scene]:
+def _generate(seed: int, count: int) -> list[Scene]:
     """Return ``count`` scenes of the same objects."""
-    options.check()
     rng = np.random.default_rng(seed)
-    for attempt in range(MAX_ATTEMPTS):
-        # Objects that were drawn get several layouts, or twins would be rarer than their probability says.
-        if attempt % LAYOUTS_PER_DRAW == 0:
-            looks = _choose_looks(rng, options)
+    while True:
+        looks = _choose_looks(rng)
         if count > 1 and all(look.twin == "position" for look in looks):
             continue
-        scenes: list[Scene] = []
-        while len(scenes) < count and (scene := _try_scene(rng, looks, options)) is not None:
-            scenes.append(scene)
-        if len(scenes) == count:
-            return scenes
-    what, fix = f"no valid layout found in {MAX_ATTEMPTS} attempts", "use smaller or fewer objects, or larger sides"
-    raise ConfigError(explain(what, f"scene seed {seed}", options, fix=fix))
+        # Objects that were drawn get several layouts, or twins would be rarer than their probability says.
+        for _ in range(LAYOUTS_PER_DRAW):
+            scenes: list[Scene] = []
+            while len(scenes) < count and (scene := _try_scene(rng, looks)) is not None:
+                scenes.append(scene)
+            if len(scenes) == count:
+                return scenes
 
 
 def movable_objects(scene: Scene) -> tuple[int, ...]:
@@ -233,19 +195,20 @@ def movable_objects(scene: Scene) -> tuple[int, ...]:
     return tuple(i for i, item in enumerate(scene.objects) if item.qualifier not in POSITION_WORDS)
 
 
-def _choose_looks(rng: np.random.Generator, options: SceneOptions) -> list[_Look]:
+def _choose_looks(rng: np.random.Generator) -> list[_Look]:
     """Draw shape, colour and size of all objects; at most two of them are twins."""
-    low, high = options.sizes
+    low, high = SIZES
     looks: list[_Look] = []
-    num_objects = int(rng.integers(options.min_objects, options.max_objects + 1))
-    has_twins = num_objects > 1 and rng.random() < options.twin_probability
+    fewest, most = NUM_OBJECTS
+    num_objects = int(rng.integers(fewest, most + 1))
+    has_twins = rng.random() < TWIN_PROBABILITY
     for _ in range(num_objects - has_twins):
-        shape, colour = _choose_new_pair(rng, looks, options)
+        shape, colour = _choose_new_pair(rng, looks)
         looks.append(_Look(shape, colour, float(rng.uniform(low, high)), ""))
     if has_twins:  # a twin of an earlier object: both clearly different in size for one half, alike for the other
         index = int(rng.integers(len(looks)))
         ratio = 1.4
-        if rng.random() < 0.5 and high / low >= ratio:
+        if rng.random() < 0.5:
             small = float(rng.uniform(low, high / ratio))
             sizes = [small, float(rng.uniform(small * ratio, high))]
             rng.shuffle(sizes)
@@ -259,12 +222,12 @@ def _choose_looks(rng: np.random.Generator, options: SceneOptions) -> list[_Look
     return [looks[int(i)] for i in order]
 
 
-def _choose_new_pair(rng: np.random.Generator, looks: list[_Look], options: SceneOptions) -> tuple[str, str]:
+def _choose_new_pair(rng: np.random.Generator, looks: list[_Look]) -> tuple[str, str]:
     """Draw a pair of shape and colour that no earlier object has; it shares one of them, or neither, as drawn."""
     used = {(look.shape, look.colour) for look in looks}
     shapes, colours = {look.shape for look in looks}, {look.colour for look in looks}
-    free = [(s, c) for s in options.shapes for c in options.colours if (s, c) not in used]
-    wants_shared = bool(looks) and rng.random() < options.share_probability
+    free = [(s, c) for s in GLYPHS for c in COLOURS if (s, c) not in used]
+    wants_shared = bool(looks) and rng.random() < SHARE_PROBABILITY
     # Sharing is tried first with one attribute drawn at random, so that a shared shape is as common as a shared
     # colour although there are more shapes than colours.
     by_shape = rng.random() < 0.5
@@ -276,9 +239,9 @@ def _choose_new_pair(rng: np.random.Generator, looks: list[_Look], options: Scen
     return kept[int(rng.integers(len(kept)))]
 
 
-def _try_scene(rng: np.random.Generator, looks: list[_Look], options: SceneOptions) -> Scene | None:
+def _try_scene(rng: np.random.Generator, looks: list[_Look]) -> Scene | None:
     """Place and draw ``looks``; None where twins cannot be told apart or an object is covered too much."""
-    height, width = (int(rng.choice(options.sides)) for _ in range(2))
+    height, width = (int(rng.choice(SIDES)) for _ in range(2))
     places = _choose_places(rng, looks, height, width)
     qualifiers = _choose_qualifiers(looks, places, height, width)
     if qualifiers is None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dual_loop.data.prepare import Geometry, collate, prepare_sample
-from dual_loop.testing.scenes import COLOURS, GLYPHS, Scene, SceneOptions, generate_scene, pool_seed
+from dual_loop.testing.scenes import COLOURS, GLYPHS, Scene, generate_scene, pool_seed
 from dual_loop.types import Batch, RegionSample
 
-SHAPES = list(GLYPHS)[:8]
-COLOUR_NAMES = list(COLOURS)[:6]
+SHAPES = list(GLYPHS)
+COLOUR_NAMES = list(COLOURS)
 
 
 def scene_sample(scene: Scene, name: str) -> RegionSample:
@@ -39,9 +39,8 @@ class ScenePool:
     @classmethod
     def generate(cls, pool: str, count: int, seed: int, sizes: Geometry) -> ScenePool:
         prepared, shapes, colours = [], [], []
-        options = SceneOptions()
         for index in range(count):
-            scene = generate_scene(pool_seed(seed, pool, index), options)
+            scene = generate_scene(pool_seed(seed, pool, index))
             sample = scene_sample(scene, f"{pool}/{index}")
             seeds = [index * 8 + k for k in range(sample.num_regions)]
             item = prepare_sample(sample, sizes, np.random.default_rng(index), seeds, allow_empty_targets=True)
