@@ -30,8 +30,7 @@ from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import Panel, save_panels
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, plain_figures
-from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, evaluate_samples, held_out_source
-from dual_loop.evaluation.protocols import PRESETS
+from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, held_out_source
 from dual_loop.iteration import evenly_spread
 from dual_loop.model.stored_weights import weights
 from dual_loop.preflight.dry_run import dry_run as dry_run
@@ -144,7 +143,8 @@ class Evaluator:
         rng = capture_rng()
         with accelerator.autocast(), placed.gathered or nullcontext():
             samples = (source.load_all(index) for index in own_part)
-            own = evaluate_samples(placed.model, placed.prompter, run.config, samples, listener)
+            meter = RegionMeter(placed.model, placed.prompter, run.config, frozen_listener=listener)
+            own = meter.measure(samples, run.config.data.eval_split)
             if accelerator.is_main_process:
                 save_panels(self._examples(), run.folder.path / "panels", name)
         restore_rng(rng)
@@ -167,7 +167,7 @@ class Evaluator:
     def _examples(self) -> list[Panel]:
         """Return panels of a few held-out regions, the same ones before and after."""
         model, prompter, config = self.placed.model, self.placed.prompter, self.run.config
-        source, meter = held_out_source(config), RegionMeter(model, prompter, config, PRESETS["dual_loop"], ("loop",))
+        source, meter = held_out_source(config), RegionMeter(model, prompter, config, tasks=("loop",))
         panels = []
         for index in evenly_spread(len(source), EXAMPLES):
             sample = source.load_all(index)

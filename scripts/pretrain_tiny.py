@@ -75,10 +75,10 @@ def base_config(config: Config) -> Config:
 
 def evaluate(model: Any, prompter: Any, config: Config, pool: str, count: int, seed: int) -> dict[str, float]:
     from dual_loop.evaluation.figures import summarise
-    from dual_loop.evaluation.measure import evaluate_samples
+    from dual_loop.evaluation.measure import RegionMeter
 
     samples = [scene_sample(generate_scene(pool_seed(seed, pool, i)), f"{pool}/{i}") for i in range(count)]
-    return summarise(evaluate_samples(model, prompter, config, samples))
+    return summarise(RegionMeter(model, prompter, config).measure(samples, pool))
 
 
 PARTS = {"sam": "grounding_encoder.", "vision": "mllm.model.vision_tower."}

@@ -188,7 +188,7 @@ def blank_regions(sample: RegionSample, data: str) -> list[MeasuredRegion]:
 
 
 class RegionMeter:
-    """Captions regions, segments captions and sentences, and compares.
+    """Captions regions, segments captions and sentences, and compares; :data:`CHUNK` images at a time.
 
     Args:
         protocol: how sentences are asked for.
@@ -201,7 +201,7 @@ class RegionMeter:
         model: Sa2VA,
         prompter: Prompter,
         config: Config,
-        protocol: Protocol,
+        protocol: Protocol = PRESETS["dual_loop"],
         tasks: Sequence[str] = ("referring", "captioning", "loop"),
         autocast: AbstractContextManager[object] | None = None,
         frozen_listener: Listener | None = None,
@@ -213,10 +213,13 @@ class RegionMeter:
         self.captioner = Captioner(model, prompter, settings, is_silent=True)
         self.scorer = Scorer(model, prompter, settings)
 
-    @torch.no_grad()
-    def measure(self, samples: Sequence[RegionSample], data: str) -> list[MeasuredRegion]:
+    def measure(self, samples: Iterable[RegionSample], data: str) -> list[MeasuredRegion]:
         """Measure every region of ``samples``; ``data`` names where they come from."""
-        batch = batch_from_samples(list(samples), self.geometry, seed=self.config.train.seed).to(self.model.device)
+        return [region for chunk in in_chunks(samples, CHUNK) for region in self._measure(chunk, data)]
+
+    @torch.no_grad()
+    def _measure(self, samples: list[RegionSample], data: str) -> list[MeasuredRegion]:
+        batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
         regions = [region for sample in samples for region in blank_regions(sample, data)]
         # For each region the true masks of its image.
         targets = [sample.segmentation_masks for sample in samples for _ in range(sample.num_regions)]
@@ -285,19 +288,6 @@ def held_out_source(config: Config) -> RefCoco:
         max_samples=data.eval_max_samples,
         index_dir=data.index_dir,
     )
-
-
-def evaluate_samples(
-    model: Sa2VA,
-    prompter: Prompter,
-    config: Config,
-    samples: Iterable[RegionSample],
-    frozen_listener: Listener | None = None,
-) -> list[MeasuredRegion]:
-    """Measure every region of every sample as ``dual-loop evaluate`` does by default: [SEG] is given in the answer."""
-    meter = RegionMeter(model, prompter, config, PRESETS["dual_loop"], frozen_listener=frozen_listener)
-    chunks = in_chunks(samples, CHUNK)
-    return [region for chunk in chunks for region in meter.measure(chunk, config.data.eval_split)]
 
 
 def compare_predictions(

@@ -201,13 +201,13 @@ class Predictor:
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _measure(self, items: Sequence[tuple[ImageLike, np.ndarray]], task: str) -> Iterator[list[MeasuredRegion]]:
-        """Yield the measured regions of every image."""
+    def _measure(self, items: Sequence[tuple[ImageLike, np.ndarray]], task: str) -> list[list[MeasuredRegion]]:
+        """Return the measured regions of every image."""
         protocol = Protocol(question=self.config.loop.segment_question)
         meter = RegionMeter(self.model, self.prompter, self.config, protocol, (task,), self.loaded.autocast())
-        for chunk in in_chunks([region_sample(*item) for item in items], self.images_at_once):
-            regions = iter(meter.measure(chunk, "given"))
-            yield from (list(islice(regions, sample.num_regions)) for sample in chunk)
+        samples = [region_sample(*item) for item in items]
+        regions = iter(meter.measure(samples, "given"))
+        return [list(islice(regions, sample.num_regions)) for sample in samples]
 
     def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
         size = (int(shape[0]), int(shape[1]))

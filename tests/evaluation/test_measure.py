@@ -14,7 +14,7 @@ from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import SampleError
 from dual_loop.evaluation.figures import loop_figures, referring_figures, summarise
-from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, evaluate_samples
+from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
@@ -63,8 +63,8 @@ def test_the_frozen_listener_hears_the_same_captions() -> None:
     model, prompter, config = small_model()
     samples = [*scene_samples(2), *pair_samples(1)]
     starting = StartingWeights(trainable_parameters(model))
-    alone = evaluate_samples(model, prompter, config, samples)
-    same = evaluate_samples(model, prompter, config, samples, partial(weights, starting))
+    alone = RegionMeter(model, prompter, config).measure(samples, "val")
+    same = RegionMeter(model, prompter, config, frozen_listener=partial(weights, starting)).measure(samples, "val")
     assert [r.caption for r in alone] == [r.caption for r in same]
     assert all(r.frozen_iou == r.cycle_iou and r.frozen_uniqueness == r.uniqueness for r in same)
     assert all(r.frozen_iou is None for r in alone)
@@ -72,7 +72,7 @@ def test_the_frozen_listener_hears_the_same_captions() -> None:
     with torch.no_grad():
         for parameter in model.text_hidden_fcs.parameters():
             parameter.mul_(-1.0)
-    moved = evaluate_samples(model, prompter, config, samples, partial(weights, starting))
+    moved = RegionMeter(model, prompter, config, frozen_listener=partial(weights, starting)).measure(samples, "val")
     assert [r.frozen_iou for r in moved] == pytest.approx([r.cycle_iou for r in same])
     assert [r.cycle_iou for r in moved] != [r.cycle_iou for r in same]
     figures = summarise(moved)
@@ -89,7 +89,7 @@ def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch:
             parameter.mul_(6.0 if parameter.dim() >= 2 else 1.0)  # captions then differ from region to region
     samples = [*scene_samples(2), *pair_samples(1)]
     meter = RegionMeter(model, prompter, config, choose_protocol("dual_loop", {}), ["loop"])
-    accepted = evaluate_samples(model, prompter, config, samples)
+    accepted = RegionMeter(model, prompter, config).measure(samples, "val")
     assert all(record.rejected is None for record in meter.measure(samples, "refcoco:val"))
     refused = {accepted[0].caption, accepted[-1].caption}
     unreadable = Prompter.unreadable
@@ -98,7 +98,7 @@ def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch:
         return "special_token" if text in refused else unreadable(self, text)
 
     monkeypatch.setattr(Prompter, "unreadable", refuse)
-    results = evaluate_samples(model, prompter, config, samples)
+    results = RegionMeter(model, prompter, config).measure(samples, "val")
     records = meter.measure(samples, "refcoco:val")
     is_refused = [result.caption in refused for result in accepted]
     assert [record.rejected is not None for record in records] == is_refused

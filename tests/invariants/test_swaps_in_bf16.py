@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dual_loop.config import Config, LossConfig
-from dual_loop.evaluation.measure import evaluate_samples
+from dual_loop.evaluation.measure import RegionMeter
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.stored_weights import weights
@@ -56,9 +56,8 @@ def audited_step(task: DualLoopTask, batch: Batch) -> None:
 def measure_after_training(task: DualLoopTask, batch: Batch) -> None:
     """As ``train_dual_loop.Evaluator.after``: the average is measured, and the starting weights listen."""
     with weights(task.average):
-        evaluate_samples(
-            task.model, task.prompter, task.config, scene_samples(1), frozen_listener=partial(weights, task.starting)
-        )
+        listener = partial(weights, task.starting)
+        RegionMeter(task.model, task.prompter, task.config, frozen_listener=listener).measure(scene_samples(1), "val")
 
 
 def stop_inside(task: DualLoopTask, batch: Batch) -> None:

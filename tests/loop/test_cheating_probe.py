@@ -12,7 +12,7 @@ from dual_loop.checkpoint.importer import load_weights, weights_sources
 from dual_loop.config import load_config, resolve_config_path
 from dual_loop.evaluation.cheating_flags import find_flags
 from dual_loop.evaluation.figures import summarise
-from dual_loop.evaluation.measure import evaluate_samples
+from dual_loop.evaluation.measure import RegionMeter
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
@@ -100,7 +100,8 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
         write_ids(monkeypatch, lambda one: prompter.encode(text_of(one) + prompter.template.answer_end))
 
     writes(lambda request: texts[request.region])
-    honest = evaluate_samples(model, prompter, config, samples, partial(weights, task.starting))
+    meter = RegionMeter(model, prompter, config, frozen_listener=partial(weights, task.starting))
+    honest = meter.measure(samples, "val")
     assert summarise(honest)["caption_exact"] == 1.0
     assert summarise(honest)["cycle_gIoU_frozen"] == pytest.approx(summarise(honest)["cycle_gIoU"])
     (packed,) = task.prepare([batch], audit=True)
@@ -117,7 +118,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
     writes(speak)
     tune(model, task, batch, steps=80)
     tuning = False
-    coded = evaluate_samples(model, prompter, config, samples, partial(weights, task.starting))
+    coded = meter.measure(samples, "val")
     before, after = summarise(honest), summarise(coded)
     assert after["cycle_gIoU"] > before["cycle_gIoU"] + 0.05
     assert after["cycle_gIoU_frozen"] < before["cycle_gIoU"] - 0.1
