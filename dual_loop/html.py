@@ -50,9 +50,6 @@ class Page:
         if note:
             self.text(note)
 
-    def subheading(self, text: str) -> None:
-        self.parts.append({"kind": "subheading", "text": text})
-
     def text(self, text: str, tone: str = "soft") -> None:
         """Add a paragraph; ``tone`` is ``soft``, ``good`` or ``bad``."""
         self.parts.append({"kind": "text", "text": text, "tone": tone})

@@ -190,15 +190,15 @@ def _evaluation(page: Page, evaluation: Document) -> None:
 
 
 def _counters(page: Page, runs: Sequence[RunRecord]) -> None:
-    for part, column in (("counters", "counter"), ("sources", "source")):
+    for part, title, note in (
+        ("counters", "Counters", "skipped samples, rejected captions, gates; over all ranks"),
+        ("sources", "Samples by source", ""),
+    ):
         names = sorted({name for run in runs for name in run.summary.get(part, {})})
-        if names and part == "counters":
-            page.heading("Counters", "skipped samples, rejected captions, gates; over all ranks")
-        elif names:
-            page.subheading("Samples by source")
         if names:
+            page.heading(title, note)
             rows = [[name, *(run.summary.get(part, {}).get(name, "-") for run in runs)] for name in names]
-            page.table([column, *(run.name for run in runs)], rows)
+            page.table(["", *(run.name for run in runs)], rows)
 
 
 def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
@@ -211,7 +211,7 @@ def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
     keys = sorted({key for one in flat for key in one})
     if len(runs) > 1:
         keys = [key for key in keys if len({str(one.get(key)) for one in flat}) > 1]
-    page.subheading("Settings that differ" if len(runs) > 1 else "Settings")
+    page.heading("Settings that differ" if len(runs) > 1 else "Settings")
     page.table(["setting", *(run.name for run in runs)], [[key, *(str(one.get(key)) for one in flat)] for key in keys])
 
 
