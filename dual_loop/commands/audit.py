@@ -17,8 +17,6 @@ TASKS = ("captioning", "loop")
 
 
 def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    common.add_what_is_measured(parser)
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: CHECKPOINT/audit")
     parser.add_argument("--examples", type=int, default=24, metavar="NUMBER", help="pictures of each kind (24)")
     labels = parser.add_argument_group("pseudo-labels")
     labels.add_argument("--labels", type=Path, metavar="DIR", help="write what passes as a captioned data set there")
@@ -26,7 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     labels.add_argument("--min_uniqueness", type=float, default=0.1, metavar="IOU", help="least margin (0.1)")
     labels.add_argument("--keep_repeated", action="store_true", help="keep captions that two regions share")
     labels.add_argument("--copy_images", action="store_true", help="copy the images instead of linking to them")
-    common.add_model_and_data_arguments(parser)
+    common.add_measuring_arguments(parser, "audit")
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -66,16 +66,14 @@ class Command:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names the model that is to answer: checkpoint, weights, config, device."""
-    group = parser.add_argument_group("model")
+    """Add what names the model that is to answer."""
+    group = _add_how_it_is_loaded(parser)
     group.add_argument("--checkpoint", metavar="PATH", help=DEFAULT_CHECKPOINT)
-    _add_how_it_is_loaded(group, ", for weights without one")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--max_new_tokens", type=int, metavar="TOKENS", help="longest caption (default: the config's)")
 
 
-def add_what_is_measured(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, ``--data`` and ``--max_samples``."""
+def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what is measured, on which data, and where the result goes: by default into ``name`` inside the run."""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=DEFAULT_CHECKPOINT)
     text = (
         "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
@@ -83,20 +81,18 @@ def add_what_is_measured(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=text)
     parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
-
-
-def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how the measured checkpoint is loaded, and training's flags of data."""
-    model = parser.add_argument_group("model")
-    _add_how_it_is_loaded(model)
-    model.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help=f"default: CHECKPOINT/{name}")
+    _add_how_it_is_loaded(parser)
     add_data_flags(parser)
 
 
-def _add_how_it_is_loaded(group: argparse._ArgumentGroup, when: str = "") -> None:
+def _add_how_it_is_loaded(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("model")
     group.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
     group.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
-    group.add_argument("--model_path", metavar="DIR", help=f"base model: its tokenizer{when}")
+    group.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer, for weights without one")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return group
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, object]:
@@ -160,7 +156,7 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     """Load the checkpoint and measure this rank's share of the data; return everything on rank 0, None elsewhere.
 
     Args:
-        args: of :func:`add_what_is_measured` and :func:`add_model_and_data_arguments`, with ``output_dir``.
+        args: of :func:`add_measuring_arguments`.
         name: of the default output folder (inside the run, else in ``outputs/``) and of the progress bar.
 
     Raises:

@@ -24,16 +24,14 @@ TASKS = ("referring", "captioning", "loop")
 
 
 def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    common.add_what_is_measured(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all three")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: CHECKPOINT/evaluation")
     text = "masks of an earlier evaluation (regions.jsonl) to be counted again; needs no model"
     parser.add_argument("--predictions", type=Path, metavar="FILE", help=text)
     protocol = parser.add_argument_group("protocol (printed in the result)")
     protocol.add_argument("--protocol", default="dual_loop", metavar="NAME", help=", ".join(PRESETS))
     for name, choices in CHOICES.items():
         protocol.add_argument(f"--{name}", metavar="|".join(choices) if len(choices) < 4 else "NAME", default=None)
-    common.add_model_and_data_arguments(parser)
+    common.add_measuring_arguments(parser, "evaluation")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -9,8 +9,7 @@ import pytest
 
 from dual_loop.commands.common import (
     Command,
-    add_model_and_data_arguments,
-    add_what_is_measured,
+    add_measuring_arguments,
     describe_origin,
     open_measured,
     overrides_of,
@@ -55,8 +54,7 @@ def test_weights_on_one_line() -> None:
 
 def test_flags_become_settings() -> None:
     parser = argparse.ArgumentParser()
-    add_what_is_measured(parser)
-    add_model_and_data_arguments(parser)
+    add_measuring_arguments(parser, "audit")
     assert overrides_of(parser.parse_args([])) == {"data.regions_per_image": 16, "train.device": "auto"}
     arguments = ["run", "--model_path", "base", "--cfg-options", "data.regions_per_image=3", "train.seed=2"]
     settings = overrides_of(parser.parse_args(arguments))
