@@ -20,7 +20,6 @@ from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
 from dual_loop.config import Config, load_config
 from dual_loop.errors import CheckpointError, explain
-from dual_loop.types import RegionSample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,11 +142,11 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     from dual_loop.loop.scorer import Scorer
     from dual_loop.model.build import geometry
     from dual_loop.model.sa2va import evaluating
+    from dual_loop.serve.predictor import region_sample
     from dual_loop.testing.scenes import generate_scene
 
     scene = generate_scene(123)
-    names = tuple(str(index) for index in range(len(scene.objects)))
-    sample = RegionSample("sa1b", "probe", scene.image, scene.masks, names, tuple(() for _ in names))
+    sample = region_sample(scene.image, scene.masks)
     loop = dataclasses.replace(measuring_settings(config.loop), max_new_tokens=PROBE_TOKENS)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     with evaluating(model), torch.no_grad(), autocast:

@@ -17,12 +17,11 @@ from types import ModuleType
 from typing import TypedDict
 
 import numpy as np
-import torch
 
 from dual_loop.data.masks_dir import read_mask_file
 from dual_loop.drawing import GIVEN_COLOUR, PREDICTED_COLOUR, overlay
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain
-from dual_loop.metrics import iou_table
+from dual_loop.metrics import iou, mask_overlap
 from dual_loop.serve.predictor import Predictor
 from dual_loop.testing.scenes import generate_scene
 
@@ -76,9 +75,8 @@ class Session:
         """Return the IoU (N, N) of every mask that came back with every given mask."""
         if not self.regions:
             return np.zeros((0, 0))
-        back = torch.from_numpy(np.stack([region.back for region in self.regions]))
-        given = torch.from_numpy(np.stack([region.mask for region in self.regions]))
-        return iou_table(back, given).double().numpy()
+        given = np.stack([region.mask for region in self.regions])
+        return np.stack([iou(*mask_overlap(np.broadcast_to(one.back, given.shape), given)) for one in self.regions])
 
     def find(self, name: str | None) -> int:
         """Return the place of the region called ``name``, -1 where there is none."""

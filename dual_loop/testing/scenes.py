@@ -82,7 +82,6 @@ class SceneObject:
         shape, colour: names from :data:`GLYPHS` and :data:`COLOURS`.
         size: nominal size in pixels; the longer side is 0.9 of it for square glyphs, up to 1.2 for narrow ones.
         centre: (x, y) in pixels, of the whole object, also where a part is covered.
-        rotation: counter-clockwise, in degrees.
         qualifier: ``""``, or the word that tells twins apart (:data:`SIZE_WORDS` or :data:`POSITION_WORDS`).
         mask: (H, W) bool, the visible pixels.
         visible_fraction: visible pixels over all pixels of the object, 0..1.
@@ -92,7 +91,6 @@ class SceneObject:
     colour: str
     size: float
     centre: tuple[float, float]
-    rotation: float
     qualifier: str
     mask: np.ndarray
     visible_fraction: float
@@ -264,8 +262,8 @@ def _try_scene(rng: np.random.Generator, looks: list[_Look]) -> Scene | None:
         seen, full = int(mask.sum()), int(whole.sum())
         if seen < MIN_VISIBLE_PIXELS or seen < MIN_VISIBLE_FRACTION * full:
             return None
-        drawn = (place.size, (place.x, place.y), place.rotation)
-        objects.append(SceneObject(look.shape, look.colour, *drawn, word, mask, seen / full))
+        centre = (place.x, place.y)
+        objects.append(SceneObject(look.shape, look.colour, place.size, centre, word, mask, seen / full))
     return Scene(_paint(rng, looks, stamps, height, width), tuple(reversed(objects)))
 
 
