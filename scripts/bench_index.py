@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from dual_loop.data import index
 from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.leakage import HeldOutImage, leaked_by_id
 from dual_loop.data.open_images import CSV_NAME, OpenImages
@@ -151,14 +152,16 @@ def measured(work: Callable[[], Callable[[], int]]) -> dict[str, float]:
 
 
 def read_some(length: int, read: Callable[[int], str]) -> int:
-    for index in np.random.default_rng(0).integers(0, length, NUM_READS).tolist():
-        assert read(index)
+    for number in np.random.default_rng(0).integers(0, length, NUM_READS).tolist():
+        assert read(number)
     return length
 
 
 def measure_listing(folder: Path, shape: str, workers: str) -> dict[str, float]:
+    index.PATIENCE, index.default_workers = 0.0, lambda: int(workers)
+
     def work() -> Callable[[], int]:
-        files, _ = list_tree(folder / shape, (".npz",), folder / f"parts{shape}{workers}", {}, int(workers))
+        files, _ = list_tree(folder / shape, (".npz",), folder / f"parts{shape}{workers}", {})
         return lambda: len(files)
 
     return measured(work)

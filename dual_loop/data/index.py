@@ -154,10 +154,9 @@ def build_in_parts(
     _, text = index_path(index_dir, key)
     folder = partial_folder(index_dir, key)
     places = {part: (folder / f"{_digest(part)}.safetensors", f"{text}\n{json.dumps(part)}") for part in parts}
-    built = {part: arrays for part in parts if (arrays := _read_current(*places[part])) is not None}
-    missing = [part for part in parts if part not in built]
-    with progress_bar(describe, "part", total=len(parts), initial=len(built)) as bar:
-        for part, arrays in _build_missing(missing, build_part, places, workers, threads):
+    built: dict[str, Arrays] = {}
+    with progress_bar(describe, "part", total=len(parts)) as bar:
+        for part, arrays in _built_parts(build_part, places, workers, threads):
             built[part] = arrays
             if count:
                 bar.set_postfix_str(f"{sum(map(count, built.values())):,} entries", refresh=False)
@@ -186,10 +185,10 @@ def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
     return joined
 
 
-def progress_bar(describe: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm[Any]:
+def progress_bar(describe: str, unit: str, total: int | None = None) -> tqdm[Any]:
     """Return a bar on stderr, hidden where that is no terminal and in all processes of a run but the first."""
     hidden = not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
-    return tqdm(total=total, initial=initial, desc=describe, unit=unit, unit_scale=total is None, disable=hidden)
+    return tqdm(total=total, desc=describe, unit=unit, unit_scale=total is None, disable=hidden)
 
 
 def default_workers() -> int:
@@ -202,15 +201,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
-def _build_missing(
-    missing: Sequence[str],
-    build_part: Callable[[str], Arrays],
-    places: Mapping[str, tuple[Path, str]],
-    workers: int | None,
-    threads: bool,
+def _built_parts(
+    build_part: Callable[[str], Arrays], places: dict[str, tuple[Path, str]], workers: int | None, threads: bool
 ) -> Iterator[tuple[str, Arrays]]:
     """Yield parts as they are finished: the first ones from this process, the rest from workers where it takes long."""
-    pending = list(reversed(missing))
+    pending = list(reversed(places))
     wanted = default_workers() if workers is None else workers
     if multiprocessing.current_process().daemon and not threads:
         wanted = 1  # a loader worker may not have children
@@ -250,9 +245,9 @@ def _read_current(path: Path, key: str) -> Arrays | None:
 
 
 def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: str) -> Arrays | None:
-    """Build and store a part; return None, or the arrays where they cannot be stored."""
+    """Build and store a part unless it is there; return None, or the arrays where they cannot be stored."""
     if _read_current(path, key) is not None:
-        return None  # another process was faster
+        return None  # an earlier build left it, or another process was faster
     arrays = build_part(part)
     try:
         write_arrays(path, arrays, key)
@@ -265,11 +260,7 @@ def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: 
 
 
 def list_tree(
-    root: Path,
-    suffixes: tuple[str, ...],
-    index_dir: str | Path | None = None,
-    key: Key | None = None,
-    workers: int | None = None,
+    root: Path, suffixes: tuple[str, ...], index_dir: str | Path | None, key: Key
 ) -> tuple[list[str], Arrays]:
     """List the files below ``root``; a wide tree in parts (:func:`build_in_parts`), by threads, as listing waits.
 
@@ -279,9 +270,7 @@ def list_tree(
         root: links to folders below it are followed, each folder once.
         suffixes: lower-case endings of the wanted files, with the dot. Names that begin with a dot are left out
             (macOS writes a ``._x.jpg`` beside ``x.jpg``).
-        index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on; without a
-            key it is one walk.
-        workers: see :func:`build_in_parts`.
+        index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on.
 
     Returns:
         The paths below the root with ``/``, sorted, and the listed folders (at most :data:`MAX_WATCHED`, upper ones
@@ -291,15 +280,15 @@ def list_tree(
         ConfigError: a folder below the root cannot be listed.
     """
     seen: set[tuple[int, int]] = set()
-    found, pending = _walk(root, [""], suffixes, seen, None if key is None else _MANY_FOLDERS)
-    if pending and key is not None:
+    found, pending = _walk(root, [""], suffixes, seen, _MANY_FOLDERS)
+    if pending:
         groups: dict[int, list[str]] = {}
         for name in pending:
             groups.setdefault(zlib.crc32(os.fsencode(name)) % NUM_GROUPS, []).append(name)
         names = [json.dumps([groups[number], suffixes]) for number in sorted(groups)]
         make = functools.partial(_list_group, str(root), frozenset(seen))
         text, count = f"listing {root.name}", lambda part: int(part["num_files"].sum())
-        parts = build_in_parts(names, make, index_dir, key, workers=workers, threads=True, describe=text, count=count)
+        parts = build_in_parts(names, make, index_dir, key, threads=True, describe=text, count=count)
         found += [folder for part in parts for folder in _unpack(part)]
     found.sort(key=lambda folder: (folder.name.count("/"), folder.name.split("/")))
     # A folder that two parts reached by links counts where it is highest.

@@ -23,6 +23,8 @@ from dual_loop.data.index_file import StoredArray, watch_files
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem
 
+KEY = {"kind": "test", "root": "somewhere"}
+
 
 class Builder:
     """Counts how often an index is built; lists ``root`` like a reader does."""
@@ -33,7 +35,7 @@ class Builder:
 
     def __call__(self) -> dict[str, np.ndarray]:
         self.num_calls += 1
-        files, watched = list_tree(self.root, (".npz",))
+        files, watched = list_tree(self.root, (".npz",), None, KEY)
         return {**StringTable.from_strings(files).to_arrays("path"), **watched}
 
 
@@ -168,7 +170,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     root.mkdir()
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(root)
-    assert list_tree(root, (".npz",))[0] == ["link/a.npz"]
+    assert list_tree(root, (".npz",), tmp_path / "cache", KEY)[0] == ["link/a.npz"]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +179,14 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ConfigError, match="cannot be listed") as caught:
-        list_tree(tmp_path, (".npz",))
+        list_tree(tmp_path, (".npz",), tmp_path / "cache", KEY)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_watching_keeps_the_upper_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "MAX_WATCHED", 2)
     touch(tmp_path / "a/b/c/x.npz")
-    _, arrays = list_tree(tmp_path, (".npz",))
+    _, arrays = list_tree(tmp_path, (".npz",), None, KEY)
     table = StringTable.from_arrays(arrays, "watched")
     assert [table[i] for i in range(len(table))] == [str(tmp_path), str(tmp_path / "a")]
 
@@ -196,15 +198,20 @@ def grow_tree(root: Path) -> None:
     touch(root / "top.npz")
 
 
-def test_a_wide_tree_is_listed_in_parts_with_the_same_result(tmp_path: Path) -> None:
+def test_a_wide_tree_is_listed_in_parts_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "data"
     grow_tree(root)
     (root / "part05/back").symlink_to(root)
     (root / "part06/side").symlink_to(root / "part30/deep")  # as deep as its target, and before it in the order
     (root / "part07/deep/down").symlink_to(root / "part31")
-    files, watched = list_tree(root, (".npz",))
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_MANY_FOLDERS", 1000)
+        files, watched = list_tree(root, (".npz",), tmp_path / "whole", KEY)
+    assert not (tmp_path / "whole").exists(), "this was one walk"
+    monkeypatch.setattr(index, "PATIENCE", 0.0)
     for workers in (1, 3):
-        same, watched_too = list_tree(root, (".npz",), tmp_path / str(workers), {"kind": "test"}, workers)
+        monkeypatch.setattr(index, "default_workers", lambda workers=workers: workers)
+        same, watched_too = list_tree(root, (".npz",), tmp_path / str(workers), KEY)
         assert same == files
         assert {name: values.tolist() for name, values in watched_too.items()} == {
             name: values.tolist() for name, values in watched.items()
@@ -212,12 +219,12 @@ def test_a_wide_tree_is_listed_in_parts_with_the_same_result(tmp_path: Path) -> 
     assert "part06/side/b.npz" in files
     assert "part30/deep/b.npz" not in files
     assert len(files) == 81
-    parts = list(partial_folder(tmp_path / "1", {"kind": "test"}).iterdir())
+    parts = list(partial_folder(tmp_path / "1", KEY).iterdir())
     assert 10 < len(parts) <= index.NUM_GROUPS
 
 
 def test_a_listing_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, key, cache = tmp_path / "data", {"kind": "test"}, tmp_path / "cache"
+    root, cache = tmp_path / "data", tmp_path / "cache"
     grow_tree(root)
     scandir, listed = os.scandir, []
 
@@ -229,12 +236,12 @@ def test_a_listing_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "scandir", die_after_50)
     with pytest.raises(KeyboardInterrupt):
-        list_tree(root, (".npz",), cache, key, 1)
+        list_tree(root, (".npz",), cache, KEY)
     num_before = len(listed)
-    assert len(list_tree(root, (".npz",), cache, key, 1)[0]) == 81
+    assert len(list_tree(root, (".npz",), cache, KEY)[0]) == 81
     assert len(listed) - num_before < 81 - 30, "finished parts are not listed again"
     touch(root / "part11/deep/new.npz")
-    assert "part11/deep/new.npz" in list_tree(root, (".npz",), cache, key, 1)[0]
+    assert "part11/deep/new.npz" in list_tree(root, (".npz",), cache, KEY)[0]
 
 
 def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,12 +256,9 @@ def test_listing_asks_for_no_file_state(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", note)
-        files = list_tree(tmp_path, (".npz",))[0]
+        files = list_tree(tmp_path, (".npz",), None, KEY)[0]
     assert len(files) == 200
     assert asked == [str(tmp_path)]
-
-
-KEY = {"kind": "test", "root": "somewhere"}
 
 
 Arrays = dict[str, np.ndarray]
