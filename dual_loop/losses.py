@@ -1,4 +1,4 @@
-"""The loss functions, and the points at which masks are compared: pure functions of tensors.
+"""The loss functions: pure functions of tensors.
 
 No function here divides by the size of its batch. The trainer adds the sums and the counts over micro-batches and
 ranks and divides once, so the way in which a global batch is split cannot change the gradient.
@@ -6,8 +6,7 @@ ranks and divides once, so the way in which a global batch is split cannot chang
 All arithmetic is float32 whatever the dtype of the logits (bfloat16 has 8 bits of mantissa, too few for a sum over
 65,536 pixels); float64 inputs stay float64, which the finite-difference tests use.
 
-Sources: soft dice, V-Net (1606.04797); weights and epsilon, Sa2VA (2501.04001); points, PointRend (1912.08193), as
-Mask2Former (2112.01527) and Sa2VA use it.
+Sources: soft dice, V-Net (1606.04797); weights and epsilon, Sa2VA (2501.04001).
 """
 
 from __future__ import annotations
@@ -102,72 +101,6 @@ def token_cross_entropy(
         return part_total(hidden, labels)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return torch.stack([checkpoint(part_total, *part, use_reentrant=False) for part in parts]).sum()
-
-
-@torch.no_grad()
-def sample_points(
-    mask_logits: torch.Tensor,
-    seeds: torch.Tensor,
-    num_points: int,
-    oversample_ratio: float,
-    importance_sample_ratio: float,
-) -> torch.Tensor:
-    """Choose the points at which the mask losses of each object are computed (PointRend, section 3.1).
-
-    ``oversample_ratio * num_points`` uniform points are drawn; of these the ``importance_sample_ratio * num_points``
-    with the smallest |logit| are kept, most uncertain first; new uniform points fill up the rest. The random numbers
-    of an object come from its own seed through a CPU generator, so they depend neither on the other objects in the
-    batch nor on the device.
-
-    Args:
-        mask_logits: (N, Q, Q) float. seeds: (N,) int64. num_points: P.
-
-    Returns:
-        (N, P, 2) float32, (x, y) in 0..1, on the device of ``mask_logits``; no gradient.
-
-    Raises:
-        ValueError: an argument is out of range or the number of seeds is not N.
-    """
-    if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_sample_ratio <= 1:
-        seen = f"num_points {num_points}, oversample {oversample_ratio}, importance {importance_sample_ratio}"
-        raise ValueError(explain("point sampling is out of range", "sample_points", seen, "P >= 1, >= 1, 0..1"))
-    count = len(mask_logits)
-    if seeds.shape != (count,):
-        raise ValueError(explain("one seed an object is needed", "sample_points", tuple(seeds.shape), (count,)))
-    num_drawn, num_uncertain = int(num_points * oversample_ratio), int(num_points * importance_sample_ratio)
-    num_uniform = num_points - num_uncertain
-    random = torch.empty(count, num_drawn + num_uniform, 2)
-    for row, seed in zip(random, seeds.tolist(), strict=True):
-        row.copy_(torch.rand(row.shape, generator=torch.Generator().manual_seed(seed)))
-    drawn, uniform = random.to(mask_logits.device).split([num_drawn, num_uniform], dim=1)
-    uncertainty = -point_sample(mask_logits, drawn).abs()
-    chosen = uncertainty.topk(num_uncertain, dim=1).indices
-    uncertain = drawn.gather(1, chosen[..., None].expand(-1, -1, 2))
-    return torch.cat([uncertain, uniform], dim=1)
-
-
-def point_sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Read N maps at P points each: bilinear, pixel centres at half integers, zeros outside.
-
-    Args:
-        maps: (N, Q, Q) of any dtype.
-        points: (N, P, 2), (x, y) with 0..1 spanning the map.
-
-    Returns:
-        (N, P) float32 (float64 for float64 maps), with gradient to ``maps``.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    if points.ndim != 3 or maps.ndim != 3 or points.shape[0] != maps.shape[0] or points.shape[2] != 2:
-        seen = f"maps {tuple(maps.shape)}, points {tuple(points.shape)}"
-        raise ValueError(explain("maps and points do not fit", "point_sample", seen, "(N, Q, Q) and (N, P, 2)"))
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    if maps.shape[0] == 0:
-        return maps.new_zeros(0, points.shape[1], dtype=dtype) + maps.sum() * 0.0
-    grid = (2.0 * points - 1.0).to(dtype)
-    sampled = F.grid_sample(maps.to(dtype)[:, None], grid[:, None], mode="bilinear", align_corners=False)
-    return sampled[:, 0, 0]
 
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dual_loop"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "errors", "html", "drawing", "iteration"),
     ("config",),
-    ("data", "losses", "metrics", "caption_metrics"),
+    ("data", "losses", "points", "metrics", "caption_metrics"),
     ("model", "accelerate", "checkpoint"),
     ("loop", "testing"),
     ("training", "evaluation"),

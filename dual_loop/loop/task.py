@@ -25,12 +25,13 @@ from dual_loop.loop.packing import RowPlan, pack_step
 from dual_loop.loop.scorer import Scorer
 from dual_loop.loop.signals import build_signals
 from dual_loop.loop.signals.base import MicroBatch
-from dual_loop.losses import dice_loss, mask_cross_entropy, point_sample, sample_points, sum_objects
+from dual_loop.losses import dice_loss, mask_cross_entropy, sum_objects
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.model.stored_weights import StartingWeights, weights
+from dual_loop.points import point_sample, sample_points
 from dual_loop.types import Batch, LossTerm, PackedBatch, RankComm, RunState, Seen, Segmentation, StepOutput
 
 REMEMBERED_CAPTIONS = 512

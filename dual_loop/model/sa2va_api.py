@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dual_loop.config import LossConfig
 from dual_loop.errors import PromptError, explain
-from dual_loop.losses import dice_loss, mask_cross_entropy, point_sample, sample_points
+from dual_loop.losses import dice_loss, mask_cross_entropy
 from dual_loop.model.object_count import object_order
 from dual_loop.model.sa2va import Sa2VA
+from dual_loop.points import point_sample, sample_points
 from dual_loop.types import Segmentation
 
 ORIGINAL_AVERAGE_OFFSET = 1e-4
