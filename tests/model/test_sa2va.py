@@ -1,4 +1,4 @@
-"""The model: what gets gradient, what trains, and that losses fit hand-made ones."""
+"""The model: what gets gradient, what trains, that losses fit hand-made ones, and where region tokens stand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dual_loop.errors import PromptError
 from dual_loop.loop.captioner import generate_caption_from_mask
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import group_of, trainable_parameters, trainable_table
+from dual_loop.model.sa2va import insert_image_tokens
 from dual_loop.types import RegionCaption
 
 from small_model import scene_samples, small_batch, small_config, small_model
@@ -93,3 +94,21 @@ def test_batched_left_padded_generation_equals_one_by_one():
     assert len(together) == batch.num_regions
     assert all(caption.token_ids for caption in together)
     assert [caption.token_ids for caption in together] == [caption.token_ids for caption in alone]
+
+
+def test_region_tokens_are_copies_of_image_tokens_in_row_major_order():
+    features = torch.arange(2 * 4 * 3, dtype=torch.float32).reshape(2, 4, 3)
+    mask = torch.tensor([[[0, 1], [1, 1]]], dtype=torch.bool)
+    embedded = torch.full((2, 8, 3), -1.0)
+    placeholder = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    out = insert_image_tokens(embedded, placeholder, features, torch.tensor([1]), mask)
+    assert torch.equal(out[0, 1:5], features[0])
+    assert torch.equal(out[1, :4], features[1])
+    assert torch.equal(out[1, 5:], features[1, 1:])
+    assert torch.equal(out[0, 0], torch.full((3,), -1.0))
+
+
+def test_a_wrong_number_of_placeholders_is_refused():
+    features, mask = torch.zeros(1, 4, 3), torch.ones(1, 2, 2, dtype=torch.bool)
+    with pytest.raises(PromptError, match="differ in number"):
+        insert_image_tokens(torch.zeros(1, 5, 3), torch.ones(1, 5, dtype=torch.bool), features, torch.tensor([0]), mask)
