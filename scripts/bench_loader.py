@@ -134,7 +134,7 @@ def prepare_image(source: Any, geometry: Any, index: int, is_reduced: bool) -> A
 
     needed = geometry.needed_size if is_reduced else None
     sample = source.load_reduced(index, np.random.default_rng(index), needed)
-    return prepare_sample(sample, geometry, np.random.default_rng(0), range(sample.num_regions))
+    return prepare_sample(sample, geometry, np.random.default_rng(0), 0, index)
 
 
 def our_images(source: Any, geometry: Any, order: Sequence[int], is_reduced: bool = False) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dual_loop.data.mixture import DrawKey, DrawStream
-from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import DualLoopError, SampleError, explain
 from dual_loop.types import Batch, RegionSample, SkippedSample
@@ -76,8 +76,7 @@ class DualLoopDataset(Dataset[Batch]):
             try:
                 needed = self.geometry.needed_size
                 sample = source.load_reduced(entry, rng, needed) if is_reduced else source.load(entry, rng)
-                seeds = [region_seed(self.seed, key.slot, position) for position in range(len(sample.region_ids))]
-                prepared = prepare_sample(sample, self.geometry, rng, seeds)
+                prepared = prepare_sample(sample, self.geometry, rng, self.seed, key.slot)
             except SampleError as error:
                 skipped.append(SkippedSample(source.name, name, error.reason, str(error)))
             except Exception as error:

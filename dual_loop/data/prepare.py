@@ -131,7 +131,8 @@ def prepare_sample(
     sample: RegionSample,
     geometry: Geometry,
     rng: np.random.Generator,
-    region_seeds: Sequence[int],
+    seed: int,
+    slot: int | str,
     *,
     allow_empty_targets: bool = False,
 ) -> Batch:
@@ -141,7 +142,7 @@ def prepare_sample(
         sample: N regions on one image, or on a frame pair (two views: frame 1 is captioned, frame 2 segmented).
         geometry: sizes of the model.
         rng: chooses one caption where a region has several.
-        region_seeds: N seeds, see :func:`region_seed`.
+        seed, slot: give the seeds of the regions, see :func:`region_seed`.
         allow_empty_targets: keep a region whose target is lost at Q x Q. Evaluation compares at the original size
             and must not drop anything; training would learn from an empty mask, so there it is an error.
 
@@ -151,8 +152,6 @@ def prepare_sample(
     """
     where = f"{sample.source}/{sample.sample_id}"
     _check_sample(sample, where)
-    if len(region_seeds) != len(sample.region_ids):
-        raise ValueError(f"{where} has {len(sample.region_ids)} regions, but {len(region_seeds)} seeds were given")
     names = [f"{where}#{region_id}" for region_id in sample.region_ids]
     target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
     lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
@@ -176,7 +175,7 @@ def prepare_sample(
         grid_rescued=grid_rescued,
         target_masks=target_masks,
         region_image=torch.zeros(len(names), dtype=torch.int64),
-        region_seeds=torch.tensor(region_seeds, dtype=torch.int64),
+        region_seeds=torch.tensor([region_seed(seed, slot, place) for place in range(len(names))]),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
         region_names=names,
         sources=[sample.source],
@@ -217,8 +216,8 @@ def batch_from_samples(samples: Sequence[RegionSample], geometry: Geometry, seed
     prepared = []
     for sample in samples:
         name = f"{sample.source}/{sample.sample_id}"
-        seeds = [region_seed(seed, name, position) for position in range(len(sample.region_ids))]
-        prepared.append(prepare_sample(sample, geometry, sample_rng(seed, name), seeds, allow_empty_targets=True))
+        rng = sample_rng(seed, name)
+        prepared.append(prepare_sample(sample, geometry, rng, seed, name, allow_empty_targets=True))
     return replace(collate(prepared), samples=list(samples))
 
 

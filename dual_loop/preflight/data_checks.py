@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
-from dual_loop.data.prepare import Geometry, prepare_sample, region_seed, sample_rng
+from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
@@ -84,8 +84,7 @@ def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[
     """
     rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
     sample = source.load(index, rng)
-    seeds = [region_seed(seed, index, place) for place in range(sample.num_regions)]
-    return sample, prepare_sample(sample, sizes, rng, seeds)
+    return sample, prepare_sample(sample, sizes, rng, seed, index)
 
 
 def read_source(source: Reader, count: int | None, sizes: Geometry, seed: int = 0) -> SourceReport:

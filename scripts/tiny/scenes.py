@@ -42,9 +42,10 @@ class ScenePool:
         for index in range(count):
             scene = generate_scene(pool_seed(seed, pool, index))
             sample = scene_sample(scene, f"{pool}/{index}")
-            seeds = [index * 8 + k for k in range(sample.num_regions)]
-            item = prepare_sample(sample, sizes, np.random.default_rng(index), seeds, allow_empty_targets=True)
+            rng = np.random.default_rng(index)
+            item = prepare_sample(sample, sizes, rng, seed, index, allow_empty_targets=True)
             item.pixel_values = item.pixel_values.half()
+            item.region_seeds = torch.arange(index * 8, index * 8 + sample.num_regions)
             prepared.append(item)
             shapes.append([SHAPES.index(o.shape) for o in scene.objects])
             colours.append([COLOUR_NAMES.index(o.colour) for o in scene.objects])

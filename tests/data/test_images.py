@@ -73,7 +73,7 @@ def own_masks(tmp_path: Path) -> MasksDir:
 
 
 def prepared(sample: RegionSample, geometry: Geometry) -> Batch:
-    return prepare_sample(sample, geometry, np.random.default_rng(1), list(range(sample.num_regions)))
+    return prepare_sample(sample, geometry, np.random.default_rng(1), 0, 0)
 
 
 def mean_difference(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -59,8 +59,7 @@ def make_sample(
 
 
 def prepare(sample: RegionSample, geometry: Geometry = SMALL, **options: bool):  # type: ignore[no-untyped-def]
-    seeds = list(range(sample.num_regions))
-    return prepare_sample(sample, geometry, np.random.default_rng(0), seeds, **options)
+    return prepare_sample(sample, geometry, np.random.default_rng(0), 7, sample.sample_id, **options)
 
 
 # --- against the original ------------------------------------------------------------------------------------------
@@ -195,7 +194,8 @@ def test_collate_keeps_ragged_regions_and_tiles_in_order() -> None:
     assert max(batch.tiles_per_view) > 1
     assert batch.region_image.tolist() == [0, 0, 0, 1, 2, 2]
     assert batch.region_image.dtype == torch.int64
-    assert batch.region_seeds.tolist() == [0, 1, 2, 0, 0, 1]
+    places = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("c", 0), ("c", 1)]
+    assert batch.region_seeds.tolist() == [region_seed(7, name, place) for name, place in places]
     assert batch.region_names[3] == "fake/b#r0"
     assert batch.sources == ["fake"] * 3
     assert batch.num_images == 3
@@ -210,9 +210,9 @@ def _views(samples: list[RegionSample]) -> list[np.ndarray]:
 
 def test_captions_are_chosen_by_the_generator_alone() -> None:
     sample = make_sample(num_regions=2)
-    chosen = {tuple(prepare_sample(sample, SMALL, np.random.default_rng(seed), [0, 1]).captions) for seed in range(30)}
+    chosen = {tuple(prepare_sample(sample, SMALL, np.random.default_rng(seed), 0, 0).captions) for seed in range(30)}
     assert chosen == {("first 0", None), ("second 0", None)}
-    once = [prepare_sample(sample, SMALL, sample_rng(3, 9), [0, 1]).captions for _ in range(2)]
+    once = [prepare_sample(sample, SMALL, sample_rng(3, 9), 3, 9).captions for _ in range(2)]
     assert once[0] == once[1]
 
 
@@ -293,7 +293,5 @@ def test_a_sample_that_breaks_the_contract_is_refused(name: str) -> None:
 
 
 def test_misuse_by_the_caller_is_an_error() -> None:
-    with pytest.raises(ValueError, match="2 regions, but 1 seeds"):
-        prepare_sample(SAMPLE, SMALL, np.random.default_rng(0), [1])
     with pytest.raises(ValueError, match="at least one"):
         collate([])
