@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -59,9 +58,7 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     if has_problem(findings):
         return [*findings, *machine.check_output(config)]  # what follows would only repeat it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            meta = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
+        meta = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
     except DualLoopError as error:
         return [*findings, Finding(PROBLEM, "model", str(error))]
     findings += [*machine.check_memory(config, meta), *machine.check_output(config, meta)]

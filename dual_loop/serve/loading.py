@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -139,10 +138,8 @@ def rebuild(
     """Build the run's model, on ``device``, with the weights that it started from."""
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     embeddings = brings_new_tokens(list(sources), len(tokenizer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(config.train.seed)
-        model = build_model(config, tokenizer, device=str(device), weights_imported=embeddings)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, tokenizer, device=str(device), weights_imported=embeddings)
     if sources:
         load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
     return model, build_prompter(config, tokenizer)
