@@ -25,7 +25,7 @@ from dual_loop.commands.train import main as main
 from dual_loop.config import Config
 from dual_loop.config import load_config as load_config
 from dual_loop.config import resolve_config_path as resolve_config_path
-from dual_loop.data.dataset_builder import SETTING_PREFIX, has_root
+from dual_loop.data.dataset_builder import missing_roots
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import Panel, save_panels
 from dual_loop.errors import ConfigError, explain
@@ -91,15 +91,8 @@ def check_paths(config: Config) -> None:
     Raises:
         ConfigError: a path is missing, or no data set is given; all problems are listed.
     """
-    train, data, problems = config.train, config.data, []
-    sources = {name: getattr(data, f"{prefix}_dir") for name, prefix in SETTING_PREFIX.items()}
-    if not any(sources.values()):
-        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
-        problems.append(f"no data set is given: set at least one of {flags}")
-    for name, path in sources.items():
-        if path and not has_root(name, path):
-            problems.append(f"data.{SETTING_PREFIX[name]}_dir: no such folder: {path}")
-    folders = {"data.eval_dir": data.eval_dir, "train.model_path": train.model_path}
+    train, problems = config.train, missing_roots(config.data)
+    folders = {"data.eval_dir": config.data.eval_dir, "train.model_path": train.model_path}
     files = {"train.pretrained_pth": train.pretrained_pth, "train.sam2_path": train.sam2_path}
     problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
     problems += [f"{key}: no such file: {path}" for key, path in files.items() if path and not Path(path).exists()]

@@ -59,19 +59,9 @@ def build_sources(data: DataConfig) -> list[Reader]:
     Raises:
         ConfigError: no directory is given, or some of them cannot be used; the message lists all of these.
     """
-    given = {name: getattr(data, f"{prefix}_dir") for name, prefix in SETTING_PREFIX.items()}
-    given = {name: path for name, path in given.items() if path is not None}
-    if not given:
-        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
-        raise ConfigError(explain("no data set is given", "data", fix=f"set at least one of {flags}"))
     # All folders are looked at before any is read: listing a large one can take minutes.
-    problems = [
-        explain("no such folder", f"data.{SETTING_PREFIX[name]}_dir", path)
-        for name, path in given.items()
-        if not has_root(name, path)
-    ]
-    sources: list[Reader] = []
-    for name in given if not problems else ():
+    problems, sources = missing_roots(data), list[Reader]()
+    for name in given_roots(data) if not problems else ():
         try:
             sources.append(open_source(name, data))
         except ConfigError as error:
@@ -80,6 +70,25 @@ def build_sources(data: DataConfig) -> list[Reader]:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with the data sets:\n{listing}")
     return sources
+
+
+def given_roots(data: DataConfig) -> dict[str, str]:
+    """Return the directory of every data set that has one, by the name of its source."""
+    roots = {name: getattr(data, f"{prefix}_dir") for name, prefix in SETTING_PREFIX.items()}
+    return {name: path for name, path in roots.items() if path is not None}
+
+
+def missing_roots(data: DataConfig) -> list[str]:
+    """Return what is wrong with the given directories at first sight, one message each; none given is wrong too."""
+    given = given_roots(data)
+    if not given:
+        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
+        return [explain("no data set is given", "data", fix=f"set at least one of {flags}")]
+    return [
+        explain("no such folder", f"data.{SETTING_PREFIX[name]}_dir", path)
+        for name, path in given.items()
+        if not has_root(name, path)
+    ]
 
 
 def has_root(name: str, path: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
+from dual_loop.data.dataset_builder import SETTING_PREFIX, given_roots, missing_roots, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
@@ -63,16 +63,13 @@ class SourceReport:
 def open_sources(data: DataConfig) -> tuple[list[Reader], list[Finding]]:
     """Open every data set that is given, one by one, so that one broken root does not hide the others."""
     sources, findings = [], []
-    for name, prefix in SETTING_PREFIX.items():
-        if getattr(data, f"{prefix}_dir") is None:
-            continue
+    for name in given_roots(data):
         try:
             sources.append(open_source(name, data))
         except ConfigError as error:
-            findings.append(Finding(PROBLEM, "data", f"{name}: {error}", f"check --{prefix}_dir"))
-    if not sources and not findings:
-        flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
-        findings.append(Finding(PROBLEM, "data", "no data set is given", f"set at least one of {flags}"))
+            findings.append(Finding(PROBLEM, "data", f"{name}: {error}", f"check --{SETTING_PREFIX[name]}_dir"))
+    if not given_roots(data):
+        findings += [Finding(PROBLEM, "data", problem) for problem in missing_roots(data)]
     return sources, findings
 
 
