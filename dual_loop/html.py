@@ -27,7 +27,6 @@ class Figure:
 
     pictures: Sequence[Image.Image]
     lines: Sequence[str]
-    alt: str = ""
 
 
 @dataclass

@@ -80,4 +80,4 @@ def _figure(region: MeasuredRegion, sample: RegionSample) -> Figure:
     lines = [f"“{region.caption}”" + (f" (rejected: {region.rejected})" if region.rejected else "")]
     lines += [f"reference: {text}" for text in region.references[:1]]
     lines += [f"IoU {region.cycle_iou:.3f}" + ("" if margin is None else f", uniqueness {margin:+.3f}"), region.name]
-    return Figure(pictures, lines, alt=f"{region.name}: {region.caption}")
+    return Figure(pictures, lines)
