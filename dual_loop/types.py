@@ -99,7 +99,6 @@ class Batch:
         region_names: N strings ``source/sample_id#region_id`` for logs.
         sources: B source names.
         skipped: the samples that were skipped while this batch was collected.
-        samples: the B samples themselves in evaluation and inference, empty in training.
     """
 
     pixel_values: torch.Tensor
@@ -116,7 +115,6 @@ class Batch:
     region_names: list[str]
     sources: list[str]
     skipped: list[SkippedSample] = field(default_factory=list)
-    samples: list[RegionSample] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
@@ -159,7 +157,6 @@ class Batch:
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
             skipped=self.skipped if start == 0 else [],
-            samples=self.samples[start:stop],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

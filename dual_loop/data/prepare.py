@@ -205,7 +205,7 @@ def collate(batches: Sequence[Batch]) -> Batch:
 
 
 def batch_from_samples(samples: Sequence[RegionSample], geometry: Geometry, seed: int = 0) -> Batch:
-    """Make a batch of ``samples`` (one or more), which it keeps, for evaluation and inference.
+    """Make a batch of ``samples`` (one or more) for evaluation and inference.
 
     Seeds come from ``seed`` and the sample's own name, so results do not depend on how samples are batched. Targets
     may be empty at Q x Q (``target_masks`` is not what evaluation compares with).
@@ -218,7 +218,7 @@ def batch_from_samples(samples: Sequence[RegionSample], geometry: Geometry, seed
         name = f"{sample.source}/{sample.sample_id}"
         rng = sample_rng(seed, name)
         prepared.append(prepare_sample(sample, geometry, rng, seed, name, allow_empty_targets=True))
-    return replace(collate(prepared), samples=list(samples))
+    return collate(prepared)
 
 
 def _check_sample(sample: RegionSample, where: str) -> None:

@@ -61,7 +61,6 @@ def test_all_four_formats_are_opened_and_read(demo_data: Path, tmp_path: Path) -
     assert {name: batch.sources.count(name) for name in set(batch.sources)} == {
         "sav": 4, "sa1b": 3, "openimages": 4, "refcoco": 8,
     }  # fmt: skip
-    assert batch.samples == []
     num_regions = batch.region_image.bincount().tolist()
     assert len(num_regions) == batch.num_images == 19
     assert max(num_regions) == 2  # regions_per_image reached the readers

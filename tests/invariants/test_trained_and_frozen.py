@@ -22,16 +22,16 @@ class FixedData:
     steps_per_epoch = 100
     source_names = ("refcoco", "sav", "sa1b")
 
-    def __init__(self, batches):
-        self.window, self.ledger = batches, SkipLedger(max_bad_fraction=0.0, max_bad_grace=0)
+    def __init__(self, batches, samples):
+        self.window, self.made = batches, samples
+        self.ledger = SkipLedger(max_bad_fraction=0.0, max_bad_grace=0)
 
     def batches(self, first_step):
         while True:
             yield from self.window
 
     def samples(self, step, images):
-        samples = [sample for batch in self.window for sample in batch.samples]
-        return [samples[image] for image in images]
+        return [self.made[image] for image in images]
 
     def state_dict(self, step):
         return {}
@@ -57,8 +57,8 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tmp_path):
     loop_config = dataclasses.replace(config.loop, max_new_tokens=3, max_rejected_fraction=1.0)
     config = dataclasses.replace(config, train=train, loop=loop_config)
     model, prompter, _ = small_model(config)
-    first = small_batch(config, scene_samples(6))
-    second = small_batch(config, [*pair_samples(3), *scene_samples(3, source="sa1b", captions=False)])
+    samples = [*scene_samples(6), *pair_samples(3), *scene_samples(3, source="sa1b", captions=False)]
+    data = FixedData([small_batch(config, samples[:6]), small_batch(config, samples[6:])], samples)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     accelerator = build_accelerator(config)
@@ -75,7 +75,7 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tmp_path):
         return segmentation
 
     model.grounding.decode_prompts = remember
-    trainer = Trainer(config, task, average, FixedData([first, second]), accelerator, folder, lambda line: None)
+    trainer = Trainer(config, task, average, data, accelerator, folder, lambda line: None)
     assert trainer.fit().step == 3
     for name, parameter in model.named_parameters():
         same = torch.equal(before[name], parameter.detach())

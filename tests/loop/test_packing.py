@@ -129,7 +129,7 @@ def test_pairs_are_captioned_on_frame_one_and_segmented_on_frame_two(parts):
     assert packed.row_tiles == [[1], [0]]
     assert torch.equal(packed.vision[:1], features[1:])
     assert torch.equal(packed.vision[1:], features[:1])
-    expected = torch.from_numpy(batch.samples[0].target_masks).float()[None]
+    expected = torch.from_numpy(pair_samples(1)[0].target_masks).float()[None]
     side = batch.target_masks.shape[-1]
     assert torch.equal(
         batch.target_masks[0].float(), torch.nn.functional.interpolate(expected, size=(side, side))[0, 0]
