@@ -12,6 +12,7 @@ Sources: soft dice, V-Net (1606.04797); weights and epsilon, Sa2VA (2501.04001).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dual_loop.errors import explain
 from dual_loop.types import LossTerm
+
+T = TypeVar("T")
 
 IGNORE_INDEX = -100
 LOGITS_AT_ONCE = 1024
@@ -73,16 +76,25 @@ def sum_objects(per_object: torch.Tensor, weight: float, object_weights: torch.T
     return LossTerm((per_object * object_weights).sum() * weight, object_weights.sum())
 
 
+def map_chunks(function: Callable[..., T], *tensors: torch.Tensor, chunk: int = LOGITS_AT_ONCE) -> list[T]:
+    """Return what ``function`` makes of each part of ``tensors``, which are split alike along their first dimension.
+
+    With more than one part, what it keeps for the backward pass is let go and computed again there: vocabulary logits
+    of one part, (chunk, V) float32 instead of (P, V), exist at any time.
+    """
+    parts = list(zip(*(tensor.split(chunk) for tensor in tensors), strict=True))
+    if len(parts) == 1:
+        return [function(*parts[0])]
+    return [checkpoint(function, *part, use_reentrant=False) for part in parts]
+
+
 def token_cross_entropy(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     labels: torch.Tensor,
     chunk: int = LOGITS_AT_ONCE,
 ) -> torch.Tensor:
-    """Cross-entropy of P tokens, summed; their logits never exist all at once.
-
-    With more than one chunk the backward pass computes the logits of a chunk again: (chunk, V) float32 instead of
-    (P, V) is kept at any time.
+    """Cross-entropy of P tokens, summed; their logits never exist all at once (:func:`map_chunks`).
 
     Args:
         logits_of: (p, D) -> (p, V). hidden: (P, D) float.
@@ -97,10 +109,7 @@ def token_cross_entropy(
         logits = full_precision(logits_of(part))
         return F.cross_entropy(logits, part_labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    if len(hidden) <= chunk:
-        return part_total(hidden, labels)
-    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return torch.stack([checkpoint(part_total, *part, use_reentrant=False) for part in parts]).sum()
+    return torch.stack(map_chunks(part_total, hidden, labels, chunk=chunk)).sum()
 
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.scorer import Scorer
 from dual_loop.loop.signals.base import predicting_positions, spoken_turns
+from dual_loop.losses import map_chunks
 from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send
@@ -117,10 +118,12 @@ class CheatingProbe:
         live = self.model.read(self.model.embed(packed), packed)[row, column]
         with adapters_disabled(self.model):
             reference = self.model.read(self.model.embed(packed), packed)[row, column]
-        for own, bare in zip(live.split(TOKENS_AT_ONCE), reference.split(TOKENS_AT_ONCE), strict=True):
-            own_log = self.model.answer_logits(own).float().log_softmax(-1)
-            bare_log = self.model.answer_logits(bare).float().log_softmax(-1)
-            sums["kl/sum"] += float((own_log.exp() * (own_log - bare_log)).sum())
+
+        def divergence(own: Tensor, bare: Tensor) -> Tensor:
+            own_log, bare_log = (self.model.answer_logits(one).float().log_softmax(-1) for one in (own, bare))
+            return (own_log.exp() * (own_log - bare_log)).sum()
+
+        sums["kl/sum"] += float(torch.stack(map_chunks(divergence, live, reference, chunk=TOKENS_AT_ONCE)).sum())
         sums["kl/count"] += float(len(row))
 
     def _prefer(

@@ -23,6 +23,7 @@ from dual_loop.errors import explain
 from dual_loop.loop.captioner import sample_seed
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
+from dual_loop.losses import map_chunks
 from dual_loop.model.hardware import send
 from dual_loop.model.prompts import SEGMENT_ANSWERS, SEGMENT_QUESTIONS, Prompter, choose, clean_caption
 from dual_loop.model.sa2va import Sa2VA
@@ -155,9 +156,13 @@ class GumbelCaptions(Signal):
         """
         hidden = model.read(model.embed(captioning.packed), captioning.packed)
         rows, columns = captioning.positions
-        logits = model.answer_logits(hidden[rows, columns])
-        settings = (captioning.uniform, captioning.temperature, self.policy.gumbel_top_k)
-        ids, weights = straight_through_weights(logits, captioning.targets, *settings)
+
+        def choose(part: Tensor, targets: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+            settings = (captioning.temperature, self.policy.gumbel_top_k)
+            return straight_through_weights(model.answer_logits(part), targets, uniform, *settings)
+
+        chosen = map_chunks(choose, hidden[rows, columns], captioning.targets, captioning.uniform)
+        ids, weights = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         table = self.spaced.to(ids.device)
         read = torch.where(captioning.is_first[:, None], table[ids.clamp_max(len(table) - 1)], ids)
         return soft_embeddings(model.mllm.get_input_embeddings().weight.detach(), read, weights)

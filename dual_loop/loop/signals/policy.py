@@ -25,7 +25,7 @@ from dual_loop.loop.judge import Judge
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText
 from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
-from dual_loop.losses import full_precision
+from dual_loop.losses import full_precision, map_chunks
 from dual_loop.metrics import own_image_only, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send
@@ -140,8 +140,12 @@ class CaptionPolicy(Signal):
     def log_probs(self, model: Sa2VA, hidden: Tensor, found: SampledTokens) -> Tensor:
         """Return the log-probabilities (P,) float32 of the sampled tokens, at the temperature of their sampling."""
         rows, columns = found.positions
-        logits = model.answer_logits(hidden[rows, columns]).float() / self.config.temperature
-        return logits.log_softmax(-1).gather(1, found.targets[:, None])[:, 0]
+
+        def of(part: Tensor, targets: Tensor) -> Tensor:
+            logits = model.answer_logits(part).float() / self.config.temperature
+            return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+        return torch.cat(map_chunks(of, hidden[rows, columns], found.targets))
 
     def _advantages(self, micro: MicroBatch) -> GroupAdvantages:
         """Return the advantages of the N x K samples of one micro-batch."""

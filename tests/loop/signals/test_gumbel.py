@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dual_loop.loop.signals import gumbel as gumbel_module
 from dual_loop.loop.signals.gumbel import (
     conditioned_perturbation,
     soft_embeddings,
@@ -17,6 +19,7 @@ from dual_loop.loop.signals.gumbel import (
     temperature_at,
     with_space,
 )
+from dual_loop.losses import map_chunks
 from dual_loop.types import WrittenCaption
 
 from loop_settings import MASK_TERMS, build, captioner_rows, gradients, masks_only, setting
@@ -136,6 +139,25 @@ def test_straight_through_captions_give_the_masks_of_the_discrete_ones():
         looked_up = model.mllm.get_input_embeddings()(ids)
     torch.testing.assert_close(values, looked_up, atol=1e-6, rtol=0)
     torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
+
+
+def test_the_logits_of_a_chunk_alone_exist_at_once(monkeypatch):
+    config, results, sizes = setting("gumbel"), [], []
+    for chunk in (1000, 3):
+        monkeypatch.setattr(gumbel_module, "map_chunks", partial(map_chunks, chunk=chunk))
+        model, task = build(config)
+        (signal,) = task.signals
+        (packed,) = task.prepare([small_batch(config, masks_only())])
+        make = model.answer_logits
+        monkeypatch.setattr(model, "answer_logits", lambda rows, make=make: [sizes.append(len(rows)), make(rows)][1])
+        values = signal.soft_captions(model, packed.lessons["gumbel"])
+        largest, _ = max(sizes), sizes.clear()
+        assert largest <= chunk
+        values.square().sum().backward()
+        adapter = model.mllm.model.language_model.layers[0].mlp.up_proj.lora_A.default
+        results.append((values.detach(), adapter.weight.grad))
+    for seen, expected in zip(*results, strict=True):
+        assert (seen - expected).norm() <= 0.02 * expected.norm()  # in bfloat16 parts of a product round differently
 
 
 def test_straight_through_ids_read_as_the_caption():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dual_loop.loop.signals.policy import (
     policy_loss,
 )
 from dual_loop.loop.task import DualLoopTask
+from dual_loop.losses import map_chunks
 from dual_loop.training.metrics_log import step_metrics
 
 from loop_settings import build, captioner_rows, gradients, masks_only, setting, write_ids
@@ -254,6 +256,26 @@ def test_log_probabilities_are_those_of_the_tokens_where_they_were_written(monke
     assert len(found.targets) == sum(len(one.greedy.token_ids) for one in packed.captions) > 20
     assert torch.equal(likely.argmax(-1), found.targets)
     torch.testing.assert_close(log_probs, likely.float().log_softmax(-1).amax(-1))
+
+
+def test_the_logits_of_a_chunk_alone_exist_at_once(monkeypatch):
+    """Four captions of 128 tokens a region are 10 GB of logits for every copy at 151,679 words."""
+    results, sizes = [], []
+    for chunk in (1000, 7):
+        monkeypatch.setattr(policy_module, "map_chunks", partial(map_chunks, chunk=chunk))
+        model, task = build(setting("grpo", kl_weight=0.1))
+        (packed,) = task.prepare([small_batch(setting("grpo"), masks_only())])
+        make = model.answer_logits
+        monkeypatch.setattr(model, "answer_logits", lambda rows, make=make: [sizes.append(len(rows)), make(rows)][1])
+        terms = task(packed).terms
+        (terms["policy_loss"].total + terms["kl_loss"].total).backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        largest, _ = max(sizes), sizes.clear()
+        assert largest > 7 if chunk == 1000 else largest <= max(7, len(packed.answer_ids))
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        # In bfloat16 parts of a product round differently.
+        assert (results[1][name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
 def test_sampled_special_tokens_are_punished_not_obeyed(monkeypatch):
