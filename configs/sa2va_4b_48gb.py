@@ -3,3 +3,5 @@
 _base_ = ["sa2va_4b_full.py"]
 
 train = dict(batch_size=4, gradient_accumulation_steps=2)
+# For --dry_run and the choice of recomputed layers: the smallest cards sold with this name, less their context.
+speed = dict(memory_gib=43)

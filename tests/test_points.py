@@ -57,6 +57,23 @@ def test_sampled_points_are_the_most_uncertain_then_uniform():
         assert torch.equal(points[i, 30:], everything[120:])
 
 
+def test_deterministic_reading_gives_the_values_and_the_gradient_of_the_fast_one():
+    maps = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = torch.rand(3, 40, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.4 - 0.2
+    results = []
+    for is_on in (False, True):
+        torch.use_deterministic_algorithms(is_on)
+        try:
+            own = maps.clone().requires_grad_()
+            values = point_sample(own, points)
+            values.square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append((values.detach(), own.grad))
+    for seen, expected in zip(*results, strict=True):
+        torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_sampled_points_carry_no_gradient():
     logits, _, seeds = _objects(1)
     assert not sample_points(logits.requires_grad_(), seeds, 10, 3.0, 0.75).requires_grad

@@ -44,6 +44,7 @@ LEVERS = (
     Lever("sam2", "lean_sam2", TRANSFORMERS),
     Lever("decode_graph", None, {}),
     Lever("cpu", None, TRANSFORMERS),
+    Lever("compile", "compile", {}),
     Lever("liger", "liger", {**TRANSFORMERS, "liger-kernel": ("0.8", "0.8")}),
 )
 

@@ -12,6 +12,7 @@ operations for SAM 2 large, and features of 144 and 288 instead of 256 and 256 c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,25 @@ def apply(model: Sa2VA, config: Config) -> None:
     if type(encoder.neck) is Sam2VisionNeck:
         encoder.neck.__class__ = LeanNeck
     replace(model.grounding, finish, level_width)
+    model.after_loading.append(partial(cast_trunk, model, config))
+
+
+def cast_trunk(model: Sa2VA, config: Config, device: torch.device) -> None:
+    """Keep the frozen trunk's matrices in bfloat16 on a GPU that computes in it: autocast would cast them each step."""
+    trunk, wanted = model.grounding_encoder.vision_encoder.backbone, config.train.mixed_precision
+    is_half = wanted == "bf16" or (wanted == "auto" and config.model.dtype == "bfloat16")
+    if device.type == "cpu" or not is_half or any(p.requires_grad for p in trunk.parameters()):
+        return
+    for module in trunk.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+    replace(trunk, forward)
+
+
+def forward(trunk: nn.Module, pixel_values: Tensor, **options: object) -> object:
+    """The trunk's forward pass in autocast, whatever is around it: its matrices take nothing but bfloat16."""
+    with torch.autocast(pixel_values.device.type, torch.bfloat16):
+        return type(trunk).forward(trunk, pixel_values, **options)
 
 
 def finish(grounding: GroundingDecoder, levels: list[Tensor]) -> list[Tensor]:

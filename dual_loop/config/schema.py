@@ -305,9 +305,10 @@ class SpeedConfig:
     )
     images_at_once: str = setting(
         "auto",
-        "images with a graph at a time; auto: one on a CPU with 256 or more image tokens, else all",
+        "images with a graph at a time; auto: one on a CPU with 256 or more image tokens, else all; fit: on a GPU as "
+        "many as the memory holds, and no more than keep it busy",
         "IMAGES",
-        choices=("auto", "all"),
+        choices=("auto", "all", "fit"),
         at_least=1,
     )
     memory_gib: float | None = setting(None, "for checkpoint_layers=auto; none: what is free", "GIB", at_least=0.1)
@@ -320,6 +321,13 @@ class SpeedConfig:
     decode_graph: str = setting(
         "auto", "record a decoding step as a CUDA graph and play it, on GPUs", choices=("auto", "off")
     )
+    tf32: bool = setting(False, "let GPUs multiply float32 matrices in TF32, with 10 bits of mantissa instead of 23")
+    expandable_segments: bool = setting(
+        True,
+        "let the GPU's allocator grow its blocks, so that rows of changing length leave no holes (not over the "
+        "user's own PYTORCH_CUDA_ALLOC_CONF)",
+    )
+    compile: bool = setting(False, "torch.compile for each decoder layer; the log counts the graphs it made")
     prefetch_to_device: bool = setting(False, "copy the next accumulation window to the GPU ahead of time")
 
 
@@ -353,6 +361,9 @@ class TrainConfig:
     )
     num_threads: int | None = setting(None, "of torch, a process; none: torch's own choice", "THREADS")
     seed: int = flag(42, "decides everything random")
+    deterministic: bool = setting(
+        False, "let a GPU repeat a run bit for bit, resumed or not, by slower kernels; a CPU does so anyway"
+    )
     resume: str | None = flag(None, "newest whole checkpoint, or this one", "auto|DIR", title=RUN_FOLDER)
     log_interval: int = flag(10, "between two logged steps", "STEPS", title=RUN_FOLDER, at_least=1)
     save_interval: int = flag(500, "between two checkpoints", "STEPS", title=RUN_FOLDER, at_least=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Sam2Config,
@@ -24,6 +26,7 @@ from transformers import (
     Sam2PromptEncoderConfig,
     Sam2VisionConfig,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from dual_loop.config import Config, ModelConfig
@@ -91,7 +94,7 @@ def build_prompter(config: Config, tokenizer: Any) -> Prompter:
 
 
 def build_model(
-    config: Config, tokenizer: Any, *, device: str = "cpu", weights_imported: bool = True
+    config: Config, tokenizer: Any, *, device: str = "cpu", weights_imported: bool = True, drawn: bool = True
 ) -> VideoLLaVASAMModel:
     """Build the model with LoRA and freeze policy; weights are random (on ``meta``: not even that).
 
@@ -100,16 +103,22 @@ def build_model(
         tokenizer: gives the vocabulary size and the ids of special tokens.
         device: where parameters are created.
         weights_imported: whether pretrained weights will follow; decides ``train_embeddings = auto``.
+        drawn: False leaves the memory of pretrained parts as it comes, for ``load_weights`` to fill: no random numbers
+            are drawn for them, and on a CPU no page of theirs is touched. LoRA and ``text_hidden_fcs`` are drawn.
     """
     settings = config.model
+    empty = nullcontext if drawn else no_init_weights
     # In its own dtype at once: a float32 copy of a 4B model would not fit beside it.
     with torch.device(device), local_torch_dtype(getattr(torch, settings.dtype)):
-        mllm = InternVLForConditionalGeneration(internvl_config(settings, tokenizer))
+        with empty():
+            mllm = InternVLForConditionalGeneration(internvl_config(settings, tokenizer))
+            mllm.tie_weights()  # part of the drawing
         add_lora(mllm.model.language_model, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
-    with torch.device(device), local_torch_dtype(torch.float32):
+    with torch.device(device), local_torch_dtype(torch.float32), empty():
         sam = Sam2Model(sam2_config(settings.sam2))
         # One random matrix encodes positions of prompts and of the image; transformers draws it twice.
         sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
+    with torch.device(device), local_torch_dtype(torch.float32):
         width, prompt_width = int(settings.text["hidden_size"]), int(settings.sam2["fpn_hidden_size"])
         inner = settings.text_hidden_dim or width
         model = VideoLLaVASAMModel(
@@ -144,6 +153,21 @@ def build_model(
 
         accelerate.apply(model, config)
     return model
+
+
+@torch.no_grad()
+def draw(model: VideoLLaVASAMModel, names: Iterable[str]) -> None:
+    """Give the named tensors of pretrained parts that ``drawn=False`` left empty the initial values of their kind."""
+    wanted = set(names)
+    for owner in sorted({name.rpartition(".")[0] for name in wanted}):
+        module, path = model.get_submodule(owner), owner
+        while not isinstance(root := model.get_submodule(path), PreTrainedModel):
+            path = path.rpartition(".")[0]
+        own = module.named_parameters(recurse=False)
+        kept = [(value, value.clone()) for name, value in own if f"{owner}.{name}" not in wanted]
+        root._init_weights(module)
+        for value, before in kept:
+            value.copy_(before)
 
 
 def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:

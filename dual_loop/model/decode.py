@@ -181,11 +181,8 @@ class Decoder:
         is_cpu = self.device.type == "cpu"
         memory = psutil.virtual_memory().total if is_cpu else torch.cuda.mem_get_info(self.device)[1]
         keys = self.prefix_layers[0][0]
-        token = 2 * len(self.prefix_layers) * keys[0, :, 0].numel() * keys.element_size()
-        columns = keys.shape[2] + question + self.max_new_tokens
-        # Logits, their noise and what these are made of.
-        logits = 8 * 4 * int(self.model.mllm.lm_head.weight.shape[0])
-        return max(1, min(GPU_ROWS[-1], int(memory * CACHE_SHARE) // (columns * token + logits)))
+        row = row_bytes(self.model, keys.shape[2] + question + self.max_new_tokens, keys.element_size())
+        return max(1, min(GPU_ROWS[-1], int(memory * CACHE_SHARE) // row))
 
     @torch.no_grad()
     def write(self, rows: Sequence[int]) -> list[list[int]]:
@@ -332,6 +329,14 @@ class Decoder:
         allowed = (real[:, None, :] & (seen <= last)) | (seen == last)
         mask = additive_mask(allowed[:, None], embeds.dtype)
         return self.model.step_language(embeds, mask, send(positions, self.device), cache)
+
+
+def row_bytes(model: Sa2VA, columns: int, itemsize: int) -> int:
+    """Return the bytes that a row of so many columns takes: keys and values, logits with their noise and its parts."""
+    config = model.mllm.model.language_model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * itemsize
+    return int(columns * token + 8 * 4 * model.mllm.lm_head.out_features)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[Tensor, Tensor]:

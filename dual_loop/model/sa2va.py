@@ -27,6 +27,9 @@ from dual_loop.model.adapters import NewTokenRows
 from dual_loop.model.hardware import send
 from dual_loop.types import Batch, PackedBatch, Seen, Segmentation
 
+MASKS_AT_ONCE = 16
+"""Most masks decoded at a time without a graph: each takes some 50 MB of maps at SAM 2's 1024 pixels."""
+
 TokenStep = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 """New columns (R, 1, D), additive mask (R, 1, 1, columns), positions (R, 1), cache -> last hidden states (R, D)."""
 
@@ -76,7 +79,7 @@ class GroundingDecoder:
         return torch.cat([blank.expand(seg_embeds.shape[0], 2, -1), seg_embeds[:, None]], dim=1)[:, None]
 
     def decode_prompts(self, sparse: Tensor, levels: list[Tensor], image_index: Tensor) -> Segmentation:
-        """Segment N objects, each on its image.
+        """Segment N objects, each on its image; without a graph, :data:`MASKS_AT_ONCE` at a time.
 
         Args:
             sparse: (N, 1, P, C) prompts: :meth:`sparse_prompts`, or SAM 2's own of points or boxes.
@@ -86,10 +89,14 @@ class GroundingDecoder:
         Returns:
             The chosen masks as logits (N, Q, Q), with predicted IoUs, choices and object scores.
         """
-        masks, ious, scores = self.decode_candidates(sparse, levels, image_index)
-        chosen = ious.argmax(dim=-1)  # 0 where there is one candidate
-        picked = masks[torch.arange(len(masks), device=masks.device), chosen]
-        return Segmentation(picked.float(), ious, chosen, scores)
+        size = max(1, len(sparse)) if torch.is_grad_enabled() else MASKS_AT_ONCE
+        found = []
+        for part, index in zip(sparse.split(size), image_index.split(size), strict=True):
+            masks, ious, scores = self.decode_candidates(part, levels, index)
+            chosen = ious.argmax(dim=-1)  # 0 where there is one candidate
+            picked = masks[torch.arange(len(masks), device=masks.device), chosen]
+            found.append((picked.float(), ious, chosen, scores))
+        return Segmentation(*found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True)))
 
     def decode_candidates(
         self, sparse: Tensor, levels: list[Tensor], image_index: Tensor
@@ -231,7 +238,7 @@ class Sa2VA(nn.Module):
     def encode_grounding(self, g_pixel_values: Tensor) -> list[Tensor]:
         """Run SAM 2's image encoder on (B, 3, S, S) pixels of 0..255, normalised here; three levels, fine to coarse."""
         pixels = (g_pixel_values.float() / 255.0 - self.image_mean) / self.image_std
-        return self.grounding.encode(pixels.to(self.grounding_encoder.dtype))
+        return self.grounding.encode(pixels.to(self.image_mean.dtype))
 
     def project_vision(self, features: Tensor) -> Tensor:
         """Run the projector ``mlp1``: (T, M, D_vision) -> (T, M, D), row-major on the G x G token grid."""

@@ -17,7 +17,9 @@ FORMULA = (
     "frozen x bytes of model.dtype (SAM 2: 4) + trained x (4 value + 4 gradient + 8 Adam + 4 average "
     "+ 4 DDP buckets on several ranks); activations (language): recomputed layers x their input + the other layers x "
     "what one saves, measured without contents on a long row; activations (other): one layer's gradients, the mask "
-    "decoder as measured, logits of a chunk, mask losses, frozen features of a window; the caption cache comes on top"
+    "decoder as measured, logits of a chunk, mask losses; activations (features): images of a window and what the "
+    "frozen encoders made of them; activations (roll-out): what prefixes and rows of captions, or masks that are "
+    "scored, take beyond the others"
 )
 
 
@@ -78,5 +80,6 @@ def dry_run(config: Config) -> str:
         "",
         f"effective batch: {effective} = {world_size} processes x {train.batch_size} images x "
         f"{train.gradient_accumulation_steps} micro-batches",
+        *((f"images with a graph at a time: {plan.images}",) if plan.images < train.batch_size else ()),
     ]
     return "\n".join(lines)

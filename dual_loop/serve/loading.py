@@ -16,10 +16,10 @@ from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer, draw
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
-from dual_loop.training.devices import choose_attention_kernels
+from dual_loop.training.devices import choose_arithmetic
 from dual_loop.training.run_folder import fill_parameters, find_checkpoint
 
 
@@ -65,7 +65,7 @@ class Trained:
             CheckpointError: they cannot be read, or do not fit.
             EnvironmentProblem: the device has no such attention kernel.
         """
-        choose_attention_kernels(self.config, device.type)
+        choose_arithmetic(self.config, device.type)
         model, prompter = rebuild(self.config, self.sources, device)
         if self.saved is None:
             file = self.sources[-1]
@@ -139,9 +139,11 @@ def rebuild(
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     embeddings = brings_new_tokens(list(sources), len(tokenizer))
     torch.manual_seed(config.train.seed)
-    model = build_model(config, tokenizer, device=str(device), weights_imported=embeddings)
+    options = {"weights_imported": embeddings, "drawn": not sources}
+    model = build_model(config, tokenizer, device=str(device), **options)
     if sources:
-        load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
+        names = {"tokenizer": tokenizer, "allow_missing": config.train.allow_missing}
+        draw(model, load_weights(model, list(sources), **names).missing)
     return model, build_prompter(config, tokenizer)
 
 

@@ -23,7 +23,6 @@ from dual_loop.data.dataset import SkipLedger
 from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
 from dual_loop.data.mixture import WindowedBatchSampler
 from dual_loop.model.build import geometry
-from dual_loop.training.devices import images_at_once
 from dual_loop.types import Batch, RegionSample
 
 
@@ -90,12 +89,13 @@ class DevicePrefetch:
         batches: this rank's micro-batches, on the CPU.
         config: the whole configuration.
         device: where they go.
+        images: of a part at most.
     """
 
-    def __init__(self, batches: Iterator[Batch], config: Config, device: torch.device) -> None:
+    def __init__(self, batches: Iterator[Batch], config: Config, device: torch.device, images: int) -> None:
         self.batches, self.device = batches, device
         self.copies_ahead = config.speed.prefetch_to_device
-        self._window, self._images = config.train.gradient_accumulation_steps, images_at_once(config, device.type)
+        self._window, self._images = config.train.gradient_accumulation_steps, images
         self._stream: Any = torch.cuda.Stream(device) if self.copies_ahead and device.type == "cuda" else None
         self._next: list[Batch] | None = None
 

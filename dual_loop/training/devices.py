@@ -76,7 +76,7 @@ def build_accelerator(config: Config) -> Accelerator:
         EnvironmentProblem: the device that ``train.device`` asks for is not there, or has no such attention kernel.
     """
     device = choose_device(config.train.device)
-    choose_attention_kernels(config, device.type)
+    choose_arithmetic(config, device.type)
     use_cpu = device.type == "cpu"
     if use_cpu:
         torch.set_num_threads(num_cpu_threads(config))
@@ -99,34 +99,37 @@ def share_out_batch(config: Config, world_size: int) -> Config:
     """Return ``config`` with the micro-batches that give ``train.effective_batch`` images a step on so many ranks.
 
     A step then takes the same images, and has the same gradient up to rounding, on any number of ranks: a run can lose
-    and gain machines and stays the same run.
+    and gain machines and stays the same run. Where ``speed.images_at_once`` is ``fit``, all images of a rank are one
+    micro-batch, of which as many have a graph at a time as fit the memory; ``train.batch_size`` has no say then.
 
     Raises:
         ConfigError: the images cannot be shared out evenly.
     """
-    train = config.train
-    if train.effective_batch is None:
+    train, images = config.train, config.train.effective_batch
+    if images is None:
         return config
+    if config.speed.images_at_once == "fit":
+        train = dataclasses.replace(train, batch_size=max(1, images // world_size))
     at_once = world_size * train.batch_size
-    if train.effective_batch % at_once:
+    if images % at_once:
         raise ConfigError(
             explain(
                 "the images of a step cannot be shared out evenly",
                 "--effective_batch",
-                train.effective_batch,
+                images,
                 f"a multiple of {at_once} = {world_size} processes x {train.batch_size} images (--batch_size)",
                 "choose another --effective_batch, --batch_size or number of processes",
             )
         )
-    steps = train.effective_batch // at_once
-    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=steps))
+    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=images // at_once))
 
 
 def images_at_once(config: Config, device_type: str) -> int:
     """Return how many images of a micro-batch are run together on this kind of device.
 
-    ``auto`` is one on a CPU where an image has 256 tokens or more, else all. A sharded model runs all: its ranks have
-    to take the same number of passes.
+    ``auto`` is one on a CPU where an image has 256 tokens or more, else all; so is ``fit`` on a CPU, while on a GPU it
+    is all until ``training.memory`` has looked. A sharded model runs all: its ranks have to take the same number of
+    passes.
     """
     choice, size = config.speed.images_at_once, config.train.batch_size
     if choice.isdigit():
@@ -187,6 +190,25 @@ def choose_attention_kernels(config: Config, device_type: str) -> None:
     switches = backends.enable_flash_sdp, backends.enable_mem_efficient_sdp, backends.enable_cudnn_sdp
     for name, switch in zip(KERNELS, (*switches, backends.enable_math_sdp), strict=True):
         switch(name == kernel or (kernel == "auto" and name != "cudnn"))
+
+
+def choose_arithmetic(config: Config, device_type: str) -> None:
+    """Set what a process decides once for all its models: attention kernels, TF32, determinism, the GPU's allocator.
+
+    It is set before anything computes: cuBLAS and the allocator look only once.
+
+    Raises:
+        EnvironmentProblem: the device has no such attention kernel.
+    """
+    choose_attention_kernels(config, device_type)
+    torch.set_float32_matmul_precision("high" if config.speed.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.speed.tf32  # torch's own default is True
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    is_chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if device_type == "cuda" and config.speed.expandable_segments and not is_chosen:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:

@@ -12,7 +12,7 @@ What a layer and SAM 2's mask decoder keep is measured on tensors without conten
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,10 @@ from torch.func import functional_call
 from dual_loop.config import Config, caption_gradient
 from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
+from dual_loop.model.decode import CACHE_SHARE, row_bytes
+from dual_loop.model.hardware import GPU_ROWS
 from dual_loop.model.recompute import checkpoint_first, requested_layers
-from dual_loop.model.sa2va import GroundingDecoder
+from dual_loop.model.sa2va import MASKS_AT_ONCE, GroundingDecoder
 from dual_loop.training.devices import as_computed, gather_objects, precision
 
 GIB = 2**30
@@ -36,6 +38,8 @@ SHARE_USED = 0.85
 """Of the free memory: the rest is for fragments, workspaces, and rows longer than estimated."""
 TEXT_TOKENS = 48
 """Of a question with its answer around a caption, roughly."""
+BUSY_TOKENS = 4096
+"""Of a micro-batch's rows, from which on a GPU's products gain little by more."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -47,8 +51,9 @@ class MemoryEstimate:
         frozen: weights. trained: float32 weights; gradients and average take as much again, Adam's moments twice that.
         buckets: of DDP, on several ranks.
         language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
-        mask_decoder: what it keeps. logits: three float32 copies of a chunk. losses: masks, targets and gradients.
-        features: of the frozen encoders, for all images of the window.
+        mask_decoder: what it keeps. logits: five float32 copies of a chunk. losses: masks, targets and gradients.
+        features: all images of the window, and what the frozen encoders made of them.
+        rollout: prefixes and rows of one generation, or masks that are scored, whichever is more.
     """
 
     frozen: int
@@ -60,6 +65,7 @@ class MemoryEstimate:
     logits: int
     losses: int
     features: int
+    rollout: int
 
     @property
     def state(self) -> int:
@@ -67,9 +73,14 @@ class MemoryEstimate:
         return self.frozen + 5 * self.trained + self.buckets
 
     @property
+    def training(self) -> int:
+        """Bytes at the fullest moment of steps 2 and 3, besides state and features."""
+        return self.language + self.layer_gradients + self.mask_decoder + self.logits + self.losses
+
+    @property
     def micro_batch(self) -> int:
-        """Bytes at the fullest moment of a micro-batch, besides the state."""
-        return self.language + self.layer_gradients + self.mask_decoder + self.logits + self.losses + self.features
+        """Bytes at the fullest moment of a step, besides the state."""
+        return self.features + max(self.training, self.rollout)
 
     @property
     def total(self) -> int:
@@ -85,7 +96,9 @@ class MemoryEstimate:
             "weight average (fp32)": self.trained,
             "DDP buckets (fp32)": self.buckets,
             "activations (language)": self.language,
-            "activations (other)": self.micro_batch - self.language,
+            "activations (other)": self.training - self.language,
+            "activations (features)": self.features,
+            "activations (roll-out)": max(0, self.rollout - self.training),  # beyond those of steps 2 and 3
         }
         return {name: size for name, size in rows.items() if size}
 
@@ -110,12 +123,14 @@ class LayerPlan:
         chosen_by: ``setting``, ``memory``, or ``default`` where memory should decide and is not known.
         free_gib: memory that was free for a micro-batch; None where the setting decided.
         needed_gib: estimate of what a micro-batch takes with this choice; None where nothing was measured.
+        images: with a graph at a time.
         fits: False where even recomputing all layers leaves the estimate above ``SHARE_USED`` of what is free.
     """
 
     recomputed: int
     layers: int
     chosen_by: str
+    images: int
     free_gib: float | None = None
     needed_gib: float | None = None
     fits: bool = True
@@ -134,18 +149,17 @@ class MemoryEstimator:
     """Estimates what a step of a model takes that was just built.
 
     Args:
-        config: the whole configuration.
+        config: the whole configuration, with micro-batches as they are run.
         model: a ``VideoLLaVASAMModel``, neither packed nor sharded; may be on the meta device.
-        device_type: ``cuda``, or ``cpu``, which takes a micro-batch in parts; None goes by ``train.device``.
         world_size: ranks; decides only whether there are DDP buckets.
+        is_choice: whether there are others for fewer images at a time.
     """
 
-    def __init__(self, config: Config, model: Any, device_type: str | None = None, world_size: int = 1) -> None:
-        self.config = as_computed(config, device_type or ("cpu" if config.train.device == "cpu" else "cuda"))
-        self.model, self.world_size = model, world_size
+    def __init__(self, config: Config, model: Any, world_size: int = 1, is_choice: bool = False) -> None:
+        self.config, self.model, self.world_size, self.is_choice = config, model, world_size, is_choice
         self.layers = len(model.mllm.model.language_model.layers)
         self.wanted = requested_layers(config, self.layers)
-        if self.wanted is None:
+        if self.wanted is None or is_choice:
             self.estimate(0)  # measures now: when memory is known, matrices may be packed or sharded
 
     @cached_property
@@ -161,7 +175,10 @@ class MemoryEstimator:
         objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
-        cells = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+        level_values = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
+        tiles = config.data.max_tiles + (config.data.max_tiles > 1)
+        pixels = 3 * (sizes.grounding_size**2 + tiles * sizes.vision_image_size**2)
+        scored = min(MASKS_AT_ONCE, objects * captions_written(config))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return MemoryEstimate(
             frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
@@ -170,9 +187,23 @@ class MemoryEstimator:
             language=0,
             layer_gradients=self.layer.kept,
             mask_decoder=measure_mask_decoder(model, train.batch_size, objects),
-            logits=3 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
+            logits=5 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * sizes.mask_size**2 * 4,
-            features=window * cells * 4,
+            features=window * (level_values + pixels) * 4,
+            rollout=max(self._generation(window), measure_mask_decoder(model, train.batch_size, scored)),
+        )
+
+    def _generation(self, images: int) -> int:
+        """Return the bytes of the prefixes of all images of a window, and of the rows that are written at once."""
+        config, size = self.config, 2 if precision(self.config) == "bf16" else 4
+        cells, regions = geometry(config).grid_size ** 2, config.data.regions_per_image
+        prefix = cells * (config.data.max_tiles + (config.data.max_tiles > 1)) + TEXT_TOKENS
+        row = row_bytes(self.model, prefix + cells + TEXT_TOKENS + config.loop.max_new_tokens, size)
+        most = config.loop.rollout_batch_size or GPU_ROWS[-1]
+        if config.speed.memory_gib is not None:
+            most = min(most, max(1, int(config.speed.memory_gib * GIB * CACHE_SHARE) // row))
+        return (
+            images * row_bytes(self.model, prefix, size) + min(most, images * regions * captions_written(config)) * row
         )
 
     def estimate(self, recomputed: int) -> MemoryEstimate:
@@ -181,31 +212,74 @@ class MemoryEstimator:
 
     def decide(self, free_bytes: float | None) -> LayerPlan:
         """Return the choice for ``free_bytes``; without them, all layers where the setting leaves it open."""
+        images = self.config.train.batch_size
         needed = [self.estimate(count).micro_batch for count in range(self.layers + 1)]
-        if self.wanted is not None or free_bytes is None:
+        is_open = self.wanted is None or self.is_choice
+        if free_bytes is None or not is_open:
             chosen, by = (self.layers, "default") if self.wanted is None else (self.wanted, "setting")
-            return LayerPlan(chosen, self.layers, by, None, needed[chosen] / GIB)
+            return LayerPlan(chosen, self.layers, by, images, None, needed[chosen] / GIB)
         encoders = [self.model.mllm.model.vision_tower, self.model.grounding_encoder.vision_encoder]
         # What an encoder keeps that trains is not estimated.
         trains = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
         counts = [self.layers] if trains else range(self.layers + 1)
-        fitting = [count for count in counts if needed[count] <= SHARE_USED * free_bytes]
-        chosen = min(fitting, default=self.layers)
-        return LayerPlan(chosen, self.layers, "memory", free_bytes / GIB, needed[chosen] / GIB, bool(fitting))
-
-    def apply(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> LayerPlan:
-        """Decide by the memory that is free now, the same on all ranks, and set the model; every rank calls this.
-
-        Call it when all that stays is in place: weights on their device, weight average, saved optimiser state. Where
-        the setting decides, ``build_model`` has done it and nothing is measured.
-        """
         if self.wanted is not None:
-            return LayerPlan(self.wanted, self.layers, "setting")
-        accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
-        free = free_memory(self.config, accelerator.device) - still_to_come(accelerator, optimizer)
-        plan = max(gather_objects(accelerator, self.decide(max(free, 0.0))), key=lambda plan: plan.recomputed)
-        checkpoint_first(self.model, plan.recomputed)
-        return plan
+            counts = [self.wanted]
+        fitting = [count for count in counts if needed[count] <= SHARE_USED * free_bytes]
+        chosen = min(fitting, default=counts[-1])
+        free, needs = free_bytes / GIB, needed[chosen] / GIB
+        return LayerPlan(chosen, self.layers, "memory", images, free, needs, bool(fitting))
+
+
+def estimators(
+    config: Config, model: Any, device_type: str | None = None, world_size: int = 1
+) -> Sequence[MemoryEstimator]:
+    """Return an estimator for every number of images that may have a graph at a time, the most welcome first.
+
+    There are several where ``speed.images_at_once`` is ``fit``, on a GPU: the first fills :data:`BUSY_TOKENS`, since
+    more images would only take memory from activations that could be kept, and each of the others has half as many.
+
+    Args:
+        config, model, world_size: as :class:`MemoryEstimator`'s, but micro-batches as they are loaded.
+        device_type: ``cuda``, or ``cpu``, which takes a micro-batch in parts; None goes by ``train.device``.
+    """
+    kind = device_type or ("cpu" if config.train.device == "cpu" else "cuda")
+    whole = as_computed(config, kind)
+    if config.speed.images_at_once != "fit" or kind == "cpu" or config.train.parallel == "fsdp":
+        return [MemoryEstimator(whole, model, world_size)]
+    rows, length = shape_of_rows(whole)
+    images = whole.train.batch_size
+    count = min(images, max(1, -(-BUSY_TOKENS * images // (rows * length))))
+    counts = [count]
+    while count > 1:
+        count = -(-count // 2)
+        counts.append(count)
+    parts = [replace(config, speed=replace(config.speed, images_at_once=str(count))) for count in counts]
+    return [MemoryEstimator(as_computed(part, kind), model, world_size, is_choice=True) for part in parts]
+
+
+def decide_by_memory(
+    choices: Sequence[MemoryEstimator], accelerator: Accelerator, optimizer: torch.optim.Optimizer
+) -> LayerPlan:
+    """Decide by the memory that is free now, the same on all ranks, and set the model; every rank calls this.
+
+    Call it when all that stays is in place: weights on their device, weight average, saved optimiser state. Where
+    the settings decide, ``build_model`` has done it and nothing is measured.
+    """
+    first = choices[0]
+    if first.wanted is not None and not first.is_choice:
+        return LayerPlan(first.wanted, first.layers, "setting", first.config.train.batch_size)
+    accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
+    free = free_memory(first.config, accelerator.device) - still_to_come(accelerator, optimizer)
+    plans = gather_objects(accelerator, first_that_fits(choices, max(free, 0.0)))
+    plan = max(plans, key=lambda plan: (-plan.images, plan.recomputed))
+    checkpoint_first(first.model, plan.recomputed)
+    return plan
+
+
+def first_that_fits(choices: Sequence[MemoryEstimator], free_bytes: float | None) -> LayerPlan:
+    """Return the plan of the first choice that fits ``free_bytes``, else of the last one."""
+    plans = [choice.decide(free_bytes) for choice in choices]
+    return next((plan for plan in plans if plan.fits), plans[-1])
 
 
 def estimate_memory(config: Config, model: Any, memory_gib: float | None = None) -> tuple[MemoryEstimate, LayerPlan]:
@@ -217,10 +291,11 @@ def estimate_memory(config: Config, model: Any, memory_gib: float | None = None)
         memory_gib: what a process may use, where ``speed.checkpoint_layers`` is ``auto``; None takes
             ``speed.memory_gib``, and without that all layers are recomputed.
     """
-    estimator = MemoryEstimator(config, model, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    memory, state = memory_gib or config.speed.memory_gib, estimator.without_layers.state
-    plan = estimator.decide(None if memory is None else max(memory * GIB - state, 0.0))
-    return estimator.estimate(plan.recomputed), plan
+    choices = estimators(config, model, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    memory, state = memory_gib or config.speed.memory_gib, choices[0].without_layers.state
+    plan = first_that_fits(choices, None if memory is None else max(memory * GIB - state, 0.0))
+    chosen = next(choice for choice in choices if choice.config.train.batch_size == plan.images)
+    return chosen.estimate(plan.recomputed), plan
 
 
 def peak_bytes(layer: LayerMemory, layers: int, recomputed: int) -> int:
@@ -247,12 +322,17 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
 
 
+def captions_written(config: Config) -> int:
+    """Return the captions that step 1 writes of a region: the greedy one, and those that are sampled."""
+    estimator = caption_gradient(config.policy, config.reward)
+    return 1 + (config.policy.captions_per_region if estimator.endswith(("scst", "grpo")) else 0)
+
+
 def captions_with_graph(config: Config) -> int:
     """Return the captions of a region that step 2 reads with graph, besides the one that it segments from."""
     estimator = caption_gradient(config.policy, config.reward)
-    sampled = config.policy.captions_per_region if estimator.endswith(("scst", "grpo")) else 0
     taught = int(config.loop.caption_supervision and config.data.refcoco_dir is not None)
-    return max(sampled + ("gumbel" in estimator), taught)
+    return max(captions_written(config) - 1 + ("gumbel" in estimator), taught)
 
 
 # ---- what is measured without computing it ---------------------------------------------------------------------------
@@ -350,16 +430,16 @@ class _MaskDecoding(nn.Module):
 
 
 def free_memory(config: Config, device: torch.device) -> float:
-    """Return the bytes that this process may still take: of ``speed.memory_gib`` where given, else what is free.
+    """Return the bytes that this process may still take: what is free on a GPU, at most ``speed.memory_gib`` in all.
 
-    On a CPU the memory of the machine, or of its control group, is shared out evenly to the processes of the machine.
+    On a CPU, where ``speed.memory_gib`` wins, the memory of the machine, or of its control group, is shared out evenly
+    to the processes of the machine.
     """
     stated = config.speed.memory_gib
     if device.type == "cuda":
-        if stated is not None:
-            return stated * GIB - torch.cuda.memory_allocated(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + unused)
+        own = torch.cuda.memory_allocated(device)
+        free = float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - own)
+        return free if stated is None else min(free, stated * GIB - own)
     import psutil
 
     if stated is not None:

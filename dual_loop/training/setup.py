@@ -3,15 +3,16 @@
 ::
 
     start   run folder, on ranks that are alike
-    build   the model with random weights, and its prompts
+    build   the model, empty where weights will fill it, and its prompts
     load    pretrained weights in it
-    place   on its device, sharded where that is asked for, with its weight average
+    place   sharded where that is asked for, with its weight average
     wire    the task, the trainer, and what a checkpoint brings back
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +24,14 @@ from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer, draw
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream
 from dual_loop.training.devices import RankExchange, share_out_batch
-from dual_loop.training.memory import LayerPlan, MemoryEstimator
+from dual_loop.training.memory import LayerPlan, MemoryEstimator, decide_by_memory, estimators
 from dual_loop.training.metrics_log import Reporter
 from dual_loop.training.run_folder import RunFolder, check_free, find_checkpoint, versions
 from dual_loop.training.sharding import Gathered, shard_language_model
@@ -49,7 +50,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Built:
-    """A model with random weights; ``sources`` are the weights that are to be loaded."""
+    """A model on its device; ``sources`` are the weights that are to be loaded. Without any, its own are random."""
 
     model: VideoLLaVASAMModel
     prompter: Prompter
@@ -62,7 +63,7 @@ class Loaded:
 
     model: VideoLLaVASAMModel
     prompter: Prompter
-    memory: MemoryEstimator
+    memory: Sequence[MemoryEstimator]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Placed:
 
     model: VideoLLaVASAMModel
     prompter: Prompter
-    memory: MemoryEstimator
+    memory: Sequence[MemoryEstimator]
     average: ExponentialMovingAverage
     gathered: Gathered | None
 
@@ -144,7 +145,10 @@ def build(run: Start) -> Built:
     run.report("Building VideoLLaVASAMModel...")
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     sources = weights_sources(config)
-    model = build_model(config, tokenizer, weights_imported=brings_new_tokens(sources, len(tokenizer)))
+    # Layers that are to be sharded are read into the host's memory first.
+    device = "cpu" if config.train.parallel == "fsdp" else str(run.accelerator.device)
+    imported = brings_new_tokens(sources, len(tokenizer))
+    model = build_model(config, tokenizer, device=device, weights_imported=imported, drawn=not sources)
     run.report(f"✓ Model built\n{trainable_table(model)}")
     return Built(model, build_prompter(config, tokenizer), sources)
 
@@ -157,10 +161,11 @@ def load(run: Start, built: Built) -> Loaded:
     else:
         names = {"tokenizer": built.prompter.tokenizer, "allow_missing": config.train.allow_missing}
         imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
+        draw(model, imported.missing)
         run.folder.write("import_report", asdict(imported))
         run.report(f"✓ Pretrained weights loaded\n{imported}")
     # Layers are measured as they were built: neither packed nor sharded.
-    return Loaded(model, built.prompter, MemoryEstimator(config, model, run.accelerator.device.type))
+    return Loaded(model, built.prompter, estimators(config, model, run.accelerator.device.type))
 
 
 def open_data(run: Start) -> DataStream:
@@ -212,7 +217,10 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
     trainer.restore()
-    layers = placed.memory.apply(accelerator, trainer.optimizer)
+    layers = decide_by_memory(placed.memory, accelerator, trainer.optimizer)
+    trainer.images_at_once = layers.images
     run.report(layers.line())
+    if layers.images < config.train.batch_size:
+        run.report(f"Images with a graph at a time: {layers.images} of {config.train.batch_size}")
     accelerator.wait_for_everyone()
     return Ready(task, trainer, layers)

@@ -32,7 +32,7 @@ from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
 from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream, DevicePrefetch
-from dual_loop.training.devices import gather_objects, peak_memory_mb, wrap_model
+from dual_loop.training.devices import gather_objects, images_at_once, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
     MetricsLog,
     PhaseTimer,
@@ -141,6 +141,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
         self.total_steps = config.train.max_steps or data.steps_per_epoch * config.train.num_epochs
+        self.images_at_once = images_at_once(config, accelerator.device.type)
         self._rng: Mapping[str, Any] | None = None
         self._saved: tuple[int, str] | None = None
 
@@ -176,7 +177,8 @@ class Trainer:
 
     def open_windows(self) -> DevicePrefetch:
         """Start the loader at the next step."""
-        return DevicePrefetch(self.data.batches(self.progress.step), self.config, self.accelerator.device)
+        batches = self.data.batches(self.progress.step)
+        return DevicePrefetch(batches, self.config, self.accelerator.device, self.images_at_once)
 
     def step(self, windows: DevicePrefetch, stop: StopRequest) -> bool:
         """Take one optimiser step and report it; return whether all ranks agree to stop."""
@@ -283,6 +285,8 @@ class Trainer:
     def counters(self) -> dict[str, int]:
         """Return the counters of the run so far: of the loop, and of skipped samples."""
         own = {name: round(value) for name, value in sorted(self.progress.counters.items())}
+        if self.config.speed.compile:
+            own["compile/graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return {**own, **self.data.ledger.as_counters()}
 
     def totals(self) -> Totals:

@@ -185,7 +185,7 @@ def build_trainer(config: Config, setting: Setting) -> Any:
     from dual_loop.model.adapters import trainable_parameters
     from dual_loop.model.ema import ExponentialMovingAverage
     from dual_loop.training.devices import build_accelerator
-    from dual_loop.training.memory import MemoryEstimator
+    from dual_loop.training.memory import decide_by_memory, estimators
     from dual_loop.training.run_folder import RunFolder
     from dual_loop.training.trainer import Trainer
 
@@ -199,14 +199,14 @@ def build_trainer(config: Config, setting: Setting) -> Any:
         load_weights(model, sources, tokenizer=tokenizer, allow_missing=config.train.allow_missing)
     else:
         draw_weights(model, tokenizer)
-    memory = MemoryEstimator(config, model, accelerator.device.type)
+    memory = estimators(config, model, accelerator.device.type)
     average = ExponentialMovingAverage(trainable_parameters(model), config.train.ema_decay)
     task = DualLoopTask(model, build_prompter(config, tokenizer), config, average)
     model.finish(accelerator.device)
     data: Any = GeneratedData(setting, geometry(config))
     files = RunFolder(folder, writes=False)
     trainer = Trainer(config, task, average, data, accelerator, files, report=lambda line: None)
-    memory.apply(accelerator, trainer.optimizer)
+    trainer.images_at_once = decide_by_memory(memory, accelerator, trainer.optimizer).images
     return trainer
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +24,9 @@ NAMES = (
 )
 
 
-def preset_gib(name: str) -> float:
-    """Return the estimate of one process in GiB, built without memory."""
-    config = load_config(CONFIG_DIR / f"{name}.py")
+def preset_gib(name: str, options: Mapping[str, object] | None = None) -> float:
+    """Return the estimate of one process in GiB, built without memory; ``options`` are dotted settings."""
+    config = load_config(CONFIG_DIR / f"{name}.py", options or {})
     model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
     return estimate_memory(config, model)[0].total / GIB
 

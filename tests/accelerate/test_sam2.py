@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dual_loop.accelerate.sam2 import LeanNeck
+from dual_loop.accelerate.sam2 import LeanNeck, cast_trunk
 from dual_loop.config import SpeedConfig
+from dual_loop.model.sa2va import GroundingDecoder
 
 from small_model import scene_samples, small_batch, small_config, small_model
 
@@ -75,3 +76,27 @@ def test_under_autocast_a_level_is_rounded_once_and_its_matrices_are_multiplied_
         seen = lean.grounding.finish(features)[level]
     assert features[level].dtype in (torch.bfloat16, torch.float32)  # float32 where the CPU is faster so
     assert (seen.double() - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+def test_matrices_that_are_cast_once_give_what_autocast_gives() -> None:
+    config = small_config(dtype="bfloat16")
+    model, _, _ = small_model(config)
+    pixels = small_batch(config, scene_samples(2)).g_pixel_values
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = GroundingDecoder.encode(model.grounding, pixels.float())
+        cast_trunk(model, config, torch.device("cpu"))
+        trunk = model.grounding_encoder.vision_encoder.backbone
+        assert {p.dtype for p in trunk.parameters()} == {torch.float32}
+        cast_trunk(model, config, torch.device("cuda"))
+        torch.clear_autocast_cache()
+        after = GroundingDecoder.encode(model.grounding, pixels.float())
+    matrices = [m.weight for m in trunk.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    assert {matrix.dtype for matrix in matrices} == {torch.bfloat16}
+    assert all(torch.equal(*levels) for levels in zip(before, after, strict=True))
+
+
+def test_a_trunk_that_trains_or_computes_in_float32_is_not_cast() -> None:
+    for changes in ({"dtype": "float32"}, {"dtype": "bfloat16", "trainable": ("lora", "sam2_encoder")}):
+        model, _, config = small_model(small_config(**changes))
+        cast_trunk(model, config, torch.device("cuda"))
+        assert {p.dtype for p in model.grounding_encoder.parameters()} == {torch.float32}

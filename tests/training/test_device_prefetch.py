@@ -42,7 +42,7 @@ class Watched:
 def test_windows_come_in_the_order_of_the_stream(copies_ahead: bool) -> None:
     source, plain = Watched(), Watched()
     settings = {"train.batch_size": 2, "train.gradient_accumulation_steps": 3, "speed.images_at_once": "all"}
-    windows = DevicePrefetch(source, load_config(None, settings | {"speed.prefetch_to_device": copies_ahead}), CPU)
+    windows = DevicePrefetch(source, load_config(None, settings | {"speed.prefetch_to_device": copies_ahead}), CPU, 2)
     for number in range(1, 5):
         window = windows.take()
         assert source.asked == 3 * number

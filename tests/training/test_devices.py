@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from dual_loop.serve.loading import find_trained
 from dual_loop.training.devices import (
     as_computed,
     build_accelerator,
+    choose_arithmetic,
     choose_attention_kernels,
     choose_device,
     gather_objects,
@@ -48,6 +50,15 @@ def test_the_accumulation_follows_from_the_number_of_ranks(world_size: int, accu
     assert shared.train.batch_size == 2
     # The configuration that was given is left as it was.
     assert config.train.gradient_accumulation_steps == 5
+
+
+def test_where_memory_decides_a_rank_s_images_are_one_micro_batch() -> None:
+    config = _config(64)
+    config = dataclasses.replace(config, speed=SpeedConfig(images_at_once="fit"))
+    shared = share_out_batch(config, 8)
+    assert (shared.train.batch_size, shared.train.gradient_accumulation_steps) == (8, 1)
+    with pytest.raises(ConfigError, match="cannot be shared out evenly"):
+        share_out_batch(config, 7)
 
 
 def test_without_an_effective_batch_nothing_changes() -> None:
@@ -165,6 +176,25 @@ def test_training_and_serving_choose_before_they_compute() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     find_trained().load(torch.device("cpu"))
     assert enabled() == (True, True, False, True)
+
+
+@pytest.mark.usefixtures("kernels_as_found")
+def test_arithmetic_is_what_the_run_asks_for_and_not_what_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", given.append)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    fast = Config(speed=SpeedConfig(tf32=True), train=TrainConfig(deterministic=True))
+    for config in (fast, Config()):
+        choose_arithmetic(config, "cuda")
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == config.speed.tf32
+        assert torch.are_deterministic_algorithms_enabled() == config.train.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert given == ["expandable_segments:True"] * 2
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # the user's own word
+    choose_arithmetic(Config(), "cuda")
+    choose_arithmetic(Config(), "cpu")
+    assert len(given) == 2
 
 
 @pytest.mark.parametrize(

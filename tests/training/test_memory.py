@@ -15,13 +15,18 @@ from dual_loop.config import Config, ConfigError, load_config, resolve_config_pa
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.preflight.dry_run import dry_run
 from dual_loop.training import memory
+from dual_loop.training.devices import share_out_batch
 from dual_loop.training.memory import (
+    BUSY_TOKENS,
     GIB,
     SHARE_USED,
     LayerMemory,
     LayerPlan,
     MemoryEstimator,
+    decide_by_memory,
     estimate_memory,
+    estimators,
+    first_that_fits,
     measure_layer,
     peak_bytes,
     shape_of_rows,
@@ -90,7 +95,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, free_gib: float, of_others: int = 0) -
 
     monkeypatch.setattr(memory, "gather_objects", gathered)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    return planner.apply(Accelerator(cpu=True), optimizer), model
+    return decide_by_memory([planner], Accelerator(cpu=True), optimizer), model
 
 
 def test_all_ranks_take_the_most_careful_choice_and_the_model_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +137,31 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "_group_memory", lambda otherwise: otherwise)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_memory(config_of(), torch.device("cpu")) == 2 * GIB
+
+
+def test_images_at_a_time_are_as_many_as_keep_a_gpu_busy_and_fit() -> None:
+    """Of a rank's 32 images; without memory to look at the first choice stands."""
+    options = {"speed.images_at_once": "fit", "train.effective_batch": 32, "data.regions_per_image": 2}
+    options["model.gradient_checkpointing"] = True
+    config = share_out_batch(load_config(resolve_config_path("bench_mid"), options), 1)
+    assert (config.train.batch_size, config.train.gradient_accumulation_steps) == (32, 1)
+    model = build_model(config, build_tokenizer(config.model), device="meta")
+    choices = estimators(config, model, "cuda")
+    counts = [choice.config.train.batch_size for choice in choices]
+    rows, length = shape_of_rows(choices[0].config)
+    assert rows * length >= BUSY_TOKENS > (rows - 1) * length
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 1 < counts[1] < counts[0] < 32
+    assert first_that_fits(choices, None).images == counts[0]
+    counted = range(choices[0].layers + 1)
+    needed = [min(choice.estimate(n).micro_batch for n in counted) / SHARE_USED for choice in choices]
+    assert first_that_fits(choices, needed[0]).images == counts[0]
+    assert first_that_fits(choices, needed[0] - 1).images == counts[1]
+    nothing = first_that_fits(choices, min(needed) - 1)
+    assert (nothing.images, nothing.fits) == (1, False)
+    assert [choice.config.train.batch_size for choice in estimators(config, model, "cpu")] == [1]
+    stated = dataclasses.replace(config, speed=dataclasses.replace(config.speed, images_at_once="all"))
+    assert [choice.config.train.batch_size for choice in estimators(stated, model, "cuda")] == [32]
 
 
 def test_rows_grow_with_what_they_hold() -> None:
