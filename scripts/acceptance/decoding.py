@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dual_loop.config import SETTINGS
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.loop.captioner import Captioner
 from dual_loop.model.build import geometry
@@ -62,11 +61,7 @@ def run(asked: Asked, found: Found) -> None:
         found.note(
             "There is no GPU: kernels are operators of torch that are no views, synchronisations are not counted."
         )
-    modes: dict[str, dict[str, Any]] = {"eager": {}}
-    if "speed.decode_graph" in SETTINGS:
-        modes = {"eager": {"speed.decode_graph": "off"}, "graph": {"speed.decode_graph": "auto"}}
-    else:
-        found.note("speed.decode_graph is not there: every step is queued anew.")
+    modes = {"eager": {"speed.decode_graph": "off"}, "graph": {"speed.decode_graph": "auto"}}
     short, long = (2, 6) if asked.is_tiny else (SHORT, LONG)
     for mode, changes in modes.items():
         # One image a micro-batch: the model is what is asked for, the rows come from below.

@@ -42,8 +42,6 @@ def build(setting: Setting, is_captioned: bool = False) -> tuple[Config, Any]:
     release()
     config = build_config(setting, "default")
     trainer = build_trainer(config, setting)
-    # A float32 product is one: what is compared here is the code, not the ten bits of TF32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if is_captioned:
         texts = (("the red circle",),) * setting.regions
         trainer.data.made = [dataclasses.replace(sample, captions=texts) for sample in trainer.data.made]

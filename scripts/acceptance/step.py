@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from dual_loop.config import SETTINGS
-
 from acceptance.found import Asked, Found
 from acceptance.worker import release
 from bench.floors import measure_floors
@@ -61,7 +59,7 @@ def run(asked: Asked, found: Found) -> None:
             one.step()
             steps = [one.step() for _ in range(2)]
             counted, end = one.step(counted=True), one.end()
-        if asked.device == "cuda" and "speed.decode_graph" in SETTINGS:
+        if asked.device == "cuda":
             # Nobody counts what a recorded graph does when it is played.
             with variant(real_setting(asked, new_tokens, **{"speed.decode_graph": "off"})) as one:
                 counted["flops"] = one.step(counted=True)["flops"]
