@@ -237,8 +237,8 @@ def conditioned_perturbation(logits: Tensor, chosen: Tensor, uniform: Tensor) ->
         # -log(E_j / p_j + E_i) for the others, -log(E_i) for the chosen one.
         others = -torch.logaddexp(exponential.log() - log_probs, largest.log())
         perturbed = others.scatter(1, chosen[:, None], -largest.log())
-        noise = perturbed - log_probs
-    return log_probs + noise
+    # The value itself: added up again from log-probability and noise, another entry could come out larger by rounding.
+    return perturbed + (log_probs - log_probs.detach())
 
 
 def straight_through_weights(
