@@ -91,7 +91,8 @@ class Batch:
         g_pixel_values: (B, 3, S, S) uint8, 0..255, the segmentation image resized straight to S x S.
         prompt_masks: (N, G, G) bool, the caption-side masks on the token grid, at least one cell each.
         grid_rescued: (N,) bool, True where pooling alone would have left no cell.
-        target_masks: (N, Q, Q) uint8 0/1, the segmentation-side masks, nearest-neighbour resized.
+        target_masks: (N, Q, Q) in 0..1, the segmentation-side masks (``data.prepare.resize_targets``): float32, the
+            covered part of each cell, or uint8 0/1.
         region_image: (N,) int64, index of the image (0..B-1) of each region, ascending.
         region_seeds: (N,) int64, seed of everything random about a region (points of the mask loss, sampling);
             independent of how the global batch is split over ranks and micro-batches.
@@ -123,6 +124,11 @@ class Batch:
     @property
     def num_regions(self) -> int:
         return len(self.region_names)
+
+    @property
+    def binary_targets(self) -> torch.Tensor:
+        """The target masks cut at half, (N, Q, Q) bool: what predicted masks are compared with."""
+        return self.target_masks >= 0.5
 
     @property
     def tile_offsets(self) -> list[int]:

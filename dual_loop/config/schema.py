@@ -146,6 +146,11 @@ class DataConfig:
     )
     regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
     max_tiles: int = setting(1, "most tiles that a large image is cut into", "TILES", at_least=1)
+    target_pooling: str = setting(
+        "nearest",
+        "how a mask becomes a target: the covered part of each cell, or its corner as Sa2VA trains, half a cell off",
+        choices=("area", "nearest"),
+    )
     grid_pooling: str = setting("area", "how a mask becomes a grid of image tokens", choices=("area", "nearest"))
     decode_scale: str = setting(
         "full", "needed: a JPEG at 1/2, 1/4 or 1/8 where the model takes no more", choices=("full", "needed")

@@ -256,6 +256,25 @@ def pool_mask_to_grid(
     return grid, rescued
 
 
+def area_fractions(masks: np.ndarray, size: int) -> torch.Tensor:
+    """Return the part of each cell of a Q x Q grid that a mask covers, exact up to the last rounding.
+
+    Args:
+        masks: (N, H, W) bool. size: Q.
+
+    Returns:
+        (N, Q, Q) float32 in 0..1. A cut at 0.5 is the nearest to the mask that Q x Q can show.
+
+    Raises:
+        SampleError: ``empty_mask`` where a mask has no foreground pixel.
+    """
+    import torch
+
+    stack = torch.from_numpy(np.ascontiguousarray(masks))
+    cells = [_covered_area(mask, size, f"mask {index} of {len(stack)}") for index, mask in enumerate(stack)]
+    return torch.stack(cells).div_(stack[0].numel()).float()
+
+
 def _covered_area(foreground: torch.Tensor, grid_size: int, where: str) -> torch.Tensor:
     """Return (G, G) float64: covered area of each cell in units of 1/G**2 pixel, exact; a full cell has H*W."""
     import torch

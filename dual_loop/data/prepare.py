@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dual_loop.data.images import Picture
-from dual_loop.data.masks import check_mask, pool_mask_to_grid
+from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import Batch, RegionSample
@@ -38,6 +38,7 @@ class Geometry:
         mask_size: Q, side of the mask logits and so of the target masks.
         max_tiles: most tiles that an image is cut into, the thumbnail not counted; 1 is no cutting.
         grid_pooling: ``"area"`` or ``"nearest"``, see :func:`dual_loop.data.masks.pool_mask_to_grid`.
+        target_pooling: ``"area"`` or ``"nearest"``, see :func:`resize_targets`.
     """
 
     vision_image_size: int
@@ -46,6 +47,7 @@ class Geometry:
     mask_size: int
     max_tiles: int = 1
     grid_pooling: str = "area"
+    target_pooling: str = "nearest"
 
     def needed_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the least (H, W) that an image of ``height`` x ``width`` may be decoded at: nothing is enlarged."""
@@ -121,8 +123,15 @@ def grounding_image(image: np.ndarray | Picture, size: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
 
-def resize_targets(masks: np.ndarray, size: int) -> torch.Tensor:
-    """Resize (N, H, W) bool to (N, Q, Q) uint8 0/1, nearest neighbour as ``torch.nn.functional.interpolate`` does."""
+def resize_targets(masks: np.ndarray, size: int, pooling: str = "nearest") -> torch.Tensor:
+    """Resize (N, H, W) bool to the (N, Q, Q) that a predicted mask is compared with.
+
+    ``area`` is the covered part of each cell, float32. ``nearest`` is uint8 0/1 as ``torch.nn.functional.interpolate``
+    gives, which Sa2VA trains with: it takes the upper left corner of each cell, so that every object is moved by half a
+    cell to the lower right.
+    """
+    if pooling == "area":
+        return area_fractions(masks, size)
     pixels = torch.from_numpy(masks.astype(np.uint8))
     return torch.nn.functional.interpolate(pixels[None], (size, size), mode="nearest")[0]
 
@@ -153,8 +162,8 @@ def prepare_sample(
     where = f"{sample.source}/{sample.sample_id}"
     _check_sample(sample, where)
     names = [f"{where}#{region_id}" for region_id in sample.region_ids]
-    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size)
-    lost = (target_masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist()
+    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size, geometry.target_pooling)
+    lost = (target_masks.flatten(1).amax(dim=1) < 0.5).nonzero().flatten().tolist()
     if lost and not allow_empty_targets:
         what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
         given = sample.segmentation_masks[lost[0]]

@@ -86,7 +86,7 @@ class CheatingProbe:
         return {**sums, **preferences, "flag/private_code": 1.0 / total["ranks"] if is_private else 0.0}
 
     def _add_cycle(self, rows: PackedBatch, masks: Segmentation, sums: dict[str, float], who: str) -> None:
-        ious = iou_table(masks.mask_logits > 0, rows.batch.target_masks > 0).diagonal().tolist()
+        ious = iou_table(masks.mask_logits > 0, rows.batch.binary_targets).diagonal().tolist()
         for caption, iou in zip(rows.captions, ious, strict=True):
             if not caption.is_reference:
                 # A rejected caption is an empty mask, whatever step 2 reads in its place.

@@ -71,7 +71,7 @@ class Scorer:
             return torch.zeros(0, batch.num_regions)
         masks = join_masks(self.segment(batch, seen, texts), self.model.mask_size)
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
-        return own_image_only(iou_table(masks > 0, batch.target_masks > 0).cpu(), regions, batch.region_image)
+        return own_image_only(iou_table(masks > 0, batch.binary_targets).cpu(), regions, batch.region_image)
 
     def _answers(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool) -> list[RegionTurn]:
         """Return a turn for each text, with the given answer or with the one that the model writes."""

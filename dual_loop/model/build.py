@@ -85,6 +85,7 @@ def geometry(config: Config) -> Geometry:
         mask_size=sam_size // 4,
         max_tiles=config.data.max_tiles,
         grid_pooling=config.data.grid_pooling,
+        target_pooling=config.data.target_pooling,
     )
 
 

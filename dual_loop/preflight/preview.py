@@ -45,11 +45,11 @@ def _region(sample: RegionSample, prepared: Batch, place: int, geometry: Geometr
     pixels = (prepared.pixel_values[prepared.tiles_per_view[0] - 1] * std + mean) * 255
     tile = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     grounding = prepared.g_pixel_values[0].permute(1, 2, 0).contiguous().numpy()
-    target = prepared.target_masks[place].numpy()
+    target = prepared.binary_targets[place].numpy()
     pictures = [
         overlay(sample.image, sample.masks[place], GIVEN_COLOUR, SIDE),
         overlay(tile, resize_mask(grid, tile.shape[:2]), GIVEN_COLOUR, SIDE),
-        overlay(grounding, resize_mask(target, grounding.shape[:2]) > 0, GIVEN_COLOUR, SIDE),
+        overlay(grounding, resize_mask(target, grounding.shape[:2]), GIVEN_COLOUR, SIDE),
     ]
     rescued = ", rescued" if bool(prepared.grid_rescued[place]) else ""
     height, width = sample.image.shape[:2]

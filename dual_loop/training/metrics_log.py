@@ -107,7 +107,7 @@ def step_metrics(packed: PackedBatch, mask_logits: torch.Tensor) -> dict[str, fl
     # A rejected caption is an empty mask, whatever step 2 reads in its place.
     predicted = (mask_logits > 0) & ~rejected.to(mask_logits.device)[:, None, None]
     own = torch.arange(batch.num_regions)
-    table = own_image_only(iou_table(predicted, batch.target_masks > 0).cpu(), own, batch.region_image)
+    table = own_image_only(iou_table(predicted, batch.binary_targets).cpu(), own, batch.region_image)
     ious, margins = (values.tolist() for values in own_and_margin(table, own))
     pairs = list(zip(captions, ious, margins, strict=True))
     generated = [caption for caption in captions if not caption.is_reference]

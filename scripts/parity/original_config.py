@@ -170,7 +170,9 @@ def config_from_original(original: Tree) -> Config:
                 reader.problems.append(f"{what} {name}, supported is {' or '.join(known)}")
     for key, value in FIXED.items():
         reader.expect(key, value)
-    config = Config(model=_model(reader), data=DataConfig(grid_pooling="nearest"), loss=_loss(reader))
+    config = Config(
+        model=_model(reader), data=DataConfig(grid_pooling="nearest", target_pooling="nearest"), loss=_loss(reader)
+    )
     if reader.problems:
         listing = "".join(f"\n  - {problem}" for problem in reader.problems)
         what = f"{len(reader.problems)} problem(s) in the original's configuration:{listing}\n"

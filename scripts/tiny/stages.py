@@ -220,7 +220,7 @@ def train_together(
             cells = cell_cross_entropy(embeds, cell_prompts, batch.prompt_masks)
             loss = loss + align + cells
             figures.update(align=float(align.detach()), cells=float(cells.detach()))
-        overlaps = iou_table(output.masks.mask_logits.detach() > 0, batch.target_masks > 0).diagonal()
+        overlaps = iou_table(output.masks.mask_logits.detach() > 0, batch.binary_targets).diagonal()
         figures["iou"] = float(overlaps.mean())
         return loss, figures
 

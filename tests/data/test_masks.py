@@ -18,6 +18,7 @@ from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.masks import (
     MAX_PIXELS,
+    area_fractions,
     check_mask,
     decode_rle,
     decode_segmentation,
@@ -287,6 +288,37 @@ def test_area_pooling_is_exact_and_never_leaves_nothing(mask: np.ndarray, grid_s
     else:
         assert rescued[0]
         assert grid[0].flatten().nonzero().flatten().tolist() == [int(cover.argmax())]
+
+
+@settings(max_examples=60)
+@given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 37), st.integers(1, 37))), st.sampled_from([1, 4, 7, 16]))
+def test_area_fractions_keep_the_area_and_the_centre(mask: np.ndarray, size: int) -> None:
+    if not mask.any():
+        with pytest.raises(SampleError, match="empty"):
+            area_fractions(mask[None], size)
+        return
+    fractions = area_fractions(mask[None], size)[0].double().numpy()
+    assert fractions.min() >= 0
+    assert fractions.max() <= 1
+    assert fractions.mean() == pytest.approx(mask.mean(), abs=1e-6)
+
+    def centre(weights: np.ndarray) -> list[float]:
+        """In 0..1, by the exact integral over each cell."""
+        sides = [(np.arange(count) + 0.5) / count for count in weights.shape]
+        return [float((weights.sum(1 - axis) @ sides[axis]) / weights.sum()) for axis in range(2)]
+
+    # Within a cell, mass may be anywhere: a cell's middle stands for it.
+    assert centre(fractions) == pytest.approx(centre(mask.astype(float)), abs=0.5 / size + 1e-6)
+
+
+def test_area_fractions_do_not_move_an_object_as_the_corner_does() -> None:
+    """A square in the middle of 40 x 40, on 8 x 8: its edges cut cells in half; the corner rule drops two of them."""
+    mask = np.zeros((1, 40, 40), dtype=bool)
+    mask[:, 12:28, 12:28] = True
+    side = torch.tensor([0, 0, 0.6, 1, 1, 0.6, 0, 0])
+    torch.testing.assert_close(area_fractions(mask, 8)[0], side[:, None] * side)
+    corner = torch.nn.functional.interpolate(torch.from_numpy(mask[None]).float(), (8, 8), mode="nearest")[0, 0]
+    assert corner[0:8, 3].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
 @settings(max_examples=60)

@@ -95,6 +95,24 @@ def test_targets_equal_the_originals() -> None:
     assert torch.equal(prepare(sample, SA2VA).target_masks[[0, 1, 2, 0, 1]], expected)
 
 
+def test_area_targets_are_cut_at_half_where_masks_are_compared() -> None:
+    masks = np.zeros((2, 40, 40), dtype=bool)
+    masks[0, 12:28, 12:28] = True
+    masks[1, :, 20:23] = True  # three of the five columns of a cell
+    sample = RegionSample("fake", "area", np.zeros((40, 40, 3), np.uint8), masks, ("0", "1"), ((), ()))
+    area = dataclasses.replace(SA2VA, mask_size=8, target_pooling="area")
+    batch = prepare(sample, area)
+    assert batch.target_masks.dtype == torch.float32
+    assert sorted(batch.target_masks[1].unique().tolist()) == pytest.approx([0.0, 0.6])
+    assert batch.binary_targets.dtype == torch.bool
+    assert batch.binary_targets.flatten(1).sum(1).tolist() == [12, 8]  # 0.36 of the corners is less than half
+    nearest = prepare(sample, dataclasses.replace(area, target_pooling="nearest"))
+    assert torch.equal(nearest.binary_targets, nearest.target_masks > 0)
+    masks[1, :, 22] = False  # two of the five
+    with pytest.raises(SampleError, match="no pixel left in its target"):
+        prepare(dataclasses.replace(sample, masks=masks), area)
+
+
 # --- vision tiles --------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ class Alignment(Signal):
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
         side = self.model.grounding_encoder.prompt_encoder.input_image_size
         for rows in (micro.rows for micro in window):
-            targets = rows.batch.target_masks
+            targets = rows.batch.binary_targets
             points = inner_points(targets) * (side / targets.shape[-1])
             with torch.no_grad():
                 # SAM 2's own embedding of one positive point on each mask.

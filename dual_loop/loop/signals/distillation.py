@@ -47,7 +47,7 @@ class Distillation(Signal):
         with weights(self.average):
             for rows in (micro.rows for micro in window):
                 logits = self.model.predict(rows).mask_logits
-                agreement = iou_table(logits > 0, rows.batch.target_masks > 0).diagonal()
+                agreement = iou_table(logits > 0, rows.batch.binary_targets).diagonal()
                 agrees = agreement >= self.config.distill_agreement
                 factors = agrees.float() * rows.region_weights
                 rows.lessons[self.name] = SoftMasks(logits.float().sigmoid(), factors)

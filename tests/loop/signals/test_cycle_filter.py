@@ -24,7 +24,7 @@ def test_the_cycle_filter_weighs_captions():
     assert torch.equal(weights[given], torch.ones(int(given.sum())))
     with torch.no_grad():
         logits = task(packed).masks.mask_logits
-    ious = iou_table(logits > 0, batch.target_masks > 0).diagonal()
+    ious = iou_table(logits > 0, batch.binary_targets).diagonal()
     torch.testing.assert_close(weights[~given], (ious / 0.9).clamp(0, 1)[~given])
     assert packed.counts["mask_loss"] == pytest.approx(float(weights.sum()))
 
