@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,6 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Sam2Config,
@@ -104,8 +103,8 @@ def build_model(
         tokenizer: gives the vocabulary size and the ids of special tokens.
         device: where parameters are created.
         weights_imported: whether pretrained weights will follow; decides ``train_embeddings = auto``.
-        drawn: False leaves the memory of pretrained parts as it comes, for ``load_weights`` to fill: no random numbers
-            are drawn for them, and on a CPU no page of theirs is touched. LoRA and ``text_hidden_fcs`` are drawn.
+        drawn: False leaves the memory of pretrained parts as it comes, for ``load_weights`` to fill whole: no random
+            numbers are drawn for them, and on a CPU no page of theirs is touched. LoRA and ``text_hidden_fcs`` are.
     """
     settings = config.model
     empty = nullcontext if drawn else no_init_weights
@@ -154,21 +153,6 @@ def build_model(
 
         accelerate.apply(model, config)
     return model
-
-
-@torch.no_grad()
-def draw(model: VideoLLaVASAMModel, names: Iterable[str]) -> None:
-    """Give the named tensors of pretrained parts that ``drawn=False`` left empty the initial values of their kind."""
-    wanted = set(names)
-    for owner in sorted({name.rpartition(".")[0] for name in wanted}):
-        module, path = model.get_submodule(owner), owner
-        while not isinstance(root := model.get_submodule(path), PreTrainedModel):
-            path = path.rpartition(".")[0]
-        own = module.named_parameters(recurse=False)
-        kept = [(value, value.clone()) for name, value in own if f"{owner}.{name}" not in wanted]
-        root._init_weights(module)
-        for value, before in kept:
-            value.copy_(before)
 
 
 def internvl_config(settings: ModelConfig, tokenizer: Any) -> InternVLConfig:

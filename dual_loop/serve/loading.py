@@ -16,7 +16,7 @@ from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer, draw
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training.devices import choose_arithmetic
@@ -73,7 +73,7 @@ class Trained:
             fill(model, self.saved, self.weights)
             file = self.saved / (EMA_NAME if self.weights == "ema" else MODEL_NAME)
         origin = {**self.origin, "sha256": hash_file(file)} if file.is_file() else self.origin
-        return LoadedModel(model.to(device).eval(), prompter, self.config, origin)
+        return LoadedModel(model.eval(), prompter, self.config, origin)
 
 
 def find_trained(
@@ -139,12 +139,13 @@ def rebuild(
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     embeddings = brings_new_tokens(list(sources), len(tokenizer))
     torch.manual_seed(config.train.seed)
-    options = {"weights_imported": embeddings, "drawn": not sources}
-    model = build_model(config, tokenizer, device=str(device), **options)
+    # The CPU draws the same for a seed whatever the run trained on.
+    drawn = not sources or bool(config.train.allow_missing)
+    place = "cpu" if drawn else str(device)
+    model = build_model(config, tokenizer, device=place, weights_imported=embeddings, drawn=drawn)
     if sources:
-        names = {"tokenizer": tokenizer, "allow_missing": config.train.allow_missing}
-        draw(model, load_weights(model, list(sources), **names).missing)
-    return model, build_prompter(config, tokenizer)
+        load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
+    return model.to(device), build_prompter(config, tokenizer)
 
 
 def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:

@@ -24,7 +24,7 @@ from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer, draw
+from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
@@ -145,10 +145,12 @@ def build(run: Start) -> Built:
     run.report("Building VideoLLaVASAMModel...")
     tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     sources = weights_sources(config)
+    # What no file brings may be frozen, and in no checkpoint: ``rebuild`` draws it again, on the CPU as well.
+    drawn = not sources or bool(config.train.allow_missing)
     # Layers that are to be sharded are read into the host's memory first.
-    device = "cpu" if config.train.parallel == "fsdp" else str(run.accelerator.device)
+    device = "cpu" if drawn or config.train.parallel == "fsdp" else str(run.accelerator.device)
     imported = brings_new_tokens(sources, len(tokenizer))
-    model = build_model(config, tokenizer, device=device, weights_imported=imported, drawn=not sources)
+    model = build_model(config, tokenizer, device=device, weights_imported=imported, drawn=drawn)
     run.report(f"✓ Model built\n{trainable_table(model)}")
     return Built(model, build_prompter(config, tokenizer), sources)
 
@@ -161,7 +163,6 @@ def load(run: Start, built: Built) -> Loaded:
     else:
         names = {"tokenizer": built.prompter.tokenizer, "allow_missing": config.train.allow_missing}
         imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
-        draw(model, imported.missing)
         run.folder.write("import_report", asdict(imported))
         run.report(f"✓ Pretrained weights loaded\n{imported}")
     # Layers are measured as they were built: neither packed nor sharded.

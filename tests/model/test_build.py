@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dual_loop.errors import CheckpointError, ConfigError
-from dual_loop.model.build import build_model, build_tokenizer, draw, geometry, sam2_config
+from dual_loop.model.build import build_model, build_tokenizer, geometry, sam2_config
 
 from small_model import small_config, small_model
 
@@ -64,28 +64,6 @@ def test_what_weights_will_fill_is_not_drawn(monkeypatch):
     own = [p for n, p in model.named_parameters() if ".lora_" in n or n.startswith("text_hidden_fcs.")]
     assert drawn <= {p.data_ptr() for p in own}
     assert all(torch.isfinite(p).all() for p in own)
-
-
-def test_parts_that_the_file_lacks_are_drawn_as_they_would_have_been():
-    config = small_config()
-    model = build_model(config, build_tokenizer(config.model), drawn=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-    layer = "mllm.model.vision_tower.encoder.layer.0."
-    one, other = f"{layer}layernorm_before.bias", "grounding_encoder.mask_decoder.conv_s0.weight"
-    names = [f"{layer}lambda_1", f"{layer}layernorm_before.weight", other, "grounding_encoder.no_memory_embedding"]
-    draw(model, names)
-    values = model.state_dict()
-    assert torch.equal(
-        values[names[0]], torch.full_like(values[names[0]], config.model.vision["layer_scale_init_value"])
-    )
-    assert torch.equal(values[names[1]], torch.ones_like(values[names[1]]))
-    assert 0.01 < values[other].std() < 0.04
-    assert not values[names[3]].any()
-    rest = [value for name, value in model.named_parameters() if name not in names]
-    assert values[one].isnan().all()
-    assert all(value.isnan().all() for value in rest)
 
 
 @pytest.mark.slow

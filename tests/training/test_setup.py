@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from dual_loop.checkpoint.importer import load_weights, weights_sources
+from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export
 from dual_loop.config import Config, load_config, resolve_config_path
+from dual_loop.model.build import build_model, build_tokenizer
+from dual_loop.serve.loading import rebuild
 from dual_loop.training import setup
 from dual_loop.training.devices import build_accelerator
 
@@ -43,3 +47,30 @@ def test_a_seed_gives_the_same_start_twice(tmp_path: Path) -> None:
         torch.manual_seed(run.config.train.seed)
         states.append(setup.load(run, setup.build(run)).model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_what_a_file_may_lack_keeps_the_values_that_a_seed_gives_it(tmp_path: Path) -> None:
+    """Its own, those of LoRA, and frozen ones, which no checkpoint of the run will hold: they are drawn again."""
+    config = load_config(resolve_config_path("tiny_cpu"))
+    tokenizer = build_tokenizer(config.model)
+    torch.manual_seed(config.train.seed)
+    expected = build_model(config, tokenizer).state_dict()
+    model = build_model(config, tokenizer)
+    load_weights(model, weights_sources(config), tokenizer=tokenizer)
+    lora = [name for name in expected if "layers.0.self_attn.q_proj.lora_" in name]
+    lacking = [*lora, *(name for name in expected if name.startswith("text_hidden_fcs."))]
+    lacking += ["grounding_encoder.mask_decoder.conv_s0.weight", "mllm.model.vision_tower.encoder.layer.0.lambda_1"]
+    with torch.no_grad():
+        for name in lora:
+            model.state_dict()[name].fill_(7.0)
+    state = {name: value for name, value in model.state_dict().items() if name not in lacking}
+    torch.save(dict(iterate_export(state.items(), ORIGINAL)), tmp_path / "lacking.pth")
+    given = {"train__pretrained_pth": str(tmp_path / "lacking.pth"), "train__allow_missing": tuple(lacking)}
+    run = started(tmp_path / "run", **given)
+    trained = setup.load(run, setup.build(run)).model.state_dict()
+    rebuilt = rebuild(run.config, weights_sources(run.config))[0].state_dict()
+    assert len(lora) == 2
+    for name, value in trained.items():
+        wanted = expected[name] if name in lacking else model.state_dict()[name]
+        assert torch.equal(value, wanted), name
+        assert torch.equal(rebuilt[name], wanted), name
