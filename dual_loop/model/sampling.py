@@ -13,6 +13,10 @@ def keep_top(logits: Tensor, top_p: Tensor) -> Tensor:
     """
     ordered, index = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(-1)
+    if torch.are_deterministic_algorithms_enabled():
+        # Floating sums over many threads are refused on GPUs; whole numbers have one sum in any order.
+        probability = (probability.double() * 2.0**40).long()
+        top_p = top_p * 2.0**40
     better = probability.cumsum(-1) - probability  # of all tokens before this one
     return torch.empty_like(logits).scatter_(1, index, ordered.masked_fill(better >= top_p, float("-inf")))
 

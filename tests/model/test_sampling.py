@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
@@ -14,6 +15,25 @@ def test_the_likeliest_tokens_are_those_of_transformers():
     for row, share in enumerate(shares[:, 0].tolist()):
         stock = TopPLogitsWarper(share)(torch.zeros(1, 0, dtype=torch.long), logits[row][None])
         torch.testing.assert_close(keep_top(logits, shares)[row][None], stock)
+
+
+def test_a_deterministic_run_adds_no_floats_in_any_order(monkeypatch: pytest.MonkeyPatch):
+    """Under ``train.deterministic`` torch refuses floating cumsum on GPUs."""
+    logits = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0)) * 3
+    shares = torch.tensor([[0.1], [0.5], [0.9], [0.99], [0.999]])
+    expected, cumsum = keep_top(logits, shares), torch.Tensor.cumsum
+
+    def on_a_gpu(values: torch.Tensor, dim: int) -> torch.Tensor:
+        if values.is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return cumsum(values, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", on_a_gpu)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(keep_top(logits, shares), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_noise_is_uniform_and_depends_on_seed_draw_and_place_alone():
