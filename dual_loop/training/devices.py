@@ -100,7 +100,8 @@ def share_out_batch(config: Config, world_size: int) -> Config:
 
     A step then takes the same images, and has the same gradient up to rounding, on any number of ranks: a run can lose
     and gain machines and stays the same run. Where ``speed.images_at_once`` is ``fit``, all images of a rank are one
-    micro-batch, of which as many have a graph at a time as fit the memory; ``train.batch_size`` has no say then.
+    micro-batch, of which as many have a graph at a time as fit the memory; ``train.batch_size`` has no say then. A
+    sharded model, which always runs whole micro-batches, keeps it.
 
     Raises:
         ConfigError: the images cannot be shared out evenly.
@@ -108,7 +109,7 @@ def share_out_batch(config: Config, world_size: int) -> Config:
     train, images = config.train, config.train.effective_batch
     if images is None:
         return config
-    if config.speed.images_at_once == "fit":
+    if config.speed.images_at_once == "fit" and train.parallel != "fsdp":
         train = dataclasses.replace(train, batch_size=max(1, images // world_size))
     at_once = world_size * train.batch_size
     if images % at_once:
@@ -208,7 +209,9 @@ def choose_arithmetic(config: Config, device_type: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     is_chosen = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if device_type == "cuda" and config.speed.expandable_segments and not is_chosen:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        # The newer name of the same, where torch has it: the older one warns there.
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (change or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def gather_objects(accelerator: Accelerator, own: Item) -> list[Item]:

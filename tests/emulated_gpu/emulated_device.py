@@ -382,7 +382,7 @@ class EmulatedGpu(TorchDispatchMode):
         }
         return {
             torch.cuda: cuda,
-            torch.cuda.memory: {"_set_allocator_settings": nothing},
+            torch._C: {"_accelerator_setAllocatorSettings": nothing},
             torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
             torch.Tensor: tensor,
             torch: {"tensor": construct, "as_tensor": as_tensor, "Generator": Generator},

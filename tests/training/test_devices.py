@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def test_images_that_cannot_be_shared_out_are_refused(effective_batch: int, worl
     assert "--effective_batch" in text
     assert f"seen: {effective_batch}; expected: a multiple of {at_once} = {world_size} processes x 2 images" in text
     assert "choose another --effective_batch, --batch_size or number of processes" in text
+
+
+def test_ranks_that_run_all_images_of_a_micro_batch_at_once_keep_their_batch_size() -> None:
+    config = dataclasses.replace(_config(64), speed=SpeedConfig(images_at_once="fit"))
+    assert share_out_batch(config, 4).train.batch_size == 16
+    sharded = dataclasses.replace(config, train=dataclasses.replace(config.train, parallel="fsdp"))
+    train = share_out_batch(sharded, 4).train
+    assert (train.batch_size, train.gradient_accumulation_steps) == (2, 8)
 
 
 def test_no_image_at_all_is_refused() -> None:
@@ -181,12 +190,13 @@ def test_training_and_serving_choose_before_they_compute() -> None:
 @pytest.mark.usefixtures("kernels_as_found")
 def test_arithmetic_is_what_the_run_asks_for_and_not_what_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", given.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append, raising=False)
     for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     fast = Config(speed=SpeedConfig(tf32=True), train=TrainConfig(deterministic=True))
     for config in (fast, Config()):
-        choose_arithmetic(config, "cuda")
+        with warnings.catch_warnings(action="error"):
+            choose_arithmetic(config, "cuda")
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == config.speed.tf32
         assert torch.are_deterministic_algorithms_enabled() == config.train.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -195,6 +205,11 @@ def test_arithmetic_is_what_the_run_asks_for_and_not_what_one_before_left(monkey
     choose_arithmetic(Config(), "cuda")
     choose_arithmetic(Config(), "cpu")
     assert len(given) == 2
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")  # torch before it had the newer name
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", given.append)
+    choose_arithmetic(Config(), "cuda")
+    assert len(given) == 3
 
 
 @pytest.mark.parametrize(
