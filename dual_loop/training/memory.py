@@ -248,7 +248,8 @@ def estimators(
         return [MemoryEstimator(whole, model, world_size)]
     rows, length = shape_of_rows(whole)
     images = whole.train.batch_size
-    count = min(images, max(1, -(-BUSY_TOKENS * images // (rows * length))))
+    busy = max(1, -(-BUSY_TOKENS * images // (rows * length)))
+    count = -(-images // -(-images // busy))  # parts of like size
     counts = [count]
     while count > 1:
         count = -(-count // 2)

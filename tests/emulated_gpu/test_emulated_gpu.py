@@ -29,6 +29,8 @@ TRAINING = {
     "--cfg-options loss.num_points=0",
     "distill": "--distill_weight 0.5 --align_weight 0.5 --reward_listener frozen --caption_gradient scst "
     "--train_embeddings all",
+    "fit": "--effective_batch 4 --cfg-options speed.images_at_once=fit model.gradient_checkpointing=True "
+    "train.deterministic=True speed.tf32=True loss.num_points=50",
 }
 DECODED = "--max_new_tokens 24 --cfg-options model.dtype=bfloat16 loop.temperature=0.7"
 TRAINING |= {"recorded": DECODED, "eager": f"{DECODED} speed.decode_graph=off"}
