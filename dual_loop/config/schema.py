@@ -326,7 +326,7 @@ class SpeedConfig:
     decode_graph: str = setting(
         "auto", "record a decoding step as a CUDA graph and play it, on GPUs", choices=("auto", "off")
     )
-    tf32: bool = setting(False, "let GPUs multiply float32 matrices in TF32, with 10 bits of mantissa instead of 23")
+    tf32: bool = setting(False, "let GPUs multiply and convolve float32 in TF32, 10 bits of mantissa instead of 23")
     expandable_segments: bool = setting(
         True,
         "let the GPU's allocator grow its blocks, so that rows of changing length leave no holes (not over the "

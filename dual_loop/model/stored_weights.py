@@ -5,9 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dual_loop.errors import EnvironmentProblem, explain
 from dual_loop.model.shards import in_use, place_like, whole
@@ -18,17 +21,13 @@ class StoredWeights:
 
     Attributes:
         parameters: those that train, by name.
-        values: a tensor for each, where they lie in memory.
+        values: a tensor for each.
         is_lent: whether the model holds them now.
     """
 
     parameters: Mapping[str, torch.nn.Parameter]
     values: Mapping[str, torch.Tensor]
     is_lent = False
-
-    def read(self) -> Mapping[str, torch.Tensor]:
-        """Return a tensor for each parameter."""
-        return self.values
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def weights(stored: StoredWeights) -> Iterator[None]:
         live = {name: in_use(parameter).detach().clone() for name, parameter in stored.parameters.items()}
     stored.is_lent = True
     try:
-        _fill(stored.parameters, stored.read())
+        _fill(stored.parameters, stored.values)
         yield
     finally:
         _fill(stored.parameters, live)
@@ -70,8 +69,8 @@ class StartingWeights(StoredWeights):
 
     Args:
         named_parameters: names to parameters; those without ``requires_grad`` are left out, since they never change.
-        on_disk: keep the copy in a file without a name in the folder for temporary files (``TMPDIR``), which vanishes
-            with the process; else in memory. Sharded parameters are kept whole, so every rank must make one.
+        on_disk: keep the copy in a file in the folder for temporary files (``TMPDIR``) that loses its name at once and
+            vanishes with the process; else in memory. Sharded parameters are kept whole, so every rank must make one.
 
     Raises:
         EnvironmentProblem: the file cannot be written.
@@ -79,22 +78,35 @@ class StartingWeights(StoredWeights):
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
         self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        self.values = {name: whole(p.detach()).to("cpu", copy=not on_disk) for name, p in self.parameters.items()}
-        self._file: IO[bytes] | None = None
         if on_disk:
-            try:
-                self._file = tempfile.TemporaryFile(prefix="dual_loop_start_")  # noqa: SIM115 - open as long as this lives
-                torch.save(self.values, self._file)
-                self._file.flush()
-            except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
-                where = f"speed.start_on_disk, {tempfile.gettempdir()}"
-                fix = "set TMPDIR to a folder with space, or the setting off"
-                what = "the starting weights cannot be stored"
-                raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
-            self.values = {}
+            self.values = _TensorFile(self.parameters)
+        else:
+            self.values = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
 
-    def read(self) -> Mapping[str, torch.Tensor]:
-        if self._file is None:
-            return self.values
-        self._file.seek(0)
-        return dict(torch.load(self._file, weights_only=True))
+
+class _TensorFile(Mapping[str, torch.Tensor]):
+    """Tensors in a temporary file that has lost its name; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._names = dict.fromkeys(tensors)
+        try:
+            with tempfile.TemporaryDirectory(prefix="dual_loop_start_") as folder:
+                path = Path(folder) / "start.safetensors"
+                save_file({name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, path)
+                self._file: Any = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            what, fix = "the starting weights cannot be stored", "set TMPDIR to a folder with space, or the setting off"
+            where = f"speed.start_on_disk, {tempfile.gettempdir()}"
+            raise EnvironmentProblem(explain(what, where, str(error), fix=fix)) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        value: torch.Tensor = self._file.get_tensor(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
