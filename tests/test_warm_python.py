@@ -42,6 +42,13 @@ def test_a_signal_ends_both_processes(number: signal.Signals) -> None:
     os.close(ended)
 
 
+def test_what_a_warm_process_starts_is_warm_and_warnings_are_ignored_when_told() -> None:
+    inner = "import sys, warnings; warnings.warn('heard'); print('torch' in sys.modules)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-W', 'ignore', '-c', {inner!r}], check=True)"
+    done = subprocess.run([warm_python(), "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_torchrun_starts_warm_ranks() -> None:
     code = "import os, sys; print(os.environ['RANK'], 'torch' in sys.modules)"
     command = [f"{warm_bin()}/torchrun", "--standalone", "--nproc_per_node", "2", "--no-python"]

@@ -2,7 +2,8 @@
 
 Seven of the eight seconds of a short run are imports. ``warm_bin()`` is a folder with ``python``, ``dual-loop`` and
 ``torchrun`` that ask the server; each hands its arguments, folder, environment and files over, passes signals on and
-ends as the forked process does. One that is killed takes the forked process with it.
+ends as the forked process does. One that is killed takes the forked process with it. What a forked process starts with
+its ``sys.executable`` is forked too.
 
 What is not that of a process of its own: all share one hash seed, so a test that two processes agree starts one of them
 with ``sys.executable``.
@@ -129,7 +130,7 @@ def serve(address: str) -> None:
 
 
 def become(files: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Run ``python ARGUMENTS`` in this process as in a new one; ``-u``, ``-m``, ``-c`` and a file are understood."""
+    """Run ``python ARGUMENTS`` in this process as in a new one; ``-u``, ``-W ignore``, ``-m``, ``-c``, a file are known."""
     import runpy
     import types
     import warnings
@@ -146,11 +147,15 @@ def become(files: list[int], arguments: list[str], folder: str, environment: dic
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     np.random.seed()
+    sys.executable = environment["PYTHON_EXEC"]  # what this process starts is warm too
     # Imported here is not imported by what runs.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
     if "-u" in arguments[:1]:
         arguments = arguments[1:]
         sys.stdout.reconfigure(line_buffering=True)
+    if arguments[:2] == ["-W", "ignore"]:
+        arguments = arguments[2:]
+        warnings.simplefilter("ignore")
     kind, *sys.argv = arguments if arguments[0] in ("-m", "-c") else ("", *arguments)
     paths = [folder if kind else os.path.dirname(os.path.abspath(sys.argv[0]))]
     sys.path[:1] = paths + [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]

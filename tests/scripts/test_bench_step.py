@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dual_loop.config import SpeedConfig
 from bench.phases import PHASES, PhaseClock, ProductCounter, watch
 from bench.setup import LEVERS, PLAIN, Setting, build_config, variant_speed
 from bench.worker import Variant
+from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("bench") / "out.json"
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--preset", "tiny", "--plain"]
+    command = [warm_python(), str(ROOT / "scripts" / "bench_step.py"), "--preset", "tiny", "--plain"]
     command += ["--off", "lean_sam2", "--batch", "2", "--accumulation", "2", "--threads", "1"]
     command += ["--repeats", "1", "--new_tokens", "4", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
