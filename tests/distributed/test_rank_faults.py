@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +21,20 @@ from safetensors.torch import load_file, save_file
 from dual_loop.model.build import TINY_WEIGHTS
 
 from end_to_end import BASE, ROOT, environment
+from warm_python import warm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 HERE = Path(__file__).parent
 TRAIN = ["-m", "dual_loop.train_dual_loop"]
+# The process that is started stands for the one that trains, which has a number of its own to stop it by.
+TELLING = [
+    "-c",
+    "import os, sys\n"
+    "from dual_loop.train_dual_loop import main\n"
+    "print('process', os.getpid(), flush=True)\n"
+    "sys.exit(main(sys.argv[1:]))\n",
+]
 COMMON = [*BASE, "--sa1b_dir", "sa1b", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
 DIFFERENT = {
     "train.learning_rate": (["--learning_rate", "5e-4"], "0.001", "0.0005"),
@@ -52,7 +60,7 @@ def pair(commands: list[list[str]], folders: list[Path], tmp_path: Path, **more:
     for rank, (command, folder) in enumerate(zip(commands, folders, strict=True)):
         with (tmp_path / f"rank_{rank}.log").open("w") as log:
             variables = {**own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = [sys.executable, *command]
+            arguments = [warm_python(), *command]
             processes.append(subprocess.Popen(arguments, cwd=folder, env=variables, stdout=log, stderr=log))
     try:
         yield processes
@@ -64,6 +72,13 @@ def pair(commands: list[list[str]], folders: list[Path], tmp_path: Path, **more:
 
 def log_of(tmp_path: Path, rank: int) -> str:
     return (tmp_path / f"rank_{rank}.log").read_text()
+
+
+def number_of(tmp_path: Path, rank: int) -> int:
+    """Return the process id of a rank that tells it."""
+    found = re.search(r"^process (\d+)$", log_of(tmp_path, rank), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +163,7 @@ def test_two_command_lines_that_differ_end_within_half_a_minute(machines: list[P
 def running(machines: list[Path], tmp_path: Path, timeout: float) -> Iterator[list[Any]]:
     """Two ranks that have taken a few steps."""
     endless = ["--max_steps", "100000", "--output_dir", str(tmp_path / "run"), "--save_interval", "100000"]
-    command = [*TRAIN, *COMMON, *endless, "--cfg-options", f"train.rank_timeout={timeout}"]
+    command = [*TELLING, *COMMON, *endless, "--cfg-options", f"train.rank_timeout={timeout}"]
     with pair([command, command], [machines[0]] * 2, tmp_path) as processes:
         metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while not metrics.is_file() or metrics.read_text().count("\n") < 2:
@@ -162,20 +177,20 @@ def running(machines: list[Path], tmp_path: Path, timeout: float) -> Iterator[li
 def test_a_rank_that_hangs_is_named_by_the_other(machines: list[Path], tmp_path: Path, stopped: int) -> None:
     with running(machines, tmp_path, 10) as processes:
         start = time.monotonic()
-        processes[stopped].send_signal(signal.SIGSTOP)
+        os.kill(number_of(tmp_path, stopped), signal.SIGSTOP)
         other = processes[1 - stopped]
         while "a rank hangs" not in log_of(tmp_path, 1 - stopped):
             assert time.monotonic() - start < 10, log_of(tmp_path, 1 - stopped)
             time.sleep(0.05)
         print(f"named after {time.monotonic() - start:.1f} s")
         assert other.wait(timeout=10) == 2
-    pattern = rf"rank {stopped} \(host \S+, pid {processes[stopped].pid}\), last: step \d+"
+    pattern = rf"rank {stopped} \(host \S+, pid {number_of(tmp_path, stopped)}\), last: step \d+"
     assert re.search(pattern, log_of(tmp_path, 1 - stopped))
 
 
 def test_a_rank_that_waits_for_another_ends_when_told(machines: list[Path], tmp_path: Path) -> None:
     with running(machines, tmp_path, 600) as processes:
-        processes[1].send_signal(signal.SIGSTOP)
+        os.kill(number_of(tmp_path, 1), signal.SIGSTOP)
         time.sleep(1)
         assert processes[0].poll() is None
         start = time.monotonic()
@@ -183,12 +198,12 @@ def test_a_rank_that_waits_for_another_ends_when_told(machines: list[Path], tmp_
         assert processes[0].wait(timeout=30) == 2
         print(f"ended {time.monotonic() - start:.1f} s after SIGTERM")
         assert time.monotonic() - start < 15
-    assert f"rank 1 (host {os.uname().nodename}, pid {processes[1].pid})" in log_of(tmp_path, 0)
+    assert f"rank 1 (host {os.uname().nodename}, pid {number_of(tmp_path, 1)})" in log_of(tmp_path, 0)
 
 
 def test_a_rank_that_is_killed_ends_the_one_that_waits_for_it(machines: list[Path], tmp_path: Path) -> None:
     with running(machines, tmp_path, 600) as processes:
-        processes[1].kill()
+        os.kill(number_of(tmp_path, 1), signal.SIGKILL)
         start = time.monotonic()
         assert processes[0].wait(timeout=30) == 1
         print(f"ended {time.monotonic() - start:.1f} s after SIGKILL")
