@@ -11,7 +11,7 @@ import torch
 
 from acceptance.found import Asked, Found
 from acceptance.worker import release
-from bench.floors import measure_floors
+from bench.floors import COPY_BYTES, measure_floors
 from bench.phases import PHASES
 from bench.setup import Setting
 from bench.worker import Variant
@@ -46,8 +46,8 @@ def variant(setting: Setting, name: str = "default") -> Iterator[Variant]:
 
 def product_rate(asked: Asked) -> float:
     """Return floating-point operations a second of a large matrix product, which shares of the peak are of."""
-    side = 512 if asked.is_tiny else 8192
-    return measure_floors(side, side, side, torch.bfloat16, asked.device)["flops_per_second"]
+    side, copied = (512, COPY_BYTES // 64) if asked.is_tiny else (8192, COPY_BYTES)
+    return measure_floors(side, side, side, torch.bfloat16, asked.device, copied)["flops_per_second"]
 
 
 def run(asked: Asked, found: Found) -> None:

@@ -14,7 +14,12 @@ COPY_BYTES = 2**28
 
 
 def measure_floors(
-    rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    rows: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    copy_bytes: int = COPY_BYTES,
 ) -> dict[str, float]:
     """Return ``flops_per_second`` of (rows, width) x (width, inner) and ``bytes_per_second`` read plus written.
 
@@ -24,11 +29,11 @@ def measure_floors(
     device = torch.device(device)
     is_wide = device.type == "cpu" and dtype == torch.bfloat16 and is_slower_in_bfloat16()
     rate = _product_rate(rows, width, inner, torch.float32 if is_wide else dtype, device)
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return {
         "flops_per_second": rate,
-        "bytes_per_second": 2.0 * COPY_BYTES / best(lambda: target.copy_(source)),
+        "bytes_per_second": 2.0 * copy_bytes / best(lambda: target.copy_(source)),
         "rows": float(rows),
         "width": float(width),
         "inner": float(inner),

@@ -16,6 +16,7 @@ from dual_loop.model import decode, stored_weights
 from acceptance import swaps
 from acceptance.found import Asked, Found
 from acceptance.small import Taken, gradient_difference, loss_difference, whole_difference
+from warm_python import warm_python
 
 FAKE = """
 import json, os, sys, time
@@ -126,7 +127,9 @@ def test_swapped_weights_that_autocast_does_not_see_are_found(tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_run_rehearses_on_a_cpu(tmp_path):
     sections = "machine,step,decoding,presets,plain,resume,ranks"
-    status = main(["--out", str(tmp_path), "--device", "cpu", "--tiny", "--sections", sections], WORKER)
+    status = main(
+        ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--sections", sections], (warm_python(), *WORKER[1:])
+    )
     report = (tmp_path / "gpu.md").read_text()
     assert status == 0, report
     results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
