@@ -130,7 +130,7 @@ def serve(address: str) -> None:
 
 
 def become(files: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Run ``python ARGUMENTS`` in this process as in a new one: ``-u`` or ``-W ignore``, then ``-m``, ``-c``, a file."""
+    """Run ``python ARGUMENTS`` here as in a new process: ``-u`` or ``-W ignore``, then ``-m``, ``-c``, or a file."""
     import runpy
     import types
     import warnings
