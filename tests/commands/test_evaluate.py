@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,19 @@ from dual_loop.cli import main
 from dual_loop.evaluation.runner import PARTS, REGIONS
 from dual_loop.testing.demo_data import write_demo_data
 
+from warm_meteor import warm_meteor
 from warm_python import warm_python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("meteor")]
 IMAGES = 20  # three chunks
+
+
+@pytest.fixture(scope="module")
+def meteor() -> Iterator[None]:
+    """One METEOR for all evaluations, of this process and of the ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", warm_meteor())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +46,7 @@ def evaluate_arguments(demo: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(demo: Path) -> Path:
+def evaluated(demo: Path, meteor: None) -> Path:
     out = demo.parent / "evaluation"
     run(*evaluate_arguments(demo, out))
     return out

@@ -21,6 +21,7 @@ from dual_loop.config import CONFIG_DIR, SETTINGS
 from dual_loop.testing.demo_data import write_demo_data
 from dual_loop.testing.scenes import generate_scene
 
+from warm_meteor import warm_meteor
 from warm_python import warm_bin, warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def executed(path: Path) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
-    write_demo_data(folder / "outputs/demo_data", 12, 0, num_val=10)
+    write_demo_data(folder / "outputs/demo_data", 6, 0, num_val=3)
     demo = folder / "outputs/demo_data"
     names = {"--sav_dir": "sav", "--sa1b_dir": "sa1b", "--openimage_dir": "openimages", "--refcoco_dir": "ref_seg"}
     data = [part for flag, name in names.items() for part in (flag, str(demo / name))]
@@ -73,7 +74,7 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if executed(path)], ids=lambda path: path.name)
 def test_the_blocks_run(path: Path, workspace: Path) -> None:
     # dual-loop, python and torchrun are the warm ones.
-    variables = {**os.environ, "PATH": f"{warm_bin()}{os.pathsep}{os.environ['PATH']}"}
+    variables = {**os.environ, "PATH": f"{warm_bin()}{os.pathsep}{warm_meteor()}"}
     variables.update(PYTHONPATH=str(ROOT), DUAL_LOOP_CACHE=str(workspace / "index"), OMP_NUM_THREADS="1")
     for language, text in executed(path):
         command = [warm_python(), "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]

@@ -12,6 +12,8 @@ from dual_loop.errors import CheckpointError
 from dual_loop.evaluation.report import read_run, report_page
 from dual_loop.testing.demo_data import write_demo_data
 
+from warm_meteor import warm_meteor
+
 
 def write_run(folder: Path, **summary: object) -> Path:
     folder.mkdir()
@@ -69,7 +71,8 @@ def run(*arguments: object) -> None:
 
 
 @pytest.mark.slow
-def test_report_of_a_run_and_of_two(tmp_path: Path) -> None:
+def test_report_of_a_run_and_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", warm_meteor())
     demo = tmp_path / "demo"
     write_demo_data(demo, 8, 5, num_val=6)
     out = demo.parent / "run"
