@@ -46,6 +46,7 @@ from parity.model_checks import (
     check_language,
     check_object_order,
     check_predict,
+    encode_once,
     segment,
 )
 from parity.report import Report
@@ -106,6 +107,7 @@ def check_model(case: Case, model: VideoLLaVASAMModel, report: Report) -> None:
     """Run every check of the model; outputs that none of them asked for are failures."""
     case.begin()
     model.train()
+    encode_once(model)
     with case.autocast():
         check_language(case, model, report)
         order = check_object_order(case, model, report)

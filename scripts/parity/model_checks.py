@@ -42,6 +42,23 @@ def check_language(case: Case, model: VideoLLaVASAMModel, report: Report) -> Non
     _close(case, report, "seg_embeds", model.text_hidden_fcs(at_seg))
 
 
+def encode_once(model: VideoLLaVASAMModel) -> None:
+    """Let SAM 2's frozen image encoder see the same pixels once in training and once in evaluation.
+
+    It takes most of the time of every loss. All calls are in the case's autocast.
+    """
+    encode, known = model.encode_grounding, list[tuple[bool, Tensor, list[Tensor]]]()
+
+    def remembered(pixels: Tensor) -> list[Tensor]:
+        for mode, seen, levels in known:
+            if mode == model.training and torch.equal(seen, pixels):
+                return [*levels]
+        known.append((model.training, pixels.clone(), encode(pixels)))
+        return [*known[-1][2]]
+
+    model.encode_grounding = remembered  # type: ignore[method-assign]
+
+
 @torch.no_grad()
 def segment(case: Case, model: VideoLLaVASAMModel) -> Segmentation:
     """Segment every [SEG] of the loss batch once, as at predict time."""
