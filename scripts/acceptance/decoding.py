@@ -68,11 +68,13 @@ def run(asked: Asked, found: Found) -> None:
         with variant(real_setting(asked, long, 1, **changes)) as one:
             for rows in (8, 32) if asked.is_tiny else (8, 32, 64, 160):
                 with one.trainer.accelerator.autocast():
-                    measure(found, one.trainer.task, mode, rows, (short, long), is_real)
+                    measure(found, one.trainer.task, mode, rows, (short, long), is_real, 1 if asked.is_tiny else 3)
 
 
 @torch.no_grad()
-def measure(found: Found, task: Any, mode: str, rows: int, lengths: tuple[int, int], is_real: bool) -> None:
+def measure(
+    found: Found, task: Any, mode: str, rows: int, lengths: tuple[int, int], is_real: bool, repeats: int
+) -> None:
     """Write captions of two lengths: the difference is that of the tokens, without what comes before the first."""
     config, samples = task.config, generated_samples(rows // REGIONS, REGIONS)
     batch = batch_from_samples(samples, geometry(config)).to(task.model.device)
@@ -82,7 +84,7 @@ def measure(found: Found, task: Any, mode: str, rows: int, lengths: tuple[int, i
         loop = dataclasses.replace(config.loop, max_new_tokens=length, rollout_batch_size=rows)
         return lambda: Captioner(task.model, task.prompter, loop, is_silent=True).write([seen], [batch])
 
-    seconds = [best(writer(length), 3) for length in lengths]
+    seconds = [best(writer(length), repeats) for length in lengths]
     tokens = lengths[1] - lengths[0]
     per_token = (seconds[1] - seconds[0]) / tokens
     # Few tokens: a profiler takes its time over tens of thousands of kernels.
