@@ -13,6 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN = """
+from pathlib import Path
+from dual_loop.cli import main
+
+def run(*arguments):
+    print("=====", flush=True)
+    assert main([*arguments]) == 0
+
+data = ["--sa1b_dir", "demo/sa1b", "--refcoco_dir", "demo/ref_seg", "--device", "cpu"]
+steps = ["--max_steps", "2", "--batch_size", "1", "--gradient_accumulation_steps", "1", "--num_workers", "0"]
+run("train", "--dry_run", "--config", "sa2va_4b_24gb")
+run("demo-data", "demo", "--images", "4")
+run("train", *data, *steps, "--output_dir", "run")
+image = next(Path("demo/sa1b").rglob("*.jpg"))
+run("caption", str(image), "--box", "5,5,60,60", "--checkpoint", "run", "--device", "cpu")
+"""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools builds the wheel"),
@@ -42,18 +58,12 @@ def test_an_installed_package_runs(tmp_path: Path) -> None:
     assert {"dual_loop/py.typed", "dual_loop/assets/page.html", *(f"dual_loop/{name}" for name in presets)} <= names
     started([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], empty, plain)
 
-    variables = {**plain, "PYTHONPATH": str(site), "DUAL_LOOP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"}
+    variables = {**plain, "PYTHONPATH": str(site), "DUAL_LOOP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     where = started([sys.executable, "-c", "import dual_loop; print(dual_loop.__file__)"], empty, variables)
     assert Path(where.strip()).is_relative_to(site)
-    command = [sys.executable, "-m", "dual_loop.cli"]
-    dry = started([*command, "train", "--dry_run", "--config", "sa2va_4b_24gb"], empty, variables)
+    _, dry, _, _, caption = started([sys.executable, "-c", RUN], empty, variables).split("=====\n")
     assert "lora" in dry.lower()
-    started([*command, "demo-data", "demo", "--images", "4"], empty, variables)
-    data = ["--sa1b_dir", "demo/sa1b", "--refcoco_dir", "demo/ref_seg", "--device", "cpu"]
-    steps = ["--max_steps", "2", "--batch_size", "1", "--gradient_accumulation_steps", "1", "--num_workers", "0"]
-    started([*command, "train", *data, *steps, "--output_dir", "run"], empty, variables)
     assert (empty / "run/summary.json").is_file()
-    image = next((empty / "demo/sa1b").rglob("*.jpg"))
-    caption = [*command, "caption", str(image), "--box", "5,5,60,60", "--checkpoint", "run", "--device", "cpu"]
-    assert '"caption"' in started(caption, empty, variables)
-    assert "this run can start" in started([*command, "doctor", "--quick", *data], empty, variables)
+    assert '"caption"' in caption
+    doctor = ["doctor", "--quick", "--sa1b_dir", "demo/sa1b", "--refcoco_dir", "demo/ref_seg", "--device", "cpu"]
+    assert "this run can start" in started([sys.executable, "-m", "dual_loop.cli", *doctor], empty, variables)
