@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STEPS, RATE = 40, 1e-4
 # Nothing random but the order of the data, so that a straight run gives the same weights up to rounding.
 SAME = ["--effective_batch", "2", "--batch_size", "1", "--learning_rate", str(RATE), "--max_steps", str(STEPS)]
+# What is started stands for the launcher, which has a number of its own.
+LAUNCHER = "import os\nfrom torch.distributed.run import main\nprint('launcher', os.getpid(), flush=True)\nmain()\n"
 # A launcher that says nothing for four seconds is taken for lost; torch's own figure is fifteen.
 RENDEZVOUS = "last_call_timeout=3,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=4"
 
@@ -54,13 +56,13 @@ class Machine:
         # The rendezvous lives on the machine that stays; the others wait for it to appear.
         is_host = int(name == "stays")
         launcher = [
-            *("-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"),
+            *("-c", LAUNCHER, "--nnodes", "1:2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"),
             *("--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test", "--local_addr", "127.0.0.1"),
             *("--rdzv_conf", f"is_host={is_host},{RENDEZVOUS}", "--max_restarts", "5", "--monitor_interval", "0.3"),
         ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "dual_loop.train_dual_loop", *arguments],
+                [warm_python(), *launcher, "-m", "dual_loop.train_dual_loop", *arguments],
                 cwd=ROOT,
                 # The second as the launch script does.
                 env={
@@ -76,9 +78,11 @@ class Machine:
         """Send a signal to the launcher; with SIGKILL, to its worker too, as when the machine is switched off."""
         if number == signal.SIGKILL:
             # The worker has a session of its own, so it is found by its parent.
-            found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-            for process in (str(self.process.pid), *found.stdout.split()):
-                os.kill(int(process), signal.SIGKILL)
+            for own in re.findall(r"^launcher (\d+)$", self.log.read_text(), re.MULTILINE):
+                found = subprocess.run(["pgrep", "-P", own], capture_output=True, text=True, check=False)
+                for process in (own, *found.stdout.split()):
+                    os.kill(int(process), signal.SIGKILL)
+            self.process.kill()
         else:
             self.process.send_signal(number)
         self.process.wait(timeout=120)
