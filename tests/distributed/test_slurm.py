@@ -23,7 +23,7 @@ from warm_python import warm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-STEPS = 30
+STEPS = 14
 
 
 def _job_id() -> int:
