@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2VisionNeck, do_pool
 
 from dual_loop.accelerate import replace
-from dual_loop.config import Config
+from dual_loop.config import Config, precision
 from dual_loop.model.sa2va import GroundingDecoder, Sa2VA
 
 HIGH_RESOLUTION = 2
@@ -42,9 +42,8 @@ def apply(model: Sa2VA, config: Config) -> None:
 
 def cast_trunk(model: Sa2VA, config: Config, device: torch.device) -> None:
     """Keep the frozen trunk's matrices in bfloat16 on a GPU that computes in it: autocast would cast them each step."""
-    trunk, wanted = model.grounding_encoder.vision_encoder.backbone, config.train.mixed_precision
-    is_half = wanted == "bf16" or (wanted == "auto" and config.model.dtype == "bfloat16")
-    if device.type == "cpu" or not is_half or any(p.requires_grad for p in trunk.parameters()):
+    trunk = model.grounding_encoder.vision_encoder.backbone
+    if device.type == "cpu" or precision(config) != "bf16" or any(p.requires_grad for p in trunk.parameters()):
         return
     for module in trunk.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

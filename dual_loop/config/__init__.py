@@ -19,4 +19,5 @@ from dual_loop.config.schema import RewardConfig as RewardConfig
 from dual_loop.config.schema import SpeedConfig as SpeedConfig
 from dual_loop.config.schema import TrainConfig as TrainConfig
 from dual_loop.config.schema import caption_gradient as caption_gradient
+from dual_loop.config.schema import precision as precision
 from dual_loop.errors import ConfigError as ConfigError

@@ -405,6 +405,13 @@ def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
     return "scst" if has_reward else "none"
 
 
+def precision(config: Config) -> str:
+    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
+    if config.train.mixed_precision != "auto":
+        return config.train.mixed_precision
+    return "bf16" if config.model.dtype == "bfloat16" else "no"
+
+
 SETTINGS: Mapping[str, Setting] = {
     f"{group.name}.{item.name}": replace(
         about, flag=item.name if about.flag == "=" else about.flag, title=about.title or group.metadata["title"]

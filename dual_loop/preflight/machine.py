@@ -16,12 +16,12 @@ import psutil
 import torch
 from torch import nn
 
-from dual_loop.config import Config
+from dual_loop.config import Config, precision
 from dual_loop.errors import EnvironmentProblem
 from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
-from dual_loop.training.devices import available_cores, choose_device, device_type, precision, why_no_kernel
+from dual_loop.training.devices import available_cores, choose_device, device_type, why_no_kernel
 from dual_loop.training.memory import GIB, estimate_memory, free_memory
 from dual_loop.training.run_folder import versions
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dual_loop.config import Config
+from dual_loop.config import Config, precision
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 from dual_loop.model.build import geometry
 from dual_loop.training import ranks
@@ -250,13 +250,6 @@ def end_processes(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         time.sleep(LET_GO_SECONDS)
     accelerator.end_training()
-
-
-def precision(config: Config) -> str:
-    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
-    if config.train.mixed_precision != "auto":
-        return config.train.mixed_precision
-    return "bf16" if config.model.dtype == "bfloat16" else "no"
 
 
 def num_cpu_threads(config: Config) -> int:

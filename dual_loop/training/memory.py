@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dual_loop.config import Config, caption_gradient
+from dual_loop.config import Config, caption_gradient, precision
 from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.decode import CACHE_SHARE, row_bytes
 from dual_loop.model.hardware import GPU_ROWS
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import MASKS_AT_ONCE, GroundingDecoder
-from dual_loop.training.devices import as_computed, gather_objects, precision
+from dual_loop.training.devices import as_computed, gather_objects
 
 GIB = 2**30
 SHARE_USED = 0.85

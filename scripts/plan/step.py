@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dual_loop.config import Config
+from dual_loop.config import Config, precision
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import ConfigError, explain
 from dual_loop.loop.task import DualLoopTask
@@ -27,7 +27,6 @@ from dual_loop.model.build import build_model, build_prompter, geometry
 from dual_loop.model.decode import Decoder, Rows
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.recompute import checkpoint_first
-from dual_loop.training.devices import precision
 from dual_loop.training.memory import MemoryEstimator
 from dual_loop.types import Batch, PackedBatch, RegionSample
 
