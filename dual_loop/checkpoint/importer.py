@@ -33,9 +33,10 @@ from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, op
 from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
-from dual_loop.model.build import TINY_WEIGHTS
+from dual_loop.model.build import TINY_WEIGHTS, build_model, build_tokenizer
 from dual_loop.model.prompts import NEW_TOKENS
 from dual_loop.model.sa2va import Sa2VA
+from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,6 +220,22 @@ def tokenizer_folder(config: Config) -> str | None:
 def brings_new_tokens(paths: Sequence[str | Path], vocab_size: int) -> bool:
     """Tell whether the sources hold trained rows of the five new tokens; else these rows have to train."""
     return any(_Source(part).vocabulary >= vocab_size for path in paths for _, part in open_parts(path))
+
+
+def build_to_load(
+    config: Config, sources: Sequence[Path], device: torch.device | str
+) -> tuple[VideoLLaVASAMModel, PreTrainedTokenizerBase]:
+    """Seed torch, and build the model that ``sources`` are to be loaded into; return its tokenizer too.
+
+    The model is empty, on ``device``. Where it may keep something that no file brings, it is drawn on the CPU: that may
+    be frozen, and in no checkpoint, and whoever builds a run's model again has to draw the same.
+    """
+    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
+    drawn = not sources or bool(config.train.allow_missing)
+    imported = brings_new_tokens(sources, len(tokenizer))
+    torch.manual_seed(config.train.seed)
+    place = "cpu" if drawn else str(device)
+    return build_model(config, tokenizer, device=place, weights_imported=imported, drawn=drawn), tokenizer
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from typing import cast
 
 import torch
 
-from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
+from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
 from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.build import build_prompter
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training.devices import choose_arithmetic
@@ -136,13 +136,7 @@ def rebuild(
     config: Config, sources: Sequence[Path], device: torch.device | str = "cpu"
 ) -> tuple[VideoLLaVASAMModel, Prompter]:
     """Build the run's model, on ``device``, with the weights that it started from."""
-    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
-    embeddings = brings_new_tokens(list(sources), len(tokenizer))
-    torch.manual_seed(config.train.seed)
-    # The CPU draws the same for a seed whatever the run trained on.
-    drawn = not sources or bool(config.train.allow_missing)
-    place = "cpu" if drawn else str(device)
-    model = build_model(config, tokenizer, device=place, weights_imported=embeddings, drawn=drawn)
+    model, tokenizer = build_to_load(config, sources, device)
     if sources:
         load_weights(model, list(sources), tokenizer=tokenizer, allow_missing=config.train.allow_missing)
     return model.to(device), build_prompter(config, tokenizer)

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
+from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
 from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters, trainable_table
-from dual_loop.model.build import build_model, build_prompter, build_tokenizer
+from dual_loop.model.build import build_prompter
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
@@ -141,16 +141,11 @@ def fingerprint(path: Path, blocks: int = 64) -> str:
 def build(run: Start) -> Built:
     """Build the model, the same on every rank."""
     config = run.config
-    torch.manual_seed(config.train.seed)
     run.report("Building VideoLLaVASAMModel...")
-    tokenizer = build_tokenizer(config.model, tokenizer_folder(config))
     sources = weights_sources(config)
-    # What no file brings may be frozen, and in no checkpoint: ``rebuild`` draws it again, on the CPU as well.
-    drawn = not sources or bool(config.train.allow_missing)
     # Layers that are to be sharded are read into the host's memory first.
-    device = "cpu" if drawn or config.train.parallel == "fsdp" else str(run.accelerator.device)
-    imported = brings_new_tokens(sources, len(tokenizer))
-    model = build_model(config, tokenizer, device=device, weights_imported=imported, drawn=drawn)
+    device = "cpu" if config.train.parallel == "fsdp" else run.accelerator.device
+    model, tokenizer = build_to_load(config, sources, device)
     run.report(f"✓ Model built\n{trainable_table(model)}")
     return Built(model, build_prompter(config, tokenizer), sources)
 

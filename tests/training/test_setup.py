@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dual_loop.checkpoint import importer
 from dual_loop.checkpoint.importer import load_weights, weights_sources
 from dual_loop.checkpoint.key_rules import ORIGINAL, iterate_export
 from dual_loop.config import Config, load_config, resolve_config_path
@@ -26,13 +27,13 @@ def started(folder: Path, **options: Any) -> setup.Start:
 
 def test_a_model_that_weights_fill_is_made_empty_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    make = setup.build_model
+    make = importer.build_model
 
     def build_model(config: Config, tokenizer: Any, **options: Any) -> Any:
         asked.append(options)
         return make(config, tokenizer, **options)
 
-    monkeypatch.setattr(setup, "build_model", build_model)
+    monkeypatch.setattr(importer, "build_model", build_model)
     run = started(tmp_path / "imported")
     loaded = setup.load(run, setup.build(run))
     assert all(torch.isfinite(value).all() for value in loaded.model.state_dict().values())
