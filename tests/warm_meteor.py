@@ -7,7 +7,6 @@ as new.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -33,19 +32,9 @@ def warm_meteor() -> str:
         ask = f"exec '{sys.executable}' -I -S '{__file__}' ask '{address}' '{java}' \"$@\""
         script.write(f'#!/bin/sh\ncase "$*" in *{PROGRAM}*) {ask} ;; esac\nexec \'{java}\' "$@"\n')
     os.chmod(path, 0o700)
-    server = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, "serve", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n"
+    from warm_python import start_server  # not in the program that asks: it starts without site-packages
 
-    def end() -> None:
-        server.stdin.close()  # what the server waits for
-        server.wait(timeout=60)
-        held.cleanup()
-
-    atexit.register(end)
+    start_server(["-I", "-S", __file__, "serve", address], held)
     return f"{held.name}{os.pathsep}{os.environ['PATH']}"
 
 

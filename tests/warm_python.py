@@ -29,25 +29,17 @@ PRELOADED = (
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-@functools.cache
-def warm_bin() -> str:
-    """Start the server of this test process; return the folder with the programs that ask it."""
-    import subprocess
-    import tempfile
-    from pathlib import Path
+def start_server(arguments, held):
+    """Start a Python program that says ``ready`` and serves until its input ends.
 
-    held = tempfile.TemporaryDirectory(prefix="warm_python_")
-    folder = Path(held.name)
+    It and the temporary folder ``held`` go with this process.
+    """
+    import subprocess
+
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, __file__, "serve", str(folder / "socket")],
-        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment},
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
-    for name, module in (("python", ""), ("dual-loop", "-m dual_loop.cli"), ("torchrun", "-m torch.distributed.run")):
-        ask = f"exec '{sys.executable}' -I -S '{__file__}' ask '{folder}/socket' {module}"
-        # PYTHON_EXEC is torchrun's name for the program of its ranks.
-        (folder / name).write_text(f"#!/bin/sh\nexport PYTHON_EXEC='{folder}/python'\n{ask} \"$@\"\n")
-        (folder / name).chmod(0o700)
     assert server.stdin is not None
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
@@ -58,6 +50,22 @@ def warm_bin() -> str:
         held.cleanup()
 
     atexit.register(end)
+
+
+@functools.cache
+def warm_bin() -> str:
+    """Start the server of this test process; return the folder with the programs that ask it."""
+    import tempfile
+    from pathlib import Path
+
+    held = tempfile.TemporaryDirectory(prefix="warm_python_")
+    folder = Path(held.name)
+    for name, module in (("python", ""), ("dual-loop", "-m dual_loop.cli"), ("torchrun", "-m torch.distributed.run")):
+        ask = f"exec '{sys.executable}' -I -S '{__file__}' ask '{folder}/socket' {module}"
+        # PYTHON_EXEC is torchrun's name for the program of its ranks.
+        (folder / name).write_text(f"#!/bin/sh\nexport PYTHON_EXEC='{folder}/python'\n{ask} \"$@\"\n")
+        (folder / name).chmod(0o700)
+    start_server([__file__, "serve", str(folder / "socket")], held)
     return str(folder)
 
 
