@@ -331,11 +331,15 @@ class Decoder:
         return self.model.step_language(embeds, mask, send(positions, self.device), cache)
 
 
+def head_width(config: Any) -> int:
+    """Return the values of one attention head, of a language model's configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def row_bytes(model: Sa2VA, columns: int, itemsize: int) -> int:
     """Return the bytes that a row of so many columns takes: keys and values, logits with their noise and its parts."""
     config = model.mllm.model.language_model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * itemsize
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * itemsize
     return int(columns * token + 8 * 4 * model.mllm.lm_head.out_features)
 
 

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from dual_loop.config import Config, caption_gradient, precision
 from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
-from dual_loop.model.decode import CACHE_SHARE, row_bytes
+from dual_loop.model.decode import CACHE_SHARE, head_width, row_bytes
 from dual_loop.model.hardware import GPU_ROWS
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import MASKS_AT_ONCE, GroundingDecoder
@@ -176,8 +176,7 @@ class MemoryEstimator:
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
         level_values = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
-        tiles = config.data.max_tiles + (config.data.max_tiles > 1)
-        pixels = 3 * (sizes.grounding_size**2 + tiles * sizes.vision_image_size**2)
+        pixels = 3 * (sizes.grounding_size**2 + most_tiles(config) * sizes.vision_image_size**2)
         scored = min(MASKS_AT_ONCE, objects * captions_written(config))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return MemoryEstimate(
@@ -197,14 +196,13 @@ class MemoryEstimator:
         """Return the bytes of the prefixes of all images of a window, and of the rows that are written at once."""
         config, size = self.config, 2 if precision(self.config) == "bf16" else 4
         cells, regions = geometry(config).grid_size ** 2, config.data.regions_per_image
-        prefix = cells * (config.data.max_tiles + (config.data.max_tiles > 1)) + TEXT_TOKENS
+        prefix = cells * most_tiles(config) + TEXT_TOKENS
         row = row_bytes(self.model, prefix + cells + TEXT_TOKENS + config.loop.max_new_tokens, size)
         most = config.loop.rollout_batch_size or GPU_ROWS[-1]
         if config.speed.memory_gib is not None:
             most = min(most, max(1, int(config.speed.memory_gib * GIB * CACHE_SHARE) // row))
-        return (
-            images * row_bytes(self.model, prefix, size) + min(most, images * regions * captions_written(config)) * row
-        )
+        rows = min(most, images * regions * captions_written(config))
+        return images * row_bytes(self.model, prefix, size) + rows * row
 
     def estimate(self, recomputed: int) -> MemoryEstimate:
         """Return the estimate where the first ``recomputed`` decoder layers are recomputed."""
@@ -214,16 +212,14 @@ class MemoryEstimator:
         """Return the choice for ``free_bytes``; without them, all layers where the setting leaves it open."""
         images = self.config.train.batch_size
         needed = [self.estimate(count).micro_batch for count in range(self.layers + 1)]
-        is_open = self.wanted is None or self.is_choice
-        if free_bytes is None or not is_open:
+        if free_bytes is None or (self.wanted is not None and not self.is_choice):
             chosen, by = (self.layers, "default") if self.wanted is None else (self.wanted, "setting")
             return LayerPlan(chosen, self.layers, by, images, None, needed[chosen] / GIB)
         encoders = [self.model.mllm.model.vision_tower, self.model.grounding_encoder.vision_encoder]
         # What an encoder keeps that trains is not estimated.
         trains = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
-        counts = [self.layers] if trains else range(self.layers + 1)
-        if self.wanted is not None:
-            counts = [self.wanted]
+        counts: Sequence[int] = [self.layers] if trains else range(self.layers + 1)
+        counts = counts if self.wanted is None else [self.wanted]
         fitting = [count for count in counts if needed[count] <= SHARE_USED * free_bytes]
         chosen = min(fitting, default=counts[-1])
         free, needs = free_bytes / GIB, needed[chosen] / GIB
@@ -315,12 +311,17 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     Region prompts take the cells of their masks; the masks of an image are taken to cover it once.
     """
     data, images, cells = config.data, config.train.batch_size, geometry(config).grid_size ** 2
-    tiles, with_graph = data.max_tiles, captions_with_graph(config)
-    image = cells * (tiles + (tiles > 1)) + TEXT_TOKENS  # with as many tiles as it may have, and its thumbnail
+    with_graph = captions_with_graph(config)
+    image = cells * most_tiles(config) + TEXT_TOKENS
     text, turns = TEXT_TOKENS + config.loop.max_new_tokens, data.regions_per_image * (1 + with_graph)
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
     return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
+
+
+def most_tiles(config: Config) -> int:
+    """Return the tiles that an image may have, with the thumbnail where it is cut."""
+    return config.data.max_tiles + (config.data.max_tiles > 1)
 
 
 def captions_written(config: Config) -> int:
@@ -379,7 +380,6 @@ def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMe
     """Return what one decoder layer keeps of ``rows`` packed rows of ``length`` tokens (:func:`saved_bytes`)."""
     language = model.mllm.model.language_model
     layer, config, dtype = language.layers[0], language.config, language.embed_tokens.weight.dtype
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def inputs() -> Inputs:
         # The input has a history, as in the real model.
@@ -387,7 +387,7 @@ def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMe
         return (entry,), {
             "attention_mask": torch.empty(rows, 1, length, length, dtype=dtype),
             "position_ids": torch.empty(rows, length, dtype=torch.long),
-            "position_embeddings": tuple(torch.empty(rows, length, head, dtype=dtype) for _ in range(2)),
+            "position_embeddings": tuple(torch.empty(rows, length, head_width(config), dtype=dtype) for _ in range(2)),
         }
 
     before = layer.training, layer.gradient_checkpointing
