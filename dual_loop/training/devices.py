@@ -109,20 +109,17 @@ def share_out_batch(config: Config, world_size: int) -> Config:
     train, images = config.train, config.train.effective_batch
     if images is None:
         return config
+    size = train.batch_size
+    expected = f"a multiple of {world_size * size} = {world_size} processes x {size} images (--batch_size)"
     if config.speed.images_at_once == "fit" and train.parallel != "fsdp":
-        train = dataclasses.replace(train, batch_size=max(1, images // world_size))
-    at_once = world_size * train.batch_size
-    if images % at_once:
-        raise ConfigError(
-            explain(
-                "the images of a step cannot be shared out evenly",
-                "--effective_batch",
-                images,
-                f"a multiple of {at_once} = {world_size} processes x {train.batch_size} images (--batch_size)",
-                "choose another --effective_batch, --batch_size or number of processes",
-            )
-        )
-    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=images // at_once))
+        size, expected = max(1, images // world_size), f"a multiple of {world_size} processes"
+    if images % (world_size * size):
+        what = "the images of a step cannot be shared out evenly"
+        fix = "choose another --effective_batch, --batch_size or number of processes"
+        raise ConfigError(explain(what, "--effective_batch", images, expected, fix))
+    steps = images // (world_size * size)
+    train = dataclasses.replace(train, batch_size=size, gradient_accumulation_steps=steps)
+    return dataclasses.replace(config, train=train)
 
 
 def images_at_once(config: Config, device_type: str) -> int:
