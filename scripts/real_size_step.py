@@ -113,14 +113,14 @@ def run_entry(arguments: Sequence[str], lora_b: str) -> int:
 
     entry: Any = importlib.import_module("dual_loop.train_dual_loop")
     setup: Any = importlib.import_module("dual_loop.training.setup")
-    build = setup.build_model
+    build = setup.build_to_load
 
     def build_and_draw(*args: Any, **options: Any) -> Any:
-        model = build(*args, **options)
+        model, tokenizer = build(*args, **options)
         draw_weights(model, lora_b)
-        return model
+        return model, tokenizer
 
-    setup.build_model = build_and_draw
+    setup.build_to_load = build_and_draw
     return int(entry.main(arguments))
 
 
