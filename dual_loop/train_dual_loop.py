@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before the imports below, so that --help answers w
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.commands.train import main as main
-from dual_loop.config import Config
+from dual_loop.config import LISTENERS, Config
 from dual_loop.config import load_config as load_config
 from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import missing_roots
@@ -32,6 +32,7 @@ from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, plain_figures
 from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, held_out_source
 from dual_loop.iteration import evenly_spread
+from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.stored_weights import weights
 from dual_loop.preflight.dry_run import dry_run as dry_run
 from dual_loop.preflight.machine import require_ready
@@ -74,7 +75,7 @@ def train(config: Config) -> FitResult:
         loaded = load(run, built)
         placed = place(run, loaded)
         ready = wire(run, placed, stream)
-        trainer, evaluator = ready.trainer, Evaluator(run, placed, partial(weights, ready.task.starting))
+        trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
         before = evaluator.before(trainer.progress.step)
         result = trainer.fit()
         after = evaluator.after(trainer) if result.stopped_by is None else None
@@ -94,6 +95,9 @@ def check_paths(config: Config) -> None:
     train, problems = config.train, missing_roots(config.data)
     folders = {"data.eval_dir": config.data.eval_dir, "train.model_path": train.model_path}
     files = {"train.pretrained_pth": train.pretrained_pth, "train.sam2_path": train.sam2_path}
+    files["train.audit_listener"] = train.audit_listener
+    if config.reward.listener not in LISTENERS:
+        files[f"reward.listener ({', '.join(LISTENERS)} or a path)"] = config.reward.listener
     problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
     problems += [f"{key}: no such file: {path}" for key, path in files.items() if path and not Path(path).exists()]
     if problems:
@@ -104,15 +108,17 @@ def check_paths(config: Config) -> None:
 class Evaluator:
     """Measures the held-out set (``data.eval_dir``) before and after training, spread over the ranks."""
 
-    def __init__(self, run: Start, placed: Placed, frozen_listener: Listener) -> None:
-        self.run, self.placed, self.frozen_listener = run, placed, frozen_listener
+    def __init__(self, run: Start, placed: Placed, task: DualLoopTask) -> None:
+        self.run, self.placed = run, placed
+        self.frozen = partial(weights, task.starting)
+        self.independent = partial(weights, task.independent) if task.independent else None
 
     def before(self, step: int) -> list[MeasuredRegion] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""
         if self.run.config.data.eval_dir is None:
             return None
         if step == 0:
-            # Both listeners are the same weights here.
+            # The model and the frozen listener are the same weights here.
             return self._measure("before", None)
         # Only the files of rank 0 count: another machine may not see the folder.
         kept = gather_objects(self.run.accelerator, self.run.folder.read("evaluation_before"))[0]
@@ -126,9 +132,9 @@ class Evaluator:
         if self.run.config.data.eval_dir is None:
             return None
         with nullcontext() if self.run.config.train.eval_weights == "live" else weights(trainer.ema):
-            return self._measure("after", self.frozen_listener)
+            return self._measure("after", self.frozen)
 
-    def _measure(self, name: str, listener: Listener | None) -> list[MeasuredRegion]:
+    def _measure(self, name: str, frozen: Listener | None) -> list[MeasuredRegion]:
         run, placed, accelerator = self.run, self.placed, self.run.accelerator
         source = held_out_source(run.config)
         own_part = range(accelerator.process_index, len(source), accelerator.num_processes)
@@ -136,7 +142,10 @@ class Evaluator:
         rng = capture_rng()
         with accelerator.autocast(), placed.gathered or nullcontext():
             samples = (source.load_all(index) for index in own_part)
-            meter = RegionMeter(placed.model, placed.prompter, run.config, frozen_listener=listener)
+            model, prompter = placed.model, placed.prompter
+            meter = RegionMeter(
+                model, prompter, run.config, frozen_listener=frozen, independent_listener=self.independent
+            )
             own = meter.measure(samples, run.config.data.eval_split)
             if accelerator.is_main_process:
                 save_panels(self._examples(), run.folder.path / "panels", name)

@@ -33,6 +33,7 @@ from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, op
 from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import TINY_WEIGHTS, build_model, build_tokenizer
 from dual_loop.model.prompts import NEW_TOKENS
 from dual_loop.model.sa2va import Sa2VA
@@ -291,6 +292,54 @@ def load_weights(
     return ImportReport([source.report(hash_files) for source in sources], len(filled), fresh, missing, num_new)
 
 
+@torch.no_grad()
+def read_trained(
+    model: Sa2VA, paths: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Tensor]:
+    """Return what the trainable parameters of ``model`` are in ``paths``, on its device; the model stays as it is.
+
+    All that is frozen in the model must be the same in the files, or not be there. So the model is these other weights
+    whenever the tensors stand in for its own (``model.stored_weights.weights``), and no second model is needed.
+
+    Args:
+        paths, tokenizer: as of :func:`load_weights`; adapters that no file brings are 0.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`, or a frozen tensor differs. All problems are listed.
+    """
+    own: Mapping[str, Tensor] = model.state_dict()
+    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
+    problems = [problem for source in sources for problem in source.problems]
+    if tokenizer is not None:
+        problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
+    values = {name: torch.zeros_like(parameter) for name, parameter in trainable_parameters(model).items()}
+    brought = {target for source in sources for target in source.targets}
+    has_lora = any(part in target for target in brought for part in LORA)
+    needed = [name for name in values if has_lora or not any(part in name for part in LORA)]
+    problems += [f"missing {name}" for name in needed if name not in brought]
+    different: dict[tuple[str, Part | None], None] = {}
+    for source in () if problems else sources:
+        for name, tensor in source.checkpoint.read():
+            for placement in source.places[name]:
+                target = rows(values.get(placement.target, own[placement.target]), placement.target_part)
+                read = rows(tensor, placement.source_part)
+                target = target[: len(read)] if placement.target in TABLES else target
+                slot = (placement.target, placement.target_part)
+                if placement.target in values:
+                    target.copy_(read)
+                elif torch.equal(target, read.to(target)):
+                    different.pop(slot, None)  # a later source wins
+                else:
+                    different[slot] = None
+    problems += [f"{name} is frozen here and differs" for name, _ in different]
+    if problems:
+        fix = (
+            "choose a run, a checkpoint or an export (without merged LoRA) that was trained from the weights that this "
+        )
+        raise CheckpointError(_refusal(problems, paths, fix + "model starts from, with the same settings of the model"))
+    return values
+
+
 def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, int], int]:
     """Match names and shapes of a file's keys alone with ``model`` (also on ``meta``): no weights are needed or read.
 
@@ -352,7 +401,7 @@ def _missing(
     return dict(fresh), allowed, absent
 
 
-def _refusal(problems: Sequence[str], paths: Sequence[str | Path]) -> str:
+def _refusal(problems: Sequence[str], paths: Sequence[str | Path], other_fix: str = "") -> str:
     shown = "\n  ".join(problems[:SHOWN]) + (f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
     missing = sum(problem.startswith("missing ") for problem in problems)
     fix = "use the config that the weights were made for"
@@ -362,7 +411,7 @@ def _refusal(problems: Sequence[str], paths: Sequence[str | Path]) -> str:
     elif missing:
         fix += "; --allow_missing PATTERN leaves named tensors at their initial values"
     what = f"weights do not fit the model, {len(problems)} problem(s):\n  {shown}\n"
-    return explain(what, ", ".join(str(path) for path in paths), fix=fix)
+    return explain(what, ", ".join(str(path) for path in paths), fix=other_fix or fix)
 
 
 def _draw_rows(own: Mapping[str, Tensor], count: int) -> None:

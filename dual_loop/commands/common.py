@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=text)
     parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help=f"default: CHECKPOINT/{name}")
-    _add_how_it_is_loaded(parser)
+    text = "a run or weights that were trained apart from the same start: captions are also heard by these"
+    _add_how_it_is_loaded(parser).add_argument("--listener", metavar="PATH", help=text)
     add_data_flags(parser)
 
 
@@ -164,10 +166,13 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     """
     from dual_loop.evaluation import runner
     from dual_loop.evaluation.measure import RegionMeter
+    from dual_loop.model.adapters import trainable_parameters
+    from dual_loop.model.stored_weights import StoredWeights, weights
     from dual_loop.serve.loading import find_trained
     from dual_loop.training import ranks
     from dual_loop.training.devices import build_accelerator, end_processes
-    from dual_loop.training.setup import describe_start
+    from dual_loop.training.listeners import read_listener
+    from dual_loop.training.setup import describe_start, fingerprint
     from dual_loop.training.trainer import memory_errors_explained
 
     found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args))
@@ -188,10 +193,18 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
             "protocol": protocol.to_dict(),
             "max_new_tokens": config.loop.max_new_tokens,
         }
+        listener = None
+        if args.listener is not None:
+            values = read_listener(args.listener, loaded.model, loaded.prompter, config)
+            listener = partial(weights, StoredWeights(trainable_parameters(loaded.model), values))
+            header["listener"] = f"{args.listener}: {fingerprint(Path(args.listener))}"
         ranks.compare({**header, "output_dir": folder})
         runner.start(folder, header, is_main)
         accelerator.wait_for_everyone()
-        meter = RegionMeter(loaded.model, loaded.prompter, config, protocol, tasks, loaded.autocast())
+        autocast = loaded.autocast()
+        meter = RegionMeter(
+            loaded.model, loaded.prompter, config, protocol, tasks, autocast, independent_listener=listener
+        )
         bar = name if is_main else None
         runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)
         accelerator.wait_for_everyone()

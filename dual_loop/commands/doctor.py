@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dual_loop.commands.common import Command
-from dual_loop.config import Config, add_training_flags, load_config, overrides_from, resolve_config_path
+from dual_loop.config import (
+    Config,
+    add_training_flags,
+    listener_paths,
+    load_config,
+    overrides_from,
+    resolve_config_path,
+)
 from dual_loop.errors import ConfigError, DualLoopError
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING, Finding, as_dict, as_text, has_problem
 
@@ -49,6 +56,7 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     from dual_loop.preflight.dry_run import meta_tokenizer
     from dual_loop.serve.loading import rebuild
     from dual_loop.training.devices import build_accelerator
+    from dual_loop.training.listeners import read_listener
 
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
     findings += machine.check_kernels(config)
@@ -70,6 +78,9 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
             model, prompter = rebuild(config, weights_sources(config))
             text = "all parts of the model are filled; nothing is missing or left over"
             findings.append(Finding(OK, "weights", text))
+            for path in listener_paths(config):
+                read_listener(path, model, prompter, config)
+                findings.append(Finding(OK, "weights", f"{path} can listen"))
             model.to(device).train()
             findings += model_checks.check_batch(model, prompter, config, sources)
         except (DualLoopError, RuntimeError, MemoryError) as error:  # a doctor that dies tells nothing

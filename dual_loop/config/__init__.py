@@ -8,6 +8,7 @@ from dual_loop.config.load import load_config as load_config
 from dual_loop.config.load import overrides_from as overrides_from
 from dual_loop.config.load import resolve_config_path as resolve_config_path
 from dual_loop.config.schema import GATES as GATES
+from dual_loop.config.schema import LISTENERS as LISTENERS
 from dual_loop.config.schema import SETTINGS as SETTINGS
 from dual_loop.config.schema import Config as Config
 from dual_loop.config.schema import DataConfig as DataConfig
@@ -19,5 +20,6 @@ from dual_loop.config.schema import RewardConfig as RewardConfig
 from dual_loop.config.schema import SpeedConfig as SpeedConfig
 from dual_loop.config.schema import TrainConfig as TrainConfig
 from dual_loop.config.schema import caption_gradient as caption_gradient
+from dual_loop.config.schema import listener_paths as listener_paths
 from dual_loop.config.schema import precision as precision
 from dual_loop.errors import ConfigError as ConfigError

@@ -53,6 +53,9 @@ def flag(default: T, doc: str, unit: str = "", name: str = "=", **about: Any) ->
 GATES = ("special_token", "prompt_leak", "coordinates", "script", "repetition", "truncated", "empty")
 """What makes a caption earn nothing; see ``loop.gates``."""
 
+LISTENERS = ("own", "average", "frozen")
+"""Weights of the run itself that ``reward.listener`` may name."""
+
 # Titles of --help.
 WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
 CAPTIONER = "captioner (what the loop teaches step 1)"
@@ -232,9 +235,10 @@ class RewardConfig:
     max_words: int = setting(32, "longest caption that earns the whole length reward", "WORDS", at_least=1)
     listener: str = flag(
         "own",
-        "whose masks earn rewards and weigh the cycle filter: the live model, the average, the starting weights",
+        "whose masks earn rewards and weigh the cycle filter: the live model's, the average's, those of the starting "
+        "weights, or of a run or weights trained apart from the same start",
+        "own|average|frozen|PATH",
         name="reward_listener",
-        choices=("own", "average", "frozen"),
     )
     gates: tuple[str, ...] = setting(GATES, "gates that are on; special_token and empty are always", choices=GATES)
     judge_url: str | None = flag(
@@ -375,6 +379,12 @@ class TrainConfig:
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept", title=RUN_FOLDER, at_least=1)
     panel_interval: int = flag(200, "between two sets of example panels", "STEPS", title=RUN_FOLDER)
     panels_per_save: int = setting(4, "panels of a set", "PANELS")
+    audit_listener: str | None = flag(
+        None,
+        "a run or weights trained apart from the same start: also hear captions in audits",
+        "PATH",
+        title=RUN_FOLDER,
+    )
     audit_interval: int = flag(50, "between two audits (frozen listener, KL)", "STEPS", title=RUN_FOLDER, at_least=1)
     eval_weights: str = setting("ema", "that are measured after training: averaged or last", choices=("ema", "live"))
 
@@ -403,6 +413,12 @@ def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
         return policy.caption_gradient
     has_reward = max(reward.contrast_weight, reward.caption_weight, reward.length_weight) > 0
     return "scst" if has_reward else "none"
+
+
+def listener_paths(config: Config) -> tuple[str, ...]:
+    """Return the paths of the listeners that were trained apart, each once."""
+    paths = (config.train.audit_listener, config.reward.listener)
+    return tuple(dict.fromkeys(path for path in paths if path and path not in LISTENERS))
 
 
 def precision(config: Config) -> str:

@@ -3,6 +3,7 @@
 * gIoU and cIoU: segmentation from the data set's own captions, one sample a sentence, at the original size.
 * cycle_gIoU: the model's own caption of the region is segmented; mean IoU against the region's mask.
 * cycle_gIoU_frozen: the same captions, segmented by the weights that training started from.
+* cycle_gIoU_independent: the same captions, segmented by weights that were trained apart.
 * uniqueness, uniqueness_frozen: IoU of that mask with its own region minus the best with another region of the image.
 * caption_exact: share of generated captions that equal one of the region's captions (lower case, no final stop).
 * caption_words, vocabulary, distinct_1, distinct_2: length and variety of the generated captions.
@@ -57,6 +58,7 @@ def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
         "vocabulary": float(len({word for caption in captions for word in caption.lower().split()})),
         "distinct_1": distinct_ngrams(captions, 1),
         "distinct_2": distinct_ngrams(captions, 2),
+        **({"cycle_gIoU_independent": _mean(heard)} if (heard := _independent(regions)) else {}),
     }
 
 
@@ -68,7 +70,14 @@ def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion
     frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
     if len(frozen) == len(old):
         gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
+    first, last = _independent(before), _independent(after)
+    if len(first) == len(last) == len(old):
+        gains["cycle_gIoU_independent"] = paired_bootstrap(first, last, groups=images)
     return gains
+
+
+def _independent(regions: Sequence[MeasuredRegion]) -> list[float]:
+    return [region.independent.iou for region in regions if region.independent is not None]
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -122,7 +131,7 @@ def captioning_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
 
 
 def loop_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
-    """Cycle IoU of all captions; uniqueness and the share that picks its own region, in images with several."""
+    """Cycle IoU of all captions, by each listener; uniqueness and the share that picks its own, in company."""
     loops = [(region.image, region.cycle) for region in regions if region.cycle is not None]
     if not loops:
         return {"captions": 0}
@@ -135,6 +144,9 @@ def loop_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
         "cycle_cIoU": _figure([loop.intersection for _, loop in loops], images, [loop.union for _, loop in loops]),
         "in_company": len(several),
     }
+    apart = [(region.image, region.independent.iou) for region in regions if region.independent is not None]
+    if apart:
+        found["cycle_gIoU_independent"] = _figure([value for _, value in apart], [image for image, _ in apart])
     if several:
         found |= {"uniqueness": _figure(margins, company), "picks_own": _figure(margins > 0, company)}
     return found

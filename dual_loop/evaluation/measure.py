@@ -86,6 +86,7 @@ class MeasuredRegion:
         own: the region's place in its image, and so in ``cycle.ious``.
         frozen: what the caption led to with the starting weights as the listener.
         entry: number of the image in its data set.
+        independent: what the caption led to with a listener that was trained apart.
     """
 
     name: str
@@ -100,6 +101,7 @@ class MeasuredRegion:
     own: int = 0
     frozen: SegmentedCaption | None = None
     entry: int = 0
+    independent: SegmentedCaption | None = None
 
     @property
     def ious(self) -> list[float]:
@@ -133,8 +135,7 @@ class MeasuredRegion:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
-        if self.frozen is None:
-            absent.add("frozen")
+        absent |= {name for name in ("frozen", "independent") if line[name] is None}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -142,7 +143,7 @@ class MeasuredRegion:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> MeasuredRegion:
         """Read what :meth:`to_json` returned."""
-        loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", "frozen") if key in line}
+        loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", "frozen", "independent") if key in line}
         sentences = [SegmentedSentence(**one) for one in line["sentences"]]
         return cls(**{**line, **loops, "sentences": sentences})
 
@@ -159,19 +160,22 @@ class MeasuredRegion:
             "cycle_union": self.cycle and float(self.cycle.union),
             "frozen_intersection": self.frozen and float(self.frozen.intersection),
             "frozen_union": self.frozen and float(self.frozen.union),
+            "independent_intersection": self.independent and float(self.independent.intersection),
+            "independent_union": self.independent and float(self.independent.union),
             "uniqueness": self.uniqueness,
             "frozen_uniqueness": self.frozen_uniqueness,
         }
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> MeasuredRegion:
-        """Read what :meth:`flat` returned; older runs lack the last four keys."""
+        """Read what :meth:`flat` returned; older runs lack some of the keys."""
         region = cls(values["name"], values["image"], caption=values["caption"])
         areas = zip(values["intersection"], values["union"], strict=True)
         region.sentences = [SegmentedSentence("", 1, *area) for area in areas]
         region.cycle = SegmentedCaption(values["cycle_intersection"], values["cycle_union"])
-        if values.get("frozen_union") is not None:
-            region.frozen = SegmentedCaption(values["frozen_intersection"], values["frozen_union"])
+        for name in ("frozen", "independent"):
+            if values.get(f"{name}_union") is not None:
+                setattr(region, name, SegmentedCaption(values[f"{name}_intersection"], values[f"{name}_union"]))
         region.exact, region.uniqueness = values["exact"], values.get("uniqueness")
         region.frozen_uniqueness = values.get("frozen_uniqueness")
         return region
@@ -193,7 +197,8 @@ class RegionMeter:
     Args:
         protocol: how sentences are asked for.
         tasks: some of ``referring``, ``captioning``, ``loop``.
-        frozen_listener: lends other weights to the model; the captions are then segmented with those as well.
+        frozen_listener, independent_listener: lend other weights to the model (those of the start, those of a model
+            that was trained apart); the captions are then segmented with those as well.
     """
 
     def __init__(
@@ -205,9 +210,12 @@ class RegionMeter:
         tasks: Sequence[str] = ("referring", "captioning", "loop"),
         autocast: AbstractContextManager[object] | None = None,
         frozen_listener: Listener | None = None,
+        independent_listener: Listener | None = None,
     ) -> None:
         self.model, self.config, self.protocol = model, config, protocol
-        self.tasks, self.autocast, self.frozen_listener = set(tasks), autocast or nullcontext(), frozen_listener
+        self.tasks, self.autocast = set(tasks), autocast or nullcontext()
+        listeners = {"cycle": nullcontext, "frozen": frozen_listener, "independent": independent_listener}
+        self.listeners = {name: one for name, one in listeners.items() if one is not None and "loop" in self.tasks}
         self.geometry = geometry(config)
         settings = dataclasses.replace(measuring_settings(config.loop), segment_question=protocol.question)
         self.captioner = Captioner(model, prompter, settings, is_silent=True)
@@ -230,13 +238,10 @@ class RegionMeter:
                 for region, caption in zip(regions, captions, strict=True):
                     assert caption.greedy is not None  # greedy captions were asked for
                     region.caption, region.rejected = caption.greedy.text, caption.rejected
-            if "loop" in self.tasks:
-                for region, loop in zip(regions, self._close(regions, targets, batch, seen), strict=True):
-                    region.cycle = loop
-            if "loop" in self.tasks and self.frozen_listener is not None:
-                with self.frozen_listener():
+            for name, listener in self.listeners.items():
+                with listener():
                     for region, loop in zip(regions, self._close(regions, targets, batch, seen), strict=True):
-                        region.frozen = loop
+                        setattr(region, name, loop)
             sentences = [[self.protocol.clean(text) for text in region.references] for region in regions]
             # Round k asks for the k-th sentence of every region that has one.
             for number in range(max(map(len, sentences), default=0) if "referring" in self.tasks else 0):

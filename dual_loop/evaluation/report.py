@@ -21,7 +21,7 @@ from dual_loop.html import Figure, Page, line_chart
 CHARTS: Mapping[str, tuple[str, ...]] = {
     "Losses": ("loss", "mask_loss", "dice_loss", "llm_loss"),
     "IoU in training": ("cycle_iou", "reference_iou", "uniqueness"),
-    "Who understands the captions": ("own_cycle_iou", "frozen_cycle_iou"),
+    "Who understands the captions": ("own_cycle_iou", "frozen_cycle_iou", "independent_cycle_iou"),
     "Divergence from the start (KL, nats a token)": ("kl",),
     "Language": ("distinct_1", "distinct_2"),
     "[SEG] when it is not forced": ("seg_probability", "seg_emitted"),
@@ -39,6 +39,7 @@ FIGURE_NAMES = {
     "cIoU": "cIoU, true captions",
     "cycle_gIoU": "cycle gIoU, own listener",
     "cycle_gIoU_frozen": "cycle gIoU, frozen listener",
+    "cycle_gIoU_independent": "cycle gIoU, independent listener",
     "caption_exact": "captions exactly right",
     "uniqueness": "uniqueness",
     "caption_words": "words of a caption",

@@ -1,8 +1,8 @@
 """The cheating probe: is the captioner still speaking a language that others understand?
 
 A captioner and a segmenter that train together can agree on a private code: captions that only this segmenter reads.
-Every figure here would show it. The one that cannot be fooled is the frozen listener: the same captions, segmented by
-the weights that training started from.
+Every figure here would show it. Those that cannot be fooled are the frozen listener, which segments the same captions
+with the weights that training started from, and the independent one, with weights that were trained apart.
 """
 
 from __future__ import annotations
@@ -24,24 +24,31 @@ from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.model.stored_weights import StartingWeights, weights
+from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
 from dual_loop.types import PackedBatch, RankComm, RegionCaption, Seen, Segmentation
 
 LEAST_PREFERENCE = 0.02
 """Mean difference in IoU from which a listener prefers one captioner's words to another's."""
 TOKENS_AT_ONCE = 64
 """Tokens whose logits are held at once: 64 x 151,674 x 4 bytes are 39 MB, twice."""
-_RATIOS = ("own_cycle_iou", "frozen_cycle_iou", "kl", "seg_probability", "seg_emitted")
+_RATIOS = ("kl", "seg_probability", "seg_emitted")
 
 
 class CheatingProbe:
     """Measures the panel on the micro-batches of one optimiser step; runs without graph, in eval mode."""
 
     def __init__(
-        self, model: Sa2VA, prompter: Prompter, config: LoopConfig, starting: StartingWeights, comm: RankComm
+        self,
+        model: Sa2VA,
+        prompter: Prompter,
+        config: LoopConfig,
+        starting: StartingWeights,
+        comm: RankComm,
+        independent: StoredWeights | None = None,
     ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
         self.starting, self.comm = starting, comm
+        self.listeners = {"frozen": starting} | ({"independent": independent} if independent else {})
         self.captioner = Captioner(model, prompter, measuring_settings(config), is_silent=True)
         self.scorer = Scorer(model, prompter, config)
 
@@ -49,27 +56,31 @@ class CheatingProbe:
     def measure(self, seen: Sequence[Seen], packed: Sequence[PackedBatch], recent: Sequence[str]) -> dict[str, float]:
         """Return sums and counts of the panel over this rank's micro-batches; every rank must call this together.
 
-        Keys: ``own_cycle_iou``, ``frozen_cycle_iou`` (the same captions, live and starting weights, eval mode);
+        Keys: ``own_cycle_iou``, ``frozen_cycle_iou``, ``independent_cycle_iou`` (the same captions, heard by the live
+        weights, those of the start, and those of ``train.audit_listener`` where there are any; eval mode);
         ``kl`` (divergence of the captioner from itself without the adapter, in nats a token, exact over the
         vocabulary, along the captions that were written); ``seg_probability`` (of [SEG] at its place, when it is not
         forced), ``seg_emitted`` (share of answers that greedy decoding would write up to [SEG]); ``vocabulary``,
-        ``distinct_1``, ``distinct_2`` over ``recent`` captions of all ranks; ``own_preference``, ``frozen_preference``
-        (IoU of today's captions minus that of the captions that the starting weights write of the same regions, by the
-        live and by the starting listener); ``flag/private_code``: the live listener prefers today's captions and the
-        starting one those of the start, both beyond chance.
+        ``distinct_1``, ``distinct_2`` over ``recent`` captions of all ranks; ``own_preference``, ``frozen_preference``,
+        ``independent_preference`` (IoU of today's captions minus that of the captions that the starting weights write
+        of the same regions, by each listener); ``flag/private_code``: the live listener prefers today's captions and
+        the starting one those of the start, both beyond chance.
         """
-        sums = dict.fromkeys((f"{name}/{part}" for name in _RATIOS for part in ("sum", "count")), 0.0)
+        names = [*_RATIOS, *(f"{who}_cycle_iou" for who in ("own", *self.listeners))]
+        sums = dict.fromkeys((f"{name}/{part}" for name in names for part in ("sum", "count")), 0.0)
         with evaluating(self.model):
             for rows in packed:
                 hidden = self.model.read(self.model.embed(rows), rows)
                 self._add_cycle(rows, self.model.segment(hidden, rows), sums, "own")
                 self._add_seg(rows, hidden, sums)
             with weights(self.starting):
-                for rows in packed:
-                    self._add_cycle(rows, self.model.predict(rows), sums, "frozen")
                 first = self.captioner.write(seen, [rows.batch for rows in packed])
-                frozen = self._prefer(seen, packed, first)
-            own = self._prefer(seen, packed, first)
+            found = {"own": self._prefer(seen, packed, first)}
+            for who, listener in self.listeners.items():
+                with weights(listener):
+                    for rows in packed:
+                        self._add_cycle(rows, self.model.predict(rows), sums, who)
+                    found[who] = self._prefer(seen, packed, first)
             for rows, features in zip(packed, seen, strict=True):
                 self._add_divergence(rows, features, sums)
         texts = self.comm.gather(recent)
@@ -78,8 +89,8 @@ class CheatingProbe:
         # The same on every rank: sums over ranks divide out again.
         for name, value in spread.items():
             sums |= {f"{name}/sum": value, f"{name}/count": 1.0}
-        preferences = {**ratio("own_preference", own), **ratio("frozen_preference", frozen)}
-        squares = {f"{who}_preference/squares": sum(v * v for v in x) for who, x in (("own", own), ("frozen", frozen))}
+        preferences = {k: v for who, own in found.items() for k, v in ratio(f"{who}_preference", own).items()}
+        squares = {f"{who}_preference/squares": sum(value * value for value in own) for who, own in found.items()}
         total = self.comm.reduce({**preferences, **squares, "ranks": 1.0})
         is_private = _beyond_chance(total, "own_preference", 1.0) and _beyond_chance(total, "frozen_preference", -1.0)
         # A counter: the ranks' parts add up to 1.

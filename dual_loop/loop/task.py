@@ -9,7 +9,7 @@ Options are signals (``loop.signals``): each may add turns, lessons and terms, a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,7 +30,7 @@ from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.model.stored_weights import StartingWeights, weights
+from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
 from dual_loop.points import point_sample, sample_points
 from dual_loop.types import Batch, LossTerm, PackedBatch, RankComm, RunState, Seen, Segmentation, StepOutput
 
@@ -48,6 +48,8 @@ class DualLoopTask(nn.Module):
         comm: sums and texts of all ranks; None for one process.
         judge: asked by the caption reward, if there is one.
         num_images: of an epoch, for the feature cache's announcement.
+        listeners: by the paths that ``train.audit_listener`` and ``reward.listener`` name, the trainable parameters of
+            models that were trained apart.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DualLoopTask(nn.Module):
         comm: RankComm | None = None,
         judge: Judge | None = None,
         num_images: int = 0,
+        listeners: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.prompter, self.config, self.average = model, prompter, config, average
@@ -68,8 +71,11 @@ class DualLoopTask(nn.Module):
         self.scorer = Scorer(model, prompter, config.loop)
         self.signals = build_signals(model, prompter, config, average, comm, judge)
         on_disk = config.speed.start_on_disk and config.reward.listener != "frozen"  # else read at every step
-        self.starting = StartingWeights(trainable_parameters(model), on_disk)
-        self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm)
+        trained = trainable_parameters(model)
+        self.starting = StartingWeights(trained, on_disk)
+        self.listeners = {path: StoredWeights(trained, values) for path, values in (listeners or {}).items()}
+        self.independent = self.listeners[config.train.audit_listener] if config.train.audit_listener else None
+        self.probe = CheatingProbe(model, prompter, config.loop, self.starting, comm, self.independent)
         self.recent: deque[str] = deque(maxlen=REMEMBERED_CAPTIONS)  # for the words that the probe counts
         folder, limit = config.speed.feature_cache, config.speed.feature_cache_gib
         self.cache = None if folder is None else FeatureCache(model, folder, limit, num_images)
@@ -121,11 +127,12 @@ class DualLoopTask(nn.Module):
 
     def scoring_weights(self) -> AbstractContextManager[None]:
         """Lend the model the weights that score captions (``reward.listener``)."""
-        listener = self.config.reward.listener
-        if listener == "average":
-            assert self.average is not None, "the weight average is to listen, and there is none"
-            return weights(self.average)
-        return weights(self.starting) if listener == "frozen" else nullcontext()
+        name = self.config.reward.listener
+        if name == "own":
+            return nullcontext()
+        listener = {"average": self.average, "frozen": self.starting, **self.listeners}[name]
+        assert listener is not None, "the weight average is to listen, and there is none"
+        return weights(listener)
 
     # ---- steps 2 and 3: image + caption -> mask' -> losses -----------------------------------------------------------
 

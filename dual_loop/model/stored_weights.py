@@ -1,4 +1,4 @@
-"""Weights that stand in for the trainable parameters for a while: their moving average, or those of the start."""
+"""Weights that stand in for the trainable parameters for a while: their average, those of the start, or others."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class StoredWeights:
     parameters: Mapping[str, torch.nn.Parameter]
     values: Mapping[str, torch.Tensor]
     is_lent = False
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+        self.parameters, self.values = parameters, values
 
 
 @contextmanager
@@ -77,11 +80,9 @@ class StartingWeights(StoredWeights):
     """
 
     def __init__(self, named_parameters: Mapping[str, torch.nn.Parameter], on_disk: bool = False) -> None:
-        self.parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
-        if on_disk:
-            self.values = _TensorFile(self.parameters)
-        else:
-            self.values = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
+        parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        in_memory = {} if on_disk else {n: whole(p.detach()).to("cpu", copy=True) for n, p in parameters.items()}
+        super().__init__(parameters, _TensorFile(parameters) if on_disk else in_memory)
 
 
 class _TensorFile(Mapping[str, torch.Tensor]):

@@ -15,11 +15,11 @@ from dual_loop.training.memory import GIB, estimate_memory
 
 FORMULA = (
     "frozen x bytes of model.dtype (SAM 2: 4) + trained x (4 value + 4 gradient + 8 Adam + 4 average "
-    "+ 4 DDP buckets on several ranks); activations (language): recomputed layers x their input + the other layers x "
-    "what one saves, measured without contents on a long row; activations (other): one layer's gradients, the mask "
-    "decoder as measured, logits of a chunk, mask losses; activations (features): images of a window and what the "
-    "frozen encoders made of them; activations (roll-out): what prefixes and rows of captions, or masks that are "
-    "scored, take beyond the others"
+    "+ 4 DDP buckets on several ranks + 4 for each listener trained apart); activations (language): recomputed "
+    "layers x their input + the other layers x what one saves, measured without contents on a long row; activations "
+    "(other): one layer's gradients, the mask decoder as measured, logits of a chunk, mask losses; activations "
+    "(features): images of a window and what the frozen encoders made of them; activations (roll-out): what prefixes "
+    "and rows of captions, or masks that are scored, take beyond the others"
 )
 
 

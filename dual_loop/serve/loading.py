@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
-from dual_loop.checkpoint.store import CHECKPOINT_DIR, load_run_checkpoint
+from dual_loop.checkpoint.store import load_run_checkpoint
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
@@ -20,7 +19,8 @@ from dual_loop.model.build import build_prompter
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training.devices import choose_arithmetic
-from dual_loop.training.run_folder import fill_parameters, find_checkpoint
+from dual_loop.training.run_folder import fill_parameters, is_run
+from dual_loop.training.run_folder import find_run as find_run
 
 
 @dataclass
@@ -101,9 +101,7 @@ def find_trained(
         fix = "check the path; a run folder is what --output_dir named"
         raise CheckpointError(explain("no such run or weights", str(path), "nothing there", fix=fix))
     settings = dict(overrides or {})
-    # Released weights have a config.json of another kind, and no checkpoints beside it.
-    around = () if path is None else (path, *path.absolute().parents[:2])
-    if path and any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in around):
+    if path and is_run(path):
         folder, saved = find_run(path)
         own = load_config(folder / "config.json", settings)
         origin = {"path": str(folder), "checkpoint": saved.name, "weights": weights}
@@ -117,19 +115,6 @@ def find_trained(
     return Trained(
         own, sources, None, weights, {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
     )
-
-
-def find_run(path: Path) -> tuple[Path, Path]:
-    """Return (run folder, checkpoint folder) for a run folder or one of its checkpoints.
-
-    Raises:
-        CheckpointError: there is no run or no whole checkpoint.
-    """
-    folder = next((parent for parent in (path, *path.parents[:2]) if (parent / "config.json").is_file()), None)
-    if folder is None:
-        expected = "a folder that training wrote"
-        raise CheckpointError(explain("not a run folder", str(path), "no config.json", expected, "check the path"))
-    return folder, cast(Path, find_checkpoint(str(path), folder))
 
 
 def rebuild(

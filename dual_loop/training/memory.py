@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dual_loop.config import Config, caption_gradient, precision
+from dual_loop.config import Config, caption_gradient, listener_paths, precision
 from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.decode import CACHE_SHARE, head_width, row_bytes
@@ -49,7 +49,7 @@ class MemoryEstimate:
 
     Attributes:
         frozen: weights. trained: float32 weights; gradients and average take as much again, Adam's moments twice that.
-        buckets: of DDP, on several ranks.
+        buckets: of DDP, on several ranks. listeners: trained parameters of listeners that were trained apart.
         language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
         mask_decoder: what it keeps. logits: five float32 copies of a chunk. losses: masks, targets and gradients.
         features: all images of the window, and what the frozen encoders made of them.
@@ -59,6 +59,7 @@ class MemoryEstimate:
     frozen: int
     trained: int
     buckets: int
+    listeners: int
     language: int
     layer_gradients: int
     mask_decoder: int
@@ -70,7 +71,7 @@ class MemoryEstimate:
     @property
     def state(self) -> int:
         """Bytes that are there whatever the batch is."""
-        return self.frozen + 5 * self.trained + self.buckets
+        return self.frozen + 5 * self.trained + self.buckets + self.listeners
 
     @property
     def training(self) -> int:
@@ -95,6 +96,7 @@ class MemoryEstimate:
             "Adam moments (fp32)": 2 * self.trained,
             "weight average (fp32)": self.trained,
             "DDP buckets (fp32)": self.buckets,
+            "listeners (fp32)": self.listeners,
             "activations (language)": self.language,
             "activations (other)": self.training - self.language,
             "activations (features)": self.features,
@@ -183,6 +185,7 @@ class MemoryEstimator:
             frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
             trained=trained,
             buckets=trained if self.world_size > 1 else 0,
+            listeners=trained * len(listener_paths(config)),
             language=0,
             layer_gradients=self.layer.kept,
             mask_decoder=measure_mask_decoder(model, train.batch_size, objects),

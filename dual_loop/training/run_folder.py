@@ -21,12 +21,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 
 from dual_loop.checkpoint.manifest import write_text
-from dual_loop.checkpoint.store import find_latest
+from dual_loop.checkpoint.store import CHECKPOINT_DIR, find_latest
 from dual_loop.data.index_file import replacing
 from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain
 from dual_loop.model.shards import place_like
@@ -119,6 +119,28 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
         fix = "check the path, or use --resume auto to start afresh where there is none"
         raise CheckpointError(explain("no whole checkpoint to resume from", resume, expected=expected, fix=fix))
     return found
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether ``path`` is a run folder, or a checkpoint folder inside one.
+
+    Released weights have a config.json of another kind, and no checkpoints beside it.
+    """
+    around = (path, *path.absolute().parents[:2])
+    return any((folder / "config.json").is_file() and (folder / CHECKPOINT_DIR).is_dir() for folder in around)
+
+
+def find_run(path: Path) -> tuple[Path, Path]:
+    """Return (run folder, checkpoint folder) for a run folder or one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no run or no whole checkpoint.
+    """
+    folder = next((parent for parent in (path, *path.parents[:2]) if (parent / "config.json").is_file()), None)
+    if folder is None:
+        expected = "a folder that training wrote"
+        raise CheckpointError(explain("not a run folder", str(path), "no config.json", expected, "check the path"))
+    return folder, cast(Path, find_checkpoint(str(path), folder))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
 
     start   run folder, on ranks that are alike
     build   the model, empty where weights will fill it, and its prompts
-    load    pretrained weights in it
+    load    pretrained weights in it, and beside it listeners that were trained apart
     place   sharded where that is asked for, with its weight average
     wire    the task, the trainer, and what a checkpoint brings back
 """
@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
-from dual_loop.config import Config
+from dual_loop.config import Config, listener_paths
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters, trainable_table
@@ -31,6 +31,7 @@ from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training import ranks
 from dual_loop.training.device_prefetch import DataStream
 from dual_loop.training.devices import RankExchange, share_out_batch
+from dual_loop.training.listeners import Listeners, read_listener
 from dual_loop.training.memory import LayerPlan, MemoryEstimator, decide_by_memory, estimators
 from dual_loop.training.metrics_log import Reporter
 from dual_loop.training.run_folder import RunFolder, check_free, find_checkpoint, versions
@@ -64,6 +65,7 @@ class Loaded:
     model: VideoLLaVASAMModel
     prompter: Prompter
     memory: Sequence[MemoryEstimator]
+    listeners: Listeners
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Placed:
     model: VideoLLaVASAMModel
     prompter: Prompter
     memory: Sequence[MemoryEstimator]
+    listeners: Listeners
     average: ExponentialMovingAverage
     gathered: Gathered | None
 
@@ -119,7 +122,8 @@ def describe_start(config: Config) -> dict[str, object]:
     settings = {f"{group}.{name}": value for group, own in config.to_dict().items() for name, value in own.items()}
     installed = versions()
     packages = {**installed["packages"], "Python": installed["python"], "git commit": installed["git_commit"]}
-    files = {f"weights in {path}": fingerprint(path) for path in weights_sources(config)}
+    paths = [*weights_sources(config), *map(Path, listener_paths(config))]
+    files = {f"weights in {path}": fingerprint(path) for path in paths}
     return {**settings, **packages, **files}
 
 
@@ -160,8 +164,12 @@ def load(run: Start, built: Built) -> Loaded:
         imported = load_weights(model, built.sources, hash_files=run.report.is_main, **names)
         run.folder.write("import_report", asdict(imported))
         run.report(f"✓ Pretrained weights loaded\n{imported}")
-    # Layers are measured as they were built: neither packed nor sharded.
-    return Loaded(model, built.prompter, estimators(config, model, run.accelerator.device.type))
+    # Layers are measured, and listeners compared, as they were built: neither packed nor sharded.
+    memory = estimators(config, model, run.accelerator.device.type)
+    listeners = {path: read_listener(path, model, built.prompter, config) for path in listener_paths(config)}
+    for path in listeners:
+        run.report(f"✓ Listener loaded: {path}")
+    return Loaded(model, built.prompter, memory, listeners)
 
 
 def open_data(run: Start) -> DataStream:
@@ -185,7 +193,7 @@ def place(run: Start, loaded: Loaded) -> Placed:
         gathered = Gathered(model)
     model.to(accelerator.device)
     average = ExponentialMovingAverage(trainable_parameters(model), run.config.train.ema_decay)
-    return Placed(model, loaded.prompter, loaded.memory, average, gathered)
+    return Placed(model, loaded.prompter, loaded.memory, loaded.listeners, average, gathered)
 
 
 def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
@@ -206,7 +214,9 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
         if accelerator.is_main_process:
             judge.check()  # one question, so that a wrong address shows now
     # The task's feature cache names frozen weights, which may be no parameters any more after ``finish``.
-    task = DualLoopTask(model, placed.prompter, config, placed.average, comm, judge, stream.num_samples)
+    task = DualLoopTask(
+        model, placed.prompter, config, placed.average, comm, judge, stream.num_samples, placed.listeners
+    )
     for line in model.finish(accelerator.device):
         run.report(line)
     trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, placed.gathered)

@@ -11,6 +11,7 @@ import pytest
 
 from dual_loop.cli import main
 from dual_loop.data.masks_dir import MasksDir
+from dual_loop.model.build import TINY_WEIGHTS
 from dual_loop.testing.demo_data import write_demo_data
 
 pytestmark = pytest.mark.slow
@@ -30,9 +31,26 @@ def run(*arguments: object) -> None:
 def test_audit_ranks_exports_and_trains_on_its_labels(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, labels = demo.parent / "audit", demo.parent / "labels"
     data = ["--data", "sa1b", "sav", "--sa1b_dir", demo / "sa1b", "--sav_dir", demo / "sav"]
-    run("audit", *data, "--output_dir", out, "--labels", labels, "--examples", 3, "--device", "cpu")
+    run(
+        "audit",
+        *data,
+        "--output_dir",
+        out,
+        "--labels",
+        labels,
+        "--examples",
+        3,
+        "--device",
+        "cpu",
+        "--listener",
+        TINY_WEIGHTS,
+    )
     printed = capsys.readouterr().out
     page = (out / "audit.html").read_text()
+    result = json.loads((out / "audit.json").read_text())
+    assert result["listener"].startswith(str(TINY_WEIGHTS))
+    for figures in (data["loop"] for data in result["figures"].values()):
+        assert figures["cycle_gIoU_independent"] == figures["cycle_gIoU"], "both are the same weights here"
     for title in ("Worst masks", "Ambiguous captions", "Best pairs (3)"):
         assert title in page
     assert page.count("data:image/jpeg") >= 12

@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from dual_loop.model.build import TINY_WEIGHTS
+
 from end_to_end import records, summary, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -19,7 +21,7 @@ TOGETHER = [
     *("--distill_weight", "0.5", "--caption_reward_weight", "0.1", "--regions_per_image", "3"),
     *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "2", "--contrast_reward_weight", "0.5"),
     *("--align_weight", "0.5", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.1"),
-    *("--length_reward_weight", "0.1", "--reward_listener", "average"),
+    *("--length_reward_weight", "0.1", "--reward_listener", "average", "--audit_listener", str(TINY_WEIGHTS)),
 ]
 
 
@@ -49,4 +51,5 @@ def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
     assert all(math.isfinite(value) for value in losses.values())
     for name in ("own_cycle_iou", "frozen_cycle_iou", "kl", "vocabulary", "distinct_2", "seg_probability"):
         assert last[name] is not None, name
+    assert ("independent_cycle_iou" in last) == ("--audit_listener" in options)
     assert any(name.startswith("gate/") for name in last["counters"])

@@ -13,12 +13,12 @@ from squares import SIDE, square
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import SampleError
-from dual_loop.evaluation.figures import loop_figures, referring_figures, summarise
+from dual_loop.evaluation.figures import cycle_gains, loop_figures, referring_figures, summarise
 from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
-from dual_loop.model.stored_weights import StartingWeights, weights
+from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
 from dual_loop.types import RegionSample
 
 from small_model import pair_samples, scene_samples, small_model
@@ -80,6 +80,27 @@ def test_the_frozen_listener_hears_the_same_captions() -> None:
     assert figures["vocabulary"] >= 1
     assert figures["caption_words"] > 0
     assert -1 <= figures["uniqueness"] <= 1
+
+
+def test_an_independent_listener_hears_the_same_captions_before_and_after() -> None:
+    model, prompter, config = small_model()
+    other = trainable_parameters(small_model(seed=1)[0])
+    listener = partial(weights, StoredWeights(trainable_parameters(model), other))
+    samples = scene_samples(2)
+    alone = RegionMeter(model, prompter, config).measure(samples, "val")
+    heard = RegionMeter(model, prompter, config, independent_listener=listener).measure(samples, "val")
+    assert [(r.caption, r.cycle) for r in heard] == [(r.caption, r.cycle) for r in alone]
+    ious = [r.independent.iou for r in heard]
+    assert ious != [r.cycle_iou for r in heard]
+    kept = [MeasuredRegion.from_json(json.loads(json.dumps(r.to_json()))) for r in heard]
+    assert kept == heard
+    flat = [MeasuredRegion.from_flat(json.loads(json.dumps(r.flat()))) for r in heard]
+    assert [r.independent.iou for r in flat] == ious
+    mean = sum(ious) / len(ious)
+    assert summarise(heard)["cycle_gIoU_independent"] == pytest.approx(mean)
+    assert loop_figures(heard)["cycle_gIoU_independent"]["value"] == pytest.approx(mean)
+    assert cycle_gains(heard, heard)["cycle_gIoU_independent"]["mean"] == 0.0
+    assert "cycle_gIoU_independent" not in cycle_gains(alone, heard), "the first evaluation had no such listener"
 
 
 def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch: pytest.MonkeyPatch) -> None:

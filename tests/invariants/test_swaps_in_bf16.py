@@ -34,6 +34,11 @@ def listening(listener: str) -> Config:
     return dataclasses.replace(config, reward=dataclasses.replace(config.reward, listener=listener))
 
 
+def heard_apart() -> Config:
+    config = setting()
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, audit_listener="apart"))
+
+
 def start_on_disk() -> Config:
     config = setting()
     return dataclasses.replace(config, speed=dataclasses.replace(config.speed, start_on_disk=True))
@@ -54,10 +59,12 @@ def audited_step(task: DualLoopTask, batch: Batch) -> None:
 
 
 def measure_after_training(task: DualLoopTask, batch: Batch) -> None:
-    """As ``train_dual_loop.Evaluator.after``: the average is measured, and the starting weights listen."""
+    """As ``train_dual_loop.Evaluator.after``: the average is measured, and the other weights listen."""
+    parts, frozen = (task.model, task.prompter, task.config), partial(weights, task.starting)
+    independent = partial(weights, task.independent) if task.independent else None
     with weights(task.average):
-        listener = partial(weights, task.starting)
-        RegionMeter(task.model, task.prompter, task.config, frozen_listener=listener).measure(scene_samples(1), "val")
+        meter = RegionMeter(*parts, frozen_listener=frozen, independent_listener=independent)
+        meter.measure(scene_samples(1), "val")
 
 
 def stop_inside(task: DualLoopTask, batch: Batch) -> None:
@@ -69,10 +76,13 @@ def stop_inside(task: DualLoopTask, batch: Batch) -> None:
 PLACES: dict[str, tuple[Config, Run]] = {
     "probe": (setting(), audited_step),
     "probe, start on disk": (start_on_disk(), audited_step),
+    "probe, independent": (heard_apart(), audited_step),
     "reward, frozen": (listening("frozen"), step),
     "reward, average": (listening("average"), step),
+    "reward, independent": (listening("apart"), step),
     "distillation": (setting(loss=LossConfig(num_points=0, distill_weight=0.5)), step),
     "evaluation": (setting(), measure_after_training),
+    "evaluation, independent": (heard_apart(), measure_after_training),
     "exception": (setting(), stop_inside),
     "merged adapters": (trained_matrices(), step),
 }
@@ -80,9 +90,10 @@ PLACES: dict[str, tuple[Config, Run]] = {
 
 @torch.no_grad()
 def moved_task(config: Config) -> DualLoopTask:
-    """A task whose live weights, average and starting weights all differ."""
+    """A task whose live weights, average, starting weights and those of a listener all differ."""
     model, prompter, _ = small_model(config)
-    task = DualLoopTask(model, prompter, config, half_average(model))
+    apart = trainable_parameters(small_model(config, seed=1)[0])
+    task = DualLoopTask(model, prompter, config, half_average(model), listeners={"apart": apart})
     for _ in range(2):
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.2 * torch.randn_like(parameter) * parameter.std(correction=0))

@@ -58,6 +58,25 @@ def test_a_live_model_and_its_start_are_told_apart():
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
+def test_a_listener_that_was_trained_apart_is_heard_beside_the_others():
+    config = setting("none")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, audit_listener="apart"))
+    model, prompter, _ = small_model(config)
+    start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    other = trainable_parameters(small_model(config, seed=1)[0])
+    found = {}
+    for name, values in (("start", start), ("other", other)):
+        task = DualLoopTask(model, prompter, config, listeners={"apart": values})
+        (packed,) = task.prepare([small_batch(config, masks_only())], audit=True)
+        found[name] = packed.metrics
+    same, apart = found["start"], found["other"]
+    assert same["independent_cycle_iou/sum"] == same["frozen_cycle_iou/sum"] == apart["frozen_cycle_iou/sum"]
+    assert apart["independent_cycle_iou/sum"] != same["independent_cycle_iou/sum"]
+    assert apart["independent_cycle_iou/count"] == apart["own_cycle_iou/count"]
+    assert "independent_preference/sum" in apart
+    assert all(torch.equal(start[name], parameter) for name, parameter in trainable_parameters(model).items())
+
+
 COLOURS = ["red", "green", "blue", "yellow", "purple", "cyan"]
 SHAPES = ["heart", "triangle", "cloud", "cross", "moon", "flag", "star", "umbrella"]
 

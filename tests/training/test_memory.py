@@ -76,6 +76,17 @@ def test_much_memory_recomputes_nothing_and_little_everything_and_between_as_few
     assert planner.decide(needed[4]).fits
 
 
+def test_each_listener_that_was_trained_apart_takes_what_trains_once_more() -> None:
+    alone, one, two = (
+        planner_of(train__audit_listener="a", reward__listener=listener).estimate(0)
+        if listener
+        else planner_of().estimate(0)
+        for listener in ("", "a", "b")
+    )
+    assert [found.total - alone.total for found in (one, two)] == [alone.trained, 2 * alone.trained]
+    assert planner_of(reward__listener="frozen").estimate(0).total == alone.total
+
+
 def test_a_number_or_a_trained_encoder_leaves_memory_no_say() -> None:
     assert planner_of(speed__checkpoint_layers="3").decide(1.0).recomputed == 3
     assert planner_of(speed__checkpoint_layers="none").decide(1.0).chosen_by == "setting"
