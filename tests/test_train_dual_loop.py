@@ -123,6 +123,22 @@ def test_memory_decides_how_many_layers_are_recomputed(
     assert losses[64] == losses[0.1]
 
 
+def test_images_of_several_tiles_train_measure_and_are_kept(demo: Path, tmp_path: Path) -> None:
+    """Some scenes fit one tile, others twelve and a thumbnail; features that are read again change nothing."""
+    kept = f"speed.feature_cache={tmp_path / 'features'}"
+    losses = {}
+    for name, more in (("whole", ()), ("cut", (kept,)), ("cut again", (kept,))):
+        folder, tiles = tmp_path / name, "1" if name == "whole" else "12"
+        flags = _arguments(demo, folder, "--max_steps", "2", "--max_tiles", tiles, evaluate=True)
+        assert main([*flags, "data.decode_scale=needed", *more]) == 0  # --cfg-options stands last
+        assert json.loads((folder / "config.json").read_text())["data"]["max_tiles"] == int(tiles)
+        losses[name] = [(record["loss"], record["tokens"]) for record in _records(folder)]
+    assert losses["cut"] == losses["cut again"]
+    more = sum(cut - whole for (_, cut), (_, whole) in zip(losses["cut"], losses["whole"], strict=True))
+    assert more > 0
+    assert more % (12 * 64) == 0
+
+
 def test_evaluation_does_not_change_training(demo: Path, tmp_path: Path) -> None:
     for name, evaluate in (("with", True), ("without", False)):
         assert main(_arguments(demo, tmp_path / name, "--max_steps", "2", evaluate=evaluate)) == 0

@@ -71,6 +71,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = _add_how_it_is_loaded(parser)
     group.add_argument("--checkpoint", metavar="PATH", help=DEFAULT_CHECKPOINT)
     group.add_argument("--max_new_tokens", type=int, metavar="TOKENS", help="longest caption (default: the config's)")
+    group.add_argument("--max_tiles", type=int, metavar="TILES", help="most tiles of an image (default: the config's)")
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -97,10 +98,15 @@ def _add_how_it_is_loaded(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
-def overrides_of(args: argparse.Namespace) -> dict[str, object]:
-    """Return the settings that the flags name; up to 16 regions of an image, unless a flag says otherwise."""
-    settings = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args), "train.device": args.device}
-    return {**settings, "train.model_path": args.model_path} if args.model_path else settings
+def overrides_of(args: argparse.Namespace, max_tiles: int | None = None) -> dict[str, object]:
+    """Return the settings that the flags name; up to 16 regions of an image, unless a flag says otherwise.
+
+    ``max_tiles`` is what ``--max_tiles auto``, the default, means; None leaves it to the configuration.
+    """
+    settings: dict[str, object] = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args)}
+    if settings.get("data.max_tiles", "auto") == "auto":
+        settings["data.max_tiles"] = max_tiles
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def describe_origin(origin: Mapping[str, str]) -> str:
@@ -122,6 +128,7 @@ class Measured:
 
     folder: Path
     header: Mapping[str, object]
+    protocol: Protocol
     weights: str
     data: list[MeasuredData]
     config: Config
@@ -175,8 +182,10 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
     from dual_loop.training.setup import describe_start, fingerprint
     from dual_loop.training.trainer import memory_errors_explained
 
-    found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=overrides_of(args))
+    settings = overrides_of(args, protocol.max_tiles)
+    found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=settings)
     config, folder = found.config, args.output_dir
+    protocol = protocol.with_tiles(config.data.max_tiles)
     if folder is None:
         is_run = args.checkpoint is not None and (Path(args.checkpoint) / "config.json").is_file()
         folder = Path(args.checkpoint if is_run else "outputs") / name
@@ -214,7 +223,7 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
         return None
     regions, skipped = runner.join(folder, data)
     header = {**header, "world_size": world_size}
-    return Measured(folder, header, describe_origin(loaded.origin), data, config, regions, skipped)
+    return Measured(folder, header, protocol, describe_origin(loaded.origin), data, config, regions, skipped)
 
 
 def open_measured(

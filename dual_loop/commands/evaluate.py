@@ -50,7 +50,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     figures = measured.figures(tasks)
     measured.finish("evaluation.json", {"figures": figures})
     print(markdown_table(figures))
-    print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.to_dict().items()))
+    print("protocol: " + ", ".join(f"{key} {value}" for key, value in measured.protocol.to_dict().items()))
     print(f"weights: {measured.weights}")
     print(f"{len(measured.skipped)} entries skipped; written to {measured.folder}")
     return 0
@@ -85,7 +85,7 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
         "protocol": protocol.to_dict(),
         "tasks": ["referring"],
     }
-    return common.Measured(folder, header, "none (saved predictions)", data, config, regions, skipped)
+    return common.Measured(folder, header, protocol, "none (saved predictions)", data, config, regions, skipped)
 
 
 main = common.Command(

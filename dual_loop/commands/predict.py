@@ -33,7 +33,11 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     """
     from dual_loop.serve.predictor import Predictor
 
-    given = {"train.model_path": args.model_path, "loop.max_new_tokens": args.max_new_tokens}
+    given = {
+        "train.model_path": args.model_path,
+        "loop.max_new_tokens": args.max_new_tokens,
+        "data.max_tiles": args.max_tiles,
+    }
     overrides = {key: value for key, value in given.items() if value is not None}
     return Predictor.load(
         args.checkpoint, weights=args.weights, device=args.device, config=args.config, overrides=overrides

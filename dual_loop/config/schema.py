@@ -148,7 +148,13 @@ class DataConfig:
         choices=("warn", "drop", "error", "off"),
     )
     regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
-    max_tiles: int = setting(1, "most tiles that a large image is cut into", "TILES", at_least=1)
+    max_tiles: int = flag(
+        1,
+        "most tiles that an image is cut into, with a thumbnail of the whole on top (1: not cut; Sa2VA: 12); "
+        "evaluate also takes auto, the protocol's",
+        "TILES",
+        at_least=1,
+    )
     target_pooling: str = setting(
         "nearest",
         "how a mask becomes a target: the covered part of each cell, or its corner as Sa2VA trains, half a cell off",

@@ -49,6 +49,11 @@ class Geometry:
     grid_pooling: str = "area"
     target_pooling: str = "nearest"
 
+    @property
+    def most_tiles(self) -> int:
+        """The tiles that an image may have, with the thumbnail where it is cut."""
+        return self.max_tiles + (self.max_tiles > 1)
+
     def needed_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the least (H, W) that an image of ``height`` x ``width`` may be decoded at: nothing is enlarged."""
         columns, rows = choose_tile_grid(height, width, self.max_tiles, self.vision_image_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dual_loop.errors import ConfigError, explain
 from dual_loop.model.prompts import SEGMENT_QUESTIONS
@@ -25,6 +26,7 @@ class Protocol:
         polygons: true masks of several polygons are their ``union``; ``summed`` repeats the way of code that adds the
             polygons and then encodes the sum: where two overlap, the run-length encoder flips inside and outside.
         question: name of the question (``model.prompts.SEGMENT_QUESTIONS``).
+        max_tiles: most tiles of an image (``data.max_tiles``); None leaves it to the checkpoint's configuration.
     """
 
     name: str = "dual_loop"
@@ -33,8 +35,9 @@ class Protocol:
     text: str = "as_is"
     polygons: str = "union"
     question: str = "segment"
+    max_tiles: int | None = None
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, object]:
         """Return the switches with the conventions that have none, as printed in every result."""
         fixed = {
             "threshold": "logit > 0 at the image's own size",
@@ -42,7 +45,12 @@ class Protocol:
             "unit": "one sample a sentence",
             "precision": "IoU >= threshold",
         }
-        return {**asdict(self), **fixed}
+        return {key: value for key, value in {**asdict(self), **fixed}.items() if value is not None}
+
+    def with_tiles(self, number: int) -> Protocol:
+        """Return the protocol with the tiles that are really taken; ``*`` behind the name where it wants others."""
+        is_other = self.max_tiles not in (None, number) and not self.name.endswith("*")
+        return replace(self, name=f"{self.name}*" if is_other else self.name, max_tiles=number)
 
     def clean(self, text: str) -> str:
         """Return an expression as this protocol reads it."""
@@ -54,8 +62,8 @@ PRESETS: Mapping[str, Protocol] = {
     "generated": Protocol("generated", seg="generated"),
     # LISA gives "[SEG]." in the answer and sums polygons; expressions are lower-cased and stripped.
     "lisa": Protocol("lisa", seg="forced", text="lower_strip", polygons="summed", question="output"),
-    # Sa2VA writes the answer, unites all masks of it, and sums polygons.
-    "sa2va": Protocol("sa2va", seg="generated", join="union", polygons="summed", question="segment"),
+    # Sa2VA cuts images into tiles, writes the answer, unites all masks of it, and sums polygons.
+    "sa2va": Protocol("sa2va", seg="generated", join="union", polygons="summed", question="segment", max_tiles=12),
     # UniPixel writes the answer and takes the first mask.
     "unipixel": Protocol("unipixel", seg="generated", join="first", question="segment"),
 }
@@ -78,7 +86,7 @@ def choose_protocol(preset: str, changes: Mapping[str, str | None]) -> Protocol:
     if preset not in PRESETS:
         raise ConfigError(explain("unknown protocol", "--protocol", preset, ", ".join(PRESETS)))
     protocol = PRESETS[preset]
-    wanted = {key: value for key, value in changes.items() if value is not None}
+    wanted: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     for key, value in wanted.items():
         if value not in CHOICES[key]:
             raise ConfigError(explain("unknown choice", f"--{key}", value, ", ".join(CHOICES[key])))

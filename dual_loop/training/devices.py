@@ -134,7 +134,8 @@ def images_at_once(config: Config, device_type: str) -> int:
         return min(int(choice), size)
     if size == 1 or choice == "all" or device_type != "cpu" or config.train.parallel == "fsdp":
         return size
-    return 1 if geometry(config).grid_size ** 2 >= ENOUGH_TOKENS else size
+    sizes = geometry(config)
+    return 1 if sizes.grid_size**2 * sizes.most_tiles >= ENOUGH_TOKENS else size
 
 
 def as_computed(config: Config, device_type: str) -> Config:

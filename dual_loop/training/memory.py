@@ -178,7 +178,9 @@ class MemoryEstimator:
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
         level_values = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
-        pixels = 3 * (sizes.grounding_size**2 + most_tiles(config) * sizes.vision_image_size**2)
+        vision_width = model.mllm.model.multi_modal_projector.linear_1.in_features
+        tile = 3 * sizes.vision_image_size**2 + sizes.grid_size**2 * vision_width
+        views = 1 if config.data.sav_dir is None else 2  # of a frame pair
         scored = min(MASKS_AT_ONCE, objects * captions_written(config))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return MemoryEstimate(
@@ -191,15 +193,16 @@ class MemoryEstimator:
             mask_decoder=measure_mask_decoder(model, train.batch_size, objects),
             logits=5 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * sizes.mask_size**2 * 4,
-            features=window * (level_values + pixels) * 4,
+            features=window * (level_values + 3 * sizes.grounding_size**2 + views * sizes.most_tiles * tile) * 4,
             rollout=max(self._generation(window), measure_mask_decoder(model, train.batch_size, scored)),
         )
 
     def _generation(self, images: int) -> int:
         """Return the bytes of the prefixes of all images of a window, and of the rows that are written at once."""
         config, size = self.config, 2 if precision(self.config) == "bf16" else 4
-        cells, regions = geometry(config).grid_size ** 2, config.data.regions_per_image
-        prefix = cells * most_tiles(config) + TEXT_TOKENS
+        sizes, regions = geometry(config), config.data.regions_per_image
+        cells = sizes.grid_size**2
+        prefix = cells * sizes.most_tiles + TEXT_TOKENS
         row = row_bytes(self.model, prefix + cells + TEXT_TOKENS + config.loop.max_new_tokens, size)
         most = config.loop.rollout_batch_size or GPU_ROWS[-1]
         if config.speed.memory_gib is not None:
@@ -313,18 +316,13 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     A packed row holds the image and, for every region, its question, caption and answer, and the captions with graph.
     Region prompts take the cells of their masks; the masks of an image are taken to cover it once.
     """
-    data, images, cells = config.data, config.train.batch_size, geometry(config).grid_size ** 2
-    with_graph = captions_with_graph(config)
-    image = cells * most_tiles(config) + TEXT_TOKENS
+    data, images, sizes = config.data, config.train.batch_size, geometry(config)
+    with_graph, cells = captions_with_graph(config), sizes.grid_size**2
+    image = cells * sizes.most_tiles + TEXT_TOKENS
     text, turns = TEXT_TOKENS + config.loop.max_new_tokens, data.regions_per_image * (1 + with_graph)
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
     return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
-
-
-def most_tiles(config: Config) -> int:
-    """Return the tiles that an image may have, with the thumbnail where it is cut."""
-    return config.data.max_tiles + (config.data.max_tiles > 1)
 
 
 def captions_written(config: Config) -> int:

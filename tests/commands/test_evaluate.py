@@ -63,6 +63,7 @@ def figures(folder: Path) -> dict:
 def test_what_is_written(evaluated: Path) -> None:
     written = json.loads((evaluated / "evaluation.json").read_text())
     assert written["protocol"]["seg"] == "forced"
+    assert written["protocol"]["max_tiles"] == 1, "that of the checkpoint's configuration"
     assert len(written["checkpoint"]["sha256"]) == 64
     assert not (evaluated / PARTS).exists()
     found = figures(evaluated)
@@ -139,6 +140,20 @@ def test_generated_answers(demo: Path) -> None:
     assert found["images"] == 8
     assert found["referring"]["without_mask"]["value"] <= 0.2, "the tiny model writes [SEG] by itself"
     assert "captioning" not in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "tiles"),
+    [((), "sa2va", 12), (("--max_tiles", "auto"), "sa2va", 12), (("--max_tiles", "2"), "sa2va*", 2)],
+)
+def test_the_protocol_of_the_original_cuts_images_as_it_does(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], name: str, tiles: int
+) -> None:
+    out = tmp_path / "tiles"
+    run(*evaluate_arguments(demo, out), "--protocol", "sa2va", "--max_samples", 2, "--tasks", "referring", *flags)
+    protocol = json.loads((out / "evaluation.json").read_text())["protocol"]
+    assert (protocol["name"], protocol["max_tiles"]) == (name, tiles)
+    assert f"max_tiles {tiles}" in capsys.readouterr().out
 
 
 def test_figures_of_a_run_are_those_of_its_summary(demo: Path) -> None:

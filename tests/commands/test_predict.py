@@ -12,6 +12,7 @@ from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.metrics import iou_table
+from dual_loop.model.sa2va import Sa2VA
 from dual_loop.testing.scenes import generate_scene
 
 SCENE = generate_scene(1003)
@@ -59,6 +60,23 @@ def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_p
     capsys.readouterr()
     assert main(["segment", image, "--text", "a", "b", "--out", str(out), "--device", "cpu"]) == 2
     assert "give a folder" in capsys.readouterr().err
+
+
+def test_images_are_cut_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as wide as high, so two tiles and the whole; the last of them bears the region."""
+    Image.fromarray(np.concatenate([SCENE.image] * 2, axis=1)).save(tmp_path / "wide.png")
+    counts, encode = [], Sa2VA.encode_vision
+    monkeypatch.setattr(Sa2VA, "encode_vision", lambda self, tiles: counts.append(len(tiles)) or encode(self, tiles))
+    for tiles, expected in ((1, 1), (12, 3)):
+        flags = ["--max_tiles", str(tiles), "--device", "cpu"]
+        assert main(["caption", str(tmp_path / "wide.png"), "--box", "1,1,60,60", *flags]) == 0
+        assert (
+            main(["segment", str(tmp_path / "wide.png"), "--text", "a", "--out", str(tmp_path / "m.png"), *flags]) == 0
+        )
+        assert counts == [expected] * 2
+        counts.clear()
 
 
 def test_bad_files_are_skipped_and_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,58 @@ def test_no_grid_has_a_closer_ratio(height: int, width: int, max_tiles: int) -> 
     assert 1 <= columns * rows <= max_tiles
     ratios = [c / r for c in range(1, 13) for r in range(1, 13) if c * r <= max_tiles]
     assert abs(width / height - columns / rows) == min(abs(width / height - ratio) for ratio in ratios)
+
+
+def original_grid(width: int, height: int, most: int, side: int, backwards: bool = False) -> tuple[int, int]:
+    """The grid that InternVL's and Sa2VA's pre-processing choose, written anew as they describe it.
+
+    They visit grids by their number of tiles, in no stated order where that is the same (``backwards``: the other way).
+    """
+    grids = {(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most}
+    best, least = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0] if backwards else grid[0])):
+        difference = abs(width / height - columns / rows)
+        if difference == least and width * height > 0.5 * side * side * columns * rows:
+            best = columns, rows
+        if difference < least:
+            best, least = (columns, rows), difference
+    return best
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    width=st.integers(1, 3000), height=st.integers(1, 3000), most=st.integers(1, 12), side=st.sampled_from([28, 448])
+)
+def test_the_grid_is_the_originals(width: int, height: int, most: int, side: int) -> None:
+    own = choose_tile_grid(height, width, most, side)
+    assert own == original_grid(width, height, most, side) == original_grid(width, height, most, side, backwards=True)
+
+
+@pytest.mark.parametrize("most", [1, 2, 6, 12])
+def test_ties_are_broken_as_by_the_original(most: int) -> None:
+    ratios = sorted({Fraction(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most})
+    between = [(one + other) / 2 for one, other in pairwise(ratios)]  # as far from one grid as from another
+    for ratio in (*ratios, *between):
+        for scale in (1, 20, 90, 400):
+            width, height = ratio.numerator * scale, ratio.denominator * scale
+            expected = original_grid(width, height, most, 448)
+            assert choose_tile_grid(height, width, most, 448) == expected
+            assert original_grid(width, height, most, 448, backwards=True) == expected
+
+
+@pytest.mark.parametrize("size", [(320, 240), (200, 280), (97, 31), (30, 90), (64, 64), (500, 499)])
+def test_tiles_are_the_originals_bit_for_bit(size: tuple[int, int]) -> None:
+    """Pillow's default filter on the 8-bit image, cut by crops; a thumbnail where there is more than one tile."""
+    width, height = size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    columns, rows = original_grid(width, height, 12, 28)
+    resized = Image.fromarray(image).resize((28 * columns, 28 * rows))
+    boxes = [(28 * c, 28 * r, 28 * c + 28, 28 * r + 28) for r in range(rows) for c in range(columns)]
+    parts = [resized.crop(box) for box in boxes]
+    parts += [Image.fromarray(image).resize((28, 28))] if len(parts) > 1 else []
+    expected = torch.stack([torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 255 for part in parts])
+    expected = (expected - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    assert torch.equal(image_to_tiles(image, dataclasses.replace(SMALL, max_tiles=12)), expected)
 
 
 def test_tiles_are_the_parts_row_by_row_and_the_thumbnail_is_last() -> None:

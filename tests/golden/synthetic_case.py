@@ -31,7 +31,7 @@ from parity.original_config import config_from_original
 
 ORDER = [0, 1, 0, 5, 2, 4, 6, 6, 6]
 """Three objects a sample: two repeated, a draw of three from four, one repeated."""
-SIZES_WH, TILES, OBJECTS, REGIONS = [(60, 30), (31, 40), (25, 25)], [3, 1, 1], [2, 4, 1], [0, 2, 1]
+SIZES_WH, TILES, OBJECTS, REGIONS = [(60, 30), (31, 40), (25, 25)], [3, 1, 1], [2, 4, 1], [1, 2, 1]
 NUM_STEPS, NUM_POINTS = 4, 20
 
 
@@ -123,7 +123,7 @@ class Maker:
         assert [len(part) for part in tiles] == TILES
         self.inputs["pixel_values"] = torch.cat(tiles)
         self.inputs["g_pixel_values"] = torch.stack(grounding)
-        self.inputs["vp_overall_mask"] = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])
+        self.inputs["vp_overall_mask"] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
         self.inputs["caption_vp_overall_mask"] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
 
     def boxes(self, count: int, height: int, width: int) -> Tensor:

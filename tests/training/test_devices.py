@@ -263,6 +263,7 @@ def test_one_image_at_once_where_it_keeps_a_cpu_busy() -> None:
     assert images_at_once(config_of(), "cpu") == 1
     assert images_at_once(config_of(), "cuda") == 4
     assert images_at_once(config_of("tiny_cpu"), "cpu") == 4
+    assert images_at_once(config_of("tiny_cpu", data__max_tiles=6), "cpu") == 1
     assert images_at_once(config_of(train__parallel="fsdp"), "cpu") == 4
     chosen = [images_at_once(config_of(speed__images_at_once=choice), "cuda") for choice in ("all", "3", "9")]
     assert chosen == [4, 3, 4]

@@ -32,7 +32,7 @@ from dual_loop.training.memory import (
     shape_of_rows,
 )
 
-from small_model import recomputed_layers
+from small_model import recomputed_layers, small_model
 
 LAYERS = 8
 
@@ -181,6 +181,18 @@ def test_rows_grow_with_what_they_hold() -> None:
     assert rows == 2
     assert shape_of_rows(config_of(data__regions_per_image=4))[1] > length
     assert shape_of_rows(config_of(policy__caption_gradient="grpo"))[1] > length
+
+
+def test_every_tile_costs_its_pixels_its_features_and_its_tokens() -> None:
+    model, _, whole = small_model()
+    cut = dataclasses.replace(whole, data=dataclasses.replace(whole.data, max_tiles=6))
+    tile = torch.zeros(1, 3, 64, 64)
+    values = whole.train.batch_size * whole.train.gradient_accumulation_steps * 6
+    values *= tile.numel() + model.encode_vision(tile).numel()
+    estimates = [MemoryEstimator(config, model).without_layers for config in (whole, cut)]
+    assert estimates[1].features - estimates[0].features == 4 * values
+    assert estimates[1].rollout > estimates[0].rollout
+    assert shape_of_rows(cut)[1] - shape_of_rows(whole)[1] == 6 * 64
 
 
 def test_the_dry_run_prints_the_choice_for_a_stated_memory() -> None:
