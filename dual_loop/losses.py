@@ -112,6 +112,19 @@ def token_cross_entropy(
     return torch.stack(map_chunks(part_total, hidden, labels, chunk=chunk)).sum()
 
 
+def divergence(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of P distributions over V words from others, exact: (P,) in nats.
+
+    Its gradient is the exact one at these places. That the places themselves, which were sampled, would come more or
+    less often is no part of it.
+
+    Args:
+        log_probs: (P, V) float, normalised, with graph. reference: (P, V) float, normalised.
+    """
+    own = full_precision(log_probs)
+    return (own.exp() * (own - reference.detach().to(own))).sum(-1)
+
+
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float32; float64 stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

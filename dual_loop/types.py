@@ -291,7 +291,7 @@ class PackedBatch:
         vision: (tiles of the rows, M, D_vision), None where the tower trains and has to run with a graph.
         levels: as in :class:`Seen`.
         counts: items of each loss term, known before the forward pass.
-        metrics: sums and counts for the records.
+        metrics: sums and counts for the records; those of the forward pass are tensors, for which nothing waits.
         lessons: what each signal keeps for its terms, by its name.
     """
 
@@ -312,7 +312,7 @@ class PackedBatch:
     vision: torch.Tensor | None = None
     levels: list[torch.Tensor] | None = None
     counts: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | torch.Tensor] = field(default_factory=dict)
     lessons: dict[str, object] = field(default_factory=dict)
 
 

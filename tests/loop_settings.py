@@ -21,7 +21,7 @@ from dual_loop.types import RegionSample
 from small_model import pair_samples, scene_samples, small_batch, small_config, small_model
 
 MASK_TERMS = ("mask_loss", "dice_loss")
-GATES_OFF = RewardConfig(gates=(), contrast_weight=1.0)
+GATES_OFF = RewardConfig(gates=(), cycle_weight=1.0, contrast_weight=1.0)
 
 
 def setting(gradient: str = "none", loss: LossConfig | None = None, **policy: object) -> Config:

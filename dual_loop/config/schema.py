@@ -219,7 +219,7 @@ class PolicyConfig:
         "none", "group divides a group's advantages by its deviation (GRPO as published)", choices=("none", "group")
     )
     mask_truncated: bool = setting(True, "leave captions that hit loop.max_new_tokens out of groups and loss")
-    kl_weight: float = flag(0.0, "of the divergence from the adapter switched off; always logged", at_least=0)
+    kl_weight: float = flag(0.0, "of the captioner's divergence from itself without the adapter", at_least=0)
     gumbel_temperature: float = setting(1.0, "of the straight-through softmax, at the first step", at_least=0.01)
     gumbel_temperature_end: float = setting(0.5, "of the straight-through softmax, at the last step", at_least=0.01)
     gumbel_top_k: int = setting(64, "tokens of a position with gradient, besides the sampled one", "TOKENS", at_least=1)

@@ -18,7 +18,7 @@ from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.scorer import Scorer
 from dual_loop.loop.signals.base import predicting_positions, spoken_turns
-from dual_loop.losses import map_chunks
+from dual_loop.losses import divergence, map_chunks
 from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send
@@ -130,11 +130,10 @@ class CheatingProbe:
         with adapters_disabled(self.model):
             reference = self.model.read(self.model.embed(packed), packed)[row, column]
 
-        def divergence(own: Tensor, bare: Tensor) -> Tensor:
-            own_log, bare_log = (self.model.answer_logits(one).float().log_softmax(-1) for one in (own, bare))
-            return (own_log.exp() * (own_log - bare_log)).sum()
+        def total(*hidden: Tensor) -> Tensor:
+            return divergence(*(self.model.answer_logits(one).float().log_softmax(-1) for one in hidden)).sum()
 
-        sums["kl/sum"] += float(torch.stack(map_chunks(divergence, live, reference, chunk=TOKENS_AT_ONCE)).sum())
+        sums["kl/sum"] += float(torch.stack(map_chunks(total, live, reference, chunk=TOKENS_AT_ONCE)).sum())
         sums["kl/count"] += float(len(row))
 
     def _prefer(

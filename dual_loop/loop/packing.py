@@ -94,7 +94,7 @@ def pack_step(
         weights = weights * object_multiplicity(batch.region_image, batch.num_images, num_objects, batch.region_seeds)
     vision = None if model.trains_vision else seen.vision
     packed = pack_turns(batch, captions, turns, prompter, vision=vision, levels=seen.levels, weights=weights)
-    packed.metrics = plan.metrics
+    packed.metrics = {**plan.metrics}
     return packed
 
 

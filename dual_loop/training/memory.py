@@ -335,7 +335,8 @@ def captions_with_graph(config: Config) -> int:
     """Return the captions of a region that step 2 reads with graph, besides the one that it segments from."""
     estimator = caption_gradient(config.policy, config.reward)
     taught = int(config.loop.caption_supervision and config.data.refcoco_dir is not None)
-    return max(captions_written(config) - 1 + ("gumbel" in estimator), taught)
+    sampled = max(captions_written(config) - 1, int(config.policy.kl_weight > 0))
+    return max(sampled + ("gumbel" in estimator), taught)
 
 
 # ---- what is measured without computing it ---------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def step_metrics(packed: PackedBatch, mask_logits: torch.Tensor) -> dict[str, fl
         **{f"gate/{name}": float(sum(one.gate == name for one in written)) for name in GATES},
         **ratio("gated", [float(one.gate is not None) for one in written]),
         **ratio("truncated", [float(one.truncated) for one in written]),
-        **packed.metrics,
+        **{name: float(value) for name, value in packed.metrics.items()},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
 from dual_loop.errors import DualLoopError, explain, listed
+from dual_loop.metrics import ratio
 from dual_loop.model.hardware import send
 from dual_loop.training import ranks
 from dual_loop.training.devices import gather_objects
+from dual_loop.types import LossTerm
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -67,6 +69,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
         for gradient in gradients:
             gradient.mul_(share)
     return torch.as_tensor(total)
+
+
+def gradient_norms(terms: Mapping[str, LossTerm], parameters: Collection[nn.Parameter]) -> dict[str, float]:
+    """Return the gradient's norm of each loss term, of its average over this micro-batch, as two halves of an average.
+
+    Nothing is accumulated and no hook of DDP runs: what a backward pass behind it leaves is the same. It costs a
+    backward pass a term, so the trainer asks in audits, of each rank's first micro-batch. A term without items there
+    has no norm. Nor has any where layers are sharded, whose backward passes are collectives that leave gradients.
+    """
+    norms: dict[str, float] = {}
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return norms
+    for name, term in terms.items():
+        found = torch.autograd.grad(term.mean, list(parameters), retain_graph=True, allow_unused=True)
+        norm = nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+        norms |= ratio(f"grad_norm/{name}", [float(norm)] if float(term.count) > 0 else [])
+    return norms
 
 
 class NonFiniteError(DualLoopError):

@@ -45,7 +45,13 @@ from dual_loop.training.metrics_log import (
     reduce_sums,
     step_metrics,
 )
-from dual_loop.training.optim import build_optimizer, check_finite, clip_gradients, learning_rate_at
+from dual_loop.training.optim import (
+    build_optimizer,
+    check_finite,
+    clip_gradients,
+    gradient_norms,
+    learning_rate_at,
+)
 from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, load_optimizer
 from dual_loop.training.stop import StopRequest
 from dual_loop.types import Batch, PackedBatch, StepOutput
@@ -206,7 +212,7 @@ class Trainer:
         ranks.note(f"step {number}, forward and backward")
 
         # ---- steps 2 and 3; DDP exchanges gradients in the last micro-batch only
-        losses_of, masks = list[dict[str, torch.Tensor]](), list[torch.Tensor]()
+        losses_of, masks, norms = list[dict[str, torch.Tensor]](), list[torch.Tensor](), dict[str, float]()
         for index, rows in enumerate(packed):
             with nullcontext() if index == len(packed) - 1 else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():
@@ -216,6 +222,7 @@ class Trainer:
                     shares = [t.total * (world_size / max(counts[n], 1.0)) for n, t in output.terms.items()]
                     loss = torch.stack([share.float() for share in shares]).sum()
                 timer.end("forward")
+                norms = norms or (gradient_norms(output.terms, self.parameters.values()) if is_audited else {})
                 loss.backward()
                 timer.end("backward")
             # Without the graph, so that the memory of one micro-batch is free before the next.
@@ -239,7 +246,7 @@ class Trainer:
         timer.end("optimiser")
 
         # ---- log
-        sums = {STOP: float(stop.signal_name is not None)}
+        sums = {STOP: float(stop.signal_name is not None), **norms}
         for rows, logits, values in zip(packed, masks, terms, strict=True):
             add_into(sums, values, TERM)
             add_into(sums, step_metrics(rows, logits))

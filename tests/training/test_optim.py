@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_loop.config import TrainConfig
-from dual_loop.training.optim import NonFiniteError, build_optimizer, check_finite, learning_rate_at
+from dual_loop.model.adapters import trainable_parameters
+from dual_loop.training.optim import (
+    NonFiniteError,
+    build_optimizer,
+    check_finite,
+    gradient_norms,
+    learning_rate_at,
+)
+from dual_loop.types import LossTerm
+
+from loop_settings import build, masks_only, setting
+from small_model import small_batch
 
 NAN, INF = float("nan"), float("inf")
 
@@ -70,3 +81,42 @@ def test_the_term_the_micro_batch_and_its_regions_are_named() -> None:
 def test_a_wrong_gradient_alone_names_all_regions() -> None:
     with pytest.raises(NonFiniteError, match=r"gradient norm = inf.*r0, r1.*and 2 more"):
         check_finite(Accelerator(cpu=True), 1, [{}, {}], [["r0"], [f"r{i}" for i in range(1, 10)]], INF)
+
+
+@pytest.mark.parametrize("gradient", ["none", "gumbel+grpo"])
+@pytest.mark.usefixtures("precision")
+def test_norms_of_terms_are_those_of_their_gradients_and_change_none(gradient: str) -> None:
+    config = setting(gradient, kl_weight=0.1)
+    model, task = build(config)
+    batch, parameters = small_batch(config, masks_only(1)), trainable_parameters(model)
+
+    def step(with_norms: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        (packed,) = task.prepare([batch])
+        terms = task(packed).terms
+        found = gradient_norms(terms, parameters.values()) if with_norms else {}
+        assert all(parameter.grad is None for parameter in parameters.values())
+        torch.stack([term.mean for term in terms.values()]).sum().backward()
+        left = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        model.zero_grad()
+        return found, left
+
+    (_, plain), (norms, audited) = step(False), step(True)
+    assert plain.keys() == audited.keys()
+    assert all(torch.equal(plain[name], audited[name]) for name in plain)
+    (packed,) = task.prepare([batch])
+    for name in task(packed).terms:
+        mean = task(packed).terms[name].mean
+        mean.backward()
+        gradients = [p.grad.flatten() for p in parameters.values() if p.grad is not None]
+        expected = float(torch.cat(gradients).norm()) if packed.counts[name] else 0.0
+        assert norms[f"grad_norm/{name}/sum"] == pytest.approx(expected, rel=1e-4)
+        assert norms[f"grad_norm/{name}/count"] == float(packed.counts[name] > 0)
+        model.zero_grad()
+
+
+def test_a_term_without_items_has_no_norm() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    terms = {"a": LossTerm(parameter.sum() * 6, 2.0), "b": LossTerm(parameter.sum() * 0, torch.tensor(0.0))}
+    norms = gradient_norms(terms, [parameter, torch.nn.Parameter(torch.ones(1))])
+    assert norms["grad_norm/a/sum"] == pytest.approx(3 * 2**0.5)
+    assert (norms["grad_norm/b/sum"], norms["grad_norm/b/count"]) == (0.0, 0.0)

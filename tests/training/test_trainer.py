@@ -307,7 +307,19 @@ def test_audits_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
         return steps
 
     assert audited("long", 5, 2) == [2, 4, 5]
+    records = {record["step"]: record for record in _records(tmp_path / "long")}
+    assert "grad_norm/mask_loss" not in records[1]
+    assert all(records[step]["grad_norm/mask_loss"] > 0 for step in (2, 4, 5))
     assert audited("short", 2, 50) == []
+
+
+def test_the_norms_of_terms_change_no_step(tmp_path: Path) -> None:
+    weights = []
+    for interval in (1, 100):
+        trainer = make_trainer(tmp_path / str(interval), max_steps=5, audit_interval=interval)
+        trainer.fit()
+        weights.append(_weights(trainer))
+    _assert_equal(*weights)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def build_signals(
     signals: list[Signal] = []
     if loop.cycle_keep is not None:
         signals.append(CycleFilter(loop.cycle_keep, loop.cycle_drop))
-    if estimator in ("scst", "grpo"):
+    if estimator in ("scst", "grpo") or config.policy.kl_weight > 0:
         signals.append(CaptionPolicy(model, prompter, config, estimator, comm, judge))
     if "gumbel" in (*straight_through, estimator):
         signals.append(GumbelCaptions(prompter, config))

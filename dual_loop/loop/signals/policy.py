@@ -9,23 +9,28 @@ grpo          reward minus the mean of the group (2402.03300)
 
 Both make one update a roll-out, so the policy that is updated is the one that sampled: no importance ratio, no
 clipping, unlike PPO and GRPO as published.
+
+With ``policy.kl_weight`` the captioner is held near itself without the adapter, also where no estimator is on: then at
+the tokens of the captions that step 2 reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from dual_loop import losses
 from dual_loop.config import Config
 from dual_loop.loop.judge import Judge
 from dual_loop.loop.rewards import RewardSet
 from dual_loop.loop.scorer import RegionText
 from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
-from dual_loop.losses import full_precision, map_chunks
+from dual_loop.losses import full_precision
 from dual_loop.metrics import own_image_only, ratio
 from dual_loop.model.adapters import adapters_disabled
 from dual_loop.model.hardware import send
@@ -33,6 +38,10 @@ from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import LossTerm, PackedBatch, RankComm, RegionTurn, Segmentation, WrittenCaption
 
+LEAST_SIZE = 0.05
+"""Root mean square of advantages below which an objective is not scaled up to the others' size."""
+map_chunks = partial(losses.map_chunks, chunk=256)
+"""The own logits, the reference's and their softmax exist of one part: 256 x 151,674 x 4 bytes are 155 MB, each."""
 _EPSILON = 1e-6
 
 Center = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
@@ -58,12 +67,12 @@ class GroupAdvantages:
 
 @dataclass
 class SampledTokens:
-    """The P tokens of the captions with an advantage, and what they earned.
+    """The P tokens of the captions that are read again, and what they earned.
 
     Attributes:
         positions: (2, P) int64, rows and columns of the hidden states that predict them.
         targets: (P,) int64, the tokens. advantages: (P,) float32, each that of its caption.
-        reference: (P,) log-probabilities without the adapter, None without a divergence.
+        reference: (P, D) hidden states without the adapter, None without a divergence.
     """
 
     positions: Tensor
@@ -73,7 +82,11 @@ class SampledTokens:
 
 
 class CaptionPolicy(Signal):
-    """Teaches the captioner by rewards; the estimator is ``scst`` or ``grpo``."""
+    """Teaches the captioner by rewards, and holds it near its reference.
+
+    Args:
+        estimator: ``scst`` or ``grpo``; another teaches nothing by rewards, and the divergence is all there is.
+    """
 
     name = "policy"
 
@@ -82,98 +95,128 @@ class CaptionPolicy(Signal):
     ) -> None:
         self.model, self.prompter, self.comm = model, prompter, comm
         self.config, self.question = config.policy, config.loop.caption_question
-        self.rewards = RewardSet(config.reward, judge)
+        self.rewards = RewardSet(config.reward, judge) if estimator in ("scst", "grpo") else None
         group = against_scaled_group if config.policy.advantage_scale == "group" else against_group
         self.center: Center = against_greedy if estimator == "scst" else group
-        self.num_samples, self.needs_greedy = config.policy.captions_per_region, estimator == "scst"
-        self.earned: list[tuple[list[tuple[int, tuple[int, ...]]], list[float], list[RegionTurn]]] = []
+        self.num_samples = 0 if self.rewards is None else config.policy.captions_per_region
+        self.needs_greedy = estimator == "scst"
+        self.spoken: list[tuple[list[tuple[int, tuple[int, ...]]], list[RegionTurn], Tensor]] = []
 
     def asks(self, micro: MicroBatch) -> Iterable[RegionText]:
+        if self.rewards is None:
+            return []
         return [(n, one.text) for n, own in enumerate(micro.captions) for one in own.written if one.gate is None]
 
     def plan(self, window: Sequence[MicroBatch]) -> None:
+        self.spoken, earned = [], self._earn(window)
+        for micro, advantages in zip(window, earned, strict=True):
+            written = [
+                (region, one.token_ids)
+                for region, own in enumerate(micro.captions)
+                for one in (own.samples or own.written)
+            ]
+            kept = [number for number, (_, ids) in enumerate(written) if ids]
+            spoken = [written[number] for number in kept]
+            turns = spoken_turns(micro.batch, spoken, self.prompter, self.question)
+            micro.plan.turns += turns
+            self.spoken.append((spoken, turns, torch.zeros(len(kept)) if advantages is None else advantages[kept]))
+
+    def _earn(self, window: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
+        """Return the advantages (N * K,) of each micro-batch's samples, None where nothing is rewarded."""
+        if self.rewards is None:
+            return [None] * len(window)
         judge = self.rewards.judge
         asked_before = dict(judge.counters) if judge else {}
-        groups = [self._advantages(micro) for micro in window]
-        self.earned = []
-        combined = combine_advantages(groups, self.rewards.weights, self.comm.reduce)
-        for micro, values in zip(window, combined, strict=True):
-            pairs = [
-                ((region, sample.token_ids), advantage)
-                for region, (caption, own) in enumerate(zip(micro.captions, values.tolist(), strict=True))
-                for sample, advantage in zip(caption.samples, own, strict=True)
-                if advantage != 0.0 and sample.token_ids
-            ]
-            spoken, advantages = [one for one, _ in pairs], [advantage for _, advantage in pairs]
-            turns = spoken_turns(micro.batch, spoken, self.prompter, self.question)
-            self.earned.append((spoken, advantages, turns))
-            micro.plan.turns += turns
+        groups = [self._advantages(micro, self.rewards) for micro in window]
         if judge is not None:
             window[0].plan.metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
+        return [own.flatten() for own in combine_advantages(groups, self.rewards.weights, self.comm.reduce)]
 
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
-        for micro, (spoken, advantages, turns) in zip(window, self.earned, strict=True):
+        for micro, (spoken, turns, advantages) in zip(window, self.spoken, strict=True):
             rows, device = micro.rows, self.model.device
             lengths = torch.tensor([len(ids) for _, ids in spoken], dtype=torch.long)
             flat = [token for _, ids in spoken for token in ids]
             found = SampledTokens(
                 send(predicting_positions(turns, spoken), device),
                 send(torch.tensor(flat, dtype=torch.long), device),
-                send(torch.tensor(advantages, dtype=torch.float32).repeat_interleave(lengths), device),
+                send(advantages.repeat_interleave(lengths), device),
             )
             rows.lessons[self.name] = found
-            rows.counts["policy_loss"] = float(len(flat))
+            if self.rewards is not None:
+                rows.counts["policy_loss"] = float(len(flat))
             if self.config.kl_weight > 0:
                 rows.counts["kl_loss"] = float(len(flat))
                 with torch.no_grad(), evaluating(self.model), adapters_disabled(self.model):
                     hidden = self.model.read(self.model.embed(rows), rows)
-                    found.reference = self.log_probs(self.model, hidden, found)
+                found.reference = hidden[found.positions[0], found.positions[1]]
 
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
         found = cast(SampledTokens, packed.lessons[self.name])
-        log_probs = self.log_probs(model, hidden, found)
-        terms = {"policy_loss": policy_loss(log_probs, found.advantages, self.config.weight)}
+        log_probs, divergence, entropy = self.token_figures(model, hidden, found)
+        packed.metrics |= {"policy_entropy/sum": entropy.sum(), "policy_entropy/count": float(len(entropy))}
+        terms = {}
+        if self.rewards is not None:
+            terms["policy_loss"] = policy_loss(log_probs, found.advantages, self.config.weight)
         if found.reference is not None:
-            terms["kl_loss"] = kl_divergence(log_probs, found.reference, self.config.kl_weight)
+            terms["kl_loss"] = LossTerm(divergence.sum() * self.config.kl_weight, float(len(divergence)))
         return terms
+
+    def token_figures(self, model: Sa2VA, hidden: Tensor, found: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Return of P tokens, at the temperature of their sampling, three times (P,) float32.
+
+        The log-probability with graph; the divergence KL(policy || reference) with graph, 0 without a reference; the
+        entropy without graph. The last two are of the whole distribution at the token's place, in nats.
+        """
+        rows, columns = found.positions
+
+        def of(part: Tensor, targets: Tensor, *reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            own = (model.answer_logits(part).float() / self.config.temperature).log_softmax(-1)
+            log_probs = own.gather(1, targets[:, None])[:, 0]
+            divergence = torch.zeros_like(log_probs)
+            if reference:
+                with torch.no_grad():
+                    other = model.answer_logits(reference[0]).float() / self.config.temperature
+                divergence = losses.divergence(own, other.log_softmax(-1))
+            return log_probs, divergence, -(own.detach().exp() * own.detach()).sum(-1)
+
+        given = [] if found.reference is None else [found.reference]
+        parts = map_chunks(of, hidden[rows, columns], found.targets, *given)
+        log_probs, divergence, entropy = (torch.cat(own) for own in zip(*parts, strict=True))
+        return log_probs, divergence, entropy
 
     def log_probs(self, model: Sa2VA, hidden: Tensor, found: SampledTokens) -> Tensor:
         """Return the log-probabilities (P,) float32 of the sampled tokens, at the temperature of their sampling."""
-        rows, columns = found.positions
+        return self.token_figures(model, hidden, found)[0]
 
-        def of(part: Tensor, targets: Tensor) -> Tensor:
-            logits = model.answer_logits(part).float() / self.config.temperature
-            return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-        return torch.cat(map_chunks(of, hidden[rows, columns], found.targets))
-
-    def _advantages(self, micro: MicroBatch) -> GroupAdvantages:
+    def _advantages(self, micro: MicroBatch, rewards: RewardSet) -> GroupAdvantages:
         """Return the advantages of the N x K samples of one micro-batch."""
         sampled = [(region, caption) for region, own in enumerate(micro.captions) for caption in own.samples]
-        rewards, plan = self._rewards(micro, sampled), micro.plan
+        earned, plan = earn(micro, sampled, rewards), micro.plan
         greedy = [(region, own.greedy) for region, own in enumerate(micro.captions) if own.greedy is not None]
-        baseline = self._rewards(micro, greedy) if greedy else {}
+        baseline = earn(micro, greedy, rewards) if greedy else {}
         truncated = torch.tensor([caption.truncated for _, caption in sampled]).reshape(-1, self.num_samples)
         usable = ~truncated if self.config.mask_truncated else torch.ones_like(truncated)
-        by_group = {name: value.reshape(-1, self.num_samples) for name, value in rewards.items()}
+        by_group = {name: value.reshape(-1, self.num_samples) for name, value in earned.items()}
         advantages = center_rewards(self.center, by_group, baseline, usable)
-        for name, value in rewards.items():
+        for name, value in earned.items():
             plan.metrics |= ratio(f"reward_{name}", value[~value.isnan()].tolist())
         plan.metrics["zero_variance/sum"] = float(advantages.num_zero_variance)
         plan.metrics["zero_variance/count"] = float(advantages.num_groups)
         return advantages
 
-    def _rewards(self, micro: MicroBatch, captions: Sequence[tuple[int, WrittenCaption]]) -> dict[str, Tensor]:
-        """Return what (region, caption) pairs earn: objective -> (R,)."""
-        batch, regions = micro.batch, torch.tensor([region for region, _ in captions], dtype=torch.long)
-        table = own_image_only(torch.zeros(len(captions), batch.num_regions), regions, batch.region_image)
-        for row, (region, caption) in enumerate(captions):
-            if caption.gate is None:
-                table[row] = micro.scores[region, caption.text]
-        references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
-        texts, gates = [one.text for _, one in captions], [one.gate for _, one in captions]
-        names = [batch.region_names[region] for region, _ in captions]
-        return self.rewards.score(texts, regions, table, references, gates, names)
+
+def earn(micro: MicroBatch, captions: Sequence[tuple[int, WrittenCaption]], rewards: RewardSet) -> dict[str, Tensor]:
+    """Return what (region, caption) pairs of a micro-batch earn: objective -> (R,)."""
+    batch, regions = micro.batch, torch.tensor([region for region, _ in captions], dtype=torch.long)
+    table = own_image_only(torch.zeros(len(captions), batch.num_regions), regions, batch.region_image)
+    for row, (region, caption) in enumerate(captions):
+        if caption.gate is None:
+            table[row] = micro.scores[region, caption.text]
+    references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
+    texts, gates = [one.text for _, one in captions], [one.gate for _, one in captions]
+    names = [batch.region_names[region] for region, _ in captions]
+    return rewards.score(texts, regions, table, references, gates, names)
 
 
 def against_greedy(reward: Tensor, baseline: Tensor | None, takes_part: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,10 +280,11 @@ def combine_advantages(
     """Add the advantages of all objectives, each brought to the same size first: (N, K) float32 for each micro-batch.
 
     With several objectives each is divided by the root mean square of its advantages over all captions that take part,
-    of all micro-batches and ranks: else the objective with the widest range rules (reward-decoupled normalisation, as
-    in BalCapRL 2605.07394; there over groups, here over the step). All are then multiplied by the weighted mean of
-    these root mean squares, so that a second objective does not change the size of the policy gradient against the
-    other losses: with advantages of size 1 the policy loss drowned the mask losses (docs/experiments.md). A single
+    of all micro-batches and ranks, or by :data:`LEAST_SIZE` where that is more: else the objective with the widest
+    range rules (reward-decoupled normalisation, as in BalCapRL 2605.07394; there over groups, here over the step), and
+    an objective that is nearly always the same would have its few differences blown up. All are then multiplied by the
+    weighted mean of these divisors, so that a second objective does not change the size of the policy gradient against
+    the other losses: with advantages of size 1 the policy loss drowned the mask losses (docs/experiments.md). A single
     objective keeps its values. ``reduce`` is called exactly once, with keys that depend on ``weights`` alone, where
     there are several.
     """
@@ -251,9 +295,10 @@ def combine_advantages(
             sums[f"{name}/square"] = sum(float(group.values[name].double().square().sum()) for group in groups)
             sums[f"{name}/count"] = float(sum(int(group.takes_part[name].sum()) for group in groups))
         total = reduce(sums)
-        sizes = {n: (total[f"{n}/square"] / max(total[f"{n}/count"], 1.0)) ** 0.5 for n in weights}
+        squares = {name: total[f"{name}/square"] / max(total[f"{name}/count"], 1.0) for name in weights}
+        sizes = {name: max(square**0.5, LEAST_SIZE) for name, square in squares.items()}
         common = sum(weights[name] * sizes[name] for name in weights) / sum(weights.values())
-        scales = {name: common / max(sizes[name], _EPSILON) for name in weights}
+        scales = {name: common / sizes[name] for name in weights}
     return [
         torch.stack([group.values[name] * (weight * scales[name]) for name, weight in weights.items()]).sum(0)
         for group in groups
@@ -275,10 +320,12 @@ def policy_loss(log_probs: Tensor, advantages: Tensor, weight: float = 1.0) -> L
 
 
 def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, weight: float = 1.0) -> LossTerm:
-    """Divergence from a reference at sampled tokens: ``exp(r - p) - (r - p) - 1``, summed.
+    """Estimate the divergence from a reference at sampled tokens alone: ``exp(r - p) - (r - p) - 1``, summed.
 
     The estimator called k3 (J. Schulman, "Approximating KL divergence", 2020): never negative, exactly 0 where both
-    agree, unbiased for samples of the policy. Exponents are cut at 20, where float32 still holds the square.
+    agree, unbiased for samples of the policy. A figure and no loss: its gradient, expected over those samples, is that
+    of the other direction, KL(reference || policy). Training takes :func:`~dual_loop.losses.divergence`. Exponents are
+    cut at 20, where float32 still holds the square.
 
     Args:
         log_probs: (P,) float, with graph. reference_log_probs: (P,) float, without.
