@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class RegionSample:
         captions: N tuples of reference expressions; an empty tuple where a region has no text.
         target_image: (H2, W2, 3) uint8 RGB, the other frame of a pair; None where the same image is used twice.
         target_masks: (N, H2, W2) bool, the same N objects on ``target_image``; None exactly when it is None.
+        later_targets: of a clip the frames behind ``target_image``, each with its masks as there.
         image_reduction: above 1 only where ``Reader.load_reduced`` was asked: masks keep the stored size (H, W), and
             ``image`` is (ceil(H / image_reduction), ceil(W / image_reduction), 3).
     """
@@ -53,6 +54,7 @@ class RegionSample:
     target_image: np.ndarray | None = None
     target_masks: np.ndarray | None = None
     image_reduction: int = 1
+    later_targets: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     @property
     def num_regions(self) -> int:
@@ -80,6 +82,21 @@ class SkippedSample:
 
 
 @dataclass
+class LaterFrame:
+    """A further frame of a clip, whose objects are segmented from the [SEG] of those on its first target frame.
+
+    Attributes:
+        image: 0..B-1, the image whose n regions it shows. view: its tiles, as ``Batch.target_view``.
+        g_pixel_values: (3, S, S) uint8. target_masks: (n, Q, Q), as those of a batch.
+    """
+
+    image: int
+    view: int
+    g_pixel_values: torch.Tensor
+    target_masks: torch.Tensor
+
+
+@dataclass
 class Batch:
     """Tensors of B images with N regions in all. Pixels and target masks go to the device, all else stays on the host.
 
@@ -100,6 +117,7 @@ class Batch:
         region_names: N strings ``source/sample_id#region_id`` for logs.
         sources: B source names.
         skipped: the samples that were skipped while this batch was collected.
+        later_frames: of the images that are clips, in the order of the images.
     """
 
     pixel_values: torch.Tensor
@@ -116,6 +134,7 @@ class Batch:
     region_names: list[str]
     sources: list[str]
     skipped: list[SkippedSample] = field(default_factory=list)
+    later_frames: list[LaterFrame] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
@@ -135,6 +154,14 @@ class Batch:
         """The index of each view's first tile among the T tiles."""
         return list(accumulate(self.tiles_per_view, initial=0))[:-1]
 
+    @property
+    def views_read(self) -> list[list[int]]:
+        """The views that step 2 reads of each of the B images: its own, and those of the later frames of a clip."""
+        views = [[view] for view in self.target_view]
+        for frame in self.later_frames:
+            views[frame.image].append(frame.view)
+        return views
+
     def images(self, start: int, stop: int) -> Batch:
         """Return images ``start`` to ``stop`` (exclusive, at most B) with their views and regions.
 
@@ -143,7 +170,7 @@ class Batch:
         stop = min(stop, self.num_images)
         if (start, stop) == (0, self.num_images):
             return self
-        views = sorted({*self.caption_view[start:stop], *self.target_view[start:stop]})
+        views = sorted({*self.caption_view[start:stop], *chain.from_iterable(self.views_read[start:stop])})
         offsets, counts = self.tile_offsets, self.tiles_per_view
         tiles = [offsets[view] + number for view in views for number in range(counts[view])]
         owners = self.region_image.tolist()
@@ -163,6 +190,11 @@ class Batch:
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
             skipped=self.skipped if start == 0 else [],
+            later_frames=[
+                replace(frame, image=frame.image - start, view=views.index(frame.view))
+                for frame in self.later_frames
+                if start <= frame.image < stop
+            ],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -175,7 +207,11 @@ class Batch:
 
     def _with_pixels(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         pixels, grounding, masks = map(function, (self.pixel_values, self.g_pixel_values, self.target_masks))
-        return replace(self, pixel_values=pixels, g_pixel_values=grounding, target_masks=masks)
+        later = [
+            replace(frame, g_pixel_values=function(frame.g_pixel_values), target_masks=function(frame.target_masks))
+            for frame in self.later_frames
+        ]
+        return replace(self, pixel_values=pixels, g_pixel_values=grounding, target_masks=masks, later_frames=later)
 
 
 @dataclass(frozen=True)
@@ -285,7 +321,8 @@ class PackedBatch:
         row_tiles: for each row the indices of its tiles among the T of the batch.
         region_tile: (P,) int64, the tile (counted over the rows) of each region prompt, ascending, on the host.
         prompt_masks: (P, G, G) bool, the region prompts in the order in which they stand in the rows, on the host.
-        seg_positions: (2, n) int64, rows and columns of the [SEG] tokens, row by row.
+        seg_positions: (2, n) int64, rows and columns of the [SEG] tokens, row by row; those of clips come again behind
+            all others for each later frame.
         answer_positions: (2, A) int64, rows and columns that predict a token with loss. answer_ids: (A,) that token.
         region_weights: (N,) float32, weight of each region in the mask losses.
         vision: (tiles of the rows, M, D_vision), None where the tower trains and has to run with a graph.
@@ -293,6 +330,7 @@ class PackedBatch:
         counts: items of each loss term, known before the forward pass.
         metrics: sums and counts for the records; those of the forward pass are tensors, for which nothing waits.
         lessons: what each signal keeps for its terms, by its name.
+        seg_images: (n,) int64, the image on which each [SEG] is segmented, where that is not always the one of its row.
     """
 
     batch: Batch
@@ -314,6 +352,7 @@ class PackedBatch:
     counts: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float | torch.Tensor] = field(default_factory=dict)
     lessons: dict[str, object] = field(default_factory=dict)
+    seg_images: torch.Tensor | None = None
 
 
 @dataclass

@@ -9,7 +9,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -262,7 +262,7 @@ def open_measured(
             raise ConfigError(explain("unknown data set", "--data", name, expected))
         if getattr(data, fields[dataset]) is None:
             raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
-        return open_source(dataset, data)
+        return open_source(dataset, replace(data, sav_frames=2))
 
     wanted = list(names)
     if not wanted and data.eval_dir is not None:

@@ -107,9 +107,16 @@ class DataConfig:
     sav_format: str = flag(
         "auto", "auto: frame pairs (.npz) where there are any, else videos", choices=("auto", "pairs", "videos")
     )
+    sav_frames: int = flag(
+        2, "of a clip: the first is captioned, one [SEG] segments all others; 2: a frame pair", "FRAMES", at_least=2
+    )
     sav_masklets: str = setting("both", "masklets of the videos that are read", choices=("both", "manual", "auto"))
-    sav_min_seconds: float = setting(0.5, "least time between the two frames of a video", "SECONDS", at_least=0)
-    sav_max_seconds: float = setting(2.0, "most time between the two frames of a video", "SECONDS", at_least=0)
+    sav_min_seconds: float = setting(
+        0.5, "least time between the captioned frame of a video and the others", "SECONDS", at_least=0
+    )
+    sav_max_seconds: float = setting(
+        2.0, "most time between the captioned frame of a video and the others", "SECONDS", at_least=0
+    )
     sav_min_area: float = setting(0.001, "least part of the frame that a masklet covers", "FRACTION", at_least=0)
     sa1b_dir: str | None = flag(None, "SA-1B images with their JSON files", "DIR")
     sa1b_max_samples: int | None = flag(None, "use only so many image files", "IMAGES")

@@ -119,14 +119,15 @@ def _open_sav(root: str, data: DataConfig) -> Reader:
     no_pairs: ConfigError | None = None
     if data.sav_format != "videos":
         try:
-            return SavPairs(root, data.sav_max_samples, data.index_dir)
+            return SavPairs(root, data.sav_max_samples, data.index_dir, data.sav_frames)
         except ConfigError as error:
             if data.sav_format == "pairs":
                 raise
             no_pairs = error
     limits = (data.sav_min_seconds, data.sav_max_seconds, data.sav_min_area)
+    arguments = (root, data.sav_max_samples, data.regions_per_image, data.sav_masklets, *limits)
     try:
-        return SavVideos(root, data.sav_max_samples, data.regions_per_image, data.sav_masklets, *limits, data.index_dir)
+        return SavVideos(*arguments, data.index_dir, data.sav_frames)
     except ConfigError as error:
         raise no_pairs or error from None
 

@@ -20,7 +20,7 @@ from dual_loop.data.images import Picture
 from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import Batch, RegionSample
+from dual_loop.types import Batch, LaterFrame, RegionSample
 
 # The only copy in the package; InternVL and SAM 2 were both trained with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -153,7 +153,8 @@ def prepare_sample(
     """Turn one sample into tensors.
 
     Args:
-        sample: N regions on one image, or on a frame pair (two views: frame 1 is captioned, frame 2 segmented).
+        sample: N regions on one image, on a frame pair (two views: frame 1 is captioned, frame 2 segmented), or on a
+            clip (a view for each frame that is segmented).
         geometry: sizes of the model.
         rng: chooses one caption where a region has several.
         seed, slot: give the seeds of the regions, see :func:`region_seed`.
@@ -167,32 +168,37 @@ def prepare_sample(
     where = f"{sample.source}/{sample.sample_id}"
     _check_sample(sample, where)
     names = [f"{where}#{region_id}" for region_id in sample.region_ids]
-    target_masks = resize_targets(sample.segmentation_masks, geometry.mask_size, geometry.target_pooling)
-    lost = (target_masks.flatten(1).amax(dim=1) < 0.5).nonzero().flatten().tolist()
-    if lost and not allow_empty_targets:
-        what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
-        given = sample.segmentation_masks[lost[0]]
-        seen = f"{int(given.sum())} pixels of an image of {given.shape} (H, W)"
-        expected = f"1 pixel or more at {geometry.mask_size} x {geometry.mask_size}"
-        raise SampleError("target_vanished", explain(what, names[lost[0]], seen, expected, fix))
+    targets = [(sample.segmentation_image, sample.segmentation_masks), *sample.later_targets]
+    target_masks = [resize_targets(masks, geometry.mask_size, geometry.target_pooling) for _, masks in targets]
+    for (_, masks), resized in zip(targets, target_masks, strict=True):
+        lost = (resized.flatten(1).amax(dim=1) < 0.5).nonzero().flatten().tolist()
+        if lost and not allow_empty_targets:
+            what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
+            seen = f"{int(masks[lost[0]].sum())} pixels of an image of {masks.shape[1:]} (H, W)"
+            expected = f"1 pixel or more at {geometry.mask_size} x {geometry.mask_size}"
+            raise SampleError("target_vanished", explain(what, names[lost[0]], seen, expected, fix))
     captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
-    shown = [captioned] if sample.target_image is None else [captioned, _as_picture(sample.target_image)]
-    views = [image_to_tiles(image, geometry) for image in shown]
+    shown = [captioned] if sample.target_image is None else [captioned, *(_as_picture(image) for image, _ in targets)]
+    views, segmented = [image_to_tiles(image, geometry) for image in shown], range(len(shown))[-len(targets) :]
+    grounding = [grounding_image(shown[view], geometry.grounding_size) for view in segmented]
     prompt_masks, grid_rescued = pool_mask_to_grid(sample.masks, geometry.grid_size, mode=geometry.grid_pooling)
     return Batch(
         pixel_values=torch.cat(views),
         tiles_per_view=[len(view) for view in views],
         caption_view=[0],
-        target_view=[len(views) - 1],
-        g_pixel_values=grounding_image(shown[-1], geometry.grounding_size)[None],
+        target_view=[segmented[0]],
+        g_pixel_values=grounding[0][None],
         prompt_masks=prompt_masks,
         grid_rescued=grid_rescued,
-        target_masks=target_masks,
+        target_masks=target_masks[0],
         region_image=torch.zeros(len(names), dtype=torch.int64),
         region_seeds=torch.tensor([region_seed(seed, slot, place) for place in range(len(names))]),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
         region_names=names,
         sources=[sample.source],
+        later_frames=[
+            LaterFrame(0, *frame) for frame in list(zip(segmented, grounding, target_masks, strict=True))[1:]
+        ],
     )
 
 
@@ -208,6 +214,7 @@ def collate(batches: Sequence[Batch]) -> Batch:
             caption_view=[view + number for number in batch.caption_view],
             target_view=[view + number for number in batch.target_view],
             region_image=batch.region_image + image,
+            later_frames=[replace(one, image=one.image + image, view=one.view + view) for one in batch.later_frames],
         )
         for batch, image, view in zip(batches, first_image, first_view, strict=False)
     ]
@@ -242,8 +249,9 @@ def _check_sample(sample: RegionSample, where: str) -> None:
         raise _invalid("captions do not fit the regions", where, f"{len(sample.captions)} entries", f"{count}")
     views = [(sample.image, sample.masks, "image", sample.image_reduction)]
     if sample.target_image is not None and sample.target_masks is not None:
-        views.append((sample.target_image, sample.target_masks, "target image", 1))
-    elif sample.target_image is not None or sample.target_masks is not None:
+        frames = [(sample.target_image, sample.target_masks), *sample.later_targets]
+        views += [(image, masks, f"target image {number}", 1) for number, (image, masks) in enumerate(frames, 1)]
+    elif sample.target_image is not None or sample.target_masks is not None or sample.later_targets:
         raise _invalid("a pair is incomplete", where, "one of target_image and target_masks", "both or none")
     for image, masks, name, reduction in views:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:

@@ -1,5 +1,7 @@
 """Reader of SA-V frame pairs: one npz a pair, with two frames and the same object's mask on each (:data:`LAYOUT`).
 
+A file may hold more than two frames; with ``frames`` above 2 it is a clip of as many of them.
+
 SA-V is of Ravi et al. 2024, arXiv 2408.00714; it was converted to pairs. Frames and masks may be uint8 or float, frames
 in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a pair may differ in size. The scale is told from
 dtype and maximum, array by array (:func:`to_uint8_frame`, :func:`to_bool_mask`).
@@ -14,6 +16,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,10 @@ from dual_loop.types import RegionSample
 
 LAYOUT = """
   root/
-    **/masklet_data_<n>.npz    (any depth; frame1, frame2 (H, W, 3); mask1, mask2 (H, W))
+    **/masklet_data_<n>.npz    (any depth; frame1, frame2 (H, W, 3); mask1, mask2 (H, W); frame3, mask3, ... in clips)
 """
 
 PREFIX = "masklet_data_"
-KEYS = ("frame1", "mask1", "frame2", "mask2")
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, SyntaxError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
@@ -43,14 +45,19 @@ _DAMAGE = (
 class SavPairs(Reader):
     """SA-V frame pairs; every entry has one region.
 
+    ``frames``: most frames that are read of a file, 2 or more.
+
     Raises:
         ConfigError: the folder does not exist or holds no pair.
     """
 
     name, title, layout = "sav", "SA-V", LAYOUT
 
-    def __init__(self, root: str | Path, max_samples: int | None = None, index_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, root: str | Path, max_samples: int | None = None, index_dir: str | Path | None = None, frames: int = 2
+    ) -> None:
         super().__init__(root, index_dir)
+        self.frames = frames
         key = {"kind": "sav", "root": str(self.root)}
 
         def build() -> dict[str, np.ndarray]:
@@ -68,25 +75,32 @@ class SavPairs(Reader):
         return self._paths[int(self._rows[index])].removesuffix(".npz")
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2."""
+        """Read pair ``index``. The caption is made from frame 1, the segmentation compared on frame 2 and those behind.
+
+        The third and later frames are left out where they do not show the object.
+        """
         path = self.root / self._paths[int(self._rows[index])]
-        arrays = _read_npz(path)
+        arrays = _read_npz(path, self.frames)
         images, masks = [], []
-        for number in ("1", "2"):
+        for number in range(1, len(arrays) // 2 + 1):
             image = to_uint8_frame(arrays[f"frame{number}"], f"{path}[frame{number}]")
             where = f"{path}[mask{number}]"
             mask = to_bool_mask(arrays[f"mask{number}"], where)
+            if number > 2 and not mask.any():
+                continue
             if mask.shape != image.shape[:2]:
                 what, fix = "a mask and its frame differ in size", "convert this pair again"
                 raise SampleError("size_mismatch", explain(what, where, mask.shape, image.shape[:2], fix))
             check_mask(mask, where)
             images.append(image)
             masks.append(mask[None])
-        return RegionSample(self.name, self.entry_id(index), images[0], masks[0], ("0",), ((),), images[1], masks[1])
+        later = tuple(zip(images, masks, strict=True))[2:]
+        pair = (images[0], masks[0], ("0",), ((),), images[1], masks[1])
+        return RegionSample(self.name, self.entry_id(index), *pair, later_targets=later)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays :data:`KEYS` of an npz file; pickled objects are refused."""
+def _read_npz(path: Path, frames: int) -> dict[str, np.ndarray]:
+    """Return the frames and masks of an npz file, at most ``frames`` of each; pickled objects are refused."""
     fix = "copy or convert this file again, or remove it"
     arrays: dict[str, np.ndarray] = {}
     try:
@@ -94,11 +108,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError("a single array, not an archive")
         with stored:
-            missing = [key for key in KEYS if key not in stored.files]
+            keys = ["frame1", "mask1", "frame2", "mask2"]
+            missing = [key for key in keys if key not in stored.files]
             if missing:
-                what, expected = "a frame pair lacks " + ", ".join(missing), ", ".join(KEYS)
+                what, expected = "a frame pair lacks " + ", ".join(missing), ", ".join(keys)
                 raise SampleError("missing_key", explain(what, str(path), sorted(stored.files), expected, fix))
-            for key in KEYS:
+            more = [(f"frame{number}", f"mask{number}") for number in range(3, frames + 1)]
+            keys += chain.from_iterable(takewhile(set(stored.files).issuperset, more))
+            for key in keys:
                 try:
                     arrays[key] = np.asarray(stored[key])
                 except ValueError as error:

@@ -1,4 +1,4 @@
-"""Reader of SA-V as released: videos with masklets, from which frame pairs are drawn.
+"""Reader of SA-V as released: videos with masklets, from which frame pairs or clips are drawn.
 
 SA-V is of Ravi et al. 2024, arXiv 2408.00714. Its files (:data:`LAYOUT`) may lie at any depth, also doubled
 (``sav_000/sav_train/sav_000/``): videos of 24 frames a second, 6 of them annotated.
@@ -59,8 +59,9 @@ class SavVideos(Reader):
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: folder that holds the files at any depth.
         masklets: ``both``, ``manual`` or ``auto``.
-        min_seconds, max_seconds: distance of the two frames of a pair.
-        min_area: least share of the frame that an object must cover in both, 0..1.
+        min_seconds, max_seconds: distance of the other frames from the captioned one.
+        min_area: least share of the frame that an object must cover in all, 0..1.
+        frames: of a clip, 2 or more; fewer where the limits leave fewer.
 
     Raises:
         ConfigError: the folder does not exist, or holds no masklet with two visible frames.
@@ -79,9 +80,10 @@ class SavVideos(Reader):
         max_seconds: float = 2.0,
         min_area: float = 0.001,
         index_dir: str | Path | None = None,
+        frames: int = 2,
     ) -> None:
         super().__init__(root, index_dir, regions_per_image, min_area)
-        self.min_seconds, self.max_seconds = min_seconds, max_seconds
+        self.min_seconds, self.max_seconds, self.frames = min_seconds, max_seconds, frames
         kinds = ["manual", "auto"] if masklets == "both" else [masklets]
         key = {"kind": "sav_videos", "root": str(self.root), "masklets": kinds}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key, kinds))
@@ -126,7 +128,7 @@ class SavVideos(Reader):
         return f"{self._records[int(self._rows[index])].removesuffix('.json')}#{int(self._columns[index])}"
 
     def load(self, index: int, rng: np.random.Generator) -> RegionSample:
-        """Draw a frame pair of masklet ``index``: captioned on one frame, compared on the other."""
+        """Draw a frame pair or clip of masklet ``index``: captioned on its first frame, compared on the others."""
         row, column = int(self._rows[index]), int(self._columns[index])
         path, record = self.root / self._videos[row], self.root / self._records[row]
         codes = _kept_masklets(record)
@@ -134,31 +136,35 @@ class SavVideos(Reader):
         step = max(1, round(len(stamps) / len(codes)))
         areas = [area_share(frame[column], f"{record}[{number}]") for number, frame in enumerate(codes)]
         shown = np.array(areas[: 1 + (len(stamps) - 1) // step])
-        pair = self._draw_pair(shown, rate / step, rng, f"{record}#{column}")
+        clip = self._draw_frames(shown, rate / step, rng, f"{record}#{column}")
         columns = [column]
-        for other in rng.permutation(len(codes[pair[0]])).tolist() if self.regions_per_image > 1 else ():
-            seen = min(area_share(codes[number][other], f"{record}[{number}]") for number in pair)
+        for other in rng.permutation(len(codes[clip[0]])).tolist() if self.regions_per_image > 1 else ():
+            seen = min(area_share(codes[number][other], f"{record}[{number}]") for number in clip)
             if other != column and 0 < seen >= self.min_area:
                 columns.append(other)
             if len(columns) == self.regions_per_image:
                 break
         images, masks = [], []
-        for number in pair:
+        for number in clip:
             drawn = [decode_rle(codes[number][k], f"{record}[{number}][{k}]") for k in columns]
             masks.append(np.stack(drawn))
             images.append(read_frame(path, number * step, drawn[0].shape))
-        name, ids = f"{self.entry_id(index)}@{pair[0] * step}-{pair[1] * step}", tuple(map(str, columns))
-        captions = ((),) * len(columns)
-        return RegionSample(self.name, name, images[0], masks[0], ids, captions, images[1], masks[1])
+        name = f"{self.entry_id(index)}@{'-'.join(str(number * step) for number in clip)}"
+        pair = (images[0], masks[0], tuple(map(str, columns)), ((),) * len(columns), images[1], masks[1])
+        return RegionSample(self.name, name, *pair, later_targets=tuple(zip(images, masks, strict=True))[2:])
 
-    def _draw_pair(self, areas: np.ndarray, rate: float, rng: np.random.Generator, where: str) -> tuple[int, int]:
-        """Return two annotated frames in random order that show the object at the wanted distance."""
+    def _draw_frames(self, areas: np.ndarray, rate: float, rng: np.random.Generator, where: str) -> list[int]:
+        """Return annotated frames in random order that show the object, at the wanted distance from the first."""
         seen = np.flatnonzero((areas > 0) & (areas >= self.min_area))
         for first in rng.permutation(seen):
             seconds = np.abs(seen - first) / rate
             is_fitting = (seconds >= self.min_seconds - 1e-9) & (seconds <= self.max_seconds + 1e-9) & (seen != first)
             if is_fitting.any():
-                return int(first), int(rng.choice(seen[is_fitting]))
+                fitting = seen[is_fitting]
+                clip = [int(first), int(rng.choice(fitting))]
+                if self.frames > 2:
+                    clip += rng.permutation(fitting[fitting != clip[1]])[: self.frames - 2].tolist()
+                return clip
         found = f"{len(seen)} of {len(areas)} annotated frames with enough area, {rate:g} a second"
         expected = f"two of them {self.min_seconds:g} to {self.max_seconds:g} seconds apart"
         fix = "widen sav_min_seconds, sav_max_seconds or sav_min_area, or let the sample be skipped"

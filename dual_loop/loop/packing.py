@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dual_loop.config import LoopConfig
+from dual_loop.loop.clips import add_later_frames
 from dual_loop.model.hardware import round_columns, send
 from dual_loop.model.object_count import object_multiplicity
 from dual_loop.model.prompts import Prompter
@@ -95,6 +96,8 @@ def pack_step(
     vision = None if model.trains_vision else seen.vision
     packed = pack_turns(batch, captions, turns, prompter, vision=vision, levels=seen.levels, weights=weights)
     packed.metrics = {**plan.metrics}
+    if batch.later_frames:
+        add_later_frames(packed, model)
     return packed
 
 
@@ -124,22 +127,22 @@ def pack_turns(
         segments: begin with a row for each of the B images, in order; else rows are made as turns need them.
     """
     images = batch.region_image.tolist()
-    views = list(batch.target_view) if segments else []
-    row_of_view = {view: row for row, view in enumerate(views)}
+    views = batch.views_read if segments else []
+    row_of_views = {tuple(own): row for row, own in enumerate(views)}
     rows: list[list[RegionTurn]] = [[] for _ in views]
     for turn in turns:
         row = images[turn.region]
         if turn.is_caption:
             view = batch.caption_view[row]
-            row = row_of_view.setdefault(view, len(rows))
+            row = row_of_views.setdefault((view,), len(rows))
             if row == len(rows):
-                views.append(view)
+                views.append([view])
                 rows.append([])
         turn.row = row
         rows[row].append(turn)
     device, offsets, counts = batch.pixel_values.device, batch.tile_offsets, batch.tiles_per_view
-    tiles = [list(range(offsets[view], offsets[view] + counts[view])) for view in views]
-    prefixes = [prompter.image_prefix(len(group)) for group in tiles]
+    tiles = [[offsets[view] + tile for view in own for tile in range(counts[view])] for own in views]
+    prefixes = [prompter.image_prefix(*(counts[view] for view in own)) for own in views]
     columns: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for prefix, own in zip(prefixes, rows, strict=True):
         count = len(prefix)

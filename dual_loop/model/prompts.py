@@ -165,12 +165,18 @@ class Prompter:
         forbidden = (*self.markers, *self.template.stop_texts, "<|user|>", "<|assistant|>", "<|im_start|>")
         return next((marker for marker in forbidden if marker in text), None)
 
-    def image_prefix(self, num_tiles: int) -> list[int]:
-        """Return the ids from the start of the turn to the end of the image: the part that questions share."""
+    def image_prefix(self, *num_tiles: int) -> list[int]:
+        """Return the ids from the start of the turn to the end of the image: the part that questions share.
+
+        ``num_tiles``: of the image, or of each frame of a clip; a line break stands between two frames.
+        """
         before, _ = self.segment_parts
-        count = num_tiles * self.image_tokens_per_tile
         start, end = self.marker_ids[IMAGE_START], self.marker_ids[IMAGE_END]
-        return [*self.encode(before), start, *[self.image_context_id] * count, end]
+        ids = self.encode(before)
+        for number, tiles in enumerate(num_tiles):
+            ids += [*(self.encode("\n") if number else ()), start]
+            ids += [*[self.image_context_id] * (tiles * self.image_tokens_per_tile), end]
+        return ids
 
     def caption_question(self, num_cells: int, question: str, seed: int = 0) -> list[int]:
         """Return the ids that ask for the caption of a region of ``num_cells`` grid cells, after the image prefix."""

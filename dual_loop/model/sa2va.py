@@ -348,10 +348,11 @@ class Sa2VA(nn.Module):
     # ---- segment -----------------------------------------------------------------------------------------------------
 
     def segment(self, hidden: Tensor, packed: PackedBatch) -> Segmentation:
-        """Segment the n [SEG] of packed rows, row by row, each on the image of its row."""
+        """Segment the n [SEG] of packed rows, each on its image."""
         rows, columns = packed.seg_positions
         levels = self.encode_grounding(packed.batch.g_pixel_values) if packed.levels is None else packed.levels
-        return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, rows)
+        images = rows if packed.seg_images is None else packed.seg_images
+        return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, images)
 
     def seg_embeds(self, hidden: Tensor) -> Tensor:
         """Project hidden states at [SEG] (n, D) to SAM 2's prompt width: (n, C), as :meth:`decode_masks` in float32."""

@@ -175,12 +175,14 @@ class MemoryEstimator:
         config, model = self.config, self.model
         train, sizes, regions = config.train, geometry(config), config.data.regions_per_image
         objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
+        frames = target_frames(config)
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
         level_values = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
         vision_width = model.mllm.model.multi_modal_projector.linear_1.in_features
         tile = 3 * sizes.vision_image_size**2 + sizes.grid_size**2 * vision_width
-        views = 1 if config.data.sav_dir is None else 2  # of a frame pair
+        frame = level_values + 3 * sizes.grounding_size**2
+        views = frames + (config.data.sav_dir is not None)  # the captioned one beside those that are segmented
         scored = min(MASKS_AT_ONCE, objects * captions_written(config))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return MemoryEstimate(
@@ -190,10 +192,10 @@ class MemoryEstimator:
             listeners=trained * len(listener_paths(config)),
             language=0,
             layer_gradients=self.layer.kept,
-            mask_decoder=measure_mask_decoder(model, train.batch_size, objects),
+            mask_decoder=measure_mask_decoder(model, train.batch_size * frames, objects * frames),
             logits=5 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
-            losses=6 * objects * sizes.mask_size**2 * 4,
-            features=window * (level_values + 3 * sizes.grounding_size**2 + views * sizes.most_tiles * tile) * 4,
+            losses=6 * objects * frames * sizes.mask_size**2 * 4,
+            features=window * (frames * frame + views * sizes.most_tiles * tile) * 4,
             rollout=max(self._generation(window), measure_mask_decoder(model, train.batch_size, scored)),
         )
 
@@ -318,11 +320,16 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     """
     data, images, sizes = config.data, config.train.batch_size, geometry(config)
     with_graph, cells = captions_with_graph(config), sizes.grid_size**2
-    image = cells * sizes.most_tiles + TEXT_TOKENS
+    image = cells * sizes.most_tiles * target_frames(config) + TEXT_TOKENS
     text, turns = TEXT_TOKENS + config.loop.max_new_tokens, data.regions_per_image * (1 + with_graph)
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
     return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
+
+
+def target_frames(config: Config) -> int:
+    """Return the frames that step 2 reads and segments of an image: more than one of a clip."""
+    return config.data.sav_frames - 1 if config.data.sav_dir is not None else 1
 
 
 def captions_written(config: Config) -> int:

@@ -99,13 +99,13 @@ class PhaseTimer:
 def step_metrics(packed: PackedBatch, mask_logits: torch.Tensor) -> dict[str, float]:
     """Return what a micro-batch adds to the records: IoU by where the caption is from, lengths, and counters.
 
-    ``mask_logits``: (N, Q, Q). A key ``x/sum`` goes with ``x/count``.
+    ``mask_logits``: (N, Q, Q), those of later frames of clips behind. A key ``x/sum`` goes with ``x/count``.
     Of everything that step 1 wrote it is counted how often each gate closed on it, and how often it was cut off.
     """
     batch, captions = packed.batch, packed.captions
     rejected = torch.tensor([caption.rejected is not None for caption in captions])
     # A rejected caption is an empty mask, whatever step 2 reads in its place.
-    predicted = (mask_logits > 0) & ~rejected.to(mask_logits.device)[:, None, None]
+    predicted = (mask_logits[: len(captions)] > 0) & ~rejected.to(mask_logits.device)[:, None, None]
     own = torch.arange(batch.num_regions)
     table = own_image_only(iou_table(predicted, batch.binary_targets).cpu(), own, batch.region_image)
     ious, margins = (values.tolist() for values in own_and_margin(table, own))

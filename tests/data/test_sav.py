@@ -10,6 +10,7 @@ import pytest
 
 from dual_loop.data.sav import SavPairs, to_bool_mask, to_uint8_frame
 from dual_loop.errors import ConfigError, SampleError
+from dual_loop.types import RegionSample
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/real_samples/sav/npz"
 RNG = np.random.default_rng(0)
@@ -52,6 +53,30 @@ def test_a_pair_loads_with_both_frames(tmp_path: Path) -> None:
     assert sample.masks.dtype == sample.target_masks.dtype == np.bool_
     assert (sample.region_ids, sample.captions) == (("0",), ((),))
     assert sample.sample_id == source.entry_id(0)
+
+
+def test_a_file_of_several_frames_is_a_clip_where_it_is_asked_for(tmp_path: Path) -> None:
+    third, fourth = np.zeros((8, 10), np.uint8), np.zeros((8, 10), np.uint8)
+    fourth[3:6, 2:7] = 255
+    frame = np.full((8, 10, 3), 7, np.uint8)
+    more = {"frame3": frame, "mask3": third, "frame4": frame + 1, "mask4": fourth, "frame6": frame, "mask6": fourth}
+    make_pair(tmp_path / "data/masklet_data_1.npz", **more)
+    make_pair(tmp_path / "data/masklet_data_2.npz")
+
+    def read(index: int, frames: int) -> RegionSample:
+        return SavPairs(tmp_path / "data", index_dir=tmp_path / "cache", frames=frames).load(index, RNG)
+
+    assert read(0, 2).later_targets == read(0, 3).later_targets == read(1, 4).later_targets == ()
+    for frames in (4, 9):  # frame 3 does not show the object; frame 6 stands behind a gap
+        [(image, masks)] = read(0, frames).later_targets
+        assert np.array_equal(image, frame + 1)
+        assert np.array_equal(masks, fourth[None] > 0)
+    assert np.array_equal(read(0, 4).target_image, read(0, 2).target_image)
+    make_pair(tmp_path / "bad/masklet_data_1.npz", frame3=frame, mask3=fourth[:-1])
+    with pytest.raises(SampleError) as caught:
+        SavPairs(tmp_path / "bad", index_dir=tmp_path / "cache", frames=3).load(0, RNG)
+    assert caught.value.reason == "size_mismatch"
+    assert "mask3" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

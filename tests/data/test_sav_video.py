@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_maker import SIZE, code_of, number_of, true_mask, write_masklets, write_video
+from video_maker import SIZE, code_of, number_of, picture, true_mask, write_masklets, write_video
 
 from dual_loop.config import DataConfig
 from dual_loop.data import sav_video
 from dual_loop.data.dataset_builder import open_source
 from dual_loop.data.sav_video import SavVideos, read_frame, video_times
 from dual_loop.errors import ConfigError, SampleError
+from dual_loop.train_dual_loop import main
 
 pytest.importorskip("av", reason="videos need PyAV")
 FRAMES = 49
@@ -88,6 +89,35 @@ def test_pairs_show_the_object_on_both_frames_at_the_wanted_distance(root, tmp_p
         assert max(first, second) <= FRAMES - 1
     assert len(pairs) > 10
     assert {first < second for first, second in pairs} == {True, False}
+
+
+def test_clips_show_the_object_on_all_frames_inside_the_limits(root, tmp_path):
+    limits = {"masklets": "manual", "min_seconds": 0.5, "max_seconds": 1.0}
+    pairs, clips = opened(root, tmp_path, **limits), opened(root, tmp_path, frames=4, **limits)
+    sizes = set()
+    for seed in range(20):
+        pair, clip = (source.load(0, np.random.default_rng(seed)) for source in (pairs, clips))
+        first, *others = (int(n) for n in clip.sample_id.split("@")[1].split("-"))
+        assert pair.sample_id.endswith(f"@{first}-{others[0]}")
+        assert number_of(clip.image) == first
+        assert np.array_equal(clip.target_image, pair.target_image)
+        frames = [(clip.target_image, clip.target_masks), *clip.later_targets]
+        assert [number_of(image) for image, _ in frames] == others
+        assert len({first, *others}) == len(frames) + 1
+        for number, (_, masks) in zip(others, frames, strict=True):
+            assert 12 <= abs(number - first) <= 24
+            assert np.array_equal(masks[0], true_mask(number))
+        sizes.add(len(frames))
+    assert 3 in sizes
+    short = opened(root, tmp_path, frames=9, masklets="manual", min_seconds=0.5, max_seconds=0.5)
+    assert {len(short.load(0, np.random.default_rng(seed)).later_targets) for seed in range(9)} <= {0, 1}
+
+
+def test_several_objects_of_a_clip_are_seen_on_all_its_frames(root, tmp_path):
+    sample = opened(root, tmp_path, masklets="manual", regions_per_image=3, frames=4).load(1, np.random.default_rng(0))
+    assert sample.masks.shape[0] in (1, 2)
+    assert [masks.shape for _, masks in sample.later_targets] == [(len(sample.masks), *SIZE)] * 2
+    assert all(masks.any((1, 2)).all() for _, masks in sample.later_targets)
 
 
 def test_the_same_generator_gives_the_same_pair(root, tmp_path):
@@ -186,3 +216,26 @@ def test_the_release_files_are_understood(tmp_path):
         assert len(visible) == len(codes[0])
         areas = [sav_video.area_share(frame[0], "x") > 0 for frame in codes]
         assert visible[0] == sum(areas)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("form", ["pairs", "videos"])
+def test_a_clip_of_four_frames_trains(tmp_path, form, precision):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    if form == "videos":
+        write_video(folder / "sav_000001.mp4", FRAMES)
+        write_masklets(folder / "sav_000001_manual.json", 13)
+    else:
+        arrays = {f"frame{number}": picture(9 * number) for number in range(1, 5)}
+        arrays |= {f"mask{number}": true_mask(9 * number) for number in range(1, 5)}
+        np.savez(folder / "masklet_data_1.npz", **arrays)
+    arguments = ["--config", "tiny_cpu", "--sav_dir", str(folder), "--sav_format", form, "--sav_frames", "4"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--mixed_precision", precision]
+    arguments += ["--batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "2", "--num_workers", "0"]
+    arguments += ["--max_new_tokens", "4", "--log_interval", "1", "--cfg-options", "loop.max_rejected_fraction=1"]
+    assert main([*arguments, f"data.index_dir={tmp_path / 'index'}", "data.sav_max_seconds=9"]) == 0
+    *_, record = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert record["step"] == 2
+    assert record["mask_loss"] > 0
+    assert record["grad_norm"] > 0
