@@ -22,7 +22,8 @@ class Protocol:
         seg: ``forced`` gives the answer with [SEG], so a mask is never missing; ``generated`` lets the model write it,
             and an answer without [SEG] counts as an empty mask.
         join: of several masks in one answer, ``union`` or the ``first``.
-        text: expressions ``as_is``, or ``lower_strip``: lower case, without white space and a final full stop.
+        text: expressions ``as_is``, which the question reads in lower case without a final full stop, or
+            ``lower_strip``: also without white space around them and further stops.
         polygons: true masks of several polygons are their ``union``; ``summed`` repeats the way of code that adds the
             polygons and then encodes the sum: where two overlap, the run-length encoder flips inside and outside.
         question: name of the question (``model.prompts.SEGMENT_QUESTIONS``).

@@ -161,9 +161,13 @@ class Prompter:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def find_marker(self, text: str) -> str | None:
-        """Return the first image or region marker or turn delimiter inside ``text``, None where there is none."""
+        """Return the first image or region marker or turn delimiter inside ``text``, None where there is none.
+
+        One that reading in lower case would make of it counts as well.
+        """
         forbidden = (*self.markers, *self.template.stop_texts, "<|user|>", "<|assistant|>", "<|im_start|>")
-        return next((marker for marker in forbidden if marker in text), None)
+        forms = (text, read_expression(text))
+        return next((marker for marker in forbidden if any(marker in form for form in forms)), None)
 
     def image_prefix(self, *num_tiles: int) -> list[int]:
         """Return the ids from the start of the turn to the end of the image: the part that questions share.
@@ -202,12 +206,14 @@ class Prompter:
     def segment_question(self, caption: str, question: str, seed: int = 0, is_first: bool = True) -> list[int]:
         """Return the ids that ask for the mask of ``caption``, after the image prefix or an earlier turn.
 
+        The one place where a text becomes an expression: it goes in as :func:`read_expression` says.
+
         Raises:
             PromptError: the caption holds a special token.
         """
         self._refuse_markers(caption)
         before, after = self.segment_parts
-        text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=caption)
+        text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=read_expression(caption))
         start = "\n" if is_first else before
         return self.encode(f"{start}{text}{after}")
 
@@ -297,6 +303,14 @@ class Prompter:
 def clean_caption(text: str) -> str:
     """Collapse white space and drop quotes and a final full stop, which the question brings itself."""
     return " ".join(text.split()).strip(" \"'").rstrip(".").strip()
+
+
+def read_expression(text: str) -> str:
+    """Return a caption as a segmentation question reads it: in lower case, without a final full stop.
+
+    Sa2VA's training does so with every referring expression, whoever wrote it. Answers that are captions stay as given.
+    """
+    return text.lower().removesuffix(".")
 
 
 def prompt_texts() -> list[str]:

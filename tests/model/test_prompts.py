@@ -7,11 +7,12 @@ import json
 import pytest
 
 from dual_loop.errors import PromptError
+from dual_loop.model.prompts import SEGMENT_QUESTIONS
 
 from small_model import small_model
 
 
-@pytest.mark.parametrize("caption", ["a [SEG] thing", "x</vp>", "stop<|end|>here", "<img>"])
+@pytest.mark.parametrize("caption", ["a [SEG] thing", "x</vp>", "stop<|end|>here", "<img>", "a <VP> car"])
 def test_a_caption_with_a_marker_is_refused(caption):
     _, prompter, _ = small_model()
     with pytest.raises(PromptError, match="special token"):
@@ -40,6 +41,25 @@ def test_prompt_strings_are_those_of_sa2va():
     )
     carried = [i for i in turn.labels if i != -100]
     assert prompter.tokenizer.decode(carried) == "Sure, [SEG].<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("The Red Star.", "the red star"),
+        ("left of Mr. T..", "left of mr. t."),
+        ("ÉTOILE", "étoile"),
+        ("a star", "a star"),
+    ],
+)
+def test_an_expression_is_read_in_lower_case_without_a_final_full_stop(text, read):
+    _, prompter, _ = small_model()
+    for question in ("segment", "respond", "mission"):
+        plain = prompter.encode(f"\n{SEGMENT_QUESTIONS[question].format(caption=read)}<|end|><|assistant|>\n")
+        assert prompter.segment_question(text, question) == plain
+        assert list(prompter.segment_turn(text, question).input_ids[: len(plain)]) == plain
+    answered = [i for i in prompter.caption_turn(2, text, "short").labels if i != -100]
+    assert prompter.decode_caption(answered) == (text, True), "an answer stays as it was written"
 
 
 def test_caption_prompt_equals_the_reference(golden):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
 from typing import cast
 
 import torch
@@ -25,7 +26,7 @@ from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.signals.base import MicroBatch, Signal, predicting_positions, spoken_turns
 from dual_loop.losses import map_chunks
 from dual_loop.model.hardware import send
-from dual_loop.model.prompts import SEGMENT_ANSWERS, SEGMENT_QUESTIONS, Prompter, choose, clean_caption
+from dual_loop.model.prompts import SEGMENT_ANSWERS, SEGMENT_QUESTIONS, Prompter, choose, clean_caption, read_expression
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.types import PackedBatch, RegionTurn, Turn, WrittenCaption
 
@@ -33,6 +34,8 @@ NOISE_DRAW = 1_000_003
 """Number of the draw whose seed gives a straight-through caption its Gumbel noise; no sample has it."""
 SPACE_LETTER = "\u0120"
 """How byte-level vocabularies write a space at the start of a token."""
+LOWER_CASE = str.maketrans(ascii_uppercase, ascii_lowercase)
+"""Letters of byte-level vocabularies alone: other characters stand for bytes."""
 _TINY = 1e-12
 
 
@@ -164,17 +167,25 @@ class GumbelCaptions(Signal):
         chosen = map_chunks(choose, hidden[rows, columns], captioning.targets, captioning.uniform)
         ids, weights = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         table = self.spaced.to(ids.device)
-        read = torch.where(captioning.is_first[:, None], table[ids.clamp_max(len(table) - 1)], ids)
+        known = table[captioning.is_first.long()[:, None], ids.clamp_max(table.shape[1] - 1)]
+        read = torch.where(ids < table.shape[1], known, ids)
         return soft_embeddings(model.mllm.get_input_embeddings().weight.detach(), read, weights)
 
 
 def with_space(prompter: Prompter) -> Tensor:
-    """Return for every token id the id of the same text with a space before it, itself where there is none: (V,)."""
+    """Return the id that step 2 reads in place of every token: (2, V) int64, inside a caption and at its start.
+
+    Inside it is that of the same text in lower case (:func:`~dual_loop.model.prompts.read_expression`), at the start
+    with a space before it as well; where the vocabulary has none, the token itself.
+    """
     vocabulary = prompter.tokenizer.get_vocab()
-    table = list(range(max(vocabulary.values()) + 1))
+    inside = list(range(max(vocabulary.values()) + 1))
+    first = inside.copy()
     for text, token in vocabulary.items():
-        table[token] = vocabulary.get(SPACE_LETTER + text, token)
-    return torch.tensor(table)
+        lower = text.translate(LOWER_CASE)
+        inside[token] = vocabulary.get(lower, token)
+        first[token] = vocabulary.get(SPACE_LETTER + lower, inside[token])
+    return torch.tensor([inside, first])
 
 
 def straight_through_turn(
@@ -194,9 +205,10 @@ def straight_through_turn(
 def straight_through(
     prompter: Prompter, spaced: Tensor, region: int, caption: WrittenCaption
 ) -> StraightThroughCaption | None:
-    """Find the part of generated ids that is the caption; None where step 2 cannot read it as it is.
+    """Find the part of generated ids that is the caption; None where step 2 cannot read it token by token.
 
-    That is so where it holds a special token, and where cleaning changed more than its ends.
+    That is so where it holds a special token, and where cleaning changed more than its ends. ``spaced``: of
+    :func:`with_space`.
     """
     ids = caption.token_ids
     if caption.unreadable is not None:
@@ -211,9 +223,10 @@ def straight_through(
     first = 0
     while clean_caption(text_of(first + 1, last)) == caption.text:
         first += 1
-    if text_of(first, last).strip() != caption.text:
+    read = [int(spaced[int(place == first), ids[place]]) for place in range(first, last)]
+    if prompter.decode_caption(read)[0].strip() != read_expression(caption.text):
         return None
-    return StraightThroughCaption(region, ids, first, last, (int(spaced[ids[first]]), *ids[first + 1 : last]))
+    return StraightThroughCaption(region, ids, first, last, tuple(read))
 
 
 def conditioned_perturbation(logits: Tensor, chosen: Tensor, uniform: Tensor) -> Tensor:

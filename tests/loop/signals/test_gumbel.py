@@ -15,11 +15,13 @@ from dual_loop.loop.signals.gumbel import (
     conditioned_perturbation,
     soft_embeddings,
     straight_through,
+    straight_through_turn,
     straight_through_weights,
     temperature_at,
     with_space,
 )
 from dual_loop.losses import map_chunks
+from dual_loop.model.prompts import clean_caption
 from dual_loop.types import WrittenCaption
 
 from loop_settings import MASK_TERMS, build, captioner_rows, gradients, masks_only, setting
@@ -170,6 +172,19 @@ def test_straight_through_ids_read_as_the_caption():
     assert prompter.decode_caption(list(found.reading_ids))[0] == " red circle"
     other = WrittenCaption("red circle", tuple(prompter.encode("red  circle")), None, False)
     assert straight_through(prompter, with_space(prompter), 0, other) is None
+
+
+@pytest.mark.parametrize("text", ["The RED Circle.", "A star"])
+def test_straight_through_ids_are_read_as_every_expression(text):
+    _, prompter, _ = small_model()
+    table = with_space(prompter)
+    caption = WrittenCaption(clean_caption(text), tuple(prompter.encode(f" {text}<|end|>")), None, False)
+    found = straight_through(prompter, table, 0, caption)
+    assert found is not None
+    turn, _ = straight_through_turn(prompter, found.reading_ids, "segment", "sure", 0)
+    plain = prompter.segment_turn(text, "segment", "sure")
+    assert prompter.tokenizer.decode(turn.input_ids) == prompter.tokenizer.decode(plain.input_ids)
+    assert table[0, prompter.seg_id] == table[1, prompter.seg_id] == prompter.seg_id
 
 
 @pytest.mark.parametrize(("text", "unreadable"), [("red [SEG] circle", "special_token"), ("", "empty")])
