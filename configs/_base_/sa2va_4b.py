@@ -38,3 +38,5 @@ model = dict(
     lora_r=128,
     lora_alpha=256,
 )
+# Room for a detailed caption; most end long before.
+loop = dict(max_new_tokens=128)

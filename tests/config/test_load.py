@@ -76,7 +76,7 @@ def test_options_keep_text_where_the_configuration_converts() -> None:
     assert options == {"train.output_dir": "123", "model.vision.patch_size": [8, 8], "model.vision": {"a": 1}}
 
 
-@pytest.mark.parametrize(("config", "expected"), [("tiny_cpu", ("32", "12")), ("sa2va_4b_full", ("128", "64"))])
+@pytest.mark.parametrize(("config", "expected"), [("tiny_cpu", ("32", "12")), ("sa2va_4b_full", ("128", "128"))])
 def test_help_shows_the_values_of_the_chosen_config(config: str, expected: tuple[str, str]) -> None:
     parser = argparse.ArgumentParser()
     add_training_flags(parser, ["--config", config, "--help"])
