@@ -5,7 +5,7 @@ _base_ = ["tiny_cpu.py"]
 train = dict(
     batch_size=8,
     gradient_accumulation_steps=1,
-    max_steps=450,
+    num_epochs=1,
     learning_rate=4e-4,
     weight_decay=0.01,
     betas=(0.9, 0.98),
@@ -22,6 +22,11 @@ data = dict(
     sa1b_weight=0.25,
     openimage_weight=0.25,
     refcoco_weight=0.25,
+    # One epoch of the generated data (1,900 entries) is 3,600 images: 450 steps of one process.
+    sav_repeats=1.894,
+    sa1b_repeats=1.894,
+    openimage_repeats=1.894,
+    refcoco_repeats=1.894,
     eval_datasets=("refcoco",),
     eval_split="val",
 )

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dual_loop.config import load_config
+from dual_loop.data.shares import SourceShare, compute_quotas
+
 from slurm_stand_in import job, put_stand_ins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +104,16 @@ def test_smoke_run_without_data_says_so_and_uses_the_demo_data(tree: Path) -> No
     assert "--nproc_per_node 2 -m dual_loop.train_dual_loop --config configs/tiny_demo.py" in calls[2]
     for flag in ("--sav_dir", "--sa1b_dir", "--openimage_dir", "--refcoco_dir", "--eval_dir"):
         assert f"{flag} outputs/demo_data" in calls[2]
+
+
+def test_the_embedded_run_is_one_epoch_of_450_steps() -> None:
+    config = load_config(ROOT / "configs/tiny_demo.py")
+    sizes = {"sav": 600, "sa1b": 600, "openimage": 600, "refcoco": 100}
+    about = {n: (getattr(config.data, f"{n}_repeats"), getattr(config.data, f"{n}_weight")) for n in sizes}
+    images = sum(compute_quotas([SourceShare(name, size, *about[name]) for name, size in sizes.items()]))
+    per_epoch = -(-images // config.train.batch_size)
+    steps = config.train.max_steps or per_epoch * config.train.num_epochs
+    assert (steps, -(-steps // per_epoch)) == (450, 1)
 
 
 def test_a_second_embedded_run_replaces_the_first_and_keeps_the_data(tree: Path) -> None:

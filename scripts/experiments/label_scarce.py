@@ -95,6 +95,7 @@ def arm_arguments(arm: str, seed: int, out: Path, steps: int) -> list[str]:
     shares = ("0.375", "0.375", "0.25") if kind == MASKS else ("None", "None", "1.0")
     names = ("sa1b_weight", "openimage_weight", "refcoco_weight")
     options += [f"data.{name}={share}" for name, share in zip(names, shares, strict=True)]
+    options += [f"data.{name}_repeats=1" for name in ("sa1b", "openimage", "refcoco")]
     return [
         *("--config", str(ROOT / "configs" / "tiny_demo.py"), "--device", "cpu", "--max_steps", str(steps)),
         *(*sources, *held_out, "--seed", str(seed), "--output_dir", str(out / f"{arm}_s{seed}"), "--resume", "auto"),
