@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dual_loop.errors import explain
 
@@ -14,6 +14,7 @@ comparable."""
 
 _ALPHA, _BETA, _GAMMA, _STEM_WEIGHT = 0.85, 0.20, 0.60, 0.6
 _BEAM = 32
+_ARTICLES = {"a", "an", "the"}
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
@@ -31,6 +32,15 @@ def caption_exact(caption: str, references: Sequence[str]) -> bool:
     if isinstance(references, str) or not references:
         raise ValueError(explain("captions are needed to compare with", "caption_exact", repr(references), "a list"))
     return normalise_caption(caption) in {normalise_caption(reference) for reference in references}
+
+
+def may_hold(text: str, captions: Iterable[str]) -> bool:
+    """Whether ``text`` may be true where ``captions`` are: it says the same as one of them, or only more, or only less.
+
+    Articles, order and repetition of words do not count. What the captions do not mention is not known.
+    """
+    own, *others = ({*_WORD.findall(one.lower())} - _ARTICLES for one in (text, *captions))
+    return any(own <= other or other <= own for other in others)
 
 
 def distinct_ngrams(texts: Sequence[str], length: int) -> float:

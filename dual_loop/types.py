@@ -293,6 +293,7 @@ class RegionTurn:
         is_caption: asks about the image that is captioned, with the region's prompt; else about the one that is
             segmented.
         continues: belongs to the conversation of the turn before it in its row, which it then sees.
+        is_extra: its [SEG] is none of the regions'; whoever adds the turn reads it.
         row, start: set by ``loop.packing.pack_turns``: its row, and the column of its first id.
     """
 
@@ -300,8 +301,13 @@ class RegionTurn:
     turn: Turn
     is_caption: bool = False
     continues: bool = False
+    is_extra: bool = False
     row: int = -1
     start: int = -1
+
+    def places(self, token: int) -> list[tuple[int, int]]:
+        """Return row and column of each ``token`` of its ids."""
+        return [(self.row, self.start + k) for k, own in enumerate(self.turn.input_ids) if own == token]
 
 
 @dataclass
@@ -321,8 +327,8 @@ class PackedBatch:
         row_tiles: for each row the indices of its tiles among the T of the batch.
         region_tile: (P,) int64, the tile (counted over the rows) of each region prompt, ascending, on the host.
         prompt_masks: (P, G, G) bool, the region prompts in the order in which they stand in the rows, on the host.
-        seg_positions: (2, n) int64, rows and columns of the [SEG] tokens, row by row; those of clips come again behind
-            all others for each later frame.
+        seg_positions: (2, n) int64, rows and columns of the regions' [SEG] tokens, turn by turn; those of clips come
+            again behind all others for each later frame.
         answer_positions: (2, A) int64, rows and columns that predict a token with loss. answer_ids: (A,) that token.
         region_weights: (N,) float32, weight of each region in the mask losses.
         vision: (tiles of the rows, M, D_vision), None where the tower trains and has to run with a graph.

@@ -10,6 +10,7 @@ from dual_loop.caption_metrics import (
     METEOR_VARIANT,
     caption_exact,
     distinct_ngrams,
+    may_hold,
     meteor_exact_stem,
     normalise_caption,
 )
@@ -100,3 +101,19 @@ def test_exact_captions():
         caption_exact("the red circle", [])
     with pytest.raises(ValueError, match="captions are needed"):
         caption_exact("a", "abc")  # a string is a sequence of letters; "a" would be among them
+
+
+@pytest.mark.parametrize(
+    ("text", "caption", "expected"),
+    [
+        ("the blue flag", "a blue flag.", True),
+        ("the flag", "the large blue flag", True),
+        ("the large blue flag", "the flag", True),
+        ("flag, blue", "the blue flag", True),
+        ("the blue flag", "the blue star", False),
+        ("the flags", "the flag", False),
+    ],
+)
+def test_a_caption_may_hold_where_another_does(text: str, caption: str, expected: bool) -> None:
+    assert may_hold(text, ["the red moon", caption]) is expected
+    assert not may_hold(text, [])

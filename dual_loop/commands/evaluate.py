@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from dual_loop.evaluation.runner import SkippedEntry
 
 TASKS = ("referring", "captioning", "loop")
+NO_TARGET = "no_target"
+"""A further task: expressions of other images, which are to give an empty mask."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all three")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=(*TASKS, NO_TARGET), default=list(TASKS), help="default: the first three"
+    )
     text = "masks of an earlier evaluation (regions.jsonl) to be counted again; needs no model"
     parser.add_argument("--predictions", type=Path, metavar="FILE", help=text)
     protocol = parser.add_argument_group("protocol (printed in the result)")

@@ -11,13 +11,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from dual_loop.caption_metrics import distinct_ngrams
+from dual_loop.data.masks import decode_rle
 from dual_loop.evaluation.bootstrap import bootstrap_ratio, paired_bootstrap
 from dual_loop.evaluation.caption_scores import score_captions
 from dual_loop.evaluation.measure import MeasuredRegion
@@ -86,10 +87,9 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def figures_of(regions: Sequence[MeasuredRegion], tasks: Sequence[str]) -> DataFigures:
-    """Return the figures of one data set, for some of the tasks ``referring``, ``captioning``, ``loop``."""
-    makers = {"referring": referring_figures, "captioning": captioning_figures, "loop": loop_figures}
+    """Return the figures of one data set, for some of the tasks in :data:`MAKERS`."""
     found: DataFigures = {"regions": len(regions), "images": len({region.image for region in regions})}
-    return {**found, **{task: makers[task](regions) for task in tasks}}
+    return {**found, **{task: MAKERS[task](regions) for task in tasks}}
 
 
 def referring_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
@@ -150,6 +150,33 @@ def loop_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
     if several:
         found |= {"uniqueness": _figure(margins, company), "picks_own": _figure(margins > 0, company)}
     return found
+
+
+def no_target_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
+    """N_acc: share of expressions without a target that get an empty mask; T_acc: of those with one that do not.
+
+    As in GRES (2306.00968), whose expressions without a target were written for their image; here they are another's.
+    """
+    asked = [(region.image, region.no_target) for region in regions if region.no_target is not None]
+    if not asked:
+        return {"expressions": 0}
+    found: TaskFigures = {
+        "expressions": len(asked),
+        "N_acc": _figure([one.union == 0 for _, one in asked], [image for image, _ in asked]),
+    }
+    sentences = [(region.image, sentence) for region in regions for sentence in region.sentences]
+    if sentences:
+        is_given = [bool(decode_rle(sentence.mask, sentence.text).any()) for _, sentence in sentences]
+        found["T_acc"] = _figure(is_given, [image for image, _ in sentences])
+    return found
+
+
+MAKERS: Mapping[str, Callable[[Sequence[MeasuredRegion]], TaskFigures]] = {
+    "referring": referring_figures,
+    "captioning": captioning_figures,
+    "loop": loop_figures,
+    "no_target": no_target_figures,
+}
 
 
 def _figure(values: npt.ArrayLike, images: Sequence[str], totals: npt.ArrayLike | None = None) -> Figure:

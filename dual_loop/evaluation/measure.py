@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dual_loop.caption_metrics import caption_exact
+from dual_loop.caption_metrics import caption_exact, may_hold
 from dual_loop.config import Config
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
@@ -87,6 +87,7 @@ class MeasuredRegion:
         frozen: what the caption led to with the starting weights as the listener.
         entry: number of the image in its data set.
         independent: what the caption led to with a listener that was trained apart.
+        no_target: what an expression of another image led to; its union is the mask's area, 0 where it is right.
     """
 
     name: str
@@ -102,6 +103,7 @@ class MeasuredRegion:
     frozen: SegmentedCaption | None = None
     entry: int = 0
     independent: SegmentedCaption | None = None
+    no_target: SegmentedSentence | None = None
 
     @property
     def ious(self) -> list[float]:
@@ -135,7 +137,7 @@ class MeasuredRegion:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
-        absent |= {name for name in ("frozen", "independent") if line[name] is None}
+        absent |= {name for name in ("frozen", "independent", "no_target") if line[name] is None}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -145,7 +147,8 @@ class MeasuredRegion:
         """Read what :meth:`to_json` returned."""
         loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", "frozen", "independent") if key in line}
         sentences = [SegmentedSentence(**one) for one in line["sentences"]]
-        return cls(**{**line, **loops, "sentences": sentences})
+        empty = {"no_target": SegmentedSentence(**line["no_target"])} if "no_target" in line else {}
+        return cls(**{**line, **loops, **empty, "sentences": sentences})
 
     def flat(self) -> dict[str, object]:
         """Return the region's numbers, as ``evaluation_before.json`` and ``evaluation_after.json`` hold them."""
@@ -196,7 +199,7 @@ class RegionMeter:
 
     Args:
         protocol: how sentences are asked for.
-        tasks: some of ``referring``, ``captioning``, ``loop``.
+        tasks: some of ``referring``, ``captioning``, ``loop``, ``no_target``.
         frozen_listener, independent_listener: lend other weights to the model (those of the start, those of a model
             that was trained apart); the captions are then segmented with those as well.
     """
@@ -250,6 +253,12 @@ class RegionMeter:
                 for region, own, text, (count, mask) in zip(regions, targets, texts, answers, strict=True):
                     if text is not None:
                         region.sentences.append(_segmented(text, count, mask, own[region.own]))
+            if "no_target" in self.tasks:
+                texts = [text and self.protocol.clean(text) for text in texts_without_target(regions)]
+                answers = self._segment(texts, targets, batch, seen)
+                for region, text, (count, mask) in zip(regions, texts, answers, strict=True):
+                    if text is not None:
+                        region.no_target = _segmented(text, count, mask, np.zeros_like(mask))
         return regions
 
     def _close(
@@ -279,6 +288,23 @@ class RegionMeter:
                 mask = (full > 0).any(0).cpu().numpy()
             answers.append((len(found), mask))
         return answers
+
+
+def texts_without_target(regions: Sequence[MeasuredRegion]) -> list[str | None]:
+    """Return for each region an expression of another image that shows no such thing, None where there is none.
+
+    The images that follow in the list come first, without chance, and the regions of an image are asked for different
+    things as far as possible. An image is known by the expressions of its regions, which are to be all that it shows.
+    """
+    images = list(dict.fromkeys(region.image for region in regions))
+    said = {image: [text for one in regions if one.image == image for text in one.references] for image in images}
+    texts: list[str | None] = []
+    for region in regions:
+        place = images.index(region.image)
+        others = [text for image in (*images[place + 1 :], *images[:place]) for text in said[image]]
+        absent = [text for text in others if region.references and not may_hold(text, said[region.image])]
+        texts.append(absent[region.own % len(absent)] if absent else None)
+    return texts
 
 
 def held_out_source(config: Config) -> RefCoco:

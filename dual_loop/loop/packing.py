@@ -33,7 +33,7 @@ class RowPlan:
 
     Attributes:
         weights: (N,) float32 weight of each region's caption in step 2; to begin with 1, and 0 where it is left out.
-        turns: further captioning turns, packed before all others.
+        turns: further turns, packed before all others.
         segmentation: turns with [SEG] that stand in for the caption's own, by region.
         metrics: sums and counts for the records.
     """
@@ -143,18 +143,7 @@ def pack_turns(
     device, offsets, counts = batch.pixel_values.device, batch.tile_offsets, batch.tiles_per_view
     tiles = [[offsets[view] + tile for view in own for tile in range(counts[view])] for own in views]
     prefixes = [prompter.image_prefix(*(counts[view] for view in own)) for own in views]
-    columns: list[tuple[list[int], list[int], list[int], list[int]]] = []
-    for prefix, own in zip(prefixes, rows, strict=True):
-        count = len(prefix)
-        ids, places, conversations, labels = list(prefix), list(range(count)), [0] * count, [IGNORED] * count
-        for turn in own:
-            turn.start, count = len(ids), len(turn.turn.input_ids)
-            first = places[-1] + 1 if turn.continues else len(prefix)
-            ids += turn.turn.input_ids
-            places += range(first, first + count)
-            conversations += [conversations[-1] + (not turn.continues)] * count
-            labels += turn.turn.labels
-        columns.append((ids, places, conversations, labels))
+    columns = [row_columns(*row) for row in zip(prefixes, rows, strict=True)]
     fills = (prompter.tokenizer.pad_token_id or 0, 0, -1, IGNORED)
     input_ids, position_ids, conversation, label_ids = (
         _right_pad(parts, fill, device) for parts, fill in zip(zip(*columns, strict=True), fills, strict=True)
@@ -163,6 +152,7 @@ def pack_turns(
     # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
     last_tile = [number - 1 for number in accumulate(len(group) for group in tiles)]
     prompted = [(last_tile[row], turn.region) for row, own in enumerate(rows) for turn in own if turn.is_caption]
+    marks = [place for turn in turns if not turn.is_extra for place in turn.places(prompter.seg_id)]
     weights = torch.ones(batch.num_regions) if weights is None else weights
     objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
     return PackedBatch(
@@ -176,7 +166,7 @@ def pack_turns(
         row_tiles=tiles,
         region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long),
         prompt_masks=batch.prompt_masks[[region for _, region in prompted]],
-        seg_positions=send((input_ids == prompter.seg_id).nonzero().T, device),
+        seg_positions=send(torch.tensor(marks, dtype=torch.long).reshape(-1, 2).T, device),
         answer_positions=send(answers, device),
         answer_ids=send(label_ids[answers[0], answers[1] + 1], device),
         region_weights=send(weights, device),
@@ -184,6 +174,22 @@ def pack_turns(
         levels=levels,
         counts={"mask_loss": objects, "dice_loss": objects, "llm_loss": float(answers.shape[1])},
     )
+
+
+def row_columns(
+    prefix: Sequence[int], turns: Sequence[RegionTurn]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return ids, positions, numbers of conversations (0 prefix) and labels of a row; set where its turns start."""
+    count = len(prefix)
+    ids, places, conversations, labels = list(prefix), list(range(count)), [0] * count, [IGNORED] * count
+    for turn in turns:
+        turn.start, count = len(ids), len(turn.turn.input_ids)
+        first = places[-1] + 1 if turn.continues else len(prefix)
+        ids += turn.turn.input_ids
+        places += range(first, first + count)
+        conversations += [conversations[-1] + (not turn.continues)] * count
+        labels += turn.turn.labels
+    return ids, places, conversations, labels
 
 
 def _right_pad(rows: Sequence[list[int]], fill: int, device: torch.device) -> Tensor:

@@ -347,11 +347,11 @@ class Sa2VA(nn.Module):
 
     # ---- segment -----------------------------------------------------------------------------------------------------
 
-    def segment(self, hidden: Tensor, packed: PackedBatch) -> Segmentation:
-        """Segment the n [SEG] of packed rows, each on its image."""
-        rows, columns = packed.seg_positions
+    def segment(self, hidden: Tensor, packed: PackedBatch, positions: Tensor | None = None) -> Segmentation:
+        """Segment the regions' [SEG] of packed rows, or those at ``positions`` (2, n), each on its image."""
+        rows, columns = packed.seg_positions if positions is None else positions
         levels = self.encode_grounding(packed.batch.g_pixel_values) if packed.levels is None else packed.levels
-        images = rows if packed.seg_images is None else packed.seg_images
+        images = rows if positions is not None or packed.seg_images is None else packed.seg_images
         return self.decode_masks(self.seg_embeds(hidden[rows, columns]), levels, images)
 
     def seg_embeds(self, hidden: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ TOGETHER = [
     *("--distill_weight", "0.5", "--caption_reward_weight", "0.1", "--regions_per_image", "3"),
     *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "2", "--contrast_reward_weight", "0.5"),
     *("--align_weight", "0.5", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.1"),
+    *("--no_target_weight", "0.5", "--sav_frames", "3"),
     *("--length_reward_weight", "0.1", "--reward_listener", "average", "--audit_listener", str(TINY_WEIGHTS)),
 ]
 
@@ -44,6 +45,7 @@ def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
         "--distill_weight": "distill_loss",
         "--align_weight": "align_loss",
         "--kl_weight": "kl_loss",
+        "--no_target_weight": "no_target_loss",
         "--caption_reward_weight": "policy_loss",
         "--contrast_reward_weight": "policy_loss",
     }

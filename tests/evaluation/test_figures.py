@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from squares import square
 
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.evaluation.figures import (
     captioning_figures,
     figures_of,
     loop_figures,
     markdown_table,
+    no_target_figures,
     referring_figures,
     summarise,
 )
@@ -41,6 +43,24 @@ def test_empty_and_full(predicted: np.ndarray, target: np.ndarray, iou: float) -
     figures = referring_figures([MeasuredRegion("a#0", "a", sentences=[sentence])])
     assert figures["gIoU"]["value"] == iou
     assert figures["cIoU"]["value"] == iou
+
+
+def test_accuracy_without_a_target() -> None:
+    def one(image: str, area: int, *masks: np.ndarray) -> MeasuredRegion:
+        sentences = [SegmentedSentence("x", 1, 0, 9, encode_rle(mask)) for mask in masks]
+        absent = SegmentedSentence("y", 1, 0, area)
+        return MeasuredRegion(f"{image}#0", image, sentences=sentences, no_target=absent)
+
+    some, nothing = square((0, 0, 2, 2)), square()
+    regions = [one("a", 0, some, nothing), one("b", 7, some), one("c", 0, some), MeasuredRegion("d#0", "d")]
+    figures = no_target_figures(regions)
+    assert figures["expressions"] == 3
+    assert figures["N_acc"]["value"] == pytest.approx(2 / 3)
+    assert figures["T_acc"]["value"] == 0.75
+    assert figures["N_acc"]["ci95_low"] < 2 / 3 < figures["N_acc"]["ci95_high"]
+    assert "T_acc" not in no_target_figures([one("a", 0)])
+    assert no_target_figures(regions[-1:]) == {"expressions": 0}
+    assert "N_acc" in markdown_table({"val": figures_of(regions, ["no_target"])})
 
 
 def test_loop_figures() -> None:

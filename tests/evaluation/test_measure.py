@@ -10,11 +10,12 @@ import pytest
 import torch
 from squares import SIDE, square
 
+from dual_loop.caption_metrics import may_hold
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import SampleError
 from dual_loop.evaluation.figures import cycle_gains, loop_figures, referring_figures, summarise
-from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions
+from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, texts_without_target
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
@@ -56,6 +57,37 @@ def test_a_saved_mask_of_another_size_is_refused() -> None:
     with pytest.raises(SampleError) as caught:
         compare_predictions(sample, "refcoco:val", saved)
     assert caught.value.reason == "size_mismatch"
+
+
+def test_an_expression_without_a_target_is_of_another_image_and_does_not_hold_there() -> None:
+    captions = {"a": ("the red flag", "the blue moon"), "b": ("the flag",), "c": ("the red flag", "the star"), "d": ()}
+    regions = [
+        MeasuredRegion(f"{image}#{n}", image, references=[text] if text else [], own=n)
+        for image, own in captions.items()
+        for n, text in enumerate(own or ("",))
+    ]
+    found = texts_without_target(regions)
+    assert found == ["the star", "the star", "the star", "the blue moon", "the blue moon", None]
+    assert texts_without_target(regions[:2]) == [None, None]
+
+
+@pytest.mark.usefixtures("precision")
+def test_what_is_not_there_is_asked_of_every_region_with_an_expression() -> None:
+    model, prompter, config = small_model()
+    meter = RegionMeter(model, prompter, config, tasks=("no_target",))
+    samples = [*scene_samples(3), *pair_samples(1)]
+    regions = meter.measure(samples, "val")
+    assert [region.no_target is None for region in regions] == [not region.references for region in regions]
+    for region in regions[:-1]:
+        other = region.no_target
+        own = [text for one in regions if one.image == region.image for text in one.references]
+        assert other is not None
+        assert not may_hold(other.text, own)
+        assert (other.intersection, other.union) == (0, decode_rle(other.mask, "x").sum())
+    assert any(region.no_target.union for region in regions[:-1])
+    again = [MeasuredRegion.from_json(json.loads(json.dumps(region.to_json()))) for region in regions]
+    assert [region.no_target for region in again] == [region.no_target for region in regions]
+    assert [region.no_target for region in meter.measure(samples, "val")] == [region.no_target for region in regions]
 
 
 @pytest.mark.usefixtures("precision")

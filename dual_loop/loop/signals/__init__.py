@@ -9,6 +9,7 @@ from dual_loop.loop.signals.base import Signal
 from dual_loop.loop.signals.cycle_filter import CycleFilter
 from dual_loop.loop.signals.distillation import Distillation
 from dual_loop.loop.signals.gumbel import GumbelCaptions
+from dual_loop.loop.signals.no_target import NoTarget
 from dual_loop.loop.signals.policy import CaptionPolicy
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
@@ -38,6 +39,8 @@ def build_signals(
         signals.append(CaptionPolicy(model, prompter, config, estimator, comm, judge))
     if "gumbel" in (*straight_through, estimator):
         signals.append(GumbelCaptions(prompter, config))
+    if loss.no_target_weight > 0:
+        signals.append(NoTarget(prompter, config, comm))
     if loss.align_weight > 0:
         signals.append(Alignment(model, loss))
     if loss.distill_weight > 0:
