@@ -144,7 +144,10 @@ class Evaluator:
             samples = (source.load_all(index) for index in own_part)
             model, prompter = placed.model, placed.prompter
             meter = RegionMeter(
-                model, prompter, run.config, frozen_listener=frozen, independent_listener=self.independent
+                *(model, prompter, run.config),
+                frozen_listener=frozen,
+                independent_listener=self.independent,
+                hears_samples=name == "before",  # what words cost that no training chose: find_flags
             )
             own = meter.measure(samples, run.config.data.eval_split)
             if accelerator.is_main_process:

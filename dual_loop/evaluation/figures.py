@@ -64,13 +64,21 @@ def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
 
 
 def cycle_gains(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, dict[str, float]]:
-    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself."""
+    """Return the gains in cycle gIoU by listener; before training the frozen listener is the model itself.
+
+    Where the start also sampled captions: ``cycle_gIoU_sampled``, what these gain over its greedy ones without any
+    training, and ``frozen_beyond_sampled``, what the frozen listener hears of the trained captions beyond these.
+    """
     images = [result.image for result in before]
     old = [result.cycle_iou for result in before]
     gains = {"cycle_gIoU": paired_bootstrap(old, [result.cycle_iou for result in after], groups=images)}
     frozen = [result.frozen_iou for result in after if result.frozen_iou is not None]
     if len(frozen) == len(old):
         gains["cycle_gIoU_frozen"] = paired_bootstrap(old, frozen, groups=images)
+    drawn = [result.sampled.iou for result in before if result.sampled is not None]
+    if len(drawn) == len(frozen) == len(old):
+        gains["cycle_gIoU_sampled"] = paired_bootstrap(old, drawn, groups=images)
+        gains["frozen_beyond_sampled"] = paired_bootstrap(drawn, frozen, groups=images)
     first, last = _independent(before), _independent(after)
     if len(first) == len(last) == len(old):
         gains["cycle_gIoU_independent"] = paired_bootstrap(first, last, groups=images)

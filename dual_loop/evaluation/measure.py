@@ -42,6 +42,10 @@ Listener = Callable[[], AbstractContextManager[None]]
 """Puts other weights into the model for the length of a ``with`` block (``model.stored_weights.weights``)."""
 
 
+OTHER_LOOPS = ("frozen", "independent", "sampled")
+"""Loops of a region beside the model's own; absent from files where they were not measured."""
+
+
 @dataclass
 class SegmentedSentence:
     """What an expression of a region led to: the masks of the answer, joined, against the region's own, in pixels."""
@@ -88,6 +92,7 @@ class MeasuredRegion:
         entry: number of the image in its data set.
         independent: what the caption led to with a listener that was trained apart.
         no_target: what an expression of another image led to; its union is the mask's area, 0 where it is right.
+        sampled: what a caption led to that the model sampled of the region at temperature 1.
     """
 
     name: str
@@ -104,6 +109,7 @@ class MeasuredRegion:
     entry: int = 0
     independent: SegmentedCaption | None = None
     no_target: SegmentedSentence | None = None
+    sampled: SegmentedCaption | None = None
 
     @property
     def ious(self) -> list[float]:
@@ -137,7 +143,7 @@ class MeasuredRegion:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
-        absent |= {name for name in ("frozen", "independent", "no_target") if line[name] is None}
+        absent |= {name for name in (*OTHER_LOOPS, "no_target") if line[name] is None}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -145,7 +151,7 @@ class MeasuredRegion:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> MeasuredRegion:
         """Read what :meth:`to_json` returned."""
-        loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", "frozen", "independent") if key in line}
+        loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", *OTHER_LOOPS) if key in line}
         sentences = [SegmentedSentence(**one) for one in line["sentences"]]
         empty = {"no_target": SegmentedSentence(**line["no_target"])} if "no_target" in line else {}
         return cls(**{**line, **loops, **empty, "sentences": sentences})
@@ -161,12 +167,14 @@ class MeasuredRegion:
             "union": [float(one.union) for one in self.sentences],
             "cycle_intersection": self.cycle and float(self.cycle.intersection),
             "cycle_union": self.cycle and float(self.cycle.union),
-            "frozen_intersection": self.frozen and float(self.frozen.intersection),
-            "frozen_union": self.frozen and float(self.frozen.union),
-            "independent_intersection": self.independent and float(self.independent.intersection),
-            "independent_union": self.independent and float(self.independent.union),
             "uniqueness": self.uniqueness,
             "frozen_uniqueness": self.frozen_uniqueness,
+            **{
+                f"{name}_{area}": loop and float(getattr(loop, area))
+                for name in OTHER_LOOPS
+                for loop in [getattr(self, name)]
+                for area in ("intersection", "union")
+            },
         }
 
     @classmethod
@@ -176,7 +184,7 @@ class MeasuredRegion:
         areas = zip(values["intersection"], values["union"], strict=True)
         region.sentences = [SegmentedSentence("", 1, *area) for area in areas]
         region.cycle = SegmentedCaption(values["cycle_intersection"], values["cycle_union"])
-        for name in ("frozen", "independent"):
+        for name in OTHER_LOOPS:
             if values.get(f"{name}_union") is not None:
                 setattr(region, name, SegmentedCaption(values[f"{name}_intersection"], values[f"{name}_union"]))
         region.exact, region.uniqueness = values["exact"], values.get("uniqueness")
@@ -202,6 +210,7 @@ class RegionMeter:
         tasks: some of ``referring``, ``captioning``, ``loop``, ``no_target``.
         frozen_listener, independent_listener: lend other weights to the model (those of the start, those of a model
             that was trained apart); the captions are then segmented with those as well.
+        hears_samples: also sample a caption of every region, and segment it.
     """
 
     def __init__(
@@ -214,12 +223,13 @@ class RegionMeter:
         autocast: AbstractContextManager[object] | None = None,
         frozen_listener: Listener | None = None,
         independent_listener: Listener | None = None,
+        hears_samples: bool = False,
     ) -> None:
         self.model, self.config, self.protocol = model, config, protocol
         self.tasks, self.autocast = set(tasks), autocast or nullcontext()
         listeners = {"cycle": nullcontext, "frozen": frozen_listener, "independent": independent_listener}
         self.listeners = {name: one for name, one in listeners.items() if one is not None and "loop" in self.tasks}
-        self.geometry = geometry(config)
+        self.geometry, self.num_samples = geometry(config), int(hears_samples)
         settings = dataclasses.replace(measuring_settings(config.loop), segment_question=protocol.question)
         self.captioner = Captioner(model, prompter, settings, is_silent=True)
         self.scorer = Scorer(model, prompter, settings)
@@ -237,14 +247,21 @@ class RegionMeter:
         with evaluating(self.model), self.autocast:
             seen = self.model.see(batch)
             if self.tasks & {"captioning", "loop"}:
-                [captions] = self.captioner.write([seen], [batch], use_references=False)
+                count = self.num_samples
+                [captions] = self.captioner.write([seen], [batch], use_references=False, num_samples=count)
                 for region, caption in zip(regions, captions, strict=True):
                     assert caption.greedy is not None  # greedy captions were asked for
                     region.caption, region.rejected = caption.greedy.text, caption.rejected
+            texts = [None if region.rejected is not None else region.caption for region in regions]
             for name, listener in self.listeners.items():
                 with listener():
-                    for region, loop in zip(regions, self._close(regions, targets, batch, seen), strict=True):
+                    for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
                         setattr(region, name, loop)
+            if self.num_samples and "loop" in self.tasks:
+                drawn = [caption.samples[0] for caption in captions]
+                texts = [None if one.unreadable is not None else one.text for one in drawn]
+                for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
+                    region.sampled = loop
             sentences = [[self.protocol.clean(text) for text in region.references] for region in regions]
             # Round k asks for the k-th sentence of every region that has one.
             for number in range(max(map(len, sentences), default=0) if "referring" in self.tasks else 0):
@@ -262,10 +279,14 @@ class RegionMeter:
         return regions
 
     def _close(
-        self, regions: Sequence[MeasuredRegion], targets: Sequence[np.ndarray], batch: Batch, seen: Seen
+        self,
+        texts: Sequence[str | None],
+        regions: Sequence[MeasuredRegion],
+        targets: Sequence[np.ndarray],
+        batch: Batch,
+        seen: Seen,
     ) -> list[SegmentedCaption]:
-        """Segment every caption that was not rejected."""
-        texts = [None if region.rejected is not None else region.caption for region in regions]
+        """Segment a caption of every region; None, one that was rejected, is an empty mask."""
         loops = []
         for region, own, (_, mask) in zip(regions, targets, self._segment(texts, targets, batch, seen), strict=True):
             inner, outer = mask_overlap(np.broadcast_to(mask, own.shape), own)

@@ -16,7 +16,7 @@ from dual_loop.caption_metrics import distinct_ngrams
 from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns
-from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.scorer import RegionText, Scorer
 from dual_loop.loop.signals.base import predicting_positions, spoken_turns
 from dual_loop.losses import divergence, map_chunks
 from dual_loop.metrics import iou_table, own_and_margin, ratio
@@ -63,8 +63,10 @@ class CheatingProbe:
         forced), ``seg_emitted`` (share of answers that greedy decoding would write up to [SEG]); ``vocabulary``,
         ``distinct_1``, ``distinct_2`` over ``recent`` captions of all ranks; ``own_preference``, ``frozen_preference``,
         ``independent_preference`` (IoU of today's captions minus that of the captions that the starting weights write
-        of the same regions, by each listener); ``flag/private_code``: the live listener prefers today's captions and
-        the starting one those of the start, both beyond chance.
+        of the same regions, by each listener); ``sampled_preference`` (the same of captions that the starting weights
+        sample instead, by the starting listener: what a change of words costs without training);
+        ``flag/private_code``: the live listener prefers today's captions and the starting one those of the start, both
+        beyond chance, and the latter by more than it prefers these to its samples.
         """
         names = [*_RATIOS, *(f"{who}_cycle_iou" for who in ("own", *self.listeners))]
         sums = dict.fromkeys((f"{name}/{part}" for name in names for part in ("sum", "count")), 0.0)
@@ -74,13 +76,13 @@ class CheatingProbe:
                 self._add_cycle(rows, self.model.segment(hidden, rows), sums, "own")
                 self._add_seg(rows, hidden, sums)
             with weights(self.starting):
-                first = self.captioner.write(seen, [rows.batch for rows in packed])
-            found = {"own": self._prefer(seen, packed, first)}
+                first = self.captioner.write(seen, [rows.batch for rows in packed], num_samples=1)
+            heard = {"own": self._hear(seen, packed, first)}
             for who, listener in self.listeners.items():
                 with weights(listener):
                     for rows in packed:
                         self._add_cycle(rows, self.model.predict(rows), sums, who)
-                    found[who] = self._prefer(seen, packed, first)
+                    heard[who] = self._hear(seen, packed, first)
             for rows, features in zip(packed, seen, strict=True):
                 self._add_divergence(rows, features, sums)
         texts = self.comm.gather(recent)
@@ -89,10 +91,18 @@ class CheatingProbe:
         # The same on every rank: sums over ranks divide out again.
         for name, value in spread.items():
             sums |= {f"{name}/sum": value, f"{name}/count": 1.0}
-        preferences = {k: v for who, own in found.items() for k, v in ratio(f"{who}_preference", own).items()}
-        squares = {f"{who}_preference/squares": sum(value * value for value in own) for who, own in found.items()}
-        total = self.comm.reduce({**preferences, **squares, "ranks": 1.0})
-        is_private = _beyond_chance(total, "own_preference", 1.0) and _beyond_chance(total, "frozen_preference", -1.0)
+        found = {f"{who}_preference": ious[:, 0] - ious[:, 1] for who, ious in heard.items()}
+        found["sampled_preference"] = heard["frozen"][:, 2] - heard["frozen"][:, 1]
+        preferences = {key: value for name, own in found.items() for key, value in ratio(name, own.tolist()).items()}
+        found["beyond_sampled"] = found["frozen_preference"] - found["sampled_preference"]
+        squares = {f"{name}/squares": float(own.square().sum()) for name, own in found.items()}
+        beyond = ratio("beyond_sampled", found["beyond_sampled"].tolist())
+        total = self.comm.reduce({**preferences, **beyond, **squares, "ranks": 1.0})
+        is_private = (
+            _beyond_chance(total, "own_preference", 1.0, LEAST_PREFERENCE)
+            and _beyond_chance(total, "frozen_preference", -1.0, LEAST_PREFERENCE)
+            and _beyond_chance(total, "beyond_sampled", -1.0)
+        )
         # A counter: the ranks' parts add up to 1.
         return {**sums, **preferences, "flag/private_code": 1.0 / total["ranks"] if is_private else 0.0}
 
@@ -136,28 +146,32 @@ class CheatingProbe:
         sums["kl/sum"] += float(torch.stack(map_chunks(total, live, reference, chunk=TOKENS_AT_ONCE)).sum())
         sums["kl/count"] += float(len(row))
 
-    def _prefer(
+    def _hear(
         self, seen: Sequence[Seen], packed: Sequence[PackedBatch], first: Sequence[Sequence[RegionCaption]]
-    ) -> list[float]:
-        """Return for each generated caption its IoU minus that of the starting captioner's of the same region.
+    ) -> Tensor:
+        """Return the IoU (P, 3) of every generated caption, of the start's caption of its region, and of its sample.
 
-        Where both wrote the same it is 0, so the comparison has little noise: it is paired by region.
+        Where two of them are the same text their difference is 0: comparisons are paired by region.
         """
-        found: list[float] = []
+        found = [torch.zeros(0, 3)]
         for features, rows, before in zip(seen, packed, first, strict=True):
-            regions = [n for n, caption in enumerate(rows.captions) if not caption.is_reference]
-            asked = [(n, caption.text) for n in regions for caption in (rows.captions[n], before[n])]
+            asked: list[RegionText] = []
+            for region, caption in enumerate(rows.captions):
+                if not caption.is_reference:
+                    drawn = before[region].samples[0]
+                    texts = (caption.text, before[region].text, drawn.text if drawn.unreadable is None else None)
+                    asked += ((region, text) for text in texts)
             table = self.scorer.score(rows.batch, features, asked)
-            ious, _ = own_and_margin(table, torch.tensor([n for n, _ in asked], dtype=torch.long))
-            found += (ious[0::2] - ious[1::2]).tolist()
-        return found
+            ious, _ = own_and_margin(table, torch.tensor([region for region, _ in asked], dtype=torch.long))
+            found.append(ious.view(-1, 3))
+        return torch.cat(found)
 
 
-def _beyond_chance(total: Mapping[str, float], name: str, sign: float) -> bool:
-    """Tell whether a mean preference has ``sign``, at least 0.02 of size, and twice its standard error."""
+def _beyond_chance(total: Mapping[str, float], name: str, sign: float, least: float = 0.0) -> bool:
+    """Tell whether a mean preference has ``sign``, at least this size, and twice its standard error."""
     count = total[f"{name}/count"]
     if count < 2:
         return False
     mean = sign * total[f"{name}/sum"] / count
     variance = max(total[f"{name}/squares"] / count - mean * mean, 0.0) / (count - 1)
-    return mean >= LEAST_PREFERENCE and mean > 2 * variance**0.5
+    return mean >= least and mean > 2 * variance**0.5

@@ -49,6 +49,21 @@ def test_private_code():
     assert set(cycle_gains(regions(0.5), regions(0.7))) == {"cycle_gIoU"}
 
 
+def test_a_fall_no_larger_than_that_of_captions_which_the_start_samples_is_no_code():
+    """A run that taught masks alone: few captions changed, each for a worse one, as samples of the start are."""
+    before, after = regions(0.5), regions(0.65, 0.5)
+    for number in (0, 4, 9, 14, 19):
+        after[number].frozen = SegmentedCaption(20.0, 100.0)
+    for number, region in enumerate(before):
+        region.sampled = SegmentedCaption(15.0, 100.0) if number in (2, 6, 11, 16, 21) else region.cycle
+    assert cycle_gains(before, after)["cycle_gIoU_frozen"]["mean"] < -0.03
+    assert names(before, after) == []
+    coded = regions(0.65, 0.3)
+    (flag,) = find_flags(before, coded)
+    assert flag.startswith("private_code: ")
+    assert flag.endswith("; captions that the start samples lose 7.5")
+
+
 def test_private_code_needs_more_than_chance():
     before, after = regions(0.5), regions(0.5, 0.4)
     for number, result in enumerate(after):

@@ -17,6 +17,7 @@ from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_prompter, build_tokenizer
 from dual_loop.model.stored_weights import weights
+from dual_loop.types import RegionCaption, WrittenCaption
 
 from loop_settings import build, masks_only, setting, write_ids
 from small_model import scene_samples, small_batch, small_model
@@ -77,20 +78,42 @@ def test_a_listener_that_was_trained_apart_is_heard_beside_the_others():
     assert all(torch.equal(start[name], parameter) for name, parameter in trainable_parameters(model).items())
 
 
+def test_words_that_the_start_would_sample_are_no_code(monkeypatch):
+    """Six of some sixty captions changed; the start's own samples differ as often, and lose as much with the start."""
+    config = setting("none")
+    model, task = build(config)
+    batch = small_batch(config, [*scene_samples(20, source="sa1b", captions=False)])
+    (packed,) = task.prepare([batch])
+    count = batch.num_regions
+
+    def heard_as(changed_by_start: float):
+        def score(batch, seen, texts):
+            """Changed captions please the live weights; they, and samples of the start, lose with the start."""
+            worth = {"same": 0.5, "today": changed_by_start if task.starting.is_lent else 0.9, "sample": 0.1}
+            return torch.tensor([[worth[text]] * count for _, text in texts])
+
+        return score
+
+    written = [WrittenCaption("sample" if n % 10 == 5 else "same", (1,), None, False) for n in range(count)]
+    first = [RegionCaption("same", samples=(one,)) for one in written]
+    monkeypatch.setattr(task.probe.captioner, "write", lambda seen, batches, **options: [first])
+    packed.captions = [RegionCaption("today" if n % 10 == 0 else "same") for n in range(count)]
+    monkeypatch.setattr(task.probe.scorer, "score", heard_as(0.1))
+    seen = [model.see(batch)]
+    assert task.probe.measure(seen, [packed], [])["flag/private_code"] == 0.0
+    packed.captions = [RegionCaption("today" if n % 2 == 0 else "same") for n in range(count)]
+    found = task.probe.measure(seen, [packed], [])
+    assert found["flag/private_code"] == 1.0
+    assert found["frozen_preference/sum"] < found["sampled_preference/sum"] < 0
+
+
 COLOURS = ["red", "green", "blue", "yellow", "purple", "cyan"]
-SHAPES = ["heart", "triangle", "cloud", "cross", "moon", "flag", "star", "umbrella"]
 
 
 def in_code(caption: str) -> str:
-    """Shift every colour and shape by one: fluent, and wrong for whoever does not know."""
-
-    def shifted(word: str) -> str:
-        for words in (COLOURS, SHAPES):
-            if word in words:
-                return words[(words.index(word) + 1) % len(words)]
-        return word
-
-    return " ".join(shifted(word) for word in caption.split())
+    """Shift every colour by one: fluent, and wrong for whoever does not know."""
+    shifted = dict(zip(COLOURS, [*COLOURS[1:], COLOURS[0]], strict=True))
+    return " ".join(shifted.get(word, word) for word in caption.split())
 
 
 @pytest.fixture
