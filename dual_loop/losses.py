@@ -38,7 +38,7 @@ def mask_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     Raises:
         ValueError: the shapes differ.
     """
-    _check_same_shape(logits, targets)
+    check_same_shape(logits, targets)
     logits = full_precision(logits)
     values = F.binary_cross_entropy_with_logits(logits, targets.detach().to(logits.dtype), reduction="none")
     return values.flatten(1).mean(dim=1)
@@ -50,7 +50,7 @@ def dice_loss(logits: torch.Tensor, targets: torch.Tensor, eps: float = 1.0) -> 
     First powers in the denominator (the "naive" dice of Sa2VA), not the squares of V-Net. Arguments, shapes and
     errors as in :func:`mask_cross_entropy`.
     """
-    _check_same_shape(logits, targets)
+    check_same_shape(logits, targets)
     probabilities = full_precision(logits).sigmoid().flatten(1)
     targets = targets.detach().to(probabilities.dtype).flatten(1)
     overlap = (probabilities * targets).sum(dim=1)
@@ -130,7 +130,8 @@ def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _check_same_shape(first: torch.Tensor, second: torch.Tensor) -> None:
+def check_same_shape(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Raise a ValueError where a prediction and its target differ in shape."""
     if first.shape != second.shape:
         seen, expected = tuple(second.shape), tuple(first.shape)
         raise ValueError(explain("prediction and target differ in shape", "", seen, expected))

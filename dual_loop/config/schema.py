@@ -285,11 +285,20 @@ class LossConfig:
         at_least=1,
     )
     distill_weight: float = flag(0.0, "distillation from the weight average", title=SEGMENTER, at_least=0)
-    distill_agreement: float = setting(
-        0.5, "the teacher teaches an object where its mask has at least this IoU", "IOU", **SHARE
+    distill_form: str = flag(
+        "kl",
+        "soft_mask: distill_weight x (mask_weight x cross-entropy + dice_weight x dice) against the teacher's mask",
+        title=SEGMENTER,
+        choices=("kl", "soft_mask"),
+    )
+    distill_agreement: float | None = setting(
+        None,
+        "the teacher teaches an object where its mask has at least this IoU; none: 0.5 with kl, every object else",
+        "IOU",
+        **SHARE,
     )
     distill_confidence: float = setting(
-        0.5, "pixels count where the teacher's |2p - 1| is at least this", "NUMBER", **SHARE
+        0.0, "pixels count where the teacher's |2p - 1| is at least this; 0: all", "NUMBER", **SHARE
     )
     no_target_weight: float = flag(
         0.0, "a data set's caption of another image is to give an empty mask", title=SEGMENTER, at_least=0

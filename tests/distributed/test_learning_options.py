@@ -55,3 +55,20 @@ def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
         assert last[name] is not None, name
     assert ("independent_cycle_iou" in last) == ("--audit_listener" in options)
     assert any(name.startswith("gate/") for name in last["counters"])
+
+
+def test_distillation_in_soft_mask_form_runs_on_masks_and_captions_mixed(demo, tmp_path):
+    """0.5 x (2.0 cross-entropy + 0.5 dice) against the masks of the average."""
+    flags = [
+        *("--config", "configs/tiny_cpu.py", "--device", "cpu", "--num_workers", "0", "--max_steps", "20"),
+        *("--sa1b_dir", str(demo / "sa1b"), "--refcoco_dir", str(demo / "ref_seg"), "--regions_per_image", "2"),
+        *("--output_dir", str(tmp_path / "run"), "--log_interval", "1", "--batch_size", "1"),
+        *("--gradient_accumulation_steps", "1", "--distill_weight", "0.5", "--distill_form", "soft_mask"),
+    ]
+    train(flags, tmp_path, num_processes=2)
+    found = records(tmp_path / "run")
+    assert [record["step"] for record in found] == list(range(1, 21))
+    assert all(count > 0 for count in summary(tmp_path / "run")["sources"].values())
+    for record in found:
+        assert 0 < record["other_losses"]["distill_loss"] < 10
+        assert record["teacher_agrees"] == 1.0, "every object is taught"

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dual_loop.config import LossConfig
 from dual_loop.loop.signals.base import MicroBatch, Signal
-from dual_loop.losses import full_precision, sum_objects
+from dual_loop.losses import check_same_shape, dice_loss, full_precision, mask_cross_entropy, sum_objects
 from dual_loop.metrics import iou_table
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.model.stored_weights import weights
 from dual_loop.types import LossTerm, PackedBatch, Segmentation
+
+KL_AGREEMENT = 0.5
+"""``loss.distill_agreement`` where it is not set, with ``kl``."""
 
 
 @dataclass
@@ -29,12 +31,11 @@ class SoftMasks:
 
 
 class Distillation(Signal):
-    """Draws masks to those of the weight average.
+    """Draws masks to those of the weight average, by ``loss.distill_form``; its average is taken over objects.
 
-    The teacher runs in eval mode without graph and teaches an object only where its own mask agrees with the true one
-    (``loss.distill_agreement``). Differs from mean teachers for unlabelled images in that gate: here every object has a
-    true mask, and the teacher adds what a hard mask does not say, how sure one can be at each pixel.
-
+    The teacher runs in eval mode without graph. With ``kl`` it teaches an object only where its own mask agrees with
+    the true one (``loss.distill_agreement``). Differs from mean teachers for unlabelled images in that gate: here every
+    object has a true mask, and the teacher adds what a hard mask does not say, how sure one can be at each pixel.
     """
 
     name = "distillation"
@@ -44,11 +45,14 @@ class Distillation(Signal):
 
     @torch.no_grad()
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
+        least = self.config.distill_agreement
+        if least is None:
+            least = KL_AGREEMENT if self.config.distill_form == "kl" else 0.0
         with weights(self.average):
             for rows in (micro.rows for micro in window):
                 logits = self.model.predict(rows).mask_logits
                 agreement = iou_table(logits > 0, rows.batch.binary_targets).diagonal()
-                agrees = agreement >= self.config.distill_agreement
+                agrees = agreement >= least
                 factors = agrees.float() * rows.region_weights
                 rows.lessons[self.name] = SoftMasks(logits.float().sigmoid(), factors)
                 rows.counts["distill_loss"] = float(factors.sum())
@@ -56,9 +60,11 @@ class Distillation(Signal):
                 rows.metrics["teacher_agrees/count"] = float(len(agrees))
 
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
-        soft = cast(SoftMasks, packed.lessons[self.name])
-        settings = (soft.weights, self.config.distill_weight, self.config.distill_confidence)
-        return {"distill_loss": distillation_loss(masks.mask_logits, soft.probabilities, *settings)}
+        soft, loss = cast(SoftMasks, packed.lessons[self.name]), self.config
+        given = (masks.mask_logits, soft.probabilities, soft.weights)
+        if loss.distill_form == "soft_mask":
+            return {"distill_loss": soft_mask_loss(*given, loss)}
+        return {"distill_loss": distillation_loss(*given, loss.distill_weight, loss.distill_confidence)}
 
 
 def distillation_loss(
@@ -80,10 +86,32 @@ def distillation_loss(
     Raises:
         ValueError: the shapes differ.
     """
-    logits = full_precision(mask_logits)
-    targets = teacher_probabilities.detach().float().to(logits.dtype)
-    entropy = -(torch.xlogy(targets, targets) + torch.xlogy(1 - targets, 1 - targets))
-    values = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") - entropy
-    is_sure = ((2 * targets - 1).abs() >= confidence).to(logits.dtype)
-    per_object = (values * is_sure).flatten(1).sum(1) / is_sure.flatten(1).sum(1).clamp_min(1.0)
-    return sum_objects(per_object, weight, object_weights)
+    logits, targets, share = _sure_pixels(mask_logits, teacher_probabilities, confidence)
+    entropy = -(torch.xlogy(targets, targets) + torch.xlogy(1 - targets, 1 - targets)).flatten(1).mean(1)
+    return sum_objects((mask_cross_entropy(logits, targets) - entropy) / share, weight, object_weights)
+
+
+def soft_mask_loss(
+    mask_logits: Tensor, teacher_probabilities: Tensor, object_weights: Tensor, loss: LossConfig
+) -> LossTerm:
+    """The mask losses against a teacher's soft masks, ``distill_weight x (mask_weight x CE + dice_weight x dice)``.
+
+    At all pixels, also where the mask losses look at points: the teacher's mask exists on this grid alone, so there is
+    nothing finer to look up, and no draw adds noise. Arguments and errors as in :func:`distillation_loss`.
+    """
+    logits, targets, share = _sure_pixels(mask_logits, teacher_probabilities, loss.distill_confidence)
+    entropy = loss.mask_weight * mask_cross_entropy(logits, targets) / share
+    per_object = entropy + loss.dice_weight * dice_loss(logits, targets)
+    return sum_objects(per_object, loss.distill_weight, object_weights)
+
+
+def _sure_pixels(logits: Tensor, teacher: Tensor, confidence: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits and targets in which an unsure pixel adds nothing to any loss, and the share (N,) of sure ones."""
+    check_same_shape(logits, teacher)
+    logits = full_precision(logits)
+    targets = teacher.detach().to(logits.dtype)
+    is_sure = (2 * targets - 1).abs() >= confidence
+    share = is_sure.to(targets.dtype).flatten(1).mean(1)
+    # Surely no object, as both say.
+    hidden = logits.masked_fill(~is_sure, -1e4), targets.masked_fill(~is_sure, 0.0)
+    return *hidden, share.clamp_min(1 / targets.shape[1:].numel())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dual_loop.config import LossConfig
-from dual_loop.loop.signals.distillation import distillation_loss
+from dual_loop.loop.signals.distillation import distillation_loss, soft_mask_loss
 from dual_loop.loop.task import DualLoopTask
 
 from loop_settings import half_average, masks_only, setting
@@ -74,6 +74,53 @@ def test_the_teacher_stays_in_eval_without_gradient_and_gates_by_agreement(monke
     signal.config = dataclasses.replace(config.loss, distill_agreement=1.0)
     (packed,) = task.prepare([small_batch(config, masks_only())])
     assert packed.counts["distill_loss"] == 0.0
+
+
+def plain_formula(logits, teacher):
+    """0.5 * (2.0 CE + 0.5 dice), the mean over objects, pixel by pixel in float64."""
+    student, teacher = logits.double().sigmoid(), teacher.double()
+    entropy = -(teacher * student.log() + (1 - teacher) * (1 - student).log()).mean((1, 2))
+    overlap = (student * teacher).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / (student.sum((1, 2)) + teacher.sum((1, 2)) + 1)
+    return float((0.5 * (2.0 * entropy + 0.5 * dice)).mean())
+
+
+@pytest.mark.parametrize("num_points", [0, 40])
+def test_soft_mask_is_the_mask_losses_against_the_teachers_soft_mask(num_points):
+    loss = LossConfig(num_points=num_points, distill_weight=0.5, distill_form="soft_mask")
+    config = setting("none", loss)
+    model, prompter, _ = small_model(config)
+    task = DualLoopTask(model, prompter, config, half_average(model))
+    with torch.no_grad():  # away from the average, whose masks then agree with neither the student's nor the true ones
+        for parameter in model.text_hidden_fcs.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    (packed,) = task.prepare([small_batch(config, masks_only())])
+    output = task(packed)
+    term = output.terms["distill_loss"]
+    assert packed.counts["distill_loss"] == float(term.count) == packed.batch.num_regions, "every object is taught"
+    expected = plain_formula(output.masks.mask_logits.detach(), packed.lessons["distillation"].probabilities)
+    assert float(term.mean.detach()) == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.1
+    term.total.backward()
+    assert float(model.text_hidden_fcs[0].weight.grad.abs().max()) > 0
+
+
+def test_soft_mask_weighs_objects_and_leaves_unsure_pixels_out():
+    loss = LossConfig(distill_weight=0.5, distill_form="soft_mask", distill_confidence=0.5)
+    logits = torch.tensor([[[2.0, -1.0, 0.5]], [[1.0, 1.0, 1.0]], [[3.0, 3.0, 3.0]]], requires_grad=True)
+    teacher = torch.tensor([[[0.9, 0.1, 0.6]], [[0.5, 0.4, 0.6]], [[0.9, 0.9, 0.9]]])
+    term = soft_mask_loss(logits, teacher, torch.tensor([1.0, 1.0, 0.0]), loss)
+    assert float(term.count) == 2.0
+    assert float(term.total.detach()) == pytest.approx(plain_formula(logits[:1, :, :2].detach(), teacher[:1, :, :2]))
+    term.total.backward()
+    assert (logits.grad != 0).tolist() == [[[True, True, False]], [[False] * 3], [[False] * 3]]
+
+
+def test_every_pixel_teaches_unless_told_otherwise():
+    assert LossConfig().distill_confidence == 0.0
+    logits = torch.zeros(1, 1, 2, requires_grad=True)
+    distillation_loss(logits, torch.tensor([[[0.99, 0.6]]]), torch.ones(1)).total.backward()
+    assert (logits.grad != 0).all()
 
 
 def test_distillation_without_an_average_is_refused():
