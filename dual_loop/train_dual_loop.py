@@ -31,6 +31,7 @@ from dual_loop.drawing import Panel, save_panels
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, plain_figures
 from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, held_out_source
+from dual_loop.evaluation.vague_references import captioned_samples, heard_regions, warn_of_vague_references
 from dual_loop.iteration import evenly_spread
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.stored_weights import weights
@@ -77,6 +78,7 @@ def train(config: Config) -> FitResult:
         ready = wire(run, placed, stream)
         trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
         before = evaluator.before(trainer.progress.step)
+        evaluator.look_at_references(trainer)
         result = trainer.fit()
         after = evaluator.after(trainer) if result.stopped_by is None else None
         totals, found = trainer.totals(), evaluation_summary(before, after)
@@ -133,6 +135,21 @@ class Evaluator:
             return None
         with nullcontext() if self.run.config.train.eval_weights == "live" else weights(trainer.ema):
             return self._measure("after", self.frozen)
+
+    def look_at_references(self, trainer: Trainer) -> None:
+        """Warn, before the first step, where step 1 is to learn from references vaguer than what it writes."""
+        run, placed, accelerator = self.run, self.placed, self.run.accelerator
+        if trainer.progress.step or not run.config.loop.caption_supervision:
+            return
+        place = (run.config.data.regions_per_image, accelerator.process_index, accelerator.num_processes)
+        rng = capture_rng()
+        with accelerator.autocast(), placed.gathered or nullcontext():
+            meter = RegionMeter(placed.model, placed.prompter, run.config, tasks=("referring", "loop"))
+            own = heard_regions(meter.measure(captioned_samples(trainer.data.dataset.sources, *place), "train"))
+        restore_rng(rng)
+        parts = gather_objects(accelerator, own)
+        if warning := warn_of_vague_references([region for part in parts for region in part]):
+            run.report(warning)
 
     def _measure(self, name: str, frozen: Listener | None) -> list[MeasuredRegion]:
         run, placed, accelerator = self.run, self.placed, self.run.accelerator

@@ -29,6 +29,12 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """The presets: inside an installed package, beside the package in a checkout."""
 
+BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
+"""How a switch may be written."""
+
 Tree = dict[str, Any]
 logger = logging.getLogger(__name__)
 
@@ -150,7 +156,7 @@ def _convert(raw: Any, hint: Any) -> Any:
     if origin is not None and isinstance(raw, Mapping):
         return dict(raw)
     if hint is bool and isinstance(raw, str):
-        raw = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(raw.lower())
+        raw = BOOLEANS.get(raw.lower())
     if isinstance(raw, bool):
         if hint is bool:
             return raw
@@ -235,6 +241,8 @@ def _add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting],
             text, unit = about.doc, about.unit or "|".join(about.choices)
             if config is not None:
                 value = _value(config, key)
+                if isinstance(value, bool):
+                    value = "on" if value else "off"
                 shown = ",".join(value) if isinstance(value, tuple) else "none" if value is None else value
                 text += f" (default: {shown})"
             groups[about.title].add_argument(f"--{about.flag}", metavar=unit, help=text.replace("%", "%%"))

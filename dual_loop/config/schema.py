@@ -198,7 +198,7 @@ class LoopConfig:
     fallback_caption: str = setting("the object", "what step 2 reads in place of a caption that failed")
     max_rejected_fraction: float = setting(0.5, "stop where more captions than this fail", "FRACTION", **SHARE)
     max_rejected_grace: int = setting(50, "captions that are written before max_rejected_fraction counts", "CAPTIONS")
-    caption_supervision: bool = setting(True, "learn from reference captions where there are any")
+    caption_supervision: bool = flag(True, "step 1 learns to write reference captions where there are any", "on|off")
     segment_form: str = flag(
         "branches", "turns: the regions of an image in one conversation", title=SEGMENTER, choices=("branches", "turns")
     )
