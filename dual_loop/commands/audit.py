@@ -22,6 +22,12 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     labels.add_argument("--labels", type=Path, metavar="DIR", help="write what passes as a captioned data set there")
     labels.add_argument("--min_iou", type=float, default=0.7, metavar="IOU", help="least cycle IoU (0.7)")
     labels.add_argument("--min_uniqueness", type=float, default=0.1, metavar="IOU", help="least margin (0.1)")
+    text = "least likelihood of a caption, a token's to the model and --listener (0: none is left out)"
+    labels.add_argument("--likelihood_floor", type=float, default=0.0, metavar="SHARE", help=text)
+    text = "samples of each region; the one that --listener finds likeliest replaces the greedy caption (0)"
+    labels.add_argument("--best_of", type=int, default=0, metavar="NUMBER", help=text)
+    text = "by so much must --listener find it likelier than the greedy caption (0.1)"
+    labels.add_argument("--margin", type=float, default=0.1, metavar="NATS", help=text)
     labels.add_argument("--keep_repeated", action="store_true", help="keep captions that two regions share")
     labels.add_argument("--copy_images", action="store_true", help="copy the images instead of linking to them")
     common.add_measuring_arguments(parser, "audit")
@@ -31,7 +37,13 @@ def _audit(args: argparse.Namespace) -> int:
     if args.labels is not None and args.labels.exists() and any(args.labels.iterdir()):
         seen = "not empty"
         raise ConfigError(explain("pseudo-labels need a new folder", str(args.labels), seen, fix="choose another"))
-    measured = common.measure(args, "audit", PRESETS["dual_loop"], TASKS)
+    if args.best_of > 0 and args.listener is None:
+        what, seen = "captions are chosen by a listener that was trained apart", f"{args.best_of}, and no --listener"
+        raise ConfigError(explain(what, "--best_of", seen, fix="give --listener, or leave --best_of out"))
+    from dual_loop.evaluation.measure import BestOf
+
+    best_of = BestOf(args.best_of, args.margin, args.likelihood_floor)
+    measured = common.measure(args, "audit", PRESETS["dual_loop"], TASKS, best_of)
     if measured is not None:
         _finish(args, measured)
     return 0
@@ -53,6 +65,7 @@ def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
             lambda text: gates.check(text, truncated=False, unreadable=None),  # else it was rejected
             min_iou=args.min_iou,
             min_uniqueness=args.min_uniqueness,
+            min_trust=args.likelihood_floor,
             keep_repeated=args.keep_repeated,
         )
         left_out += reasons
@@ -72,9 +85,13 @@ def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
     if args.labels is not None:
         write_labels(args.labels, measured.data, kept, seed, args.copy_images)
         print(f"{count:,} pseudo-labels in {args.labels / LABELS}; train on them with --masks_dir {args.labels}")
-    limits = {"min_iou": args.min_iou, "min_uniqueness": args.min_uniqueness}
+    names = ("min_iou", "min_uniqueness", "likelihood_floor", "best_of", "margin")
+    limits, replaced = {name: getattr(args, name) for name in names}, sum(one.greedy is not None for one in regions)
     by_reason = dict(sorted(left_out.items()))
-    measured.finish("audit.json", {"thresholds": limits, "figures": figures, "left_out": by_reason})
+    result = {"thresholds": limits, "figures": figures, "replaced": replaced, "left_out": by_reason}
+    measured.finish("audit.json", result)
+    if args.best_of:
+        print(f"{replaced:,} greedy captions replaced by one of {args.best_of} samples")
     print(f"{len(regions):,} regions, {count:,} captions pass; {len(skipped)} entries skipped")
     print("left out: " + (", ".join(f"{reason} {number}" for reason, number in by_reason.items()) or "none"))
     print(f"page: {path}")

@@ -9,7 +9,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from dual_loop.errors import ConfigError, DualLoopError, explain
 if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
     from dual_loop.evaluation.figures import DataFigures
-    from dual_loop.evaluation.measure import MeasuredRegion
+    from dual_loop.evaluation.measure import BestOf, MeasuredRegion
     from dual_loop.evaluation.protocols import Protocol
     from dual_loop.evaluation.runner import MeasuredData, SkippedEntry
 
@@ -161,12 +161,19 @@ class Measured:
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
 
-def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequence[str]) -> Measured | None:
+def measure(
+    args: argparse.Namespace,
+    name: str,
+    protocol: Protocol,
+    tasks: Sequence[str],
+    best_of: BestOf | None = None,
+) -> Measured | None:
     """Load the checkpoint and measure this rank's share of the data; return everything on rank 0, None elsewhere.
 
     Args:
         args: of :func:`add_measuring_arguments`.
         name: of the default output folder (inside the run, else in ``outputs/``) and of the progress bar.
+        best_of: says how likely captions are, and may take better ones.
 
     Raises:
         DualLoopError: the checkpoint, the data or the folder cannot be used.
@@ -207,12 +214,16 @@ def measure(args: argparse.Namespace, name: str, protocol: Protocol, tasks: Sequ
             values = read_listener(args.listener, loaded.model, loaded.prompter, config)
             listener = partial(weights, StoredWeights(trainable_parameters(loaded.model), values))
             header["listener"] = f"{args.listener}: {fingerprint(Path(args.listener))}"
+        if best_of is not None:
+            header["best_of"] = asdict(best_of)
         ranks.compare({**header, "output_dir": folder})
         runner.start(folder, header, is_main)
         accelerator.wait_for_everyone()
         autocast = loaded.autocast()
         meter = RegionMeter(
-            loaded.model, loaded.prompter, config, protocol, tasks, autocast, independent_listener=listener
+            *(loaded.model, loaded.prompter, config, protocol, tasks, autocast),
+            independent_listener=listener,
+            best_of=best_of,
         )
         bar = name if is_main else None
         runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)

@@ -203,10 +203,16 @@ class LoopConfig:
         "branches", "turns: the regions of an image in one conversation", title=SEGMENTER, choices=("branches", "turns")
     )
     cycle_keep: float | None = flag(
-        None, "captions teach with full weight from this cycle IoU on; none: all do", "IOU", title=SEGMENTER, **SHARE
+        None, "captions teach with full weight from this score on; none: all do", "SCORE", title=SEGMENTER, **SHARE
     )
     cycle_drop: float = flag(
-        0.5, "captions up to this cycle IoU teach nothing; linear between the two", "IOU", title=SEGMENTER, **SHARE
+        0.5, "captions up to this score teach nothing; linear between the two", "SCORE", title=SEGMENTER, **SHARE
+    )
+    cycle_score: str = flag(
+        "iou",
+        "what the two compare: cycle IoU, or a token's probability to the captioner and --reward_listener",
+        title=SEGMENTER,
+        choices=("iou", "likelihood"),
     )
 
 

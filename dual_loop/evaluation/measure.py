@@ -6,6 +6,7 @@ A :class:`MeasuredRegion` holds everything that figures are made of, so figures 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dual_loop.caption_metrics import caption_exact, may_hold
 from dual_loop.config import Config
@@ -27,11 +29,12 @@ from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.scorer import Scorer
+from dual_loop.loop.spoken import IOU_NATS, log_likelihoods, trust
 from dual_loop.metrics import iou, mask_overlap
 from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import Batch, RegionSample, Seen
+from dual_loop.types import Batch, RegionCaption, RegionSample, Seen, WrittenCaption
 
 CHUNK = 8
 """Images of a batch, for all that measures: figures then agree to the last bits."""
@@ -93,6 +96,9 @@ class MeasuredRegion:
         independent: what the caption led to with a listener that was trained apart.
         no_target: what an expression of another image led to; its union is the mask's area, 0 where it is right.
         sampled: what a caption led to that the model sampled of the region at temperature 1.
+        trust: ``loop.spoken.trust`` of the caption, by the model and the independent listener, where there is one; None
+            where it was not asked.
+        greedy: the model's own caption, where ``caption`` is a better sample.
     """
 
     name: str
@@ -110,6 +116,8 @@ class MeasuredRegion:
     independent: SegmentedCaption | None = None
     no_target: SegmentedSentence | None = None
     sampled: SegmentedCaption | None = None
+    trust: float | None = None
+    greedy: str | None = None
 
     @property
     def ious(self) -> list[float]:
@@ -143,7 +151,7 @@ class MeasuredRegion:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
-        absent |= {name for name in (*OTHER_LOOPS, "no_target") if line[name] is None}
+        absent |= {name for name in (*OTHER_LOOPS, "no_target", "trust", "greedy") if line[name] is None}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -202,6 +210,35 @@ def blank_regions(sample: RegionSample, data: str) -> list[MeasuredRegion]:
     ]
 
 
+@dataclass(frozen=True)
+class BestOf:
+    """Takes the best of several captions of a region (RAFT, 2304.06767), as a listener that was trained apart finds.
+
+    A sample replaces the greedy caption where the listener, reading both as a captioner, finds it likelier by a margin.
+    Its masks are not asked: by the IoU they lead to, samples that are wrong win over right captions
+    (docs/experiments.md).
+
+    Attributes:
+        samples: drawn of each region at temperature 1; 0 leaves the greedy captions.
+        margin: nats a token by which the listener must find a sample likelier.
+        floor: least probability of a token of a sample, to the captioner and the listener.
+    """
+
+    samples: int = 0
+    margin: float = 0.1
+    floor: float = 0.0
+
+    def choose(self, written: Sequence[WrittenCaption], own: Tensor, heard: Tensor) -> int:
+        """Return which of a region's captions to take, the greedy one being number 0.
+
+        Args:
+            written: R captions. own, heard: (R,) mean log-likelihood of each, by the captioner and by the listener.
+        """
+        fits = (trust(own, heard) >= self.floor) & (heard > heard[0] + self.margin)
+        fits &= torch.tensor([one.gate is None and one.text != written[0].text for one in written])
+        return int(torch.where(fits, heard, -math.inf).argmax()) if bool(fits.any()) else 0
+
+
 class RegionMeter:
     """Captions regions, segments captions and sentences, and compares; :data:`CHUNK` images at a time.
 
@@ -211,6 +248,7 @@ class RegionMeter:
         frozen_listener, independent_listener: lend other weights to the model (those of the start, those of a model
             that was trained apart); the captions are then segmented with those as well.
         hears_samples: also sample a caption of every region, and segment it.
+        best_of: says how far captions can be trusted, and may take a sample in place of a greedy one.
     """
 
     def __init__(
@@ -224,12 +262,14 @@ class RegionMeter:
         frozen_listener: Listener | None = None,
         independent_listener: Listener | None = None,
         hears_samples: bool = False,
+        best_of: BestOf | None = None,
     ) -> None:
         self.model, self.config, self.protocol = model, config, protocol
         self.tasks, self.autocast = set(tasks), autocast or nullcontext()
         listeners = {"cycle": nullcontext, "frozen": frozen_listener, "independent": independent_listener}
         self.listeners = {name: one for name, one in listeners.items() if one is not None and "loop" in self.tasks}
-        self.geometry, self.num_samples = geometry(config), int(hears_samples)
+        self.geometry, self.hears_samples, self.best_of = geometry(config), hears_samples, best_of
+        self.num_samples = max(int(hears_samples), best_of.samples if best_of else 0)
         settings = dataclasses.replace(measuring_settings(config.loop), segment_question=protocol.question)
         self.captioner = Captioner(model, prompter, settings, is_silent=True)
         self.scorer = Scorer(model, prompter, settings)
@@ -252,12 +292,17 @@ class RegionMeter:
                 for region, caption in zip(regions, captions, strict=True):
                     assert caption.greedy is not None  # greedy captions were asked for
                     region.caption, region.rejected = caption.greedy.text, caption.rejected
+                if self.best_of is not None:
+                    self._take_best(self.best_of, regions, captions, batch, seen)
             texts = [None if region.rejected is not None else region.caption for region in regions]
             for name, listener in self.listeners.items():
                 with listener():
                     for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
                         setattr(region, name, loop)
-            if self.num_samples and "loop" in self.tasks:
+            for region in regions:
+                if region.trust is not None and region.independent is not None:
+                    region.trust *= math.exp(-IOU_NATS * (1 - region.independent.iou))
+            if self.hears_samples and "loop" in self.tasks:
                 drawn = [caption.samples[0] for caption in captions]
                 texts = [None if one.unreadable is not None else one.text for one in drawn]
                 for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
@@ -277,6 +322,29 @@ class RegionMeter:
                     if text is not None:
                         region.no_target = _segmented(text, count, mask, np.zeros_like(mask))
         return regions
+
+    def _take_best(
+        self,
+        best_of: BestOf,
+        regions: Sequence[MeasuredRegion],
+        captions: Sequence[RegionCaption],
+        batch: Batch,
+        seen: Seen,
+    ) -> None:
+        """Take a better caption where there is one, and say how far each can be trusted, but for the listener's IoU."""
+        spoken = [(number, one.token_ids) for number, caption in enumerate(captions) for one in caption.written]
+        parts = (self.model, self.captioner.prompter, batch, seen, spoken, self.captioner.config.caption_question)
+        counts = [len(caption.written) for caption in captions]
+        own = heard = log_likelihoods(*parts).split(counts)
+        if "independent" in self.listeners:
+            with self.listeners["independent"]():
+                heard = log_likelihoods(*parts).split(counts)
+        for region, caption, *values in zip(regions, captions, own, heard, strict=True):
+            chosen = best_of.choose(caption.written, *values)
+            region.trust = float(trust(*values)[chosen])
+            if chosen:
+                region.greedy, region.caption = region.caption, caption.written[chosen].text
+                region.rejected = None
 
     def _close(
         self,

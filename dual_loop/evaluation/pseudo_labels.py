@@ -2,12 +2,13 @@
 
 ::
 
-    OUT/labels.jsonl        one object a line: image, segmentation (RLE), caption, id, iou, uniqueness, data
+    OUT/labels.jsonl        one object a line: image, segmentation (RLE), caption, id, iou, uniqueness, data, trust
         labels.parquet      the same as a table, where pyarrow is installed
         images/<data>/...   links to the images (or copies); frames of SA-V pairs are written as PNG
 
 A pseudo-label confirms the model that made it. The thresholds keep what that model can tell apart; look at the page of
-the audit, and at a random sample of what was kept, before training on it.
+the audit, and at a random sample of what was kept, before training on it. Which captions are right is told better by
+how likely they are, most of all to a model that was trained apart, than by their masks (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def choose_labels(
     *,
     min_iou: float = 0.7,
     min_uniqueness: float = 0.1,
+    min_trust: float = 0.0,
     keep_repeated: bool = False,
 ) -> tuple[list[MeasuredRegion], Counter[str]]:
     """Return the regions that are kept, and how many were left out by reason (the first that applies).
@@ -43,6 +45,7 @@ def choose_labels(
     Args:
         gate: says why a caption may not be used (``loop.gates``), None where it may.
         min_uniqueness: least cycle IoU minus the best IoU with another region; regions without company pass.
+        min_trust: least ``MeasuredRegion.trust``, where it was asked.
         keep_repeated: keep captions that two regions of one image share (they do not tell them apart).
     """
     captions = [(region.image, normalise_caption(region.caption)) for region in regions]
@@ -54,6 +57,8 @@ def choose_labels(
             reason = "low_iou"
         if reason is None and region.uniqueness is not None and region.uniqueness < min_uniqueness:
             reason = "ambiguous"
+        if reason is None and region.trust is not None and region.trust < min_trust:
+            reason = "unlikely"
         if reason is None and counts[caption] > 1 and not keep_repeated:
             reason = "same_caption_twice"
         if reason is None:
@@ -101,6 +106,7 @@ def write_labels(
                     "iou": round(region.cycle_iou, 4),
                     "uniqueness": region.uniqueness,
                     "data": one.name,
+                    **({} if region.trust is None else {"trust": round(region.trust, 4)}),
                 }
                 for region, mask in zip(regions, masks, strict=True)
             ]

@@ -17,7 +17,7 @@ from dual_loop.config import LoopConfig
 from dual_loop.loop.captioner import Captioner, measuring_settings
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.scorer import RegionText, Scorer
-from dual_loop.loop.signals.base import predicting_positions, spoken_turns
+from dual_loop.loop.spoken import predicting_positions, spoken_turns
 from dual_loop.losses import divergence, map_chunks
 from dual_loop.metrics import iou_table, own_and_margin, ratio
 from dual_loop.model.adapters import adapters_disabled

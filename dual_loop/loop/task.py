@@ -105,6 +105,8 @@ class DualLoopTask(nn.Module):
                 for micro, texts in zip(window, asked, strict=True):
                     table = self.scorer.score(micro.batch, micro.seen, list(texts))
                     micro.scores = dict(zip(texts, table, strict=True))
+                for signal in self.signals:
+                    signal.listen(window)
         for signal in self.signals:
             signal.plan(window)
         for micro in window:

@@ -32,18 +32,8 @@ def test_audit_ranks_exports_and_trains_on_its_labels(demo: Path, capsys: pytest
     out, labels = demo.parent / "audit", demo.parent / "labels"
     data = ["--data", "sa1b", "sav", "--sa1b_dir", demo / "sa1b", "--sav_dir", demo / "sav"]
     run(
-        "audit",
-        *data,
-        "--output_dir",
-        out,
-        "--labels",
-        labels,
-        "--examples",
-        3,
-        "--device",
-        "cpu",
-        "--listener",
-        TINY_WEIGHTS,
+        *("audit", *data, "--output_dir", out, "--labels", labels, "--examples", 3, "--device", "cpu"),
+        *("--listener", TINY_WEIGHTS, "--best_of", 2, "--margin", 0, "--likelihood_floor", 0.8),
     )
     printed = capsys.readouterr().out
     page = (out / "audit.html").read_text()
@@ -57,7 +47,9 @@ def test_audit_ranks_exports_and_trains_on_its_labels(demo: Path, capsys: pytest
     rows = [json.loads(line) for line in (labels / "labels.jsonl").read_text().splitlines()]
     assert f"{len(rows)} pseudo-labels" in printed
     assert rows
-    assert all(row["iou"] >= 0.7 for row in rows)
+    assert all(row["iou"] >= 0.7 and row["trust"] >= 0.8 for row in rows)
+    assert result["thresholds"]["best_of"] == 2
+    assert f"{result['replaced']} greedy captions replaced by one of 2 samples" in printed
     assert all(row["uniqueness"] is None or row["uniqueness"] >= 0.1 for row in rows)
     source = MasksDir(labels, index_dir=demo.parent / "index", regions_per_image=9)
     samples = [source.load(index, np.random.default_rng(0)) for index in range(len(source))]
@@ -73,6 +65,11 @@ def test_audit_ranks_exports_and_trains_on_its_labels(demo: Path, capsys: pytest
         *("--device", "cpu", "--batch_size", 2),
     )
     assert set(json.loads((trained / "summary.json").read_text())["sources"]) == {"masks"}
+
+
+def test_the_best_of_several_captions_needs_a_listener(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--data", "sa1b", "--sa1b_dir", str(demo / "sa1b"), "--best_of", "4"]) == 2
+    assert "give --listener" in capsys.readouterr().err
 
 
 def test_labels_need_a_new_folder(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ TOGETHER = [
     *("--distill_weight", "0.5", "--caption_reward_weight", "0.1", "--regions_per_image", "3"),
     *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "2", "--contrast_reward_weight", "0.5"),
     *("--align_weight", "0.5", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.1"),
+    *("--cycle_score", "likelihood"),
     *("--no_target_weight", "0.5", "--sav_frames", "3"),
     *("--length_reward_weight", "0.1", "--reward_listener", "average", "--audit_listener", str(TINY_WEIGHTS)),
 ]

@@ -15,12 +15,19 @@ from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
 from dual_loop.errors import SampleError
 from dual_loop.evaluation.figures import cycle_gains, loop_figures, referring_figures, summarise
-from dual_loop.evaluation.measure import MeasuredRegion, RegionMeter, compare_predictions, texts_without_target
+from dual_loop.evaluation.measure import (
+    BestOf,
+    MeasuredRegion,
+    RegionMeter,
+    compare_predictions,
+    texts_without_target,
+)
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
+from dual_loop.loop.gates import CaptionGates
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
-from dual_loop.types import RegionSample
+from dual_loop.types import RegionSample, WrittenCaption
 
 from small_model import pair_samples, scene_samples, small_model
 
@@ -133,6 +140,50 @@ def test_an_independent_listener_hears_the_same_captions_before_and_after() -> N
     assert loop_figures(heard)["cycle_gIoU_independent"]["value"] == pytest.approx(mean)
     assert cycle_gains(heard, heard)["cycle_gIoU_independent"]["mean"] == 0.0
     assert "cycle_gIoU_independent" not in cycle_gains(alone, heard), "the first evaluation had no such listener"
+
+
+GATES = (None, None, "script", None)
+WRITTEN = [WrittenCaption(text, (1, 2), gate, False) for text, gate in zip("abcd", GATES, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("heard", "floor", "chosen"),
+    [
+        ([-1.0, -0.5, -0.1, -0.7], 0.0, 1),  # the likeliest, c is gated
+        ([-1.0, -0.91, -0.1, -0.95], 0.0, 0),  # none by the margin
+        ([-1.0, -0.5, -0.1, -0.7], 0.48, 3),  # b is likelier to the listener, and below the floor in all
+        ([-1.0, -0.5, -0.1, -0.7], 0.9, 0),
+    ],
+)
+def test_the_best_of_several_captions(heard: list[float], floor: float, chosen: int) -> None:
+    own = torch.tensor([-0.1, -1.0, -0.1, -0.7])
+    assert BestOf(3, margin=0.1, floor=floor).choose(WRITTEN, own, torch.tensor(heard)) == chosen
+
+
+@pytest.mark.usefixtures("precision")
+def test_a_sample_that_a_listener_finds_likelier_takes_the_place_of_the_greedy_caption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A random model writes on and on, which the gates refuse.
+    monkeypatch.setattr(CaptionGates, "check", lambda self, text, truncated, unreadable: unreadable)
+    model, prompter, config = small_model()
+    other = {name: 20 * value.detach() for name, value in trainable_parameters(small_model(seed=1)[0]).items()}
+    listener = partial(weights, StoredWeights(trainable_parameters(model), other))
+    samples = [*scene_samples(2), *pair_samples(1)]
+
+    def measured(best_of: BestOf | None) -> list[MeasuredRegion]:
+        meter = RegionMeter(model, prompter, config, independent_listener=listener, best_of=best_of)
+        return meter.measure(samples, "val")
+
+    plain, read, chosen = (measured(one) for one in (None, BestOf(), BestOf(samples=4, margin=0.0)))
+    assert [(r.caption, r.cycle, r.greedy) for r in read] == [(r.caption, r.cycle, None) for r in plain]
+    assert all(0 < r.trust < 1 for r in read)
+    replaced = [(r, before) for r, before in zip(chosen, read, strict=True) if r.greedy is not None]
+    assert replaced
+    for region, before in replaced:
+        assert region.greedy == before.caption != region.caption
+        assert region.trust != before.trust
+        assert MeasuredRegion.from_json(json.loads(json.dumps(region.to_json()))) == region
 
 
 def test_both_evaluations_count_a_rejected_caption_as_an_empty_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,10 @@ def test_the_first_reason_that_applies() -> None:
     kept, left_out = choose_labels(regions, gate)
     assert [one.caption for one in kept] == ["a red star", "alone", "twice"]
     assert left_out == {"empty": 1, "coordinates": 1, "low_iou": 1, "ambiguous": 1, "same_caption_twice": 2}
+    regions[0].trust, regions[5].trust = 0.79, 0.8
+    kept, left_out = choose_labels(regions, gate, min_trust=0.8)
+    assert [one.caption for one in kept] == ["alone", "twice"], "captions that nobody read again pass"
+    assert left_out["unlikely"] == 1
     kept, _ = choose_labels(regions, gate, min_iou=0.5, min_uniqueness=0.0, keep_repeated=True)
     assert len(kept) == 7
 

@@ -34,7 +34,7 @@ def build_signals(
     *straight_through, estimator = caption_gradient(config.policy, config.reward).split("+")
     signals: list[Signal] = []
     if loop.cycle_keep is not None:
-        signals.append(CycleFilter(loop.cycle_keep, loop.cycle_drop))
+        signals.append(CycleFilter(model, prompter, config))
     if estimator in ("scst", "grpo") or config.policy.kl_weight > 0:
         signals.append(CaptionPolicy(model, prompter, config, estimator, comm, judge))
     if "gumbel" in (*straight_through, estimator):

@@ -1,10 +1,10 @@
 """What every option that teaches something is made of, so that the task loops over signals and branches on none.
 
-One optimiser step calls, in this order: :meth:`Signal.asks` (captions to be scored), :meth:`Signal.plan` (turns and
-weights of the rows), :meth:`Signal.lessons` (what the terms need, once rows are packed), and in each micro-batch's
-forward pass :meth:`Signal.edit` and :meth:`Signal.terms`.
+One optimiser step calls, in this order: :meth:`Signal.asks` (captions to be scored), :meth:`Signal.listen` (with the
+listener's weights), :meth:`Signal.plan` (turns and weights of the rows), :meth:`Signal.lessons` (what the terms need,
+once rows are packed), and in each micro-batch's forward pass :meth:`Signal.edit` and :meth:`Signal.terms`.
 
-Those that learn from generated ids read them again in :func:`spoken_turns`.
+Those that learn from generated ids read them again (``loop.spoken``).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from dual_loop.loop.packing import RowPlan, silent
+from dual_loop.loop.packing import RowPlan
 from dual_loop.loop.scorer import RegionText
-from dual_loop.model.prompts import Prompter
+from dual_loop.loop.spoken import predicting_positions as predicting_positions
+from dual_loop.loop.spoken import spoken_turns as spoken_turns
 from dual_loop.model.sa2va import Sa2VA
-from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, RegionTurn, Seen, Segmentation
+from dual_loop.types import Batch, LossTerm, PackedBatch, RegionCaption, Seen, Segmentation
 
 
 @dataclass
@@ -39,6 +39,11 @@ class MicroBatch:
     plan: RowPlan
     scores: dict[RegionText, Tensor] = field(default_factory=dict)
     rows: PackedBatch = field(init=False)
+
+    @property
+    def generated(self) -> list[int]:
+        """The regions whose caption step 1 wrote."""
+        return [region for region, caption in enumerate(self.captions) if not caption.is_reference]
 
 
 class Signal:
@@ -60,6 +65,9 @@ class Signal:
         """Return the texts of a micro-batch whose masks it wants to be compared with the regions."""
         return ()
 
+    def listen(self, window: Sequence[MicroBatch]) -> None:
+        """Look at the captions while the weights of ``reward.listener`` are in the model."""
+
     def plan(self, window: Sequence[MicroBatch]) -> None:
         """Change the plans of all micro-batches before rows are packed; every rank calls this once a step."""
 
@@ -76,32 +84,3 @@ class Signal:
     def terms(self, model: Sa2VA, hidden: Tensor, masks: Segmentation, packed: PackedBatch) -> dict[str, LossTerm]:
         """Return loss terms by name."""
         return {}
-
-
-def spoken_turns(
-    batch: Batch, spoken: Sequence[tuple[int, Sequence[int]]], prompter: Prompter, question: str
-) -> list[RegionTurn]:
-    """Return captioning turns whose answers are generated ids, given as (region, ids), verbatim; nothing carries loss.
-
-    The last id is left out: every id is predicted at the place before its own, and a special token, which can only be
-    the last (``Prompter.answer_length``), would be taken for an image token or a request for a mask.
-    """
-    cells, seeds = batch.prompt_masks.flatten(1).sum(1).tolist(), batch.region_seeds.tolist()
-    turns = []
-    for region, ids in spoken:
-        asked = prompter.caption_question(cells[region], question, seeds[region])
-        turns.append(RegionTurn(region, silent((*asked, *ids[:-1])), is_caption=True))
-    return turns
-
-
-def predicting_positions(turns: Sequence[RegionTurn], spoken: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    """Return rows and columns of the hidden states that predict the generated ids of packed turns: (2, P) int64.
-
-    A turn leaves its last id out, and the state before an id predicts it.
-    """
-    index = [
-        (turn.row, turn.start + len(turn.turn.input_ids) - len(ids) + number)
-        for turn, (_, ids) in zip(turns, spoken, strict=True)
-        for number in range(len(ids))
-    ]
-    return torch.tensor(index, dtype=torch.long).reshape(-1, 2).T
