@@ -294,6 +294,7 @@ class RegionTurn:
             segmented.
         continues: belongs to the conversation of the turn before it in its row, which it then sees.
         is_extra: its [SEG] is none of the regions'; whoever adds the turn reads it.
+        prompt: (G, G) bool on the host, a region prompt in place of the region's own.
         row, start: set by ``loop.packing.pack_turns``: its row, and the column of its first id.
     """
 
@@ -302,6 +303,7 @@ class RegionTurn:
     is_caption: bool = False
     continues: bool = False
     is_extra: bool = False
+    prompt: torch.Tensor | None = None
     row: int = -1
     start: int = -1
 

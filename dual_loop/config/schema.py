@@ -309,6 +309,9 @@ class LossConfig:
     no_target_weight: float = flag(
         0.0, "a data set's caption of another image is to give an empty mask", title=SEGMENTER, at_least=0
     )
+    recaption_weight: float = flag(
+        0.0, "a data set's caption again, for the mask that it led to as the region", title=CAPTIONER, at_least=0
+    )
     align_weight: float = flag(0.0, "[SEG] embedding to SAM 2's own prompt of the mask", title=SEGMENTER, at_least=0)
     align_through: str = flag(
         "all", "projection: the alignment changes text_hidden_fcs alone", title=SEGMENTER, choices=("all", "projection")

@@ -151,7 +151,8 @@ def pack_turns(
     answers = (label_ids[:, 1:] != IGNORED).nonzero().T
     # A region prompt refers to the last tile of its row: the thumbnail, or the only tile.
     last_tile = [number - 1 for number in accumulate(len(group) for group in tiles)]
-    prompted = [(last_tile[row], turn.region) for row, own in enumerate(rows) for turn in own if turn.is_caption]
+    prompted = [turn for own in rows for turn in own if turn.is_caption]
+    prompts = [batch.prompt_masks[turn.region] if turn.prompt is None else turn.prompt for turn in prompted]
     marks = [place for turn in turns if not turn.is_extra for place in turn.places(prompter.seg_id)]
     weights = torch.ones(batch.num_regions) if weights is None else weights
     objects, flat_tiles = float(weights.sum()), [tile for group in tiles for tile in group]
@@ -164,8 +165,8 @@ def pack_turns(
         row_lengths=[len(ids) for ids, *_ in columns],
         read_from=max(0, min(len(prefix) for prefix in prefixes) - 1),
         row_tiles=tiles,
-        region_tile=torch.tensor([tile for tile, _ in prompted], dtype=torch.long),
-        prompt_masks=batch.prompt_masks[[region for _, region in prompted]],
+        region_tile=torch.tensor([last_tile[turn.row] for turn in prompted], dtype=torch.long),
+        prompt_masks=torch.stack(prompts) if prompts else batch.prompt_masks[:0],
         seg_positions=send(torch.tensor(marks, dtype=torch.long).reshape(-1, 2).T, device),
         answer_positions=send(answers, device),
         answer_ids=send(label_ids[answers[0], answers[1] + 1], device),

@@ -22,7 +22,7 @@ TOGETHER = [
     *("--caption_gradient", "gumbel+grpo", "--captions_per_region", "2", "--contrast_reward_weight", "0.5"),
     *("--align_weight", "0.5", "--kl_weight", "0.01", "--cycle_keep", "0.8", "--cycle_drop", "0.1"),
     *("--cycle_score", "likelihood"),
-    *("--no_target_weight", "0.5", "--sav_frames", "3"),
+    *("--no_target_weight", "0.5", "--recaption_weight", "0.5", "--sav_frames", "3"),
     *("--length_reward_weight", "0.1", "--reward_listener", "average", "--audit_listener", str(TINY_WEIGHTS)),
 ]
 
@@ -46,6 +46,7 @@ def test_six_steps_on_two_ranks(real_samples, tmp_path, options):
         "--distill_weight": "distill_loss",
         "--align_weight": "align_loss",
         "--kl_weight": "kl_loss",
+        "--recaption_weight": "recaption_loss",
         "--no_target_weight": "no_target_loss",
         "--caption_reward_weight": "policy_loss",
         "--contrast_reward_weight": "policy_loss",

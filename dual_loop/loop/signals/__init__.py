@@ -11,6 +11,7 @@ from dual_loop.loop.signals.distillation import Distillation
 from dual_loop.loop.signals.gumbel import GumbelCaptions
 from dual_loop.loop.signals.no_target import NoTarget
 from dual_loop.loop.signals.policy import CaptionPolicy
+from dual_loop.loop.signals.recaption import Recaption
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA
@@ -41,6 +42,8 @@ def build_signals(
         signals.append(GumbelCaptions(prompter, config))
     if loss.no_target_weight > 0:
         signals.append(NoTarget(prompter, config, comm))
+    if loss.recaption_weight > 0:
+        signals.append(Recaption(model, prompter, config))
     if loss.align_weight > 0:
         signals.append(Alignment(model, loss))
     if loss.distill_weight > 0:
