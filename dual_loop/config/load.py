@@ -21,7 +21,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_loop.config.schema import REMOVED, RENAMED, SETTINGS, Config, Setting
+from dual_loop.config.retired import REMOVED, RENAMED
+from dual_loop.config.schema import SETTINGS, Config, Setting
 from dual_loop.errors import ConfigError, explain
 
 DEFAULT_CONFIG = "tiny_cpu"
