@@ -273,7 +273,7 @@ def open_measured(
             raise ConfigError(explain("unknown data set", "--data", name, expected))
         if getattr(data, fields[dataset]) is None:
             raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
-        return open_source(dataset, replace(data, sav_frames=2))
+        return open_source(dataset, replace(data, sav_frames=2, region_choice="random"))
 
     wanted = list(names)
     if not wanted and data.eval_dir is not None:

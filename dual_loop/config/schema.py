@@ -158,6 +158,11 @@ class DataConfig:
         choices=("warn", "drop", "error", "off"),
     )
     regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
+    region_choice: str = flag(
+        "random",
+        "regions of an image that are drawn together; hard: those most like the first (class, colour), but for SA-V",
+        choices=("random", "hard"),
+    )
     max_tiles: int = flag(
         1,
         "most tiles that an image is cut into, with a thumbnail of the whole on top (1: not cut; Sa2VA: 12); "

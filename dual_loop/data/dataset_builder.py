@@ -111,7 +111,9 @@ def open_source(name: str, data: DataConfig) -> Reader:
         return _open_sav(path, data)
     reader, arguments = READERS[name]
     own = {argument: getattr(data, f"{prefix}_{argument}") for argument in ("max_samples", *arguments)}
-    return reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
+    source = reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
+    source.region_choice = data.region_choice
+    return source
 
 
 def _open_sav(root: str, data: DataConfig) -> Reader:
@@ -174,7 +176,9 @@ def build_dataset(config: Config, geometry: Geometry, sources: Sequence[Reader] 
     """
     readers = guard(build_sources(config.data), config.data) if sources is None else list(sources)
     stream = build_draw_stream(readers, config.data, config.train.seed)
-    return DualLoopDataset(readers, stream, geometry, config.train.seed, config.data.decode_scale)
+    # Colours choose hard regions, and must not depend on the scale: panels read samples again in full.
+    scale = "full" if config.data.region_choice == "hard" else config.data.decode_scale
+    return DualLoopDataset(readers, stream, geometry, config.train.seed, scale)
 
 
 def build_loader(

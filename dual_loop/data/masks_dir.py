@@ -65,6 +65,7 @@ class Region(TypedDict, total=False):
     label: int | None
     segmentation: object
     size: list[int]
+    category_id: int | str
     caption: str | list[str]
     captions: str | list[str]
 
@@ -95,8 +96,8 @@ class MasksDir(Reader):
         folder, self.file = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
-        # The number changes where the arrays do: since 2, places of lines stand among the records.
-        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "version": 2}
+        # The number changes where the arrays do: since 3, records of COCO files have their class.
+        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "version": 3}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
@@ -162,7 +163,9 @@ class MasksDir(Reader):
             found[number] = str(region.get("id", f"at{number}")), _texts(region, where)
             return mask
 
-        drawn, masks = self._draw(rng, stop - start, decode, str(path))
+        is_hard = self.region_choice == "hard"
+        classes = [self._region(row).get("category_id") for row in range(start, stop)] if is_hard else []
+        drawn, masks = self._draw(rng, stop - start, decode, str(path), picture=lambda: picture, classes=classes)
         ids, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
         return self._sample(index, picture, masks, ids, captions)
@@ -320,7 +323,7 @@ def _coco_regions(path: Path) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for item in tree["annotations"]:
             image = images[item["image_id"]]
-            region = {key: item[key] for key in ("segmentation", "caption", "captions") if key in item}
+            region = {key: item[key] for key in ("segmentation", "category_id", "caption", "captions") if key in item}
             region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
             found.setdefault(str(image["file_name"]), []).append(json.dumps(region))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

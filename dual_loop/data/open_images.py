@@ -191,10 +191,12 @@ class OpenImages(Reader):
                 raise SampleError("aspect_mismatch", explain(what, str(path), seen, expected, fix))
             return resize_mask(mask, picture.size)
 
-        drawn, masks = self._draw(rng, len(names), decode, f"{self.csv_path}: {image_id}")
+        ids = [name.rsplit("/", 1)[-1].removesuffix(".png").removeprefix(f"{image_id}_") for name in names]
+        labels = [name.rpartition("_")[0] for name in ids]
+        where = f"{self.csv_path}: {image_id}"
+        drawn, masks = self._draw(rng, len(names), decode, where, picture=lambda: picture, classes=labels)
         assert picture is not None, "a mask was decoded"
-        stems = [names[number].rsplit("/", 1)[-1].removesuffix(".png") for number in drawn]
-        return self._sample(index, picture, masks, [stem.removeprefix(f"{image_id}_") for stem in stems])
+        return self._sample(index, picture, masks, [ids[number] for number in drawn])
 
 
 def _same_aspect(mask: np.ndarray, picture: Picture) -> bool:

@@ -16,6 +16,9 @@ from dual_loop.data.string_table import StringTable
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize, RegionSample
 
+CANDIDATES = 4
+"""Regions that are looked at for each that is kept, under ``data.region_choice = hard``."""
+
 
 class Reader:
     """A data set on disk as an indexed collection of images with regions; a user's own source may extend it.
@@ -41,6 +44,8 @@ class Reader:
 
     title = ""
     layout = ""
+    region_choice = "random"
+    """``data.region_choice``: which regions of an image are drawn together."""
     _names: Sequence[StringTable] = ()
     _rows = np.empty(0, np.int64)
 
@@ -100,16 +105,26 @@ class Reader:
         return self.load(index, rng)
 
     def _draw(
-        self, rng: np.random.Generator, count: int, decode: Callable[[int], np.ndarray], where: str, limits: str = ""
+        self,
+        rng: np.random.Generator,
+        count: int,
+        decode: Callable[[int], np.ndarray],
+        where: str,
+        limits: str = "",
+        picture: Callable[[], Picture | None] = lambda: None,
+        classes: Sequence[object] = (),
     ) -> tuple[list[int], np.ndarray]:
         """Draw regions of an image until ``regions_per_image`` pass the limits on the area.
 
-        Only drawn regions are decoded; one that cannot be decoded makes the whole sample bad.
+        Only drawn regions are decoded; one that cannot be decoded makes the whole sample bad. Under ``region_choice =
+        hard`` the first is drawn as ever, then four times as many as are wanted, those of its class before all others,
+        and the ones that look most like it are kept (:func:`most_alike`).
 
         Args:
             count: regions of the image.
             decode: from the number of a region to its mask (H, W) bool.
             where, limits: for the message: the image, and what a region had to pass before.
+            picture: returns the image, once a mask is decoded. classes: of the regions, where they are known.
 
         Returns:
             the numbers of n regions, n >= 1, and their masks (n, H, W) bool.
@@ -119,19 +134,29 @@ class Reader:
         """
         numbers: list[int] = []
         masks: list[np.ndarray] = []
-        for number in rng.permutation(count).tolist():
+        order, most = rng.permutation(count).tolist(), self.regions_per_image
+        is_hard = self.region_choice == "hard" and most > 1 and count > 0
+        if is_hard:
+            first, most = order[0], most * CANDIDATES
+            classes = classes or [None] * count
+            order.sort(key=lambda number: classes[number] != classes[first])
+        for number in order:
             mask = decode(number)
             area = np.count_nonzero(mask) / mask.size
             if area > 0 and self.min_area <= area <= self.max_area:
                 numbers.append(number)
                 masks.append(mask)
-                if len(numbers) == self.regions_per_image:
+                if len(numbers) == most:
                     break
         if not numbers:
             expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
             fix = f"widen the limits of {self.name}, or let the sample be skipped"
             seen = f"{count} masks, all outside the limits"
             raise SampleError("no_region_left", explain("no region of an image is left", where, seen, expected, fix))
+        image = picture()
+        if is_hard and image is not None:
+            kept = most_alike(masks, image.pixels, [classes[number] for number in numbers])[: self.regions_per_image]
+            numbers, masks = [numbers[place] for place in kept], [masks[place] for place in kept]
         return numbers, np.stack(masks)
 
     def _sample(
@@ -152,6 +177,27 @@ class Reader:
             captions=((),) * len(ids) if captions is None else tuple(captions),
             image_reduction=picture.reduction,
         )
+
+
+def most_alike(masks: Sequence[np.ndarray], image: np.ndarray, classes: Sequence[object]) -> list[int]:
+    """Return the places of n masks, the first one, and then the easier to be taken for it the earlier.
+
+    Parts of it, and what it is a part of, come last (more than half of the smaller mask lies in the other). Of the rest
+    those of its class come first, and then the mean colour decides.
+
+    Args:
+        masks: n of (H, W) bool, none empty. image: (H, W, 3) uint8.
+        classes: n, of any kind.
+    """
+    first, colours = masks[0], [image[mask].mean(0) for mask in masks]
+
+    def strangeness(place: int) -> tuple[bool, bool, float]:
+        overlap = np.count_nonzero(masks[place] & first)
+        is_part = place > 0 and bool(2 * overlap > min(np.count_nonzero(masks[place]), np.count_nonzero(first)))
+        distance = float(np.square(colours[place] - colours[0]).sum())
+        return is_part, classes[place] != classes[0], distance
+
+    return sorted(range(len(masks)), key=strangeness)
 
 
 def read_annotations(file: Path | io.BytesIO, where: str) -> object:

@@ -122,7 +122,8 @@ class RefCoco(Reader):
         def decode(number: int) -> np.ndarray:
             return self._mask(part, image, rows[number], picture.size)
 
-        drawn, masks = self._draw(rng, len(rows), decode, f"{self.root}: {self.entry_id(index)}")
+        where, classes = f"{self.root}: {self.entry_id(index)}", part.classes[rows].tolist()
+        drawn, masks = self._draw(rng, len(rows), decode, where, picture=lambda: picture, classes=classes)
         rows = [rows[number] for number in drawn]
         ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
         return self._sample(index, picture, masks, ids, captions)
@@ -171,10 +172,12 @@ class _DatasetPart:
         self.image_folder = find_part(
             root, images, IMAGE_FOLDER if is_shared else f"{name}/{IMAGE_FOLDER}", what, LAYOUT
         )
-        key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances)}
+        # The number changes where the arrays do: since 2, classes are among them.
+        key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances), "version": 2}
         arrays = load_or_build(index_dir, key, lambda: build_index(refs, instances))
         self.image_ids, self.image_sizes = arrays["image_ids"], arrays["image_sizes"]
         self.ref_ids, self._ref_images, self._ref_splits = arrays["ref_ids"], arrays["ref_images"], arrays["ref_splits"]
+        self.classes = arrays["ref_classes"]
         self._image_files = StringTable.from_arrays(arrays, "image_file")
         self.segmentations = StringTable.from_arrays(arrays, "segmentation")
         self._sentences = StringTable.from_arrays(arrays, "sentence")

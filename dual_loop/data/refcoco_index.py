@@ -83,6 +83,7 @@ def build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
             for image in tree["images"]
         }
         annotations = {int(item["id"]): item["segmentation"] for item in tree["annotations"]}
+        classes = {int(item["id"]): int(item.get("category_id", -1)) for item in tree["annotations"]}
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         expected = "images with id, file_name, height, width; annotations with id, segmentation"
         what = "instances.json is damaged or has another structure"
@@ -103,6 +104,7 @@ def build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
         "image_sizes": np.array([images[i][1:] for i in image_ids], np.int64).reshape(-1, 2),
         "ref_ids": np.array([ref["ref_id"] for ref in refs], np.int64),
         "ref_images": np.array([image_numbers[ref["image_id"]] for ref in refs], np.int64),
+        "ref_classes": np.array([classes[ref["ann_id"]] for ref in refs], np.int64),
         "ref_splits": np.array([splits.index(ref["split"]) for ref in refs], np.int64),
         **StringTable.from_strings(images[i][0] for i in image_ids).to_arrays("image_file"),
         **StringTable.from_strings(splits).to_arrays("split"),

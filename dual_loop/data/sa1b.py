@@ -140,7 +140,7 @@ class Sa1b(Reader):
 
         needs = "".join(f"{key} >= {least:g}, " for key, least in limits)
         where = f"{record}, {len(annotations)} annotations, {len(passing)} of them with high enough scores"
-        drawn, masks = self._draw(rng, len(passing), decode, where, needs)
+        drawn, masks = self._draw(rng, len(passing), decode, where, needs, lambda: picture)
         # The annotations' own ids; where one is missing or used twice, their positions in the file.
         ids = [annotation.get("id") for annotation in annotations]
         is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)

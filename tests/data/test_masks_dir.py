@@ -154,6 +154,32 @@ def test_coco_json(tmp_path: Path) -> None:
         open_all(root)
 
 
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_classes_choose_hard_regions(tmp_path: Path, form: str) -> None:
+    root = tmp_path / "mine"
+    save_image(root / "images/a.jpg")
+    regions = [
+        {
+            "id": number,
+            "image_id": 3,
+            "image": "a.jpg",
+            "segmentation": encode_rle(box(0, 6 * number, 9, 6 * number + 5)),
+        }
+        for number in range(6)
+    ]
+    regions = [{**region, "category_id": number % 3} for number, region in enumerate(regions)]
+    images = [{"id": 3, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}]
+    lines = "\n".join(map(json.dumps, regions))
+    text = json.dumps({"images": images, "annotations": regions}) if form == "json" else lines
+    (root / f"list.{form}").write_text(text)
+    data = {"masks_dir": str(root), "regions_per_image": 2, "index_dir": str(tmp_path / "index")}
+    [random], [hard] = (build_sources(DataConfig(**data, region_choice=choice)) for choice in ("random", "hard"))
+    for seed in range(10):
+        first, other = map(int, hard.load(0, np.random.default_rng(seed)).region_ids)
+        assert (other - first) % 3 == 0
+        assert random.load(0, np.random.default_rng(seed)).region_ids[0] == str(first)
+
+
 def test_limits_pass_over_and_say_when_nothing_is_left(png_root: Path) -> None:
     kept = open_all(png_root, max_area=float(LEFT.mean()))
     assert sorted(kept["many"]) == ["left"]
