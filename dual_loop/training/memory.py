@@ -175,7 +175,7 @@ class MemoryEstimator:
         config, model = self.config, self.model
         train, sizes, regions = config.train, geometry(config), config.data.regions_per_image
         objects, window = train.batch_size * regions, train.batch_size * train.gradient_accumulation_steps
-        frames = target_frames(config)
+        frames, absent = target_frames(config), train.batch_size * (config.loss.no_target_weight > 0)
         tokens = objects * (TEXT_TOKENS + captions_with_graph(config) * config.loop.max_new_tokens)
         vocabulary = int(model.mllm.lm_head.out_features)
         level_values = sum(model.grounding.level_width(k) * (sizes.mask_size // 2**k) ** 2 for k in range(3))
@@ -192,7 +192,7 @@ class MemoryEstimator:
             listeners=trained * len(listener_paths(config)),
             language=0,
             layer_gradients=self.layer.kept,
-            mask_decoder=measure_mask_decoder(model, train.batch_size * frames, objects * frames),
+            mask_decoder=measure_mask_decoder(model, train.batch_size * frames, objects * frames + absent),
             logits=5 * min(tokens, LOGITS_AT_ONCE) * vocabulary * 4,
             losses=6 * objects * frames * sizes.mask_size**2 * 4,
             features=window * (frames * frame + views * sizes.most_tiles * tile) * 4,
@@ -322,6 +322,7 @@ def shape_of_rows(config: Config) -> tuple[int, int]:
     with_graph, cells = captions_with_graph(config), sizes.grid_size**2
     image = cells * sizes.most_tiles * target_frames(config) + TEXT_TOKENS
     text, turns = TEXT_TOKENS + config.loop.max_new_tokens, data.regions_per_image * (1 + with_graph)
+    turns += config.loss.no_target_weight > 0
     # The captions of a frame pair belong to the other frame, which gets a row of its own.
     has_pairs = data.sav_dir is not None and with_graph > 0
     return images * (2 if has_pairs else 1), image + turns * text + with_graph * cells
@@ -341,7 +342,9 @@ def captions_written(config: Config) -> int:
 def captions_with_graph(config: Config) -> int:
     """Return the captions of a region that step 2 reads with graph, besides the one that it segments from."""
     estimator = caption_gradient(config.policy, config.reward)
-    taught = int(config.loop.caption_supervision and config.data.refcoco_dir is not None)
+    taught = (config.loop.caption_supervision + (config.loss.recaption_weight > 0)) * (
+        config.data.refcoco_dir is not None
+    )
     sampled = max(captions_written(config) - 1, int(config.policy.kl_weight > 0))
     return max(sampled + ("gumbel" in estimator), taught)
 

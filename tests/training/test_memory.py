@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dual_loop.accelerate import cpu
 from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
-from dual_loop.model.build import build_model, build_tokenizer
+from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.preflight.dry_run import dry_run
 from dual_loop.training import memory
 from dual_loop.training.devices import share_out_batch
@@ -193,6 +193,22 @@ def test_every_tile_costs_its_pixels_its_features_and_its_tokens() -> None:
     assert estimates[1].features - estimates[0].features == 4 * values
     assert estimates[1].rollout > estimates[0].rollout
     assert shape_of_rows(cut)[1] - shape_of_rows(whole)[1] == 6 * 64
+
+
+def test_frames_and_turns_of_signals_are_counted() -> None:
+    folder = {"data__sav_dir": "clips", "data__refcoco_dir": "captions"}
+    pair, clip = config_of(**folder), config_of(**folder, data__sav_frames=4)
+    (rows, length), cells = shape_of_rows(pair), geometry(pair).grid_size ** 2
+    assert shape_of_rows(clip) == (rows, length + 2 * cells)
+    model = build_model(pair, build_tokenizer(pair.model), device="meta")
+    one, three = (MemoryEstimator(config, model).estimate(0) for config in (pair, clip))
+    assert three.losses == 3 * one.losses
+    assert three.mask_decoder > 2 * one.mask_decoder
+    assert three.features > one.features
+    for name in ("no_target_weight", "recaption_weight"):
+        assert shape_of_rows(config_of(**folder, **{f"loss__{name}": 0.5}))[1] > length
+    absent = config_of(**folder, loss__no_target_weight=0.5)
+    assert MemoryEstimator(absent, model).estimate(0).mask_decoder > one.mask_decoder
 
 
 def test_the_dry_run_prints_the_choice_for_a_stated_memory() -> None:
