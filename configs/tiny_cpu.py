@@ -44,5 +44,5 @@ model = dict(
     lora_dropout=0.0,
     gradient_checkpointing=False,
 )
-loss = dict(num_points=0)
+loss = dict(num_points=4608)
 loop = dict(max_new_tokens=12)

@@ -5,6 +5,8 @@ PointRend (1912.08193), as Mask2Former (2112.01527) and Sa2VA (2501.04001) use i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -79,11 +81,24 @@ def point_sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return sampled[:, 0, 0]
 
 
+def mask_sample(masks: Sequence[torch.Tensor], points: torch.Tensor) -> torch.Tensor:
+    """Read the masks of B images at P points each, as :func:`point_sample` does, without a copy in float32.
+
+    Args:
+        masks: B tensors (n, H, W) bool, whose sizes may differ; N in all. points: (N, P, 2), (x, y) in 0..1.
+
+    Returns:
+        (N, P) float32.
+    """
+    own_points = points.split([len(own) for own in masks])
+    return torch.cat([_gather_bilinear(own, at) for own, at in zip(masks, own_points, strict=True)])
+
+
 def _gather_bilinear(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """:func:`point_sample` by four gathers: the backward pass of grid_sample adds in any order on a GPU."""
     height, width = maps.shape[1:]
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-    total = maps.new_zeros(points.shape[:2])
+    total = points.new_zeros(points.shape[:2])
     for right, down in ((0, 0), (1, 0), (0, 1), (1, 1)):
         column, row = x.floor() + right, y.floor() + down
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)

@@ -87,13 +87,20 @@ class LaterFrame:
 
     Attributes:
         image: 0..B-1, the image whose n regions it shows. view: its tiles, as ``Batch.target_view``.
-        g_pixel_values: (3, S, S) uint8. target_masks: (n, Q, Q), as those of a batch.
+        g_pixel_values: (3, S, S) uint8. target_masks: (n, Q, Q), and full_masks: one of (n, H, W) or none, as those of
+            a batch.
     """
 
     image: int
     view: int
     g_pixel_values: torch.Tensor
     target_masks: torch.Tensor
+    full_masks: list[torch.Tensor]
+
+    def with_pixels(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LaterFrame:
+        """Return the frame with ``function`` of its tensors."""
+        full = [function(own) for own in self.full_masks]
+        return LaterFrame(self.image, self.view, function(self.g_pixel_values), function(self.target_masks), full)
 
 
 @dataclass
@@ -110,6 +117,8 @@ class Batch:
         grid_rescued: (N,) bool, True where pooling alone would have left no cell.
         target_masks: (N, Q, Q) in 0..1, the segmentation-side masks (``data.prepare.resize_targets``): float32, the
             covered part of each cell, or uint8 0/1.
+        full_masks: B tensors (n, H, W) bool, the same masks at their stored size or S, the smaller; none where nobody
+            reads them (``loss.points_from``).
         region_image: (N,) int64, index of the image (0..B-1) of each region, ascending.
         region_seeds: (N,) int64, seed of everything random about a region (points of the mask loss, sampling);
             independent of how the global batch is split over ranks and micro-batches.
@@ -133,6 +142,7 @@ class Batch:
     captions: list[str | None]
     region_names: list[str]
     sources: list[str]
+    full_masks: list[torch.Tensor] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
     later_frames: list[LaterFrame] = field(default_factory=list)
 
@@ -189,6 +199,7 @@ class Batch:
             captions=[self.captions[region] for region in regions],
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
+            full_masks=self.full_masks[start:stop],
             skipped=self.skipped if start == 0 else [],
             later_frames=[
                 replace(frame, image=frame.image - start, view=views.index(frame.view))
@@ -207,11 +218,10 @@ class Batch:
 
     def _with_pixels(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         pixels, grounding, masks = map(function, (self.pixel_values, self.g_pixel_values, self.target_masks))
-        later = [
-            replace(frame, g_pixel_values=function(frame.g_pixel_values), target_masks=function(frame.target_masks))
-            for frame in self.later_frames
-        ]
-        return replace(self, pixel_values=pixels, g_pixel_values=grounding, target_masks=masks, later_frames=later)
+        full = [function(own) for own in self.full_masks]
+        later = [frame.with_pixels(function) for frame in self.later_frames]
+        moved = replace(self, pixel_values=pixels, g_pixel_values=grounding, target_masks=masks)
+        return replace(moved, full_masks=full, later_frames=later)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dual_loop.points import point_sample, sample_points
+from dual_loop.points import mask_sample, point_sample, sample_points
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "sa2va_tiny"
 
@@ -55,6 +55,14 @@ def test_sampled_points_are_the_most_uncertain_then_uniform():
         kept = point_sample(logits[i : i + 1], points[None, i, :30]).abs()[0]
         assert torch.equal(kept, uncertainty.sort().values[:30])
         assert torch.equal(points[i, 30:], everything[120:])
+
+
+@pytest.mark.usefixtures("precision")
+def test_masks_of_any_size_are_read_as_maps_are():
+    masks = [torch.rand(count, *size) > 0.5 for count, size in ((2, (6, 9)), (0, (4, 4)), (1, (31, 17)))]
+    points = torch.rand(3, 50, 2)
+    expected = [point_sample(own.float(), at) for own, at in zip(masks, points.split([2, 0, 1]), strict=True)]
+    torch.testing.assert_close(mask_sample(masks, points), torch.cat(expected))
 
 
 def test_deterministic_reading_gives_the_values_and_the_gradient_of_the_fast_one():

@@ -35,12 +35,14 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     protocol.add_argument("--protocol", default="dual_loop", metavar="NAME", help=", ".join(PRESETS))
     for name, choices in CHOICES.items():
         protocol.add_argument(f"--{name}", metavar="|".join(choices) if len(choices) < 4 else "NAME", default=None)
+    text = "move masks back by the half cell that weights trained with data.target_pooling=nearest move them by"
+    protocol.add_argument("--undo_target_shift", action="store_true", help=text)
     common.add_measuring_arguments(parser, "evaluation")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     """Write ``evaluation.json`` and print the figures, the protocol and what was skipped."""
-    protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in CHOICES})
+    protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in (*CHOICES, "undo_target_shift")})
     tasks = ["referring"] if args.predictions else args.tasks
     if args.predictions:
         measured = _count_again(args, protocol)

@@ -171,7 +171,7 @@ class DataConfig:
         at_least=1,
     )
     target_pooling: str = setting(
-        "nearest",
+        "area",
         "how a mask becomes a target: the covered part of each cell, or its corner as Sa2VA trains, half a cell off",
         choices=("area", "nearest"),
     )
@@ -290,6 +290,11 @@ class LossConfig:
     dice_weight: float = setting(0.5, "weight of the dice loss")
     language_weight: float = setting(1.0, "weight of the language model's cross-entropy")
     num_points: int = setting(12544, "points of a mask that the mask losses look at; 0: all", "POINTS", at_least=0)
+    points_from: str = setting(
+        "full",
+        "where the points read a mask: at its stored size, or in its target, as Sa2VA does",
+        choices=("full", "grid"),
+    )
     oversample_ratio: float = setting(3.0, "times as many points are drawn before the uncertain ones are kept")
     importance_sample_ratio: float = setting(0.75, "part of the points that is kept for being uncertain", "FRACTION")
     num_objects: int | None = setting(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dual_loop.data.images import Picture
-from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid
+from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid, resize_mask
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import Batch, LaterFrame, RegionSample
@@ -39,6 +39,7 @@ class Geometry:
         max_tiles: most tiles that an image is cut into, the thumbnail not counted; 1 is no cutting.
         grid_pooling: ``"area"`` or ``"nearest"``, see :func:`dual_loop.data.masks.pool_mask_to_grid`.
         target_pooling: ``"area"`` or ``"nearest"``, see :func:`resize_targets`.
+        keeps_full_masks: whether batches carry the masks at their stored size too, up to S (``loss.points_from``).
     """
 
     vision_image_size: int
@@ -47,7 +48,8 @@ class Geometry:
     mask_size: int
     max_tiles: int = 1
     grid_pooling: str = "area"
-    target_pooling: str = "nearest"
+    target_pooling: str = "area"
+    keeps_full_masks: bool = False
 
     @property
     def most_tiles(self) -> int:
@@ -128,7 +130,7 @@ def grounding_image(image: np.ndarray | Picture, size: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
 
-def resize_targets(masks: np.ndarray, size: int, pooling: str = "nearest") -> torch.Tensor:
+def resize_targets(masks: np.ndarray, size: int, pooling: str = "area") -> torch.Tensor:
     """Resize (N, H, W) bool to the (N, Q, Q) that a predicted mask is compared with.
 
     ``area`` is the covered part of each cell, float32. ``nearest`` is uint8 0/1 as ``torch.nn.functional.interpolate``
@@ -181,6 +183,8 @@ def prepare_sample(
     shown = [captioned] if sample.target_image is None else [captioned, *(_as_picture(image) for image, _ in targets)]
     views, segmented = [image_to_tiles(image, geometry) for image in shown], range(len(shown))[-len(targets) :]
     grounding = [grounding_image(shown[view], geometry.grounding_size) for view in segmented]
+    full_masks = [_learnable(masks, geometry) for _, masks in targets]
+    of_frames = (segmented, grounding, target_masks, full_masks)
     prompt_masks, grid_rescued = pool_mask_to_grid(sample.masks, geometry.grid_size, mode=geometry.grid_pooling)
     return Batch(
         pixel_values=torch.cat(views),
@@ -191,15 +195,20 @@ def prepare_sample(
         prompt_masks=prompt_masks,
         grid_rescued=grid_rescued,
         target_masks=target_masks[0],
+        full_masks=full_masks[0],
         region_image=torch.zeros(len(names), dtype=torch.int64),
         region_seeds=torch.tensor([region_seed(seed, slot, place) for place in range(len(names))]),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
         region_names=names,
         sources=[sample.source],
-        later_frames=[
-            LaterFrame(0, *frame) for frame in list(zip(segmented, grounding, target_masks, strict=True))[1:]
-        ],
+        later_frames=[LaterFrame(0, *frame) for frame in list(zip(*of_frames, strict=True))[1:]],
     )
+
+
+def _learnable(masks: np.ndarray, geometry: Geometry) -> list[torch.Tensor]:
+    """Return (n, H, W) bool masks where points are read from them, no larger than SAM 2's input; else nothing."""
+    height, width = (min(side, geometry.grounding_size) for side in masks.shape[1:])
+    return [torch.from_numpy(resize_mask(masks, (height, width)))] if geometry.keeps_full_masks else []
 
 
 def collate(batches: Sequence[Batch]) -> Batch:

@@ -373,6 +373,8 @@ class RegionMeter:
             mask = np.zeros((height, width), bool)
             if len(found):
                 chosen = found[:1] if self.protocol.join == "first" else found
+                if self.protocol.undo_target_shift:
+                    chosen = undo_target_shift(chosen.float(), (height, width))
                 full = resize_logits(chosen.float(), (height, width), self.geometry.grounding_size)
                 mask = (full > 0).any(0).cpu().numpy()
             answers.append((len(found), mask))
@@ -437,6 +439,24 @@ def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) 
     """Bring mask logits (N, Q, Q) to (N, H, W) as Sa2VA predicts: bilinear to S x S, then bilinear to the image."""
     full = F.interpolate(logits[:, None], size=(batch_side, batch_side), mode="bilinear", align_corners=False)
     return F.interpolate(full, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def undo_target_shift(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Move mask logits (N, Q, Q) of an image of ``size`` (H, W) to where their targets would not have been moved.
+
+    A target that torch's ``nearest`` took from an (H, W) mask holds at cell i the pixel ``floor(i H / Q)``. The mean
+    distance of these pixels' centres from those of their cells, nearly half a cell, is how far every mask was moved.
+    """
+    cells = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
+    axes = []
+    for length in size:
+        pixels_a_cell = length / len(cells)
+        taken = (cells * pixels_a_cell).floor() + 0.5
+        shift = ((cells + 0.5) * pixels_a_cell - taken).mean() / pixels_a_cell
+        axes.append((cells + 0.5 + shift) * (2.0 / len(cells)) - 1.0)
+    row, column = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([column, row], dim=-1).expand(len(logits), -1, -1, -1)
+    return F.grid_sample(logits[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 def _segmented(text: str, num_masks: int, mask: np.ndarray, target: np.ndarray) -> SegmentedSentence:

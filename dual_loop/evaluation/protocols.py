@@ -28,6 +28,8 @@ class Protocol:
             polygons and then encodes the sum: where two overlap, the run-length encoder flips inside and outside.
         question: name of the question (``model.prompts.SEGMENT_QUESTIONS``).
         max_tiles: most tiles of an image (``data.max_tiles``); None leaves it to the checkpoint's configuration.
+        undo_target_shift: move masks back by the half cell that weights have learnt to move them by whose targets were
+            taken at the corners of cells (``data.target_pooling = nearest``, as Sa2VA trains).
     """
 
     name: str = "dual_loop"
@@ -37,6 +39,7 @@ class Protocol:
     polygons: str = "union"
     question: str = "segment"
     max_tiles: int | None = None
+    undo_target_shift: bool = False
 
     def to_dict(self) -> dict[str, object]:
         """Return the switches with the conventions that have none, as printed in every result."""
@@ -78,7 +81,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def choose_protocol(preset: str, changes: Mapping[str, str | None]) -> Protocol:
+def choose_protocol(preset: str, changes: Mapping[str, str | bool | None]) -> Protocol:
     """Return a preset with some switches changed (None leaves one alone).
 
     Raises:
@@ -89,7 +92,7 @@ def choose_protocol(preset: str, changes: Mapping[str, str | None]) -> Protocol:
     protocol = PRESETS[preset]
     wanted: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     for key, value in wanted.items():
-        if value not in CHOICES[key]:
+        if key in CHOICES and value not in CHOICES[key]:
             raise ConfigError(explain("unknown choice", f"--{key}", value, ", ".join(CHOICES[key])))
     changed = {key: value for key, value in wanted.items() if getattr(protocol, key) != value}
-    return replace(protocol, name=f"{preset}*", **changed) if changed else protocol
+    return replace(protocol, **{**changed, "name": f"{preset}*"}) if changed else protocol

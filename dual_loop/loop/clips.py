@@ -38,6 +38,7 @@ def add_later_frames(packed: PackedBatch, model: Sa2VA) -> None:
         target_masks=torch.cat([batch.target_masks, *(frame.target_masks for frame in frames)]),
         region_image=torch.cat([batch.region_image, batch.num_images + number]),
         region_seeds=torch.cat([batch.region_seeds, (batch.region_seeds[region] + place) % 2**63]),
+        full_masks=[*batch.full_masks, *(masks for frame in frames for masks in frame.full_masks)],
         later_frames=[],
     )
     if packed.levels is not None:

@@ -31,7 +31,7 @@ from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter, prompt_texts
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
-from dual_loop.points import point_sample, sample_points
+from dual_loop.points import mask_sample, point_sample, sample_points
 from dual_loop.types import Batch, LossTerm, PackedBatch, RankComm, RunState, Seen, Segmentation, StepOutput
 
 REMEMBERED_CAPTIONS = 512
@@ -174,7 +174,9 @@ def plain_terms(
     if loss.num_points > 0:
         ratios = (loss.oversample_ratio, loss.importance_sample_ratio)
         points = sample_points(logits, packed.batch.region_seeds, loss.num_points, *ratios)
-        logits, targets = point_sample(logits, points), point_sample(targets, points)
+        logits = point_sample(logits, points)
+        full = packed.batch.full_masks
+        targets = mask_sample(full, points) if full else point_sample(targets, points)
     rows, columns = packed.answer_positions
     language = model.token_loss(hidden[rows, columns], packed.answer_ids) * loss.language_weight
     return {

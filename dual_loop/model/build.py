@@ -85,6 +85,7 @@ def geometry(config: Config) -> Geometry:
         max_tiles=config.data.max_tiles,
         grid_pooling=config.data.grid_pooling,
         target_pooling=config.data.target_pooling,
+        keeps_full_masks=config.loss.points_from == "full" and config.loss.num_points > 0,
     )
 
 

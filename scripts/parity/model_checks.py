@@ -103,7 +103,7 @@ def check_grounding(
 def targets(case: Case) -> Tensor:
     """(N, Q, Q) uint8: the target masks of all samples, by the package's own resize."""
     masks = case.numbered("masks").values()
-    return torch.cat([resize_targets(mask.bool().numpy(), case.geometry.mask_size) for mask in masks])
+    return torch.cat([resize_targets(mask.bool().numpy(), case.geometry.mask_size, "nearest") for mask in masks])
 
 
 def check_object_order(case: Case, model: VideoLLaVASAMModel, report: Report) -> Tensor:

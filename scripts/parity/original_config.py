@@ -347,6 +347,7 @@ def _loss(reader: _Reader) -> LossConfig:
         mask_weight=own.number("loss_mask.loss_weight", default.mask_weight, float),
         dice_weight=own.number("loss_dice.loss_weight", default.dice_weight, float),
         num_points=own.number("num_points", default.num_points),
+        points_from="grid",
         oversample_ratio=own.number("oversample_ratio", default.oversample_ratio, float),
         importance_sample_ratio=own.number("importance_sample_ratio", default.importance_sample_ratio, float),
         num_objects=own.number("fix_number", 5),

@@ -135,7 +135,17 @@ def test_saved_predictions_give_the_same_figures(demo: Path, evaluated: Path) ->
 
 def test_generated_answers(demo: Path) -> None:
     out = demo.parent / "generated"
-    run(*evaluate_arguments(demo, out), "--protocol", "generated", "--max_samples", 8, "--tasks", "referring")
+    run(
+        *evaluate_arguments(demo, out),
+        "--protocol",
+        "generated",
+        "--max_samples",
+        8,
+        "--tasks",
+        "referring",
+        "--undo_target_shift",
+    )
+    assert json.loads((out / "evaluation.json").read_text())["protocol"]["undo_target_shift"] is True
     found = figures(out)
     assert found["images"] == 8
     assert found["referring"]["without_mask"]["value"] <= 0.2, "the tiny model writes [SEG] by itself"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from dual_loop.data.masks import resize_mask
 from dual_loop.data.prepare import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,6 +26,7 @@ from dual_loop.data.prepare import (
     image_to_tiles,
     prepare_sample,
     region_seed,
+    resize_targets,
     sample_rng,
 )
 from dual_loop.errors import SampleError
@@ -94,7 +96,8 @@ def test_targets_equal_the_originals() -> None:
         expected = file.get_tensor("gt_masks_low_res")[1]
     sample = RegionSample("fake", "golden", image, masks, ("0", "1", "2"), ((), (), ()))
     # The original repeats three masks cyclically to five objects.
-    assert torch.equal(prepare(sample, SA2VA).target_masks[[0, 1, 2, 0, 1]], expected)
+    nearest = dataclasses.replace(SA2VA, target_pooling="nearest")
+    assert torch.equal(prepare(sample, nearest).target_masks[[0, 1, 2, 0, 1]], expected)
 
 
 def test_area_targets_are_cut_at_half_where_masks_are_compared() -> None:
@@ -113,6 +116,31 @@ def test_area_targets_are_cut_at_half_where_masks_are_compared() -> None:
     masks[1, :, 22] = False  # two of the five
     with pytest.raises(SampleError, match="no pixel left in its target"):
         prepare(dataclasses.replace(sample, masks=masks), area)
+
+
+def test_targets_are_where_their_masks_are() -> None:
+    mask = np.zeros((1, 64, 64), dtype=bool)
+    mask[0, 13:39, 22:50] = True
+    places = np.argwhere(mask[0]) + 0.5
+    for pooling, expected in (("area", 0.0), ("nearest", 2.0)):  # half of the 4 pixels of a cell, to the lower right
+        target = resize_targets(mask, 16, pooling)[0].float()
+        cells = (torch.stack(torch.meshgrid(*[torch.arange(16) + 0.5] * 2, indexing="ij")) * target).sum((1, 2))
+        moved = (cells / target.sum() * 4).numpy() - places.mean(0)
+        np.testing.assert_allclose(moved, expected, atol=0.01)
+
+
+def test_whole_masks_come_along_where_points_are_read_from_them() -> None:
+    keeps = dataclasses.replace(SMALL, keeps_full_masks=True, grounding_size=60)
+    samples = [make_sample(), make_sample(pair=True, num_regions=1)]
+    batch = collate([prepare(sample, keeps) for sample in samples])
+    for own, sample in zip(batch.full_masks, samples, strict=True):
+        np.testing.assert_array_equal(own.numpy(), sample.segmentation_masks)
+    # No larger than SAM 2's input: nobody could learn what is finer.
+    small = prepare(samples[0], dataclasses.replace(keeps, grounding_size=20)).full_masks[0]
+    np.testing.assert_array_equal(small.numpy(), resize_mask(samples[0].masks, (20, 20)))
+    assert torch.equal(batch.images(1, 2).full_masks[0], batch.full_masks[1])
+    assert batch.to("meta").full_masks[0].is_meta
+    assert prepare(samples[0], SMALL).full_masks == []
 
 
 # --- vision tiles --------------------------------------------------------------------------------------------------
@@ -226,7 +254,7 @@ def test_tiles_are_the_parts_row_by_row_and_the_thumbnail_is_last() -> None:
 
 def test_a_single_image_is_one_view_with_both_sides_from_it() -> None:
     sample = make_sample()
-    batch = collate([prepare(sample)])
+    batch = collate([prepare(sample, dataclasses.replace(SMALL, target_pooling="nearest"))])
     assert batch.tiles_per_view == [1]
     assert batch.caption_view == batch.target_view == [0]
     assert batch.target_masks.shape == (2, 8, 8)

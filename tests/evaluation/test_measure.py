@@ -13,6 +13,7 @@ from squares import SIDE, square
 from dual_loop.caption_metrics import may_hold
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks import decode_rle
+from dual_loop.data.prepare import resize_targets
 from dual_loop.errors import SampleError
 from dual_loop.evaluation.figures import cycle_gains, loop_figures, referring_figures, summarise
 from dual_loop.evaluation.measure import (
@@ -21,9 +22,11 @@ from dual_loop.evaluation.measure import (
     RegionMeter,
     compare_predictions,
     texts_without_target,
+    undo_target_shift,
 )
 from dual_loop.evaluation.protocols import PRESETS, choose_protocol
 from dual_loop.loop.gates import CaptionGates
+from dual_loop.loop.scorer import Scorer
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.stored_weights import StartingWeights, StoredWeights, weights
@@ -56,6 +59,33 @@ def test_saved_predictions_count_as_by_hand() -> None:
     expected = {"Pr@0.5": 0.75, "Pr@0.6": 0.5, "Pr@0.7": 0.5, "Pr@0.8": 0.5, "Pr@0.9": 0.25}
     assert {name: figures[name]["value"] for name in expected} == expected
     assert figures["without_mask"]["value"] == 0.25
+
+
+def test_the_shift_of_targets_taken_at_corners_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that answers with the targets it was given reaches more of the masks they came from."""
+    model, prompter, config = small_model()
+    samples = scene_samples(3)
+    targets = [resize_targets(own.masks, model.mask_size, "nearest").float() - 0.5 for own in samples]
+    answers = [logits[None] for own in targets for logits in own]
+    monkeypatch.setattr(Scorer, "segment", lambda *given, **options: answers)
+    mean = {}
+    for undo in (False, True):
+        protocol = choose_protocol("sa2va", {"undo_target_shift": undo})
+        assert protocol.name == ("sa2va*" if undo else "sa2va")
+        regions = RegionMeter(model, prompter, config, protocol, ["referring"]).measure(samples, "refcoco:val")
+        mean[undo] = np.mean([region.ious[0] for region in regions])
+    assert mean[True] > mean[False] + 0.04
+
+
+@pytest.mark.parametrize("size", [(128, 128), (40, 60), (375, 500)])
+def test_undoing_the_shift_moves_a_mask_by_what_nearest_moved_it(size: tuple[int, int]) -> None:
+    ramps = torch.stack(torch.meshgrid(*[torch.arange(side) + 0.5 for side in size], indexing="ij"))
+    taken = torch.nn.functional.interpolate(ramps[None], (32, 32), mode="nearest")[0]
+    undone = undo_target_shift(taken, size)[:, 2:-2, 2:-2]
+    for axis, side in enumerate(size):
+        centres = (torch.arange(2, 30) + 0.5) * side / 32
+        error = (undone[axis].mean(1 - axis) - centres).mean().abs()
+        assert error < 0.05 * side / 32
 
 
 def test_a_saved_mask_of_another_size_is_refused() -> None:

@@ -188,7 +188,7 @@ class Maker:
         out["multimask_ious"], out["multimask_best"] = found.predicted_iou[ORDER], found.chosen[ORDER]
         out["object_score_logits"] = found.object_score_logits[ORDER]
         out["pred_masks_low_res"] = found.mask_logits[ORDER].unflatten(0, (3, 3))
-        targets = [resize_targets(mask.bool().numpy(), self.sizes.mask_size) for mask in data["masks"]]
+        targets = [resize_targets(mask.bool().numpy(), self.sizes.mask_size, "nearest") for mask in data["masks"]]
         out["gt_masks_low_res"] = torch.cat(targets)[ORDER].unflatten(0, (3, 3))
         out["point_coords"] = torch.rand(9, NUM_POINTS, 2)
         out["predict_embd"] = out["seg_embeds"][4:5]

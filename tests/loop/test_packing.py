@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dual_loop.config import LoopConfig
+from dual_loop.data.prepare import resize_targets
 from dual_loop.loop.packing import RowPlan, conversation_mask, pack_turns, silent, step_turns
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.types import RegionCaption, RegionTurn, Turn
@@ -129,11 +130,8 @@ def test_pairs_are_captioned_on_frame_one_and_segmented_on_frame_two(parts):
     assert packed.row_tiles == [[1], [0]]
     assert torch.equal(packed.vision[:1], features[1:])
     assert torch.equal(packed.vision[1:], features[:1])
-    expected = torch.from_numpy(pair_samples(1)[0].target_masks).float()[None]
     side = batch.target_masks.shape[-1]
-    assert torch.equal(
-        batch.target_masks[0].float(), torch.nn.functional.interpolate(expected, size=(side, side))[0, 0]
-    )
+    assert torch.equal(batch.target_masks, resize_targets(pair_samples(1)[0].target_masks, side))
 
 
 def test_captioning_turns_of_frame_pairs_have_rows_of_their_own_behind_those_that_segment(parts):

@@ -7,6 +7,8 @@ import torch
 
 from dual_loop.config import LossConfig
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
+from dual_loop.losses import dice_loss, mask_cross_entropy
+from dual_loop.points import mask_sample, point_sample, sample_points
 from dual_loop.types import RegionCaption
 
 from loop_settings import build, setting
@@ -34,6 +36,23 @@ def test_terms_masks_and_gradient_are_those_of_the_task(num_points):
     for name, term in inside.terms.items():
         torch.testing.assert_close(alone.terms[name].total, term.total)
     torch.testing.assert_close(gradient(alone), gradient(inside))
+
+
+def test_points_are_read_from_the_whole_masks_where_that_is_asked_for():
+    config = setting(loss=LossConfig(num_points=64, points_from="full"))
+    _, task = build(config)
+    batch = small_batch(config, [*scene_samples(2), *pair_samples(1)])
+    (packed,) = task.prepare([batch])
+    output = task(packed)
+    terms, logits = output.terms, output.masks.mask_logits
+    points = sample_points(logits, batch.region_seeds, 64, 3.0, 0.75)
+    read = point_sample(logits, points)
+    whole = [mask[None] for own in batch.full_masks for mask in own]
+    wanted = mask_sample(whole, points)
+    assert whole[0].shape != batch.target_masks[:1].shape
+    torch.testing.assert_close(terms["mask_loss"].total, 2.0 * mask_cross_entropy(read, wanted).sum())
+    torch.testing.assert_close(terms["dice_loss"].total, 0.5 * dice_loss(read, wanted).sum())
+    assert not torch.allclose(wanted, point_sample(batch.target_masks, points), atol=0.1)
 
 
 def test_captions_that_are_left_out_count_for_nothing():
