@@ -221,7 +221,8 @@ class Fused(torch.autograd.Function):
         active().count("kernel", f"{ctx.name} backward", 2)
         wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
         with torch.enable_grad(), _disable_current_modes():
-            found = iter(torch.autograd.grad(ctx.output, wanted, gradient.value))
+            # The norms of the loss terms walk the graph once more.
+            found = iter(torch.autograd.grad(ctx.output, wanted, gradient.value, retain_graph=True))
         gradients = [
             EmulatedTensor(next(found), device=gradient.device) if tensor.requires_grad else None
             for tensor in ctx.inputs

@@ -158,7 +158,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
 
     tuning = True
     writes(speak)
-    tune(model, task, batch, steps=80)
+    tune(model, task, batch, steps=160)
     tuning = False
     coded = meter.measure(samples, "val")
     before, after = summarise(honest), summarise(coded)
