@@ -102,7 +102,9 @@ def test_norms_of_terms_are_those_of_their_gradients_and_change_none(gradient: s
 
     (_, plain), (norms, audited) = step(False), step(True)
     assert plain.keys() == audited.keys()
-    assert all(torch.equal(plain[name], audited[name]) for name in plain)
+    for name, gradient_of in plain.items():
+        # Two threads add up rows of embeddings in any order.
+        assert (audited[name] - gradient_of).norm() <= 1e-6 * gradient_of.norm(), name
     (packed,) = task.prepare([batch])
     for name in task(packed).terms:
         mean = task(packed).terms[name].mean
