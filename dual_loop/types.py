@@ -127,6 +127,7 @@ class Batch:
         sources: B source names.
         skipped: the samples that were skipped while this batch was collected.
         later_frames: of the images that are clips, in the order of the images.
+        references: N tuples of all reference expressions, the chosen one among them; by default that alone.
     """
 
     pixel_values: torch.Tensor
@@ -145,6 +146,10 @@ class Batch:
     full_masks: list[torch.Tensor] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
     later_frames: list[LaterFrame] = field(default_factory=list)
+    references: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.references = self.references or [() if text is None else (text,) for text in self.captions]
 
     @property
     def num_images(self) -> int:
@@ -197,6 +202,7 @@ class Batch:
             region_image=self.region_image[regions] - start,
             region_seeds=self.region_seeds[regions],
             captions=[self.captions[region] for region in regions],
+            references=[self.references[region] for region in regions],
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
             full_masks=self.full_masks[start:stop],

@@ -122,6 +122,7 @@ def test_a_batch_moves_pixels_and_target_masks_and_nothing_else() -> None:
     }
     assert len(places) == 7
     assert (moved.num_images, moved.num_regions, moved.captions) == (1, 2, ["a", None])
+    assert moved.references == [("a",), ()]
     assert batch.pixel_values.device.type == "cpu"
 
 

@@ -202,6 +202,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if rewards and policy.caption_gradient in ("none", "gumbel"):
         nobody = f"nobody learns from it with {policy.caption_gradient}"
         yield f"{', '.join(rewards)}: {nobody}; expected policy.caption_gradient auto, scst, grpo or gumbel+.."
+    only_contrast = rewards == ["reward.contrast_weight"] and not reward.cycle_weight
+    if only_contrast and config.data.regions_per_image < 2:
+        yield "reward.contrast_weight: the only reward, and data.regions_per_image is 1; expected 2 or more to compare"
     if policy.caption_gradient.endswith("grpo") and policy.captions_per_region < 2:
         yield "policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest"
 

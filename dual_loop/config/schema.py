@@ -250,7 +250,12 @@ class PolicyConfig:
 class RewardConfig:
     """What a caption earns (``loop.rewards``), and what makes it earn nothing (``loop.gates``)."""
 
-    cycle_weight: float = flag(1.0, "reward: IoU of mask' and mask", "NUMBER", "cycle_reward_weight")
+    cycle_weight: float | None = flag(
+        None,
+        "reward: IoU of mask' and mask; none: 1 where an estimator is named and no other reward is on, else 0",
+        "NUMBER",
+        "cycle_reward_weight",
+    )
     contrast_weight: float = flag(
         0.0, "reward: IoU with the own mask minus the best with another region's", "NUMBER", "contrast_reward_weight"
     )

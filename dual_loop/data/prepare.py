@@ -199,6 +199,7 @@ def prepare_sample(
         region_image=torch.zeros(len(names), dtype=torch.int64),
         region_seeds=torch.tensor([region_seed(seed, slot, place) for place in range(len(names))]),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
+        references=[tuple(texts) for texts in sample.captions],
         region_names=names,
         sources=[sample.source],
         later_frames=[LaterFrame(0, *frame) for frame in list(zip(*of_frames, strict=True))[1:]],

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from dual_loop.caption_metrics import meteor_exact_stem
 from dual_loop.config import RewardConfig
-from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.errors import ConfigError, explain
 from dual_loop.loop.judge import Judge, JudgeQuestion
 from dual_loop.metrics import own_and_margin
+
+logger = logging.getLogger("dual_loop")
 
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
 
 
-class RewardError(DualLoopError):
-    """A caption cannot be rewarded: no reward that is on applies to it."""
+class RewardError(ConfigError):
+    """The rewards that are set make no sense."""
 
 
 def combined_caption_reward(
@@ -67,21 +70,25 @@ def length_rewards(captions: Sequence[str], min_words: int, max_words: int) -> l
 class RewardSet:
     """The rewards that are on, with their weights; the judge takes part in the caption reward.
 
+    The cycle reward is on where it has a weight, or where nothing else is (``cycle_weight`` None).
+
     Raises:
-        ConfigError: a negative weight, or no reward at all.
+        RewardError: a negative weight, or no reward at all.
     """
 
     def __init__(self, config: RewardConfig, judge: Judge | None = None) -> None:
-        weights = {n: float(getattr(config, f"{n}_weight")) for n in ("cycle", "contrast", "caption", "length")}
+        weights = {n: getattr(config, f"{n}_weight") for n in ("cycle", "contrast", "caption", "length")}
+        if weights["cycle"] is None:
+            weights["cycle"] = 0.0 if any(weights.values()) else 1.0
         negative = [name for name, weight in weights.items() if weight < 0 or math.isnan(weight)]
         if negative:
             where = ", ".join(f"reward.{name}_weight" for name in negative)
-            raise ConfigError(explain("a reward has a negative weight", where, expected="0 (off) or more"))
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+            raise RewardError(explain("a reward has a negative weight", where, expected="0 (off) or more"))
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight > 0}
         if not self.weights:
             fix = "set --cycle_reward_weight 1"
-            raise ConfigError(explain("no reward is on", "reward", "all weights are 0", "at least one", fix))
-        self.config, self.judge = config, judge
+            raise RewardError(explain("no reward is on", "reward", "all weights are 0", "at least one", fix))
+        self.config, self.judge, self._has_warned = config, judge, False
 
     def score(
         self,
@@ -101,9 +108,6 @@ class RewardSet:
 
         Returns:
             objective -> (R,) float32, NaN where it does not apply.
-
-        Raises:
-            RewardError: no objective applies to a caption.
         """
         own, margin = own_and_margin(table, regions)
 
@@ -124,13 +128,10 @@ class RewardSet:
         for name in self.weights:
             value = makers[name]()
             rewards[name] = torch.where(closed & ~value.isnan(), torch.zeros_like(value), value)
-        applies = torch.stack([~reward.isnan() for reward in rewards.values()]).any(0)
-        if len(captions) and not bool(applies.all()):
-            where, expected = names[int((~applies).nonzero()[0])], "at least one reward that applies to every region"
-            seen = f"only {', '.join(self.weights)} {'is' if len(self.weights) == 1 else 'are'} on"
-            fix = (
-                "set --cycle_reward_weight, or --regions_per_image 2 and images with several masks for contrast, "
-                "or give the region a caption"
-            )
-            raise RewardError(explain("no reward applies to a caption", where, seen, expected, fix))
+        nothing = torch.stack([reward.isnan() for reward in rewards.values()]).all(0)
+        if not self._has_warned and bool(nothing.any()):
+            self._has_warned, where = True, names[int(nothing.nonzero()[0])]
+            seen, fix = f"on: {', '.join(self.weights)}", "set --cycle_reward_weight, or give the region a caption"
+            text = explain("Warning: no reward applies to a region; it is counted and teaches nothing", where, seen)
+            logger.warning("%s; %s", text, fix)
         return rewards

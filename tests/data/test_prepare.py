@@ -311,6 +311,7 @@ def test_captions_are_chosen_by_the_generator_alone() -> None:
     sample = make_sample(num_regions=2)
     chosen = {tuple(prepare_sample(sample, SMALL, np.random.default_rng(seed), 0, 0).captions) for seed in range(30)}
     assert chosen == {("first 0", None), ("second 0", None)}
+    assert prepare_sample(sample, SMALL, np.random.default_rng(0), 0, 0).references == list(sample.captions)
     once = [prepare_sample(sample, SMALL, sample_rng(3, 9), 3, 9).captions for _ in range(2)]
     assert once[0] == once[1]
 
@@ -340,6 +341,7 @@ def test_evaluation_batches_do_not_depend_on_the_split() -> None:
     whole = batch_from_samples(samples, SMALL, seed=5)
     halves = [batch_from_samples(samples[:2], SMALL, seed=5), batch_from_samples(samples[2:], SMALL, seed=5)]
     assert whole.region_seeds.tolist() == [s for half in halves for s in half.region_seeds.tolist()]
+    assert whole.references == [texts for half in halves for texts in half.references]
     assert whole.captions == [c for half in halves for c in half.captions]
     assert len(set(whole.region_seeds.tolist())) == whole.num_regions
     assert batch_from_samples(samples, SMALL, seed=6).region_seeds.tolist() != whole.region_seeds.tolist()

@@ -74,3 +74,27 @@ def test_distillation_in_soft_mask_form_runs_on_masks_and_captions_mixed(demo, t
     for record in found:
         assert 0 < record["other_losses"]["distill_loss"] < 10
         assert record["teacher_agrees"] == 1.0, "every object is taught"
+
+
+def test_segmentation_minus_a_tenth_of_the_reward_on_masks_and_captions_mixed(demo, tmp_path):
+    """``loss = segmentation - 0.1 * reward`` and nothing else, also where no region of a step has a reference."""
+    flags = [
+        *("--config", "configs/tiny_cpu.py", "--device", "cpu", "--num_workers", "0", "--max_steps", "20"),
+        *("--sa1b_dir", str(demo / "sa1b"), "--refcoco_dir", str(demo / "ref_seg"), "--captions_per_region", "2"),
+        *("--output_dir", str(tmp_path / "run"), "--log_interval", "1", "--batch_size", "1"),
+        *("--gradient_accumulation_steps", "1", "--caption_reward_weight", "0.1"),
+    ]
+    train(flags, tmp_path, num_processes=2)
+    found = records(tmp_path / "run")
+    assert [record["step"] for record in found] == list(range(1, 21))
+    assert all(count > 0 for count in summary(tmp_path / "run")["sources"].values())
+    for record in found:
+        segmentation = record["mask_loss"] + record["dice_loss"] + record["llm_loss"]
+        assert -0.1 - 1e-6 <= record["loss"] - segmentation <= 1e-6
+        assert record["loss"] - segmentation == pytest.approx(record["other_losses"]["policy_loss"])
+        assert "reward_cycle" not in record
+        assert record["reward_caption"] is None or 0 <= record["reward_caption"] <= 1
+    without = [record for record in found if record["reward_caption"] is None]
+    assert 0 < len(without) < 20
+    assert all(record["other_losses"]["policy_loss"] == 0 for record in without)
+    assert found[-1]["counters"]["caption/no_reward"] == summary(tmp_path / "run")["sources"]["sa1b"]

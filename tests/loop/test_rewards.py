@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from dual_loop.caption_metrics import meteor_exact_stem
 from dual_loop.config import RewardConfig
 from dual_loop.errors import ConfigError
-from dual_loop.loop.rewards import RewardError, RewardSet, combined_caption_reward, length_rewards
+from dual_loop.loop.rewards import RewardSet, combined_caption_reward, length_rewards
 
 
 def test_lengths():
@@ -63,7 +64,7 @@ def score(config, judge=None, gates=(None, None), references=(["red circle"], []
 
 
 def test_reward_set():
-    config = RewardConfig(contrast_weight=0.5, caption_weight=0.1, length_weight=0.1)
+    config = RewardConfig(cycle_weight=1.0, contrast_weight=0.5, caption_weight=0.1, length_weight=0.1)
     found = score(config)
     assert set(found) == {"cycle", "contrast", "caption", "length"}
     assert found["cycle"].tolist() == pytest.approx([0.7, 0.6])
@@ -74,19 +75,32 @@ def test_reward_set():
 
 def test_gated_captions_earn_nothing_and_are_not_judged():
     judge = FixedJudge()
-    found = score(RewardConfig(caption_weight=1.0), judge, gates=("coordinates", None))
+    found = score(RewardConfig(cycle_weight=1.0, caption_weight=1.0), judge, gates=("coordinates", None))
     assert found["cycle"].tolist() == pytest.approx([0.0, 0.6])
     assert float(found["caption"][0]) == 0.0
     assert judge.asked == []
 
 
-def test_a_caption_without_any_reward_is_an_error_that_names_the_region():
-    with pytest.raises(RewardError, match="s/1#1"):
-        score(RewardConfig(cycle_weight=0.0, caption_weight=1.0))
-    with pytest.raises(RewardError, match="regions_per_image"):
-        RewardSet(RewardConfig(cycle_weight=0.0, contrast_weight=1.0)).score(
-            ["a b"], torch.tensor([0]), torch.tensor([[0.5]]), [[]], [None], ["s/1#0"]
-        )
+@pytest.mark.parametrize("name", ["contrast", "caption", "length"])
+def test_the_cycle_reward_comes_alone_or_where_it_is_asked_for(name):
+    assert RewardSet(RewardConfig()).weights == {"cycle": 1.0}
+    assert RewardSet(RewardConfig(**{f"{name}_weight": 0.1})).weights == {name: 0.1}
+    assert RewardSet(RewardConfig(cycle_weight=0.5, **{f"{name}_weight": 0.1})).weights == {"cycle": 0.5, name: 0.1}
+
+
+def test_all_sentences_of_a_region_are_references():
+    found = score(RewardConfig(caption_weight=1.0), references=(["the dog", "red circle", "a cat"], []))
+    assert float(found["caption"][0]) == 1.0
+
+
+def test_a_caption_without_any_reward_is_named_once_and_earns_nothing(caplog):
+    rewards = RewardSet(RewardConfig(caption_weight=1.0))
+    given = (["a b"], torch.tensor([0]), torch.tensor([[0.5]]), [[]], [None], ["s/1#0"])
+    with caplog.at_level(logging.WARNING, logger="dual_loop"):
+        for _ in range(2):
+            assert math.isnan(float(rewards.score(*given)["caption"]))
+    assert caplog.text.count("s/1#0") == 1
+    assert "--cycle_reward_weight" in caplog.text
 
 
 def test_wrong_weights():

@@ -71,13 +71,14 @@ class SampledTokens:
 
     Attributes:
         positions: (2, P) int64, rows and columns of the hidden states that predict them.
-        targets: (P,) int64, the tokens. advantages: (P,) float32, each that of its caption.
+        targets: (P,) int64, the tokens. advantages, earned: (P,) float32, each those of its caption.
         reference: (P, D) hidden states without the adapter, None without a divergence.
     """
 
     positions: Tensor
     targets: Tensor
     advantages: Tensor
+    earned: Tensor
     reference: Tensor | None = None
 
 
@@ -108,39 +109,39 @@ class CaptionPolicy(Signal):
         return [(n, one.text) for n, own in enumerate(micro.captions) for one in own.written if one.gate is None]
 
     def plan(self, window: Sequence[MicroBatch]) -> None:
-        self.spoken, earned = [], self._earn(window)
-        for micro, advantages in zip(window, earned, strict=True):
+        self.spoken, worths = [], None if self.rewards is None else self._worths(window, self.rewards)
+        for number, micro in enumerate(window):
             written = [
                 (region, one.token_ids)
                 for region, own in enumerate(micro.captions)
                 for one in (own.samples or own.written)
             ]
-            kept = [number for number, (_, ids) in enumerate(written) if ids]
-            spoken = [written[number] for number in kept]
+            worth = torch.zeros(2, len(written)) if worths is None else worths[number]
+            kept = [place for place, (_, ids) in enumerate(written) if ids]
+            spoken = [written[place] for place in kept]
             turns = spoken_turns(micro.batch, spoken, self.prompter, self.question)
             micro.plan.turns += turns
-            self.spoken.append((spoken, turns, torch.zeros(len(kept)) if advantages is None else advantages[kept]))
+            self.spoken.append((spoken, turns, worth[:, kept]))
 
-    def _earn(self, window: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
-        """Return the advantages (N * K,) of each micro-batch's samples, None where nothing is rewarded."""
-        if self.rewards is None:
-            return [None] * len(window)
-        judge = self.rewards.judge
-        asked_before = dict(judge.counters) if judge else {}
-        groups = [self._advantages(micro, self.rewards) for micro in window]
-        if judge is not None:
-            window[0].plan.metrics.update({n: float(v - asked_before[n]) for n, v in judge.counters.items()})
-        return [own.flatten() for own in combine_advantages(groups, self.rewards.weights, self.comm.reduce)]
+    def _worths(self, window: Sequence[MicroBatch], rewards: RewardSet) -> list[Tensor]:
+        """Return for each micro-batch the advantages of its samples and what they earned, (2, N * K)."""
+        asked_before = dict(rewards.judge.counters) if rewards.judge else {}
+        groups, earned = zip(*(self._advantages(micro, rewards) for micro in window), strict=True)
+        if rewards.judge:
+            counters = rewards.judge.counters.items()
+            window[0].plan.metrics.update({name: float(value - asked_before[name]) for name, value in counters})
+        advantages = combine_advantages(groups, rewards.weights, self.comm.reduce)
+        return [torch.stack([own.flatten(), worth]) for own, worth in zip(advantages, earned, strict=True)]
 
     def lessons(self, window: Sequence[MicroBatch], progress: float) -> None:
-        for micro, (spoken, turns, advantages) in zip(window, self.spoken, strict=True):
+        for micro, (spoken, turns, worth) in zip(window, self.spoken, strict=True):
             rows, device = micro.rows, self.model.device
             lengths = torch.tensor([len(ids) for _, ids in spoken], dtype=torch.long)
             flat = [token for _, ids in spoken for token in ids]
             found = SampledTokens(
                 send(predicting_positions(turns, spoken), device),
                 send(torch.tensor(flat, dtype=torch.long), device),
-                send(advantages.repeat_interleave(lengths), device),
+                *send(worth.repeat_interleave(lengths, dim=1), device),
             )
             rows.lessons[self.name] = found
             if self.rewards is not None:
@@ -157,7 +158,10 @@ class CaptionPolicy(Signal):
         packed.metrics |= {"policy_entropy/sum": entropy.sum(), "policy_entropy/count": float(len(entropy))}
         terms = {}
         if self.rewards is not None:
-            terms["policy_loss"] = policy_loss(log_probs, found.advantages, self.config.weight)
+            surrogate, count = policy_loss(log_probs, found.advantages, self.config.weight).total, float(len(log_probs))
+            # Its gradient is that of what was earned, its value says nothing: what was earned is shown in its place.
+            value = -self.config.weight * found.earned.sum()
+            terms["policy_loss"] = LossTerm(value + (surrogate - surrogate.detach()), count)
         if found.reference is not None:
             terms["kl_loss"] = LossTerm(divergence.sum() * self.config.kl_weight, float(len(divergence)))
         return terms
@@ -189,8 +193,8 @@ class CaptionPolicy(Signal):
         """Return the log-probabilities (P,) float32 of the sampled tokens, at the temperature of their sampling."""
         return self.token_figures(model, hidden, found)[0]
 
-    def _advantages(self, micro: MicroBatch, rewards: RewardSet) -> GroupAdvantages:
-        """Return the advantages of the N x K samples of one micro-batch."""
+    def _advantages(self, micro: MicroBatch, rewards: RewardSet) -> tuple[GroupAdvantages, Tensor]:
+        """Return the advantages of the N x K samples of one micro-batch, and the weighted sum that each earned."""
         sampled = [(region, caption) for region, own in enumerate(micro.captions) for caption in own.samples]
         earned, plan = earn(micro, sampled, rewards), micro.plan
         greedy = [(region, own.greedy) for region, own in enumerate(micro.captions) if own.greedy is not None]
@@ -203,7 +207,10 @@ class CaptionPolicy(Signal):
             plan.metrics |= ratio(f"reward_{name}", value[~value.isnan()].tolist())
         plan.metrics["zero_variance/sum"] = float(advantages.num_zero_variance)
         plan.metrics["zero_variance/count"] = float(advantages.num_groups)
-        return advantages
+        nothing = torch.stack([value.isnan() for value in by_group.values()]).all(0).all(1)
+        plan.metrics["caption/no_reward"] = float(nothing.sum())
+        paid = [rewards.weights[name] * value.nan_to_num(0.0) for name, value in earned.items()]
+        return advantages, torch.stack(paid).sum(0)
 
 
 def earn(micro: MicroBatch, captions: Sequence[tuple[int, WrittenCaption]], rewards: RewardSet) -> dict[str, Tensor]:
@@ -213,7 +220,7 @@ def earn(micro: MicroBatch, captions: Sequence[tuple[int, WrittenCaption]], rewa
     for row, (region, caption) in enumerate(captions):
         if caption.gate is None:
             table[row] = micro.scores[region, caption.text]
-    references = [[own] if (own := batch.captions[region]) else [] for region, _ in captions]
+    references = [batch.references[region] for region, _ in captions]
     texts, gates = [one.text for _, one in captions], [one.gate for _, one in captions]
     names = [batch.region_names[region] for region, _ in captions]
     return rewards.score(texts, regions, table, references, gates, names)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical
 
+from dual_loop.caption_metrics import meteor_exact_stem
+from dual_loop.config import Config, RewardConfig
 from dual_loop.loop.packing import pack_turns
 from dual_loop.loop.signals import policy as policy_module
 from dual_loop.loop.signals.base import predicting_positions, spoken_turns
@@ -340,6 +342,50 @@ def test_coordinates_earn_nothing_and_are_counted(monkeypatch):
     (packed,) = task.prepare([batch])
     assert packed.metrics["reward_cycle/sum"] == 0.0
     assert not packed.lessons["policy"].advantages.any()
+
+
+def caption_reward_alone() -> Config:
+    config = setting("auto")
+    return dataclasses.replace(config, reward=RewardConfig(gates=(), caption_weight=0.1))
+
+
+def test_the_policy_loss_shows_what_was_earned_and_nothing_else(monkeypatch):
+    """``loss = segmentation - 0.1 * reward``, in value; no cycle reward comes with it."""
+    config = caption_reward_alone()
+    _, task = build(config)
+    batch = small_batch(config, scene_samples(2))
+    texts = {-1: "the thing", 0: batch.captions[0], 1: "the thing", 2: "a star"}
+    write_ids(monkeypatch, lambda one: task.prompter.encode(texts[one.draw] + task.prompter.template.answer_end))
+    (packed,) = task.prepare([batch])
+    (term,) = [term for name, term in task(packed).terms.items() if name == "policy_loss"]
+    earned = [
+        (meteor_exact_stem(one.text, references), len(one.token_ids))
+        for references, caption in zip(batch.references, packed.captions, strict=True)
+        for one in caption.samples
+    ]
+    expected = -0.1 * sum(reward * length for reward, length in earned) / sum(length for _, length in earned)
+    assert float(term.mean.detach()) == pytest.approx(expected, rel=1e-4)
+    assert -0.1 <= expected < 0
+    assert {name for name in packed.metrics if name.startswith("reward_")} == {
+        "reward_caption/sum",
+        "reward_caption/count",
+    }
+    assert packed.metrics["reward_caption/sum"] == pytest.approx(sum(reward for reward, _ in earned))
+    found = packed.lessons["policy"]
+    log_probs = torch.zeros(len(found.targets), requires_grad=True)
+    policy_loss(log_probs, found.advantages).total.backward()
+    assert log_probs.grad.abs().sum() > 0
+
+
+def test_a_step_in_which_no_region_has_a_reference_has_no_policy_loss():
+    model, counts = gradients(caption_reward_alone(), [masks_only()], ("policy_loss",))
+    assert counts["policy_loss"] > 0
+    assert not captioner_rows(model).any()
+    config = caption_reward_alone()
+    _, task = build(config)
+    (packed,) = task.prepare([small_batch(config, [*masks_only(1), *scene_samples(1)])])
+    assert packed.metrics["caption/no_reward"] == sum(caption is None for caption in packed.batch.captions) > 0
+    assert float(task(packed).terms["policy_loss"].total.detach()) <= 0
 
 
 # ---- the divergence from the model without its adapter ---------------------------------------------------------------
