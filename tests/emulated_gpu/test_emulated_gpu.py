@@ -17,6 +17,7 @@ from emulated_build import build_device
 
 from dual_loop.accelerate import lora, qwen2
 from dual_loop.commands.demo_data import main as write_demo_data
+from dual_loop.model.build import TINY_WEIGHTS
 from dual_loop.model.decode import StaticLayer
 
 HERE = Path(__file__).parent
@@ -26,7 +27,8 @@ TRAINING = {
     "grpo": "--caption_gradient grpo --captions_per_region 2 --kl_weight 0.1 --contrast_reward_weight 0.5",
     "gumbel": "--caption_gradient gumbel+scst --captions_per_region 2 --reward_listener average --eval_max_samples 4",
     "turns": "--segment_form turns --caption_gradient gumbel --cycle_keep 0.9 --cycle_drop 0.2 "
-    "--cfg-options loss.num_points=0",
+    "--cycle_score likelihood --reward_listener {tiny} --audit_listener {tiny} "
+    "--cfg-options loss.num_points=0 train.audit_interval=1",
     "distill": "--distill_weight 0.5 --align_weight 0.5 --reward_listener frozen --caption_gradient scst "
     "--train_embeddings all",
     "fit": "--effective_batch 4 --cfg-options speed.images_at_once=fit model.gradient_checkpointing=True "
@@ -38,7 +40,8 @@ OTHERS = {
     "resume": "train --resume auto --max_steps 2 --output_dir {out}/plain",
     "cache": "train --max_steps 1 --output_dir {out}/cached --cfg-options speed.feature_cache={out}/features",
     "evaluate": "evaluate {out}/plain --device cuda --data sa1b --sa1b_dir {data}/sa1b --max_samples 3",
-    "audit": "audit {out}/plain --device cuda --data sa1b --sa1b_dir {data}/sa1b --labels {out}/labels --max_samples 3",
+    "audit": "audit {out}/plain --device cuda --data sa1b --sa1b_dir {data}/sa1b --labels {out}/labels --max_samples 3 "
+    "--listener {out}/plain --best_of 2",
     "caption": "caption {image} --box 10,10,60,60 --checkpoint {out}/plain --device cuda",
     "segment": "segment {image} --text circle --out {out}/mask.png --checkpoint {out}/plain --device cuda",
     "loop": "loop {image} --box 10,10,60,60 --checkpoint {out}/plain --device cuda",
@@ -57,7 +60,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("emulated")
     data = out / "data"
     assert write_demo_data([str(data), "--images", "8", "--captioned", "4", "--val", "4"]) == 0
-    names = {"out": out, "data": data, "image": next((data / "sa1b").glob("**/*.jpg"))}
+    names = {"out": out, "data": data, "tiny": TINY_WEIGHTS, "image": next((data / "sa1b").glob("**/*.jpg"))}
     plan = {name: f"train --max_steps 1 --output_dir {out}/{name} {flags}" for name, flags in TRAINING.items()}
     plan |= OTHERS
     commands = {}
