@@ -53,7 +53,10 @@ def flag(default: T, doc: str, unit: str = "", name: str = "=", **about: Any) ->
     return setting(default, doc, unit or ("" if "choices" in about else "NUMBER"), flag=name, **about)
 
 
-GATES = ("special_token", "prompt_leak", "coordinates", "script", "repetition", "truncated", "empty")
+GATES = (
+    *("special_token", "prompt_leak", "coordinates", "script", "unprintable", "gibberish"),
+    *("repetition", "truncated", "empty"),
+)
 """What makes a caption earn nothing; see ``loop.gates``."""
 
 LISTENERS = ("own", "average", "frozen")

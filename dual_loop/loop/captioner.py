@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dual_loop.config import GATES, LoopConfig
+from dual_loop.config import LoopConfig
 from dual_loop.errors import DualLoopError, explain
 from dual_loop.loop.gates import CaptionGates
 from dual_loop.model.decode import Decoder, Prompt, merged_adapters
-from dual_loop.model.prompts import Prompter, prompt_texts
+from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
 from dual_loop.types import Batch, RegionCaption, Seen, WrittenCaption
 
@@ -45,7 +45,7 @@ class Captioner:
     """Writes a caption for every region that has no text of its own, and samples for those who learn from them.
 
     Args:
-        gates: say which captions may earn no reward.
+        gates: say which captions are none; step 2 does not read them. None: all that can be read are.
         sample_temperature: of the K samples (``policy.temperature``).
         is_silent: do not warn of rejected captions (for measurements beside training).
     """
@@ -60,7 +60,7 @@ class Captioner:
         is_silent: bool = False,
     ) -> None:
         self.model, self.prompter, self.config = model, prompter, config
-        self.gates = gates or CaptionGates(GATES, prompt_texts())
+        self.gates = gates or CaptionGates((), ())
         self.sample_temperature, self.is_silent = sample_temperature, is_silent
         self.num_generated = 0
         self.num_rejected = 0
@@ -135,10 +135,12 @@ class Captioner:
             return RegionCaption(reference, True, greedy=greedy, samples=samples)
         read = greedy or samples[0]
         self.num_generated += 1
-        if read.unreadable is None:
+        # Length alone makes no caption worse to read; what was cut off earns nothing (``reward.gates``).
+        reason = read.unreadable or (None if read.gate == "truncated" else read.gate)
+        if reason is None:
             return RegionCaption(read.text, token_ids=read.token_ids, greedy=greedy, samples=samples)
         self.num_rejected += 1
-        reason, counts = read.unreadable, (self.num_rejected, self.num_generated)
+        counts = (self.num_rejected, self.num_generated)
         if not self.is_silent and (self.num_rejected <= WARN_FIRST or self.num_rejected % WARN_EVERY == 0):
             text = "Warning: Caption generation failed (%s) for %s; policy %s; %d of %d captions so far"
             logger.warning(text, reason, name, config.on_rejected, *counts)
@@ -151,7 +153,7 @@ class Captioner:
                     seen=f"{reason}; {counts[0]} of {counts[1]} captions rejected",
                     expected=f"at most {config.max_rejected_fraction:.0%} rejected (loop.max_rejected_fraction)",
                     fix="check that pretrained weights were loaded (a model without them writes nothing of use), "
-                    "raise loop.max_new_tokens, or set loop.on_rejected",
+                    "raise loop.max_new_tokens, name the gates that may close in reward.gates, or set loop.on_rejected",
                 )
             )
         is_kept = config.on_rejected != "drop"

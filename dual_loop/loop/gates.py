@@ -1,7 +1,9 @@
-"""What makes a caption earn nothing: text that a segmenter can follow without its being a description.
+"""What is no caption: text that a segmenter can follow without its being a description.
 
 A rewarded captioner finds the shortest way to a mask: coordinates, mask tokens, a word repeated as a code, the words of
-its own prompt. Telling it not to does not help (field reports); earning nothing does. Each gate is counted.
+its own prompt. Telling it not to does not help (field reports); earning nothing does. Such a caption earns the least
+that a reward can be, and step 2 does not read it (``loop.on_rejected``), unless its only fault is its length. Each gate
+is counted.
 """
 
 from __future__ import annotations
@@ -23,10 +25,25 @@ _NUMBER_WORDS = (
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty"),
     *("fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand"),
 )
+_ORDINAL_WORDS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NUMBER = rf"(?:\d+(?:\.\d+)?|\b(?:{'|'.join(_NUMBER_WORDS)})\b)"
+_ORDINAL = rf"\b(?:{'|'.join(_ORDINAL_WORDS)}|\d+(?:st|nd|rd|th)|last|middle)\b"
+_LINE = rf"(?:{_ORDINAL}\s+{{0}}|\b{{0}}\s+(?:number\s+)?(?:{_NUMBER}|[a-z]\b))"
+_ROW, _COLUMN = _LINE.format("(?:row|line)"), _LINE.format("col(?:umn)?")
 _COORDINATES = re.compile(
     "|".join(
         (
+            # Places of a grid: third row second column, grid cell b7, at c4, quadrant II.
+            rf"{_ROW}\W+(?:\w+\W+){{0,3}}?{_COLUMN}|{_COLUMN}\W+(?:\w+\W+){{0,3}}?{_ROW}",
+            r"\b(?:grid|cell|sector)\s+(?:cell\s+|number\s+)?(?:[a-z]?-?\d+|[a-z]|[ivx]+)\b|\bquadrants?\b",
+            r"\b(?:at|position|square|field)\s+[a-z]-?\d{1,2}\b",
+            # Hands of a clock and angles: at ten past four, at 3 o'clock, 45 degrees.
+            rf"\b(?:at|towards?)\s+(?:an?\s+|the\s+)?(?:quarter|half|{_NUMBER})\s+(?:past|to|before|after)\s+{_NUMBER}",
+            rf"\b(?:at|towards?)\s+(?:the\s+)?{_NUMBER}\s*o\W?\s?clock|{_NUMBER}\s*o\W?\s?clock\s+(?:position|direction)",
+            rf"\bclock\s+position\b|{_NUMBER}\s*(?:°|degrees?\b)",
+            # Shares in words: two thirds from the left, zero point two.
+            r"\b(?:one|two|three|four)\s+(?:third|quarter|fifth|tenth)s?\s+(?:of\s+the\s+way|from|down|across|along|up)",
+            rf"{_NUMBER}\s+point\s+{_NUMBER}",
             # Two numbers in a row, in any brackets: (12, 34), [0.1 0.2], 12x34, twelve forty.
             rf"{_NUMBER}(?:\s*[,;:x×/|]\s*|\s+(?:by\s+|comma\s+|and\s+)?|\s*-\s*){_NUMBER}",
             r"(?<![\d.])[01]?\.\d+",  # a share of the image: 0.25
@@ -40,6 +57,15 @@ _COORDINATES = re.compile(
     ),
     re.IGNORECASE,
 )
+
+
+_UNSPEAKABLE = re.compile(
+    # Neighbours that words of no Latin language have, a letter four times, five letters without a vowel.
+    r"j[bcdfghklmpqrstvwxz]|q[bcdfghjklmnopqrstvwxyz]|v[bcdfghjkmpqtwxz]|x[jkqz]|z[jqx]|[wk][qxz]|([a-z])\1{3}"
+    r"|^[bcdfghjklmnpqrstvwxz]{5,}$|^(?=.*\d.*\d)(?=.*[a-z].*[a-z])\w{6,}$"
+)
+SYMBOL_SHARE = 0.4
+"""Of the characters besides white space: more symbols than this are no description."""
 
 
 class CaptionGates:
@@ -74,6 +100,8 @@ class CaptionGates:
             "prompt_leak": any(run in self.leaks for run in _runs(_words(text), LEAK_WORDS)),
             "coordinates": _COORDINATES.search(text) is not None,
             "script": is_foreign(text),
+            "unprintable": any(one == "\ufffd" or unicodedata.category(one)[0] == "C" for one in text),
+            "gibberish": is_gibberish(text),
             "repetition": repeats_itself(text),
             "truncated": truncated,
             "empty": unreadable == "empty",
@@ -86,6 +114,15 @@ def is_foreign(text: str) -> bool:
     letters = [character for character in text if character.isalpha()]
     foreign = sum(not unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
     return foreign > FOREIGN_SHARE * len(letters)
+
+
+def is_gibberish(text: str) -> bool:
+    """Tell whether most words of three letters or more cannot be spoken, or symbols outweigh words."""
+    words = [word for word in _words(text) if len(word) > 2]
+    strange = sum(_UNSPEAKABLE.search(word) is not None for word in words)
+    shown = [character for character in text if not character.isspace()]
+    symbols = sum(not character.isalnum() for character in shown)
+    return 2 * strange > len(words) or (len(shown) > 3 and symbols > SYMBOL_SHARE * len(shown))
 
 
 def repeats_itself(text: str) -> bool:

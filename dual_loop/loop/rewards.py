@@ -26,6 +26,10 @@ logger = logging.getLogger("dual_loop")
 METEOR_SHARE, JUDGE_SHARE = 0.25, 0.75
 
 
+LEAST = {"contrast": -1.0}
+"""The least that a reward can be, where that is not 0."""
+
+
 class RewardError(ConfigError):
     """The rewards that are set make no sense."""
 
@@ -104,7 +108,7 @@ class RewardSet:
         Args:
             regions: (R,) int64. references, names: of the region of each caption.
             table: (R, N), the IoU of each caption's mask with every region; NaN for regions of other images.
-            gates: for each caption the gate that closed on it; such a caption earns 0 wherever a reward applies.
+            gates: for each caption the gate that closed on it; such a caption earns the least that a reward can be.
 
         Returns:
             objective -> (R,) float32, NaN where it does not apply.
@@ -127,7 +131,7 @@ class RewardSet:
         rewards = {}
         for name in self.weights:
             value = makers[name]()
-            rewards[name] = torch.where(closed & ~value.isnan(), torch.zeros_like(value), value)
+            rewards[name] = torch.where(closed & ~value.isnan(), LEAST.get(name, 0.0), value)
         nothing = torch.stack([reward.isnan() for reward in rewards.values()]).all(0)
         if not self._has_warned and bool(nothing.any()):
             self._has_warned, where = True, names[int(nothing.nonzero()[0])]

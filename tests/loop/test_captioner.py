@@ -7,12 +7,12 @@ import logging
 
 import pytest
 
-from dual_loop.config import LoopConfig
+from dual_loop.config import LoopConfig, RewardConfig
 from dual_loop.loop.captioner import Captioner, CaptionRejected, generate_caption_from_mask
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.prompts import clean_caption
 
-from loop_settings import write_ids
+from loop_settings import MASK_TERMS, build, captioner_rows, setting, write_ids
 from small_model import pair_samples, scene_samples, small_batch, small_model
 
 pytestmark = pytest.mark.usefixtures("precision")
@@ -92,6 +92,24 @@ def test_rejected_captions_follow_the_policy(parts, mute, caplog):
     assert all(float(term.total.detach()) == 0.0 and term.total.requires_grad for term in terms.values())
     with pytest.raises(CaptionRejected, match="empty"):
         captions_of(dataclasses.replace(LOOP, on_rejected="error"))
+
+
+@pytest.mark.parametrize("gradient", ["none", "gumbel"])
+def test_a_gated_caption_is_not_read_by_step_two(gradient, monkeypatch):
+    """Coordinates would teach step 2 to follow them, and with gumbel carry the mask loss to the captioner."""
+    config = dataclasses.replace(setting(gradient), reward=RewardConfig())
+    model, task = build(config)
+    ids = task.prompter.encode("the thing at 12, 40" + task.prompter.template.answer_end)
+    write_ids(monkeypatch, lambda request: ids)
+    batch = small_batch(config, scene_samples(2, captions=False))
+    (packed,) = task.prepare([batch])
+    assert texts(packed.captions) == ["the object"] * batch.num_regions
+    assert {caption.rejected for caption in packed.captions} == {"coordinates"}
+    sum(task(packed).terms[name].total for name in MASK_TERMS).backward()
+    assert captioner_rows(model).tolist() == [0.0, 0.0]
+    dropping = dataclasses.replace(config.loop, on_rejected="drop")
+    (dropped,) = DualLoopTask(model, task.prompter, dataclasses.replace(config, loop=dropping)).prepare([batch])
+    assert dropped.counts["mask_loss"] == 0.0
 
 
 def test_too_many_rejections_stop_the_run(mute):

@@ -81,6 +81,18 @@ def test_gated_captions_earn_nothing_and_are_not_judged():
     assert judge.asked == []
 
 
+def test_a_gated_caption_earns_the_least_of_every_reward():
+    weights = {f"{name}_weight": 1.0 for name in ("cycle", "contrast", "caption", "length")}
+    found = score(RewardConfig(**weights), gates=("coordinates", "coordinates"))
+    # No honest caption can earn less: 0 is the middle of the contrast reward.
+    assert {name: float(value[0]) for name, value in found.items()} == {
+        "cycle": 0.0,
+        "contrast": -1.0,
+        "caption": 0.0,
+        "length": 0.0,
+    }
+
+
 @pytest.mark.parametrize("name", ["contrast", "caption", "length"])
 def test_the_cycle_reward_comes_alone_or_where_it_is_asked_for(name):
     assert RewardSet(RewardConfig()).weights == {"cycle": 1.0}
