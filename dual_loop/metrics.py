@@ -64,7 +64,8 @@ def iou(intersection: npt.ArrayLike, union: npt.ArrayLike) -> npt.NDArray[np.flo
 def iou_table(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the IoU of every pair of masks: (R, H, W) and (N, H, W) bool -> (R, N) float32; 1 for two empty masks.
 
-    Areas are exact up to 2^24 pixels. Masks are compared :data:`MASKS_AT_ONCE` rows at a time.
+    Of values in 0..1 it is the soft IoU, whose intersection is the sum of products. Areas are exact up to 2^24 pixels.
+    Masks are compared :data:`MASKS_AT_ONCE` rows at a time.
     """
     import torch
 

@@ -275,6 +275,12 @@ class RewardConfig:
         "own|average|frozen|PATH",
         name="reward_listener",
     )
+    iou: str = flag(
+        "hard",
+        "of masks that earn rewards and weigh the cycle filter; soft: of their probabilities (fewer ties)",
+        name="reward_iou",
+        choices=("hard", "soft"),
+    )
     gates: tuple[str, ...] = setting(GATES, "gates that are on; special_token and empty are always", choices=GATES)
     judge_url: str | None = flag(
         None, "OpenAI-compatible server that judges captions (http://127.0.0.1:8000/v1)", "URL"

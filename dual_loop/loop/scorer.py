@@ -62,16 +62,18 @@ class Scorer:
         nothing = torch.zeros(0, side, side, device=self.model.device)
         return [masks.get(text, nothing) for text in texts]
 
-    def score(self, batch: Batch, seen: Seen, texts: Sequence[RegionText]) -> Tensor:
+    def score(self, batch: Batch, seen: Seen, texts: Sequence[RegionText], soft: bool = False) -> Tensor:
         """Return the IoU of the R texts' masks with the N masks of the batch: (R, N) float32, on the CPU.
 
-        NaN for regions of other images; a rejected text's mask is empty.
+        NaN for regions of other images; a rejected text's mask is empty. ``soft``: of the masks' probabilities p with
+        the targets t as they are, ``sum(p t) / sum(p + t - p t)``.
         """
         if not texts:
             return torch.zeros(0, batch.num_regions)
         masks = join_masks(self.segment(batch, seen, texts), self.model.mask_size)
         regions = torch.tensor([region for region, _ in texts], dtype=torch.long)
-        return own_image_only(iou_table(masks > 0, batch.binary_targets).cpu(), regions, batch.region_image)
+        pair = (masks.float().sigmoid(), batch.target_masks) if soft else (masks > 0, batch.binary_targets)
+        return own_image_only(iou_table(*pair).cpu(), regions, batch.region_image)
 
     def _answers(self, batch: Batch, seen: Seen, texts: Sequence[tuple[int, str]], generated: bool) -> list[RegionTurn]:
         """Return a turn for each text, with the given answer or with the one that the model writes."""

@@ -103,7 +103,7 @@ class DualLoopTask(nn.Module):
         if self.signals:  # not where a text is asked: ranks that share layers gather other weights together
             with self.scoring_weights():
                 for micro, texts in zip(window, asked, strict=True):
-                    table = self.scorer.score(micro.batch, micro.seen, list(texts))
+                    table = self.scorer.score(micro.batch, micro.seen, list(texts), self.config.reward.iou == "soft")
                     micro.scores = dict(zip(texts, table, strict=True))
                 for signal in self.signals:
                     signal.listen(window)

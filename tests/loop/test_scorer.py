@@ -92,6 +92,20 @@ def test_a_rejected_text_is_an_empty_mask(parts):
     assert scorer.score(batch, seen, []).shape == (0, batch.num_regions)
 
 
+def test_soft_ious_are_those_of_probabilities(parts):
+    scorer, batch, seen = parts
+    texts = [(0, "a star"), (batch.num_regions - 1, "the moon"), (0, None)]
+    logits = join_masks(scorer.segment(batch, seen, texts), scorer.model.mask_size)
+    found = scorer.score(batch, seen, texts, soft=True)
+    for row, (region, _) in enumerate(texts):
+        chance, target = logits[row].double().sigmoid(), batch.target_masks[region].double()
+        expected = (chance * target).sum() / (chance + target - chance * target).sum()
+        assert float(found[row, region]) == pytest.approx(float(expected), abs=1e-5)
+    hard = scorer.score(batch, seen, texts)
+    assert torch.equal(found.isnan(), hard.isnan())
+    assert not torch.allclose(found[:2].nan_to_num(), hard[:2].nan_to_num())
+
+
 def test_a_written_answer_has_as_many_masks_as_seg_tokens(parts, monkeypatch):
     scorer, batch, seen = parts
     seg, word = scorer.prompter.seg_id, scorer.prompter.encode(" red")[0]
