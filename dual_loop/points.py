@@ -48,7 +48,10 @@ def sample_points(
     random = torch.empty(count, num_drawn + num_uniform, 2)
     for row, seed in zip(random, seeds.tolist(), strict=True):
         row.copy_(torch.rand(row.shape, generator=torch.Generator().manual_seed(seed)))
-    drawn, uniform = random.to(mask_logits.device).split([num_drawn, num_uniform], dim=1)
+    if mask_logits.device.type == "cuda":
+        random = random.pin_memory()  # so that the host does not wait
+    random = random.to(mask_logits.device, non_blocking=True)
+    drawn, uniform = random.split([num_drawn, num_uniform], dim=1)
     uncertainty = -point_sample(mask_logits, drawn).abs()
     chosen = uncertainty.topk(num_uncertain, dim=1).indices
     uncertain = drawn.gather(1, chosen[..., None].expand(-1, -1, 2))

@@ -48,7 +48,7 @@ def mask_terms(
 ) -> dict[str, LossTerm]:
     """The mask terms of steps 2 and 3, of masks that no model made."""
     weights = torch.ones(len(logits)) if weights is None else weights
-    packed: Any = SimpleNamespace(batch=SimpleNamespace(target_masks=targets, region_seeds=seeds))
+    packed: Any = SimpleNamespace(batch=SimpleNamespace(target_masks=targets, full_masks=[], region_seeds=seeds))
     packed.region_weights, packed.counts = weights, {"llm_loss": 0.0}
     packed.answer_positions, packed.answer_ids = torch.zeros(2, 0).long(), torch.zeros(0).long()
     model: Any = SimpleNamespace(token_loss=lambda hidden, labels: hidden.sum())

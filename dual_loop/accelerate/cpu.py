@@ -264,8 +264,9 @@ def convert_matrices(model: Sa2VA, config: Config, device: torch.device) -> None
     matrices are no parameters any more. The output head stays plain where trained rows are written into it.
     """
     choice = config.speed.pack_weights
-    # A packed matrix cannot be sharded.
-    if config.train.parallel == "fsdp" or choice == "off" or (choice == "auto" and device.type != "cpu"):
+    is_off = choice == "off" or (choice == "auto" and device.type != "cpu")
+    # A packed matrix can be neither sharded nor traced.
+    if is_off or config.train.parallel == "fsdp" or config.speed.compile:
         return
     precision = config.train.mixed_precision
     is_full = precision == "no" or (precision == "auto" and config.model.dtype != "bfloat16")

@@ -304,11 +304,6 @@ class LossConfig:
     dice_weight: float = setting(0.5, "weight of the dice loss")
     language_weight: float = setting(1.0, "weight of the language model's cross-entropy")
     num_points: int = setting(12544, "points of a mask that the mask losses look at; 0: all", "POINTS", at_least=0)
-    points_from: str = setting(
-        "full",
-        "where the points read a mask: at its stored size, or in its target, as Sa2VA does",
-        choices=("full", "grid"),
-    )
     oversample_ratio: float = setting(3.0, "times as many points are drawn before the uncertain ones are kept")
     importance_sample_ratio: float = setting(0.75, "part of the points that is kept for being uncertain", "FRACTION")
     num_objects: int | None = setting(
@@ -342,6 +337,11 @@ class LossConfig:
     align_weight: float = flag(0.0, "[SEG] embedding to SAM 2's own prompt of the mask", title=SEGMENTER, at_least=0)
     align_through: str = flag(
         "all", "projection: the alignment changes text_hidden_fcs alone", title=SEGMENTER, choices=("all", "projection")
+    )
+    points_from: str = setting(
+        "full",
+        "where the points read a mask: at its stored size, or in its target, as Sa2VA does",
+        choices=("full", "grid"),
     )
 
 

@@ -124,7 +124,9 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 def test_the_plain_flow_of_the_original_is_the_same(num_points: int) -> None:
     """One region a row, with transformers' ``generate`` and the model's own ``mode="loss"``, and no lever."""
     config = dataclasses.replace(small_config(), loop=LOOP)
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, num_points=num_points))
+    config = dataclasses.replace(
+        config, loss=dataclasses.replace(config.loss, num_points=num_points, points_from="grid")
+    )
     task, plain = (
         DualLoopTask(*small_model(dataclasses.replace(config, speed=speed))[:2], config) for speed in (DEFAULT, PLAIN)
     )

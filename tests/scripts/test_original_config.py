@@ -65,7 +65,7 @@ def test_every_size_and_silent_flag_is_carried_over():
     assert backbone["mlp_ratio"] == 3.0
     assert model.sam2["mask_decoder"]["num_attention_heads"] == 4
     assert model.sam2["fpn_top_down_levels"] == [3]
-    assert config.loss == LossConfig(1.5, 0.25, 1.0, 20, 3.0, 0.75, num_objects=3)
+    assert config.loss == LossConfig(1.5, 0.25, 1.0, 20, 3.0, 0.75, num_objects=3, points_from="grid")
     assert config.data.grid_pooling == "nearest"
 
 
