@@ -89,6 +89,7 @@ def build_config(setting: Setting, variant: str) -> Config:
         "train.gradient_accumulation_steps": setting.accumulation,
         "loop.max_new_tokens": setting.new_tokens,
         "loop.max_rejected_grace": 10**9,
+        "reward.gates": (),  # random weights write nothing that could pass for a caption
         "model.initial_weights": None,
         "model.train_embeddings": "all" if variant in ("plain", f"off:{NEW_TOKEN_ROWS}") else "none",
         "data.regions_per_image": setting.regions,
