@@ -118,6 +118,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--encoder_scenes", type=int, default=6000, help="scenes for stages 1 and 2")
     parser.add_argument("--captioned_scenes", type=int, default=300, help="scenes with captions, stage 3")
+    text = "stage 3 sees no object of one colour of each shape (UNNAMED_PAIRS of tiny/scenes.py)"
+    parser.add_argument("--without_pairs", action="store_true", help=text)
     parser.add_argument("--sam_steps", type=int, default=1000)
     parser.add_argument("--vision_steps", type=int, default=4000)
     parser.add_argument("--caption_steps", type=int, default=400)
@@ -145,7 +147,8 @@ def main() -> None:
     train_parts(args, model, sizes)
     if args.stage is not None:
         return
-    captioned = ScenePool.generate("tiny/captioned", args.captioned_scenes, args.seed, sizes)
+    pairs = not args.without_pairs
+    captioned = ScenePool.generate("tiny/captioned", args.captioned_scenes, args.seed, sizes, unnamed_pairs=pairs)
     print(f"captioned pool: {len(captioned)} scenes, {captioned.num_objects} objects", flush=True)
     build_frozen(model)
     common = (model, prompter, config.loop, config.loss, captioned)

@@ -13,6 +13,7 @@ COLUMNS = {"iou": "gIoU", "picks": "right object", "cycle": "cycle", "independen
 BASELINES = {
     "core": "captioned",
     "rewards": "plain",
+    "composition": "start",
     "scaling": "150x20_450",
     "codes": "gates_150",
     "tuning": "loop_0.0004",
@@ -44,11 +45,14 @@ def crossed_interval(numerators: np.ndarray, counts: np.ndarray, seed: int = 0) 
 
 
 def read_arms(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return the results of a table by arm and seed."""
+    """Return the results of a table by arm and seed; a result with groups of regions counts as an arm for each."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        arms.setdefault(result["arm"], {})[result["seed"]] = result
+        groups = result.get("groups", {})
+        for name, columns in groups.items() if groups else [("", result["regions"])]:
+            arm = f"{result['arm']}, {name}" if name else result["arm"]
+            arms.setdefault(arm, {})[result["seed"]] = {**result, "regions": columns}
     return arms
 
 
@@ -61,10 +65,11 @@ def markdown(results: Path, tables: Sequence[str]) -> str:
             continue
         first = next(iter(next(iter(arms.values())).values()))
         columns = [name for name in COLUMNS if name in first["regions"]]
-        base = BASELINES.get(table, "")
-        lines = [f"| arm | seeds | {' | '.join(COLUMNS[name] for name in columns)} | gIoU minus `{base}` |"]
+        titles = " | ".join(COLUMNS[name] for name in columns)
+        lines = [f"| arm | seeds | {titles} | gIoU minus `{BASELINES.get(table, '')}` |"]
         lines.append("| --- | --- |" + " --- |" * (len(columns) + 1))
         for arm, own in arms.items():
+            base = BASELINES.get(table, "") + (f", {arm.split(', ')[1]}" if ", " in arm else "")
             cells = [_cell(list(own.values()), name) for name in columns if name in next(iter(own.values()))["regions"]]
             shared = sorted(set(own) & set(arms.get(base, {})))
             cells.append(_difference([own[s] for s in shared], [arms[base][s] for s in shared]) if shared else "-")

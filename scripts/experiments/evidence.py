@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -37,6 +37,7 @@ from dual_loop.data.masks import decode_rle  # noqa: E402
 from dual_loop.metrics import iou, mask_overlap  # noqa: E402
 from dual_loop.testing.demo_data import write_demo_data  # noqa: E402
 from dual_loop.testing.scenes import generate_scene, pool_seed  # noqa: E402
+from experiments import composition  # noqa: E402
 from experiments.crossed import markdown  # noqa: E402
 from experiments.plans import CAPTIONS, TABLES, Run, runs_of  # noqa: E402
 
@@ -44,6 +45,8 @@ RESULTS = ROOT / "docs" / "experiments" / "evidence"
 SCENES, CAPTIONED, START_SCENES = 1800, 300, 300
 HELD_OUT, TUNING = ("held_out", 1000, 200), ("tuning", 2000, 100)
 """Folder, seed and number of scenes that figures come from."""
+EXPRESSIONS, EXPRESSION_SCENES = "expressions/masks.jsonl", 800
+"""Expressions of other kinds: their file below the data, and of how many scenes they are taken."""
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -117,17 +120,10 @@ def write_masks(folder: Path, kind: str) -> Path:
     return path
 
 
-def write_start_scenes(work: Path) -> Path:
+def write_start_scenes(work: Path) -> None:
     """Write the captioned scenes that the packaged checkpoint was made of (``scripts/pretrain_tiny.py``)."""
-    folder = work / "data" / "start"
-    path = folder / "masks.jsonl"
-    if not path.is_file():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        for index in range(START_SCENES):
-            image = generate_scene(pool_seed(0, "tiny/captioned", index)).image
-            Image.fromarray(image).save(folder / "images" / f"{index + 1}.jpg", quality=95)
-        write_lines(path, "images/{}.jpg", "tiny/captioned", 0, objects_of("tiny/captioned", 0, START_SCENES))
-    return path
+    path = work / "data" / "start" / "masks.jsonl"
+    composition.write_objects(path, "images/{}.jpg", "tiny/captioned", 0, START_SCENES, composition.true)
 
 
 def write_held_out(work: Path) -> None:
@@ -142,16 +138,24 @@ def training_arguments(run: Run, work: Path) -> list[str]:
     """Return the trainer's arguments of one run; its data has to be written."""
     folder = work / "data" / (f"s{run.seed}_vague" if run.vague else f"s{run.seed}")
     flags = [part.replace("{listener}", str(work / "runs" / "listener" / "true_s77")) for part in run.flags]
-    sources = ["--refcoco_dir", folder / "ref_seg"]
-    settings = ["train.num_threads=1", *run.settings, f"data.refcoco_max_samples={run.captioned}"]
-    settings += ["data.refcoco_repeats=1", *(f"data.{name}_weight=None" for name in ("sav", "sa1b", "openimage"))]
-    if run.captions == "none":
-        settings.append("data.refcoco_weight=None")
-    else:
-        settings += ["data.refcoco_weight=0.25", "data.masks_weight=0.75", f"data.masks_max_samples={run.scenes}"]
-        sources += ["--masks_dir", folder / f"masks_{run.captions}.jsonl"]
-    if run.everything:
-        sources += ["--masks_dir", work / "data" / "start" / "masks.jsonl"]
+    settings = ["train.num_threads=1", *run.settings, "data.refcoco_repeats=1", "data.sa1b_repeats=1"]
+    # Whose captions people gave, and who has masks alone or captions of another kind.
+    captioned, masks = ("masks", "sa1b") if run.without_pairs else ("refcoco", "masks")
+    places = {"refcoco": folder / "ref_seg", "sa1b": folder / "sa1b", "masks": folder / f"masks_{run.captions}.jsonl"}
+    weights: dict[str, float | None] = dict.fromkeys(("sav", "sa1b", "openimage", "refcoco"))
+    samples = {captioned: run.captioned}
+    if run.captions != "none":
+        weights |= {captioned: 0.25, masks: 0.75}
+        samples[masks] = run.scenes
+    if run.without_pairs:
+        places["masks"] = folder / "named.jsonl"
+        settings.append(f"train.pretrained_pth={work / 'start_without_pairs'}")
+    elif run.everything:
+        places["masks"], samples["masks"] = work / "data" / "start" / "masks.jsonl", START_SCENES
+    settings += [f"data.{name}_weight={value}" for name, value in weights.items()]
+    settings += [f"data.{name}_max_samples={value}" for name, value in samples.items()]
+    options = {"refcoco": "--refcoco_dir", "sa1b": "--sa1b_dir", "masks": "--masks_dir"}
+    sources = [part for name in samples for part in (options[name], places[name])]
     if run.stops_early:
         settings += ["train.save_interval=75", "train.keep_checkpoints=100"]
     return [
@@ -167,15 +171,16 @@ def call(*arguments: object) -> list[str]:
 
 
 def evaluate(checkpoint: object, work: Path, data: str, out: Path, *further: object) -> list[str]:
-    held_out = work / "data" / data / "ref_seg"
-    place = ("--data", "refcoco:val", "--eval_dir", held_out, "--refcoco_dir", held_out, "--output_dir", out)
-    return call("dual_loop.cli", "evaluate", checkpoint, *place, "--device", "cpu", *further)
+    place = work / "data" / data
+    if place.suffix:
+        where: tuple[object, ...] = ("--data", "masks", "--masks_dir", place)
+    else:
+        where = ("--data", "refcoco:val", "--eval_dir", place / "ref_seg", "--refcoco_dir", place / "ref_seg")
+    return call("dual_loop.cli", "evaluate", checkpoint, *where, "--output_dir", out, "--device", "cpu", *further)
 
 
 def do(run: Run, work: Path) -> None:
     """Train, measure, and write the result of one run; everything that it prints goes to its log."""
-    import shutil
-
     folder, started = work / "runs" / run.name, time.time()
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -184,8 +189,9 @@ def do(run: Run, work: Path) -> None:
         def start(command: list[str]) -> None:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
 
-        start(call("dual_loop.train_dual_loop", *training_arguments(run, work)))
-        measured: Path = folder
+        if run.steps:
+            start(call("dual_loop.train_dual_loop", *training_arguments(run, work)))
+        measured = folder if run.steps else work / "start_without_pairs"
         chosen: dict[str, float] = {}
         if run.stops_early:
             for path in sorted((folder / "checkpoints").glob("step_*")):
@@ -196,22 +202,27 @@ def do(run: Run, work: Path) -> None:
             measured = folder / "checkpoints" / max(chosen, key=chosen.__getitem__)
         data = TUNING[0] if run.table == "tuning" else HELD_OUT[0]
         listener = work / "runs" / "listener" / "true_s77"
-        heard = ["--listener", listener] if run.table in ("rewards", "codes") else []
+        heard: list[object] = ["--listener", listener] if run.table in ("rewards", "codes") else []
+        if run.without_pairs:
+            heard += ["--tasks", "referring", "captioning", "loop", "no_target"]
         out = folder / "measured"
         if not (out / "evaluation.json").is_file():
             shutil.rmtree(out, ignore_errors=True)
             start(evaluate(measured, work, data, out, *heard))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    commit = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["git_commit"]
+        if run.without_pairs and not (out / "expressions" / "evaluation.json").is_file():
+            start(evaluate(measured, work, EXPRESSIONS, out / "expressions", "--tasks", "referring"))
+    counters = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["counters"] if run.steps else {}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     write_result(
         {
             **{key: value for key, value in asdict(run).items() if value not in ((), False)},
-            "commit": commit,
+            "commit": head.stdout.strip(),
             "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread",
             "seconds": round(time.time() - started),
             **({"tuned": chosen, "measured": measured.name} if chosen else {}),
-            "counters": {key: value for key, value in summary["counters"].items() if value},
+            "counters": {key: value for key, value in counters.items() if value},
             **condense(out),
+            **(composed(out) if run.without_pairs else {}),
         },
         run.name,
     )
@@ -224,21 +235,54 @@ def read_figures(out: Path) -> dict[str, Any]:
     return dict(figures["refcoco:val"])
 
 
+def read_regions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "regions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def composed(out: Path) -> dict[str, Any]:
+    """Return the numbers of regions by what an expression asks for, and how many expressions of nothing got a mask."""
+    regions, further = read_regions(out), read_regions(out / "expressions")
+    columns, asked = columns_of(regions), columns_of(further)
+    is_unnamed = [composition.names_unnamed_pair(region["references"][0]) for region in regions]
+    kinds = [region["name"].rsplit("#", 1)[1].split("/")[0] for region in further if region["sentences"]]
+    groups = {
+        "named pairs": split_columns(columns, [not unnamed for unnamed in is_unnamed]),
+        "unnamed pairs": split_columns(columns, is_unnamed),
+        **{kind: split_columns(asked, [own == kind for own in kinds]) for kind in sorted(set(kinds))},
+    }
+    empty = [int(region["no_target"]["union"] == 0) for region in regions if "no_target" in region]
+    return {"no_target_is_empty": [sum(empty), len(empty)], "groups": groups}
+
+
+def split_columns(columns: dict[str, list[int]], is_kept: list[bool]) -> dict[str, list[int]]:
+    return {
+        name: [value for value, kept in zip(values, is_kept, strict=True) if kept] for name, values in columns.items()
+    }
+
+
 def condense(out: Path) -> dict[str, Any]:
-    """Return figures, and for every held-out region in order: image, IoU in per mille, whether its mask picks it."""
-    regions = [json.loads(line) for line in (out / "regions.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return figures, and the numbers of every held-out region."""
+    columns = columns_of(read_regions(out))
+    figures = {name: round(float(np.mean(values)), 4) for name, values in columns.items() if name != "image"}
+    return {"figures": figures, "regions": columns}
+
+
+def columns_of(regions: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return image, IoU in per mille and whether the mask picks it, of every region with an expression, in order."""
     by_image: dict[str, list[np.ndarray]] = {}
     for region in regions:
         by_image.setdefault(region["image"], []).append(decode_rle(region["target"], region["name"]))
     images = list(by_image)
+    regions = [region for region in regions if region["sentences"]]
     columns: dict[str, list[int]] = {"image": [images.index(region["image"]) for region in regions]}
     ious, picks = [], []
     for region in regions:
         targets = np.stack(by_image[region["image"]])
         mask = decode_rle(region["sentences"][0]["mask"], region["name"])
         overlaps = iou(*mask_overlap(np.broadcast_to(mask, targets.shape), targets))
-        ious.append(round(1000 * float(overlaps[region.get("own", 0)])))
-        picks.append(int(overlaps.argmax() == region.get("own", 0) and overlaps.max() > 0))
+        own = overlaps[region.get("own", 0)]
+        ious.append(round(1000 * float(own)))
+        picks.append(int(own == overlaps.max() > 0))
     columns |= {"iou": ious, "picks": picks}
     for name in ("cycle", "independent"):
         if all(name in region for region in regions):
@@ -247,8 +291,7 @@ def condense(out: Path) -> dict[str, Any]:
             ]
     if all("caption" in region for region in regions):
         columns["exact"] = [int(region["caption"] in region["references"]) for region in regions]
-    figures = {name: round(float(np.mean(values)), 4) for name, values in columns.items() if name != "image"}
-    return {"figures": figures, "regions": columns}
+    return columns
 
 
 def write_result(result: dict[str, Any], name: str) -> None:
@@ -292,6 +335,12 @@ def main() -> int:
         do(next(run for run in wanted if run.name == args.run), work)
         return 0
     write_held_out(work)
+    if any(run.without_pairs for run in wanted):
+        composition.write_start(work)
+        place = work / "data" / EXPRESSIONS
+        composition.write_objects(
+            place, "images/{}.jpg", "expressions", HELD_OUT[1], EXPRESSION_SCENES, composition.asked
+        )
     if not (RESULTS / "start.json").is_file():
         do_start(work)
     return run_all([run for run in wanted if not (RESULTS / f"{run.name}.json").is_file()], work, args.jobs)
@@ -305,7 +354,12 @@ def run_all(waiting: list[Run], work: Path, jobs: int) -> int:
         while waiting and len(running) < jobs:
             run = waiting.pop(0)
             folder = write_scenes(work, run.seed, run.vague)
-            if run.captions != "none":
+            if run.without_pairs:
+                composition.write_objects(
+                    *(folder / "named.jsonl", "ref_seg/refcoco/coco2014/train2014/COCO_train2014_{:012d}.jpg"),
+                    *("refcoco/train", run.seed, CAPTIONED, composition.named),
+                )
+            elif run.captions != "none":
                 write_masks(folder, run.captions)
             if run.everything:
                 write_start_scenes(work)

@@ -29,6 +29,7 @@ class Run:
         vague: share of the captions of people that are vague.
         everything: the 300 captioned scenes that the start was made of train too.
         stops_early: the checkpoint that is best on the tuning scenes is measured.
+        without_pairs: neither the start nor the captions of people name one colour of each shape.
         flags: of the trainer.
         settings: of the trainer, behind ``--cfg-options``.
     """
@@ -44,6 +45,7 @@ class Run:
     vague: float = 0.0
     everything: bool = False
     stops_early: bool = False
+    without_pairs: bool = False
     flags: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
@@ -128,7 +130,27 @@ def codes() -> list[Run]:
     ]  # fmt: skip
 
 
-TABLES = {"tuning": tuning, "listener": listener, "core": core, "rewards": rewards, "scaling": scaling, "codes": codes}
+def composition() -> list[Run]:
+    """Does the loop carry over to pairs of words that no caption named, and to expressions of other kinds?"""
+    loop = Run("composition", "loop", 0, without_pairs=True)
+    arms = [
+        replace(loop, arm="start", steps=0),
+        replace(loop, arm="captioned", captions="none"),
+        loop,
+        replace(loop, arm="loop_no_target", flags=("--no_target_weight", "0.1")),
+    ]
+    return [replace(run, seed=seed) for seed in range(3) for run in arms]
+
+
+TABLES = {
+    "tuning": tuning,
+    "listener": listener,
+    "core": core,
+    "rewards": rewards,
+    "composition": composition,
+    "scaling": scaling,
+    "codes": codes,
+}
 
 
 def runs_of(tables: list[str]) -> Iterator[Run]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,13 @@ from dual_loop.types import Batch, RegionSample
 
 SHAPES = list(GLYPHS)
 COLOUR_NAMES = list(COLOURS)
+UNNAMED_PAIRS = frozenset((shape, COLOUR_NAMES[number % len(COLOURS)]) for number, shape in enumerate(SHAPES))
+"""A colour of each shape that no caption names, where it is to be seen whether words are put together anew."""
+
+
+def without_unnamed(scene: Scene) -> Scene:
+    """Return the scene with the objects that a caption may name."""
+    return replace(scene, objects=tuple(o for o in scene.objects if (o.shape, o.colour) not in UNNAMED_PAIRS))
 
 
 def scene_sample(scene: Scene, name: str) -> RegionSample:
@@ -37,10 +44,13 @@ class ScenePool:
     colours: list[list[int]]
 
     @classmethod
-    def generate(cls, pool: str, count: int, seed: int, sizes: Geometry) -> ScenePool:
+    def generate(cls, pool: str, count: int, seed: int, sizes: Geometry, *, unnamed_pairs: bool = True) -> ScenePool:
         prepared, shapes, colours = [], [], []
         for index in range(count):
             scene = generate_scene(pool_seed(seed, pool, index))
+            scene = scene if unnamed_pairs else without_unnamed(scene)
+            if not scene.objects:
+                continue
             sample = scene_sample(scene, f"{pool}/{index}")
             rng = np.random.default_rng(index)
             item = prepare_sample(sample, sizes, rng, seed, index, allow_empty_targets=True)
