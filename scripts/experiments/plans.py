@@ -84,7 +84,7 @@ def tuning() -> list[Run]:
     return [
         Run("tuning", f"{name}_{rate:g}", TUNING_SEED, rate=rate, stops_early=name == "captioned", **options)
         for name, options in kinds.items()
-        for rate in (2e-4, 4e-4, 8e-4)
+        for rate in (2e-4, 4e-4, 8e-4, 1.6e-3)
     ]
 
 
