@@ -28,6 +28,15 @@ SOURCES = ("sav", "sa1b", "openimages", "refcoco")
 
 
 @dataclass(frozen=True)
+class SkippedRegion:
+    """A region of a good image that cannot be used, with the reason that is counted and the message that is logged."""
+
+    region_id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class RegionSample:
     """One image with N regions, from any data set.
 
@@ -43,6 +52,7 @@ class RegionSample:
         later_targets: of a clip the frames behind ``target_image``, each with its masks as there.
         image_reduction: above 1 only where ``Reader.load_reduced`` was asked: masks keep the stored size (H, W), and
             ``image`` is (ceil(H / image_reduction), ceil(W / image_reduction), 3).
+        passed_over: regions that were drawn and cannot be used.
     """
 
     source: str
@@ -55,10 +65,24 @@ class RegionSample:
     target_masks: np.ndarray | None = None
     image_reduction: int = 1
     later_targets: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    passed_over: tuple[SkippedRegion, ...] = ()
 
     @property
     def num_regions(self) -> int:
         return int(self.masks.shape[0])
+
+    def without(self, passed_over: Mapping[int, SkippedRegion]) -> RegionSample:
+        """Return the sample without the regions (0..N-1, not all) that are passed over."""
+        kept = [place for place in range(self.num_regions) if place not in passed_over]
+        return replace(
+            self,
+            masks=self.masks[kept],
+            region_ids=tuple(self.region_ids[place] for place in kept),
+            captions=tuple(self.captions[place] for place in kept),
+            target_masks=None if self.target_masks is None else self.target_masks[kept],
+            later_targets=tuple((image, masks[kept]) for image, masks in self.later_targets),
+            passed_over=(*self.passed_over, *passed_over.values()),
+        )
 
     @property
     def segmentation_image(self) -> np.ndarray:
@@ -73,12 +97,16 @@ class RegionSample:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that was skipped, with the reason that is counted and the message that is logged."""
+    """A sample that was skipped, with the reason that is counted and the message that is logged.
+
+    With ``region_id`` it is one region of a good image that was passed over.
+    """
 
     source: str
     sample_id: str
     reason: str
     message: str
+    region_id: str | None = None
 
 
 @dataclass
@@ -125,7 +153,7 @@ class Batch:
         captions: N chosen reference expressions, None where a region has no text.
         region_names: N strings ``source/sample_id#region_id`` for logs.
         sources: B source names.
-        skipped: the samples that were skipped while this batch was collected.
+        skipped: the samples that were skipped while this batch was collected. passed_over: regions of its images.
         later_frames: of the images that are clips, in the order of the images.
         references: N tuples of all reference expressions, the chosen one among them; by default that alone.
     """
@@ -145,6 +173,7 @@ class Batch:
     sources: list[str]
     full_masks: list[torch.Tensor] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
+    passed_over: list[SkippedSample] = field(default_factory=list)
     later_frames: list[LaterFrame] = field(default_factory=list)
     references: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -207,6 +236,7 @@ class Batch:
             sources=self.sources[start:stop],
             full_masks=self.full_masks[start:stop],
             skipped=self.skipped if start == 0 else [],
+            passed_over=self.passed_over if start == 0 else [],
             later_frames=[
                 replace(frame, image=frame.image - start, view=views.index(frame.view))
                 for frame in self.later_frames

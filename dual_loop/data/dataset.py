@@ -44,6 +44,9 @@ class DualLoopDataset(Dataset[Batch]):
         decode_scale: str = "full",
     ) -> None:
         self.sources = tuple(sources)
+        for source in self.sources:
+            if isinstance(source, Reader):
+                source.vanishes = geometry.vanishes
         self.stream, self.geometry, self.seed, self.decode_scale = stream, geometry, seed, decode_scale
 
     def __len__(self) -> int:
@@ -71,7 +74,8 @@ class DualLoopDataset(Dataset[Batch]):
         num_tries = min(MAX_TRIES, self.stream.shares[key.source_index].length)
         for attempt in range(num_tries):
             entry = self.stream.substitute(key, attempt).entry if attempt else key.entry
-            rng = sample_rng(self.seed, key.slot)
+            # A bad draw must not repeat itself in what replaces it: the same number of a region may be bad there too.
+            rng = sample_rng(self.seed, f"{key.slot}/{attempt}" if attempt else key.slot)
             name = source.entry_id(entry)
             try:
                 needed = self.geometry.needed_size
@@ -94,7 +98,7 @@ class DualLoopDataset(Dataset[Batch]):
 
 
 class SkipLedger:
-    """Counts skipped samples in the main process, logs each once, and stops a run that skips too many.
+    """Counts skipped samples and regions in the main process, logs each once; too many bad samples stop the run.
 
     Args:
         max_bad_fraction: of the samples of a source that were tried, how many may be bad; 1 never stops.
@@ -107,15 +111,24 @@ class SkipLedger:
         self._good: Counter[str] = Counter()
         self._events: Counter[tuple[str, str]] = Counter()
         self._distinct: dict[str, set[str]] = {}
+        self._regions: Counter[tuple[str, str]] = Counter()
+        self._distinct_regions: set[str] = set()
 
     def record(self, skipped: Sequence[SkippedSample], consumed: Mapping[str, int]) -> None:
-        """Count skipped samples, and good ones by source. With the same input all ranks stop together.
+        """Count skipped samples and regions, and good samples by source. With the same input all ranks stop together.
 
         Raises:
             TooManyBadSamples: a source is past ``max_bad_fraction``.
         """
         self._good.update(consumed)
         for skip in skipped:
+            if skip.region_id is not None:
+                self._regions[skip.source, skip.reason] += 1
+                name = f"{skip.source}/{skip.sample_id}#{skip.region_id}"
+                if name not in self._distinct_regions:
+                    self._distinct_regions.add(name)
+                    logger.warning("Warning: passed over a region %s (%s): %s", name, skip.reason, skip.message)
+                continue
             self._events[skip.source, skip.reason] += 1
             known = self._distinct.setdefault(skip.source, set())
             if skip.sample_id not in known:
@@ -134,11 +147,19 @@ class SkipLedger:
                 raise TooManyBadSamples(explain("too many samples are bad", where, seen, expected, fix))
 
     def as_counters(self) -> dict[str, int]:
-        """Return ``data/bad_samples`` (events), ``data/bad_samples_distinct``, and events by source and reason."""
+        """Return ``data/bad_samples`` (events), ``data/bad_samples_distinct``, and events by source and reason.
+
+        The same of ``data/bad_regions`` where there were any.
+        """
         num_distinct = sum(len(ids) for ids in self._distinct.values())
         counters = {"data/bad_samples": self._events.total(), "data/bad_samples_distinct": num_distinct}
         for (source, reason), count in sorted(self._events.items()):
             counters[f"data/bad_samples/{source}/{reason}"] = count
+        if self._regions:
+            counters["data/bad_regions"] = self._regions.total()
+            counters["data/bad_regions_distinct"] = len(self._distinct_regions)
+        for (source, reason), count in sorted(self._regions.items()):
+            counters[f"data/bad_regions/{source}/{reason}"] = count
         return counters
 
     def state_dict(self) -> dict[str, object]:
@@ -147,6 +168,8 @@ class SkipLedger:
             "good": dict(self._good),
             "events": [[source, reason, count] for (source, reason), count in sorted(self._events.items())],
             "distinct": {source: sorted(ids) for source, ids in self._distinct.items()},
+            "regions": [[source, reason, count] for (source, reason), count in sorted(self._regions.items())],
+            "distinct_regions": sorted(self._distinct_regions),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -154,3 +177,5 @@ class SkipLedger:
         self._good = Counter(state["good"])
         self._events = Counter({(source, reason): count for source, reason, count in state["events"]})
         self._distinct = {source: set(ids) for source, ids in state["distinct"].items()}
+        self._regions = Counter({(source, reason): count for source, reason, count in state.get("regions", ())})
+        self._distinct_regions = set(state.get("distinct_regions", ()))

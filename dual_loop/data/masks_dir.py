@@ -35,6 +35,7 @@ from typing import TypedDict, cast
 
 import numpy as np
 
+from dual_loop.data.captions import check_captions
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.index import Key, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
@@ -43,7 +44,7 @@ from dual_loop.data.masks import SIZE_TOLERANCE, check_mask, decode_rle, decode_
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.types import NeededSize, RegionSample
+from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/images/<name>.jpg                   root/images/...            root/images/...
@@ -143,7 +144,7 @@ class MasksDir(Reader):
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
-        Objects that are empty or outside the limits are passed over; any other fault makes the sample bad.
+        Objects that are empty, outside the limits or unusable are passed over.
         """
         row = int(self._rows[index])
         start, stop = self._starts[row : row + 2].tolist()
@@ -151,24 +152,39 @@ class MasksDir(Reader):
         picture = read_picture(path, apply_exif=False, needed=needed)
         found: dict[int, tuple[str, tuple[str, ...]]] = {}
 
+        def name(number: int) -> str:
+            return str(self._region(start + number).get("id", f"at{number}"))
+
         def decode(number: int) -> np.ndarray:
             nonlocal picture
             region = self._region(start + number)
-            where = f"{self.file or self.root}: {region.get('id', number)} of {path.name}"
+            where = f"{self.file or self.root}: {name(number)} of {path.name}"
+            texts = _texts(region, where)
+            check_captions(texts, where)
             mask = self._mask(region, picture.size, where)
             if not found and not _fits(mask, picture.size):
                 turned = read_picture(path, apply_exif=True)
                 picture = turned if _fits(mask, turned.size) else picture
             mask = fit_mask(mask, picture.size, where)
-            found[number] = str(region.get("id", f"at{number}")), _texts(region, where)
+            found[number] = name(number), texts
             return mask
 
         is_hard = self.region_choice == "hard"
         classes = [self._region(row).get("category_id") for row in range(start, stop)] if is_hard else []
-        drawn, masks = self._draw(rng, stop - start, decode, str(path), picture=lambda: picture, classes=classes)
+        passed: list[SkippedRegion] = []
+        drawn, masks = self._draw(
+            rng,
+            stop - start,
+            decode,
+            str(path),
+            picture=lambda: picture,
+            classes=classes,
+            passed_over=passed,
+            region_id=name,
+        )
         ids, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
-        return self._sample(index, picture, masks, ids, captions)
+        return self._sample(index, picture, masks, ids, captions, passed)
 
     def _region(self, number: int) -> Region:
         record = json.loads(self._regions[number])

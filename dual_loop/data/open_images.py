@@ -30,7 +30,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
-from dual_loop.types import NeededSize, RegionSample
+from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/
@@ -166,37 +166,45 @@ class OpenImages(Reader):
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
-        An empty mask is replaced by the next drawn; any other fault makes the whole sample bad. A region's id is its
-        mask's name without ImageID and ``.png``, ``<label without slashes>_<BoxID>``.
+        A mask that is empty or cannot be used is replaced by the next drawn. A region's id is its mask's name without
+        ImageID and ``.png``, ``<label without slashes>_<BoxID>``.
         """
         entry, image_id = int(self._rows[index]), self.entry_id(index)
         rows = self._masks_by_image[self._starts[entry] : self._starts[entry + 1]].tolist()
         names = list(dict.fromkeys(self._mask_paths[row] for row in rows))  # a row may be there twice
-        picture: Picture | None = None
+        picture, first_fits = read_picture(self.image_path(index), apply_exif=False, needed=needed), False
 
         def decode(number: int) -> np.ndarray:
-            nonlocal picture
+            nonlocal picture, first_fits
             path = safe_join(self.masks, names[number])
             mask = foreground_of(open_image_file(path))
-            if picture is None:
-                picture = read_picture(self.image_path(index), apply_exif=False, needed=needed)
-                if not _same_aspect(mask, picture):
-                    turned = read_picture(self.image_path(index), apply_exif=True)
-                    picture = turned if _same_aspect(mask, turned) else picture
+            if not first_fits and not _same_aspect(mask, picture):
+                turned = read_picture(self.image_path(index), apply_exif=True)
+                picture = turned if _same_aspect(mask, turned) else picture
             if not _same_aspect(mask, picture):
                 what = "a mask and its image have different aspect ratios"
                 seen = f"mask {mask.shape[1]} x {mask.shape[0]}, image {picture.size[1]} x {picture.size[0]} (W x H)"
                 expected = f"aspect ratios within {ASPECT_TOLERANCE:.0%}"
                 fix = "the image is another rendition or was turned: download the original"
                 raise SampleError("aspect_mismatch", explain(what, str(path), seen, expected, fix))
+            first_fits = True
             return resize_mask(mask, picture.size)
 
         ids = [name.rsplit("/", 1)[-1].removesuffix(".png").removeprefix(f"{image_id}_") for name in names]
         labels = [name.rpartition("_")[0] for name in ids]
         where = f"{self.csv_path}: {image_id}"
-        drawn, masks = self._draw(rng, len(names), decode, where, picture=lambda: picture, classes=labels)
-        assert picture is not None, "a mask was decoded"
-        return self._sample(index, picture, masks, [ids[number] for number in drawn])
+        passed: list[SkippedRegion] = []
+        drawn, masks = self._draw(
+            rng,
+            len(names),
+            decode,
+            where,
+            picture=lambda: picture,
+            classes=labels,
+            passed_over=passed,
+            region_id=ids.__getitem__,
+        )
+        return self._sample(index, picture, masks, [ids[number] for number in drawn], passed_over=passed)
 
 
 def _same_aspect(mask: np.ndarray, picture: Picture) -> bool:

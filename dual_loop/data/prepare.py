@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dual_loop.data.captions import check_captions
 from dual_loop.data.images import Picture
 from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid, resize_mask
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import Batch, LaterFrame, RegionSample
+from dual_loop.types import Batch, LaterFrame, RegionSample, SkippedRegion, SkippedSample
 
 # The only copy in the package; InternVL and SAM 2 were both trained with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,6 +62,16 @@ class Geometry:
         columns, rows = choose_tile_grid(height, width, self.max_tiles, self.vision_image_size)
         least = self.grounding_size
         return max(least, rows * self.vision_image_size), max(least, columns * self.vision_image_size)
+
+    def vanishes(self, mask: np.ndarray) -> bool:
+        """Tell whether nothing of ``mask`` (H, W) bool, 1 pixel or more, is left in its target."""
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        cell_height, cell_width = (side / self.mask_size for side in mask.shape)
+        touched = (np.ptp(rows) + 1 + 2 * cell_height) * (np.ptp(columns) + 1 + 2 * cell_width)
+        # Were all cells that it touches covered by less than a half, the whole would be less than half of them.
+        if self.target_pooling == "area" and 2 * np.count_nonzero(mask) >= touched:
+            return False
+        return bool(resize_targets(mask[None], self.mask_size, self.target_pooling).amax() < 0.5)
 
 
 def region_seed(seed: int, slot: int | str, position: int) -> int:
@@ -161,24 +172,22 @@ def prepare_sample(
         rng: chooses one caption where a region has several.
         seed, slot: give the seeds of the regions, see :func:`region_seed`.
         allow_empty_targets: keep a region whose target is lost at Q x Q. Evaluation compares at the original size
-            and must not drop anything; training would learn from an empty mask, so there it is an error.
+            and must not drop anything; training would learn from an empty mask, so there it is passed over.
 
     Raises:
-        SampleError: ``invalid_sample`` (shapes or types that break the contract of ``RegionSample``), ``empty_mask``,
-            ``target_vanished`` (no pixel of a mask is left at Q x Q).
+        SampleError: ``invalid_sample`` (shapes or types that break the contract of ``RegionSample``), ``empty_mask``;
+            ``target_vanished`` (no pixel of a mask is left at Q x Q) and ``special_token`` where no region is left.
     """
     where = f"{sample.source}/{sample.sample_id}"
     _check_sample(sample, where)
-    names = [f"{where}#{region_id}" for region_id in sample.region_ids]
     targets = [(sample.segmentation_image, sample.segmentation_masks), *sample.later_targets]
     target_masks = [resize_targets(masks, geometry.mask_size, geometry.target_pooling) for _, masks in targets]
-    for (_, masks), resized in zip(targets, target_masks, strict=True):
-        lost = (resized.flatten(1).amax(dim=1) < 0.5).nonzero().flatten().tolist()
-        if lost and not allow_empty_targets:
-            what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
-            seen = f"{int(masks[lost[0]].sum())} pixels of an image of {masks.shape[1:]} (H, W)"
-            expected = f"1 pixel or more at {geometry.mask_size} x {geometry.mask_size}"
-            raise SampleError("target_vanished", explain(what, names[lost[0]], seen, expected, fix))
+    unusable = {} if allow_empty_targets else _unusable(sample, target_masks, where)
+    if len(unusable) == sample.num_regions:
+        raise SampleError(unusable[0].reason, unusable[0].message)
+    if unusable:
+        return prepare_sample(sample.without(unusable), geometry, rng, seed, slot)
+    names = [f"{where}#{region_id}" for region_id in sample.region_ids]
     captioned = Picture(sample.image, (sample.masks.shape[1], sample.masks.shape[2]), sample.image_reduction)
     shown = [captioned] if sample.target_image is None else [captioned, *(_as_picture(image) for image, _ in targets)]
     views, segmented = [image_to_tiles(image, geometry) for image in shown], range(len(shown))[-len(targets) :]
@@ -202,8 +211,30 @@ def prepare_sample(
         references=[tuple(texts) for texts in sample.captions],
         region_names=names,
         sources=[sample.source],
+        passed_over=[
+            SkippedSample(sample.source, sample.sample_id, one.reason, one.message, one.region_id)
+            for one in sample.passed_over
+        ],
         later_frames=[LaterFrame(0, *frame) for frame in list(zip(*of_frames, strict=True))[1:]],
     )
+
+
+def _unusable(sample: RegionSample, target_masks: list[torch.Tensor], where: str) -> dict[int, SkippedRegion]:
+    """Return the regions that training can learn nothing from; a reader of the package has passed them over before."""
+    found: dict[int, SkippedRegion] = {}
+    lost = torch.stack([resized.flatten(1).amax(dim=1) < 0.5 for resized in target_masks]).any(0).tolist()
+    for place, (region_id, texts) in enumerate(zip(sample.region_ids, sample.captions, strict=True)):
+        name = f"{where}#{region_id}"
+        try:
+            check_captions(texts, name)
+            if lost[place]:
+                what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
+                seen = f"{int(sample.segmentation_masks[place].sum())} pixels of {sample.segmentation_masks.shape[1:]}"
+                expected = f"1 pixel or more at {target_masks[0].shape[-2]} x {target_masks[0].shape[-1]}"
+                raise SampleError("target_vanished", explain(what, name, seen, expected, fix))
+        except SampleError as error:
+            found[place] = SkippedRegion(region_id, error.reason, str(error))
+    return found
 
 
 def _learnable(masks: np.ndarray, geometry: Geometry) -> list[torch.Tensor]:

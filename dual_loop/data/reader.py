@@ -11,10 +11,11 @@ import numpy as np
 
 from dual_loop.data.images import Picture
 from dual_loop.data.layout import check_root
+from dual_loop.data.masks import check_mask
 from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import NeededSize, RegionSample
+from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 CANDIDATES = 4
 """Regions that are looked at for each that is kept, under ``data.region_choice = hard``."""
@@ -46,6 +47,8 @@ class Reader:
     layout = ""
     region_choice = "random"
     """``data.region_choice``: which regions of an image are drawn together."""
+    vanishes: Callable[[np.ndarray], bool] | None = None
+    """Whether nothing of a mask (H, W) is left in what the model learns from; training sets it."""
     _names: Sequence[StringTable] = ()
     _rows = np.empty(0, np.int64)
 
@@ -113,27 +116,31 @@ class Reader:
         limits: str = "",
         picture: Callable[[], Picture | None] = lambda: None,
         classes: Sequence[object] = (),
+        passed_over: list[SkippedRegion] | None = None,
+        region_id: Callable[[int], str] = str,
     ) -> tuple[list[int], np.ndarray]:
         """Draw regions of an image until ``regions_per_image`` pass the limits on the area.
 
-        Only drawn regions are decoded; one that cannot be decoded makes the whole sample bad. Under ``region_choice =
-        hard`` the first is drawn as ever, then four times as many as are wanted, those of its class before all others,
-        and the ones that look most like it are kept (:func:`most_alike`).
+        Only drawn regions are decoded; one that cannot be used is passed over, and the sample is bad where none is
+        left. Under ``region_choice = hard`` the first is drawn as ever, then four times as many as are wanted, those of
+        its class before all others, and the ones that look most like it are kept (:func:`most_alike`).
 
         Args:
             count: regions of the image.
-            decode: from the number of a region to its mask (H, W) bool.
+            decode: from the number of a region to its mask (H, W) bool; a ``SampleError`` passes the region over.
             where, limits: for the message: the image, and what a region had to pass before.
             picture: returns the image, once a mask is decoded. classes: of the regions, where they are known.
+            passed_over: gets the regions that were drawn and cannot be used, under their ``region_id``.
 
         Returns:
             the numbers of n regions, n >= 1, and their masks (n, H, W) bool.
 
         Raises:
-            SampleError: ``no_region_left``, and what ``decode`` raises.
+            SampleError: ``no_region_left``; the reason of the first region where none can be decoded.
         """
         numbers: list[int] = []
         masks: list[np.ndarray] = []
+        passed = [] if passed_over is None else passed_over
         order, most = rng.permutation(count).tolist(), self.regions_per_image
         is_hard = self.region_choice == "hard" and most > 1 and count > 0
         if is_hard:
@@ -141,18 +148,33 @@ class Reader:
             classes = classes or [None] * count
             order.sort(key=lambda number: classes[number] != classes[first])
         for number in order:
-            mask = decode(number)
-            area = np.count_nonzero(mask) / mask.size
-            if area > 0 and self.min_area <= area <= self.max_area:
-                numbers.append(number)
-                masks.append(mask)
-                if len(numbers) == most:
-                    break
+            try:
+                mask = decode(number)
+                check_mask(mask, f"{where}: {region_id(number)}")
+                area = np.count_nonzero(mask) / mask.size
+                if not self.min_area <= area <= self.max_area:
+                    continue
+                if self.vanishes is not None and self.vanishes(mask):
+                    seen = f"{np.count_nonzero(mask)} pixels of an image of {mask.shape} (H, W)"
+                    what, expected = "a region has no pixel left in its target", "a larger object"
+                    fix = "let it be passed over, or raise the minimum area of the data set"
+                    message = explain(what, f"{where}: {region_id(number)}", seen, expected, fix)
+                    raise SampleError("target_vanished", message)
+            except SampleError as error:
+                passed.append(SkippedRegion(region_id(number), error.reason, str(error)))
+                continue
+            numbers.append(number)
+            masks.append(mask)
+            if len(numbers) == most:
+                break
         if not numbers:
+            broken = [region for region in passed if region.reason != "empty_mask"]
             expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
             fix = f"widen the limits of {self.name}, or let the sample be skipped"
-            seen = f"{count} masks, all outside the limits"
-            raise SampleError("no_region_left", explain("no region of an image is left", where, seen, expected, fix))
+            seen = f"{count} masks, {len(broken)} of them unusable, the others outside the limits"
+            seen += f" (the first: {broken[0].message})" if broken else ""
+            reason = broken[0].reason if broken and len(broken) == count else "no_region_left"
+            raise SampleError(reason, explain("no region of an image is left", where, seen, expected, fix))
         image = picture()
         if is_hard and image is not None:
             kept = most_alike(masks, image.pixels, [classes[number] for number in numbers])[: self.regions_per_image]
@@ -166,6 +188,7 @@ class Reader:
         masks: np.ndarray,
         ids: Sequence[str],
         captions: Sequence[tuple[str, ...]] | None = None,
+        passed_over: Sequence[SkippedRegion] = (),
     ) -> RegionSample:
         """Return the regions of one image as a sample; without ``captions`` it has no text."""
         return RegionSample(
@@ -176,6 +199,7 @@ class Reader:
             region_ids=tuple(ids),
             captions=((),) * len(ids) if captions is None else tuple(captions),
             image_reduction=picture.reduction,
+            passed_over=tuple(passed_over),
         )
 
 

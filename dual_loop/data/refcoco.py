@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dual_loop.data.captions import check_captions
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
@@ -30,7 +31,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.types import NeededSize, RegionSample
+from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/
@@ -114,19 +115,30 @@ class RefCoco(Reader):
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read entry ``index`` with up to ``regions_per_image`` references drawn by ``rng``, with all their sentences.
 
-        An empty mask is replaced by the next drawn; any other fault makes the whole sample bad.
+        One whose mask is empty or cannot be used, or with a marker in a sentence, is replaced by the next drawn.
         """
         part, image, rows = self._entry(index)
         picture = read_picture(part.find_image(image), apply_exif=False, needed=needed)
 
         def decode(number: int) -> np.ndarray:
+            check_captions(part.sentences(rows[number]), f"{part.folder}: ref {part.ref_ids[rows[number]]}")
             return self._mask(part, image, rows[number], picture.size)
 
         where, classes = f"{self.root}: {self.entry_id(index)}", part.classes[rows].tolist()
-        drawn, masks = self._draw(rng, len(rows), decode, where, picture=lambda: picture, classes=classes)
+        passed: list[SkippedRegion] = []
+        drawn, masks = self._draw(
+            rng,
+            len(rows),
+            decode,
+            where,
+            picture=lambda: picture,
+            classes=classes,
+            passed_over=passed,
+            region_id=lambda number: f"ref{part.ref_ids[rows[number]]}",
+        )
         rows = [rows[number] for number in drawn]
         ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
-        return self._sample(index, picture, masks, ids, captions)
+        return self._sample(index, picture, masks, ids, captions, passed)
 
     def load_all(self, index: int) -> RegionSample:
         """Read entry ``index`` with all its references of the split, in the order of their ids (for evaluation).

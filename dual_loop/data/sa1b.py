@@ -28,7 +28,7 @@ from dual_loop.data.sa1b_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TarShelf
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import NeededSize, RegionSample
+from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/                        or root/
@@ -106,8 +106,7 @@ class Sa1b(Reader):
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass.
 
-        One that fails the area limits is replaced by the next drawn; one whose code is broken makes the whole sample
-        bad.
+        One that fails the area limits, or cannot be decoded, is replaced by the next drawn.
         """
         row = int(self._rows[index])
         image_name, record_name = self._images[row], self._records[row]
@@ -140,12 +139,15 @@ class Sa1b(Reader):
 
         needs = "".join(f"{key} >= {least:g}, " for key, least in limits)
         where = f"{record}, {len(annotations)} annotations, {len(passing)} of them with high enough scores"
-        drawn, masks = self._draw(rng, len(passing), decode, where, needs, lambda: picture)
         # The annotations' own ids; where one is missing or used twice, their positions in the file.
         ids = [annotation.get("id") for annotation in annotations]
         is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)
-        chosen = [passing[position] for position in drawn]
-        return self._sample(index, picture, masks, [str(ids[n]) if is_own else f"at{n}" for n in chosen])
+        names = [str(ids[number]) if is_own else f"at{number}" for number in passing]
+        passed: list[SkippedRegion] = []
+        drawn, masks = self._draw(
+            rng, len(passing), decode, where, needs, lambda: picture, passed_over=passed, region_id=names.__getitem__
+        )
+        return self._sample(index, picture, masks, [names[position] for position in drawn], passed_over=passed)
 
 
 def entry_name(path: str) -> str:

@@ -41,7 +41,7 @@ class SourceReport:
     Attributes:
         entries: in its index.
         read: how many entries were read; good: how many of these can be used.
-        reasons: why the others cannot, with one message each.
+        reasons: why the others cannot, with one message each; passed_over: regions of good ones that cannot be used.
         regions, captions, areas, sizes, rescued: of the good ones: regions an image, captions a region, share of the
             image that a mask covers, (H, W) of images, regions whose grid cell had to be rescued.
     """
@@ -51,6 +51,7 @@ class SourceReport:
     read: int = 0
     good: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
     messages: dict[str, str] = field(default_factory=dict)
     regions: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
@@ -79,6 +80,7 @@ def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[
     Raises:
         SampleError: it cannot be used.
     """
+    source.vanishes = sizes.vanishes
     rng = sample_rng(seed, f"{source.name}/{source.entry_id(index)}")
     sample = source.load(index, rng)
     return sample, prepare_sample(sample, sizes, rng, seed, index)
@@ -96,6 +98,9 @@ def read_source(source: Reader, count: int | None, sizes: Geometry, seed: int = 
             report.messages.setdefault(error.reason, str(error))
             continue
         report.good += 1
+        for region in prepared.passed_over:
+            report.passed_over[region.reason] += 1
+            report.messages.setdefault(f"region with {region.reason}", region.message)
         report.regions.append(sample.num_regions)
         report.captions += [len(texts) for texts in sample.captions]
         report.words += [len(text.split()) for texts in sample.captions for text in texts]
@@ -119,10 +124,14 @@ def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Findi
     bad = report.read - report.good
     if not bad:
         yield Finding(OK, "data", text)
-        return
-    reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons.most_common())
-    level = PROBLEM if bad > max_bad_fraction * report.read else WARNING
-    yield Finding(level, "data", f"{text} ({reasons})", "mend these files, or raise data.max_bad_fraction")
+    else:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons.most_common())
+        level = PROBLEM if bad > max_bad_fraction * report.read else WARNING
+        yield Finding(level, "data", f"{text} ({reasons})", "mend these files, or raise data.max_bad_fraction")
+    if report.passed_over:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in report.passed_over.most_common())
+        text = f"{report.name}: {report.passed_over.total()} drawn regions of good images are passed over ({reasons})"
+        yield Finding(WARNING, "data", text, "mend them, or leave it: the images are used all the same")
     for reason, message in report.messages.items():
         yield Finding(NOTE, "data", f"first {reason}: {message}")
 

@@ -274,7 +274,7 @@ class Trainer:
         together where too many were skipped.
         """
         names, drawn = self.data.source_names, [name for batch in window for name in batch.sources]
-        skipped = [item for batch in window for item in batch.skipped]
+        skipped = [item for batch in window for item in (*batch.skipped, *batch.passed_over)]
         sums = {SKIPPED: float(len(skipped)), **{SOURCE + name: float(drawn.count(name)) for name in names}}
         for rows in packed:
             add_into(sums, rows.counts, COUNT)

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 
+import numpy as np
 import pytest
 from fake_source import CrashingSource, FakeSource, entry_of, first_batch, make_dataset, take
 
@@ -14,7 +15,7 @@ from dual_loop.data.dataset_builder import build_loader
 from dual_loop.data.mixture import DrawKey, WindowedBatchSampler
 from dual_loop.data.prepare import region_seed
 from dual_loop.errors import DualLoopError, SampleError
-from dual_loop.types import SkippedSample
+from dual_loop.types import RegionSample, SkippedSample
 
 
 def test_a_bad_sample_is_replaced_by_the_next_in_its_order_and_reported() -> None:
@@ -30,8 +31,8 @@ def test_a_bad_sample_is_replaced_by_the_next_in_its_order_and_reported() -> Non
         replaced += attempt > 0
         assert prepared.region_names == [f"mine/mine_{expected.entry}#r"]
         assert len(prepared.skipped) == attempt
-        # Random choices come from the slot, not from the entry that was found.
-        assert prepared.captions == good[key].captions
+        if not attempt:  # else slot and attempt decide, so that a bad draw does not repeat itself
+            assert prepared.captions == good[key].captions
         assert prepared.region_seeds.tolist() == good[key].region_seeds.tolist() == [region_seed(1, slot, 0)]
         if attempt:
             assert prepared.skipped[0] == SkippedSample(
@@ -47,6 +48,34 @@ def test_a_sample_that_cannot_be_prepared_is_skipped_too() -> None:
         assert prepared.region_names == ["mine/mine_1#r"]
         assert all(skip.reason == "target_vanished" for skip in prepared.skipped)
         assert dataset.sample(dataset.stream[slot]).sample_id == "mine_1"
+
+
+def test_replacements_draw_other_regions() -> None:
+    class OneBadRegion(FakeSource):
+        def load(self, index: int, rng: np.random.Generator) -> RegionSample:
+            if rng.permutation(4)[0] == 3:
+                raise SampleError("bad_polygon", "the last region has no polygon")
+            return super().load(index, rng)
+
+    dataset = make_dataset(OneBadRegion("mine", 40))
+    tries = [len(dataset[dataset.stream[slot]].skipped) for slot in range(200)]
+    assert 20 < sum(tries) < 120
+    assert max(tries) < 8
+
+
+def test_bad_regions_are_counted_shown_once_and_kept_over_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    region = SkippedSample("mine", "a", "bad_polygon", "too few points", "7")
+    ledger = SkipLedger(0.0, 0)
+    ledger.record([region, region], {"mine": 2})
+    expected = {"data/bad_regions": 2, "data/bad_regions_distinct": 1, "data/bad_regions/mine/bad_polygon": 2}
+    assert ledger.as_counters() == {"data/bad_samples": 0, "data/bad_samples_distinct": 0, **expected}
+    resumed = SkipLedger(0.0, 0)
+    resumed.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    resumed.record([region], {"mine": 1})
+    assert resumed.as_counters()["data/bad_regions"] == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "Warning: passed over a region mine/a#7 (bad_polygon): too few points"
+    ]
 
 
 @pytest.mark.parametrize(("length", "num_tries"), [(5, 5), (100, 32)])

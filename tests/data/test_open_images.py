@@ -157,7 +157,8 @@ def test_masks_of_both_orientations_are_a_mismatch(tree: Tree) -> None:
     tree.add_mask("aa", "x", make_mask(30, 40))
     tree.add_mask("aa", "y", make_mask(40, 30))
     tree.write_csv()
-    assert tree.reason(regions_per_image=2) == "aspect_mismatch"
+    sample = tree.source(regions_per_image=2).load(0, np.random.default_rng(0))
+    assert (sample.num_regions, [one.reason for one in sample.passed_over]) == (1, ["aspect_mismatch"])
 
 
 def test_empty_masks_are_passed_over(tree: Tree) -> None:

@@ -114,8 +114,8 @@ def test_area_targets_are_cut_at_half_where_masks_are_compared() -> None:
     nearest = prepare(sample, dataclasses.replace(area, target_pooling="nearest"))
     assert torch.equal(nearest.binary_targets, nearest.target_masks > 0)
     masks[1, :, 22] = False  # two of the five
-    with pytest.raises(SampleError, match="no pixel left in its target"):
-        prepare(dataclasses.replace(sample, masks=masks), area)
+    [lost] = prepare(dataclasses.replace(sample, masks=masks), area).passed_over
+    assert "no pixel left in its target" in lost.message
 
 
 def test_targets_are_where_their_masks_are() -> None:
@@ -357,13 +357,46 @@ def lost_region() -> RegionSample:
     return dataclasses.replace(make_sample(), masks=masks)
 
 
-def test_a_target_without_a_pixel_is_refused_in_training_and_kept_in_evaluation() -> None:
+def test_a_target_without_a_pixel_is_passed_over_in_training_and_kept_in_evaluation() -> None:
+    batch = prepare(lost_region())
+    assert batch.region_names == ["fake/a#r0"]
+    assert [(one.region_id, one.reason) for one in batch.passed_over] == [("r1", "target_vanished")]
+    lost = lost_region()
+    alone = dataclasses.replace(lost, masks=lost.masks[1:], region_ids=("r1",), captions=lost.captions[1:])
     with pytest.raises(SampleError, match=r"fake/a#r1.*1 pixels.*8 x 8") as caught:
-        prepare(lost_region())
+        prepare(alone)
     assert caught.value.reason == "target_vanished"
     batch = batch_from_samples([lost_region()], SMALL)
     assert not batch.binary_targets[1].any()
     assert batch.prompt_masks[1].sum() == 1
+
+
+@pytest.mark.parametrize("pooling", ["area", "nearest"])
+def test_a_mask_vanishes_exactly_where_its_target_has_no_pixel(pooling: str) -> None:
+    sizes, rng = dataclasses.replace(SMALL, target_pooling=pooling), np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        mask = np.zeros((40, 60), bool)
+        top, left, height, width = rng.integers((38, 58, 12, 14))
+        box = mask[top : top + height + 1, left : left + width + 1]
+        box[:] = rng.random(box.shape) < rng.choice([0.3, 1.0])
+        mask[top, left] = True
+        seen.add(sizes.vanishes(mask))
+        assert sizes.vanishes(mask) == bool(resize_targets(mask[None], 8, pooling).amax() < 0.5)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    "text", ["a <p>red</p> box", "the [SEG] sign", "<IMG_CONTEXT>", "<IMG> box", "ends <|im_end|>"]
+)
+def test_a_caption_with_a_marker_is_passed_over_by_name(text: str) -> None:
+    sample = make_sample()
+    captions = (("fine",), ("also fine", text), *sample.captions[2:])
+    batch = prepare(dataclasses.replace(sample, captions=captions))
+    assert len(batch.region_names) == sample.num_regions - 1
+    [marked] = batch.passed_over
+    assert (marked.region_id, marked.reason) == (sample.region_ids[1], "special_token")
+    assert "fake/a#" in marked.message
 
 
 SAMPLE = make_sample()

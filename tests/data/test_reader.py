@@ -16,6 +16,7 @@ from dual_loop.data.reader import Reader, most_alike
 from dual_loop.errors import SampleError
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.testing.scenes import COLOURS
+from dual_loop.types import SkippedRegion
 
 
 def test_regions_are_drawn_until_enough_pass_the_limits(tmp_path: Path) -> None:
@@ -40,6 +41,30 @@ def test_regions_are_drawn_until_enough_pass_the_limits(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match=r"image.*2 masks.*0\.1 to 0\.5") as caught:
         reader._draw(np.random.default_rng(0), 2, lambda number: masks[5 * number], "image")
     assert caught.value.reason == "no_region_left"
+
+
+def test_a_region_that_cannot_be_used_is_passed_over(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, regions_per_image=9)
+    reader.vanishes = lambda mask: np.count_nonzero(mask) < 3
+
+    def decode(number: int) -> np.ndarray:
+        if number < 2:
+            raise SampleError("bad_polygon", f"region {number} has two points")
+        mask = np.zeros((10, 10), bool)
+        mask.flat[: (0, 2, 40, 50)[number - 2]] = True
+        return mask
+
+    passed: list[SkippedRegion] = []
+    numbers, masks = reader._draw(
+        np.random.default_rng(0), 6, decode, "image", passed_over=passed, region_id=lambda number: f"r{number}"
+    )
+    assert sorted(numbers) == [4, 5]
+    assert len(masks) == 2
+    reasons = {region.region_id: region.reason for region in passed}
+    assert reasons == {"r0": "bad_polygon", "r1": "bad_polygon", "r2": "empty_mask", "r3": "target_vanished"}
+    with pytest.raises(SampleError, match=r"region [01] has two points") as caught:
+        reader._draw(np.random.default_rng(0), 2, decode, "image")
+    assert caught.value.reason == "bad_polygon"
 
 
 def test_what_is_most_alike_comes_first_and_parts_come_last() -> None:

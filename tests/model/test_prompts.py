@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from dual_loop.data.captions import MARKERS
 from dual_loop.errors import PromptError
-from dual_loop.model.prompts import SEGMENT_QUESTIONS
+from dual_loop.model.prompts import NEW_TOKENS, SEGMENT_QUESTIONS, TEMPLATES
 
 from small_model import small_model
 
@@ -17,6 +18,13 @@ def test_a_caption_with_a_marker_is_refused(caption):
     _, prompter, _ = small_model()
     with pytest.raises(PromptError, match="special token"):
         prompter.segment_turn(caption, "segment")
+
+
+def test_the_data_knows_every_marker():
+    _, prompter, _ = small_model()
+    stops = {text for template in TEMPLATES.values() for text in template.stop_texts}
+    assert {*NEW_TOKENS, *prompter.markers, *stops} <= set(MARKERS)
+    assert all(prompter.find_marker(f"a {marker} car") for marker in (*prompter.markers, "<|user|>", "<|im_start|>"))
 
 
 def test_any_text_goes_in_and_comes_out():

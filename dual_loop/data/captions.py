@@ -1,0 +1,26 @@
+"""Captions as people bring them: what no prompt can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dual_loop.errors import SampleError, explain, shorten
+
+MARKERS = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>"),
+    *("<|end|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|im_start|>"),
+)
+"""Image and region markers and turn delimiters of all templates of ``model.prompts``; a test compares the two."""
+
+
+def check_captions(texts: Iterable[str], where: str) -> None:
+    """Refuse captions that hold a marker, also one that reading in lower case would make of it.
+
+    Raises:
+        SampleError: ``special_token``.
+    """
+    for text in texts:
+        marker = next((marker for marker in MARKERS if marker in text or marker in text.lower()), None)
+        if marker is not None:
+            message = explain("a caption holds a special token", where, f"{marker} in {shorten(text)}", "plain text")
+            raise SampleError("special_token", f"{message}; to do: take it out of the caption")
