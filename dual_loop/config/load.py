@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dual_loop.config.retired import REMOVED, RENAMED
-from dual_loop.config.schema import SETTINGS, Config, Setting
+from dual_loop.config.schema import SETTINGS, Config
+from dual_loop.config.setting import Setting
 from dual_loop.errors import ConfigError, explain
 
 DEFAULT_CONFIG = "tiny_cpu"

@@ -10,48 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from dual_loop.config.retired import REMOVED as REMOVED
 from dual_loop.config.retired import RENAMED as RENAMED
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a field says about itself, beside type and default.
-
-    Attributes:
-        doc: what it does; the text of ``--help``.
-        unit: a unit, or the kind of value; shown in place of the value.
-        flag: name on the command line, without the dashes; empty for a setting that has no flag.
-        title: group of ``--help``; empty: that of the field's class.
-        choices: allowed words; with ``at_least`` a number counts too. Of a tuple, every item is one of them.
-        at_least, at_most: limits of a number, themselves allowed.
-    """
-
-    doc: str
-    unit: str = ""
-    flag: str = ""
-    title: str = ""
-    choices: tuple[str, ...] = ()
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-def setting(default: T, doc: str, unit: str = "", **about: Any) -> T:
-    """Return a dataclass field with ``default`` that carries a :class:`Setting`."""
-    metadata = {"setting": Setting(doc, unit, **about)}
-    if isinstance(default, dict):
-        return cast(T, field(default_factory=default.copy, metadata=metadata))
-    return field(default=default, metadata=metadata)
-
-
-def flag(default: T, doc: str, unit: str = "", name: str = "=", **about: Any) -> T:
-    """Return a :func:`setting` that has a flag, called ``name``; ``=``: as the field itself."""
-    return setting(default, doc, unit or ("" if "choices" in about else "NUMBER"), flag=name, **about)
-
+from dual_loop.config.setting import Setting, flag, setting
 
 GATES = (
     *("special_token", "prompt_leak", "coordinates", "script", "unprintable", "gibberish"),
