@@ -6,7 +6,12 @@ Use :func:`explain` to build it, so that no part is forgotten.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+_REPR = reprlib.Repr()
+_REPR.maxstring, _REPR.maxother, _REPR.maxdict = 60, 60, 6
+"""Writes the beginning of a value alone: of what a data file holds, the whole may be endless or very deep."""
 
 
 class DualLoopError(Exception):
@@ -48,7 +53,10 @@ class EnvironmentProblem(DualLoopError):
 
 def shorten(value: object) -> str:
     """Return what Python writes of ``value``, at most 60 characters of it."""
-    text = repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -61,7 +69,8 @@ def listed(values: Sequence[object], most: int = 8) -> str:
 def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:
     """Return the one-paragraph message of an error: what failed, where, seen, expected, what to do.
 
-    An exception that was ``seen`` is written with its type.
+    An exception that was ``seen`` is written with its type. Characters that cannot be printed (lone surrogates, which
+    JSON can hold) are escaped.
     """
     parts = [what.rstrip(".")]
     if where:
@@ -73,4 +82,4 @@ def explain(what: str, where: str = "", seen: object = None, expected: object = 
         parts.append(f"expected: {expected}")
     if fix:
         parts.append(f"to do: {fix}")
-    return "; ".join(parts)
+    return "; ".join(parts).encode("utf-8", "backslashreplace").decode()

@@ -246,10 +246,12 @@ def open_measured(
         ConfigError: a name is unknown, its folder is not given, or nothing is there.
     """
     from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
+    from dual_loop.data.limits import use_limits
     from dual_loop.data.ref_parquet import RefParquet
     from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
     from dual_loop.evaluation.runner import MeasuredData
 
+    use_limits(data)
     fields = {name: f"{prefix}_dir" for name, prefix in SETTING_PREFIX.items() if name != "refcoco"}
 
     def open_one(name: str) -> Reader:

@@ -147,6 +147,12 @@ class DataConfig:
     )
     max_bad_fraction: float = setting(0.1, "stop where more entries than this cannot be read", "FRACTION", **SHARE)
     max_bad_grace: int = setting(50, "entries that are read before max_bad_fraction counts", "ENTRIES")
+    max_pixels: int = setting(
+        120_000_000, "largest image, mask or frame that is decoded or drawn", "PIXELS", at_least=1, at_most=2**28
+    )
+    max_file_mb: int = setting(
+        2048, "largest file of annotations or references that is read whole", "MB", at_least=1, at_most=2**16
+    )
     index_dir: str | None = setting(None, "folder of the data indexes; none: the user's cache", "DIR")
     num_workers: int = flag(2, "loader processes a rank; 0 loads in the main one", "PROCESSES", at_least=0)
     eval_dir: str | None = flag(None, "held-out set (RefCOCO layout), before and after", "DIR", title=EVALUATION)

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from dual_loop.data.limits import check_pixels
 from dual_loop.errors import SampleError, explain, shorten
+
+MAX_OUTLINE = 2_000_000
+"""Longest outline of an object in pixels: pycocotools makes five points of 20 bytes of each pixel of it."""
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, object]:
@@ -32,8 +36,9 @@ def decode_polygons(segmentation: object, height: int, width: int, where: str, s
     Sa2VA and LISA figures were counted against these masks.
 
     Raises:
-        SampleError: ``bad_polygon``.
+        SampleError: ``bad_polygon``, ``too_large``.
     """
+    check_pixels(height, width, where)
 
     def bad(what: str, seen: str, expected: str) -> SampleError:
         return SampleError("bad_polygon", explain(what, where, seen, expected, "leave this annotation out or mend it"))
@@ -41,11 +46,11 @@ def decode_polygons(segmentation: object, height: int, width: int, where: str, s
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
         raise bad("a segmentation is unknown", shorten(segmentation), "polygons or a run-length code")
     reach = 2 * max(height, width)
-    polygons = []
+    polygons, outline = [], 0.0
     for polygon in segmentation:
         try:
             points = np.asarray(polygon, dtype=np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise bad("a polygon is not numbers", shorten(polygon), "[x1, y1, x2, y2, ...]") from error
         if points.ndim != 1 or points.size < 6 or points.size % 2:
             seen = f"{points.size} numbers, {points.ndim} dimensions"
@@ -53,10 +58,17 @@ def decode_polygons(segmentation: object, height: int, width: int, where: str, s
         if not np.isfinite(points).all() or np.abs(points).max() > reach:
             expected = f"finite coordinates within {width} x {height} pixels"
             raise bad("a polygon lies far outside its image", shorten(points.tolist()), expected)
+        corners = points.reshape(-1, 2)
+        outline += np.abs(corners - np.roll(corners, 1, axis=0)).max(1).sum()
+        if outline > MAX_OUTLINE:
+            raise bad("a polygon has too long an outline", f"{outline:,.0f} pixels", f"at most {MAX_OUTLINE:,}")
         polygons.append(points.tolist())
     codes = coco_mask.frPyObjects(polygons, height, width)
     if summed:
-        code = coco_mask.encode(np.asfortranarray(coco_mask.decode(codes).sum(axis=2).astype(np.uint8)))
+        total = np.zeros((height, width), np.uint8, order="F")
+        for code in codes:  # one at a time: all of them decoded would be as many images
+            total += coco_mask.decode(code)
+        code = coco_mask.encode(total)
     else:
         code = coco_mask.merge(codes)
     return np.ascontiguousarray(coco_mask.decode(code) > 0)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset import DualLoopDataset
 from dual_loop.data.leakage import guard
+from dual_loop.data.limits import use_limits
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawStream, WindowedBatchSampler
 from dual_loop.data.open_images import OpenImages
@@ -103,6 +104,7 @@ def open_source(name: str, data: DataConfig) -> Reader:
     Raises:
         ConfigError: it cannot be used.
     """
+    use_limits(data)
     prefix = SETTING_PREFIX[name]
     path = getattr(data, f"{prefix}_dir")
     if not has_root(name, path):

@@ -1,15 +1,13 @@
 """Image files: photographs as RGB, in full or at the scale that is needed, and masks that are stored as images.
 
 Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``missing_file``, ``truncated_file``,
-``not_an_image``.
+``not_an_image``, ``too_large``.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +17,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from dual_loop.data.limits import RefusedFile, check_file, check_pixels, max_pixels
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises on damaged files, depending on the format and on where the damage is."""
-_NO_IMAGE = (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError)
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
+"""What is decoded, by Pillow's names, whatever a file is called: Pillow hands some others to outside programs."""
+
+Image.MAX_IMAGE_PIXELS = 2**28  # the most that data.max_pixels may be; what is above the setting is refused here
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,10 @@ def read_picture(
             1/1, 1/2, 1/4 and 1/8 that still has that size, unless ``apply_exif``: a turned image is decoded in full.
 
     Raises:
-        SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``.
+        SampleError: ``missing_file``, ``truncated_file`` (damaged or incomplete), ``not_an_image``, ``too_large``.
     """
     path = where or str(source)
-    with _decoding(source, path):
-        image: Image.Image = Image.open(source)
+    with decoding(source, path) as image:
         size = (image.height, image.width)
         reduction = 1
         if needed is not None and not apply_exif and isinstance(image, JpegImageFile):
@@ -97,17 +96,16 @@ def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
     if image.mode == "F":
         message = explain("a float image has no known scale", str(path), "mode F", "8 or 16 bits", "convert it")
         raise SampleError("not_an_image", message)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
 
 
 def open_image_file(path: str | Path) -> Image.Image:
     """Open and decode an image file, in the mode it is stored in.
 
     Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``.
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``too_large``.
     """
-    with _decoding(path, str(path)):
-        image = Image.open(path)
+    with decoding(path, str(path)) as image:
         image.load()
     return image
 
@@ -125,15 +123,32 @@ def foreground_of(image: Image.Image) -> np.ndarray:
 
 
 @contextmanager
-def _decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[None]:
-    """Turn what Pillow raises about ``source`` into a SampleError; ``path`` names it in messages."""
+def decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[Image.Image]:
+    """Give the opened image of ``source`` to be decoded; its size is known and within the limits, no pixel is read.
+
+    What Pillow raises about it, inside as well, becomes a SampleError; ``path`` names the image there.
+
+    Raises:
+        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``too_large``.
+    """
     fix = "check the data set's folder, or leave this sample out of the index"
     try:
-        yield
+        if not isinstance(source, io.BytesIO):
+            check_file(source)
+        image: Image.Image = Image.open(source)
+        check_pixels(image.height, image.width, path)
+        if image.format not in FORMATS:
+            raise UnidentifiedImageError(f"a file of the format {image.format}")
+        yield image
+    except SampleError:
+        raise
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an image file is missing", path, fix=fix)) from error
-    except (*_NO_IMAGE, *_DECODE_ERRORS) as error:
-        if isinstance(error, _NO_IMAGE) and not _is_empty(source):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        expected = f"at most {max_pixels():,} pixels (data.max_pixels)"
+        raise SampleError("too_large", explain("an image is too large", path, str(error), expected, fix)) from error
+    except Exception as error:  # damaged files raise nearly anything, depending on the format and on the place
+        if isinstance(error, (UnidentifiedImageError, RefusedFile)) and not _is_empty(source):
             message = explain("a file is not a usable image", path, str(error), "JPEG, PNG or another image", fix)
             raise SampleError("not_an_image", message) from error
         fix = "download or copy the file again"

@@ -25,6 +25,8 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.config import DataConfig
+from dual_loop.data.images import decoding
+from dual_loop.data.limits import use_limits
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import open_parts
 from dual_loop.data.string_table import StringTable
@@ -73,6 +75,7 @@ def coco_id_of_name(name: str) -> int | None:
 
 def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
     """Return the images of ``refcoco_dir`` and ``eval_dir`` in a split that is not ``train``, by COCO id."""
+    use_limits(data)
     parts = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the readers themselves say which sets are not there
@@ -175,11 +178,16 @@ def fingerprint(image: Path | np.ndarray | None) -> np.ndarray | None:
     """
     if image is None:
         return None
+    opened: contextlib.AbstractContextManager[Image.Image]
+    if isinstance(image, np.ndarray):
+        opened = contextlib.nullcontext(Image.fromarray(image))
+    else:
+        opened = decoding(image, str(image))
     try:
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-        picture.draft("L", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # lets a JPEG decode at an eighth of its size
-        small = picture.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError):
+        with opened as picture:
+            picture.draft("L", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # lets a JPEG decode at an eighth of its size
+            small = picture.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    except SampleError:
         return None
     values: np.ndarray = np.asarray(small, np.float32).ravel()
     values = values - values.mean()

@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dual_loop.data.coco_masks import decode_polygons
+from dual_loop.data.limits import check_pixels
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
 
 if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 1 << 28
-"""Largest H*W that a run-length code may claim: above it a broken file could ask for all memory."""
+"""Largest H*W that ``data.max_pixels`` may allow; a run of a code is never longer."""
 
 MAX_CHARACTERS_PER_RUN = 7
 """A run of the COCO string has 5 bits a character; 7 characters hold every length below :data:`MAX_PIXELS`."""
+
+MAX_CODE_LENGTH = 1 << 23
+"""Most characters or runs of one code: they are taken apart as arrays of 64-bit integers."""
 
 SIZE_TOLERANCE = 2
 """Pixels per side by which a mask may differ from its image before the pair counts as mismatched."""
@@ -53,10 +57,14 @@ def decode_rle(rle: object, where: str) -> np.ndarray:
         raise _broken_rle("a run-length code lacks its keys", where, shorten(rle), '{"size": [H, W], "counts": ...}')
     size, counts = rle["size"], rle["counts"]
     is_pair = isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_length(side) for side in size)
-    if not is_pair or not 0 < size[0] * size[1] <= MAX_PIXELS:
-        expected = f"[H, W], positive integers, at most {MAX_PIXELS} pixels"
+    if not is_pair:
+        expected = f"[H, W], integers from 1 to {MAX_PIXELS}"
         raise _broken_rle("size of a run-length code is wrong", where, shorten(size), expected)
     height, width = int(size[0]), int(size[1])
+    check_pixels(height, width, where, "broken_rle")
+    if isinstance(counts, (str, bytes, Sequence)) and len(counts) > MAX_CODE_LENGTH:
+        expected = f"at most {MAX_CODE_LENGTH:,}"
+        raise _broken_rle("a run-length code is too long", where, f"{len(counts):,} characters or runs", expected)
     if isinstance(counts, (str, bytes)):
         runs = _parse_rle_string(counts, where)
     elif isinstance(counts, Sequence) and all(_is_length(run) for run in counts):

@@ -40,10 +40,11 @@ from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.index import Key, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import check_root, layout_error
+from dual_loop.data.limits import open_file, parse_json, read_file, read_lines
 from dual_loop.data.masks import SIZE_TOLERANCE, check_mask, decode_rle, decode_segmentation, fit_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
@@ -191,7 +192,7 @@ class MasksDir(Reader):
         if self.file is None or self.file.suffix == ".json":
             return cast(Region, record)
         offset, length = record
-        with self.file.open("rb") as stream:
+        with open_file(self.file) as stream:
             stream.seek(offset)
             return _parse_line(stream.read(length), f"{self.file}, byte {offset}")
 
@@ -307,12 +308,12 @@ def _read_captions(path: Path) -> dict[str, str | list[str]]:
     if not path.is_file():
         return {}
     try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
+        captions = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise ConfigError(explain("captions cannot be read", str(path), str(error), "JSON")) from error
     if not isinstance(captions, dict) or not all(_is_caption(value) for value in captions.values()):
         expected = '{"mask name": "text" or ["text", "text"]}'
-        raise ConfigError(explain("captions have another structure", str(path), str(captions)[:60], expected))
+        raise ConfigError(explain("captions have another structure", str(path), shorten(captions), expected))
     return captions
 
 
@@ -326,7 +327,7 @@ def _texts(region: Region, where: str) -> tuple[str, ...]:
         return ()
     if not _is_caption(given):
         expected = "text, or a list of texts"
-        raise SampleError("broken_json", explain("a caption is no text", where, str(given)[:60], expected))
+        raise SampleError("broken_json", explain("a caption is no text", where, shorten(given), expected))
     texts = [given] if isinstance(given, str) else given
     return tuple(text.strip() for text in texts if text.strip())
 
@@ -334,7 +335,7 @@ def _texts(region: Region, where: str) -> tuple[str, ...]:
 def _coco_regions(path: Path) -> dict[str, list[str]]:
     """Return for each image its regions as JSON."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(read_file(path))
         images = {image["id"]: image for image in tree["images"]}
         found: dict[str, list[str]] = {}
         for item in tree["annotations"]:
@@ -342,7 +343,7 @@ def _coco_regions(path: Path) -> dict[str, list[str]]:
             region = {key: item[key] for key in ("segmentation", "category_id", "caption", "captions") if key in item}
             region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
             found.setdefault(str(image["file_name"]), []).append(json.dumps(region))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"
         raise ConfigError(explain("not a COCO file", str(path), error, expected, "mend or replace it")) from error
     return found
@@ -352,21 +353,23 @@ def _line_places(path: Path) -> dict[str, list[str]]:
     """Return for each image where its lines are, as JSON: offset and length in bytes."""
     found: dict[str, list[str]] = {}
     offset = 0
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
+    try:
+        with open_file(path) as stream:
+            for number, raw in enumerate(read_lines(stream), start=1):
                 if raw.strip():
                     record = _parse_line(raw, f"{path}, line {number}")
                     found.setdefault(record["image"], []).append(f"[{offset}, {len(raw)}]")
-            except SampleError as error:
-                raise ConfigError(str(error)) from error
-            offset += len(raw)
+                offset += len(raw)
+    except OSError as error:
+        raise ConfigError(explain("lines cannot be read", str(path), error, _LINE_EXPECTED)) from error
+    except SampleError as error:
+        raise ConfigError(str(error)) from error
     return found
 
 
 def _parse_line(raw: bytes, where: str) -> Region:
     try:
-        record = json.loads(raw)
+        record = parse_json(raw)
     except ValueError as error:
         raise SampleError("broken_json", explain("a line is not JSON", where, str(error), _LINE_EXPECTED)) from error
     if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:

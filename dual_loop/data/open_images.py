@@ -16,6 +16,7 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dual_loop.data.images import Picture, foreground_of, open_image_file, read_
 from dual_loop.data.index import load_or_build, progress_bar
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import find_part, layout_error
+from dual_loop.data.limits import open_file, read_lines
 from dual_loop.data.masks import resize_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
@@ -130,8 +132,8 @@ class OpenImages(Reader):
         path = str(self.csv_path)
         fix = "the file is damaged or incomplete: download it again"
         try:
-            with self.csv_path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(file)
+            with io.TextIOWrapper(open_file(self.csv_path), encoding="utf-8-sig", newline="") as file:
+                reader = csv.reader(read_lines(file))
                 rows = (row for row in reader if row)
                 header = next(rows, [])
                 if "MaskPath" not in header or "ImageID" not in header:

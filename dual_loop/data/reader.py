@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from dual_loop.data.images import Picture
 from dual_loop.data.layout import check_root
+from dual_loop.data.limits import SAMPLE_BYTES, parse_json, read_file
 from dual_loop.data.masks import check_mask
 from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
@@ -232,9 +232,9 @@ def read_annotations(file: Path | io.BytesIO, where: str) -> object:
     """
     fix = "download this file again"
     try:
-        return json.loads(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+        return parse_json(read_file(file, SAMPLE_BYTES) if isinstance(file, Path) else file.getvalue())
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("an annotation file is missing", where, fix=fix)) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         message = explain("an annotation file is damaged", where, error, "complete JSON", fix)
         raise SampleError("broken_json", message) from error

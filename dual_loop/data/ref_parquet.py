@@ -14,7 +14,6 @@ Needs pyarrow (``pip install 'dual-loop[parquet]'``). Reasons of :class:`~dual_l
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dual_loop.data.images import read_picture
+from dual_loop.data.limits import check_file, parse_json
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import find_coco_image
@@ -141,6 +141,7 @@ def _open_table(path: Path) -> Any:
         fix = "pip install 'dual-loop[parquet]'"
         raise EnvironmentProblem(explain("parquet files need pyarrow", str(path), "not installed", fix=fix)) from error
     try:
+        check_file(path)
         return parquet.read_table(path)
     except (OSError, ArrowException) as error:
         raise ConfigError(explain("a parquet file cannot be read", str(path), error, fix="get it again")) from error
@@ -148,7 +149,7 @@ def _open_table(path: Path) -> Any:
 
 def _json(text: Any, where: str) -> Any:
     try:
-        value = json.loads(text) if isinstance(text, str) else text
+        value = parse_json(text) if isinstance(text, str) else text
     except ValueError as error:
         raise SampleError("broken_json", explain("a column holds no JSON", where, str(text)[:60])) from error
     return value if isinstance(value, (dict, list)) else {}

@@ -15,6 +15,7 @@ from typing import NoReturn, TypedDict
 import numpy as np
 
 from dual_loop.data.index_file import watch_files
+from dual_loop.data.limits import parse_json, read_file
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, explain
 
@@ -45,7 +46,7 @@ def load_refs(path: Path) -> list[Reference]:
     """
     fix = "do not use this file; get the refs from their original source"
     try:
-        refs = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        refs = _PlainUnpickler(io.BytesIO(read_file(path)), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         expected = "a pickle of dicts, lists, strings and numbers alone"
         raise ConfigError(explain("a refs file was refused", str(path), str(error), expected, fix)) from error
@@ -77,7 +78,7 @@ def build_index(refs_path: Path, instances_path: Path) -> dict[str, np.ndarray]:
     watched = watch_files([refs_path, instances_path])
     where, fix = str(instances_path), "copy or download instances.json again"
     try:
-        tree = json.loads(instances_path.read_bytes())
+        tree = parse_json(read_file(instances_path))
         images = {
             int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
             for image in tree["images"]

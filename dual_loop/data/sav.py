@@ -7,26 +7,28 @@ in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a pair may
 dtype and maximum, array by array (:func:`to_uint8_frame`, :func:`to_bool_mask`).
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``missing_key``, ``bad_array``,
-``size_mismatch``, ``empty_mask``.
+``too_large``, ``size_mismatch``, ``empty_mask``.
 """
 
 from __future__ import annotations
 
-import struct
-import tokenize
+import io
+import math
+import os
 import zipfile
-import zlib
 from itertools import chain, takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.layout import layout_error
+from dual_loop.data.limits import RefusedFile, check_pixels, max_pixels, open_file
 from dual_loop.data.masks import check_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import SampleError, explain, shorten
 from dual_loop.types import RegionSample
 
 LAYOUT = """
@@ -35,11 +37,11 @@ LAYOUT = """
 """
 
 PREFIX = "masklet_data_"
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, SyntaxError, RuntimeError, MemoryError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, tokenize.TokenError),
-)
-"""What numpy and zipfile raise on damaged archives, depending on which byte is wrong (MemoryError: a wrong shape)."""
+_DIRECTORY_BYTES, _HEADER_BYTES = 2**20, 10_000
+"""Most bytes of the table of members of an archive, and of the header of an array (numpy's own limit)."""
+
+_ZIP_END_BYTES = 22 + 2**16
+"""The last record of a zip archive and the longest comment behind it."""
 
 
 class SavPairs(Reader):
@@ -104,31 +106,65 @@ def _read_npz(path: Path, frames: int) -> dict[str, np.ndarray]:
     fix = "copy or convert this file again, or remove it"
     arrays: dict[str, np.ndarray] = {}
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive")
-        with stored:
+        with open_file(path) as file, zipfile.ZipFile(_check_directory(file)) as archive:
+            stored = {name.removesuffix(".npy"): name for name in archive.namelist()}
             keys = ["frame1", "mask1", "frame2", "mask2"]
-            missing = [key for key in keys if key not in stored.files]
+            missing = [key for key in keys if key not in stored]
             if missing:
                 what, expected = "a frame pair lacks " + ", ".join(missing), ", ".join(keys)
-                raise SampleError("missing_key", explain(what, str(path), sorted(stored.files), expected, fix))
+                raise SampleError("missing_key", explain(what, str(path), shorten(sorted(stored)), expected, fix))
             more = [(f"frame{number}", f"mask{number}") for number in range(3, frames + 1)]
-            keys += chain.from_iterable(takewhile(set(stored.files).issuperset, more))
+            keys += chain.from_iterable(takewhile(set(stored).issuperset, more))
+            left = 4 * max_pixels()
             for key in keys:
-                try:
-                    arrays[key] = np.asarray(stored[key])
-                except ValueError as error:
-                    if "allow_pickle" not in str(error):
-                        raise
-                    what = "an array holds Python objects, which only pickle can read"
-                    raise _bad_array(what, f"{path}[{key}]", "dtype object", "uint8 or float") from error
+                arrays[key] = _read_array(archive, stored[key], f"{path}[{key}]", left)
+                left -= arrays[key].nbytes
+    except SampleError:
+        raise
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a frame pair is missing", str(path), fix=fix)) from error
-    except _DAMAGE as error:
+    except Exception as error:  # damaged archives raise nearly anything, depending on which byte is wrong
         message = explain("a frame pair is damaged", str(path), error, "a complete npz archive", fix)
         raise SampleError("truncated_file", message) from error
     return arrays
+
+
+def _check_directory(file: BinaryIO) -> BinaryIO:
+    """Return the file of a zip archive whose table of members is small; all of it becomes objects when it is opened."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - _ZIP_END_BYTES))
+    tail = file.read()
+    place = tail.rfind(b"PK\5\6", 0, len(tail) - 18)
+    size = int.from_bytes(tail[place + 12 : place + 16], "little")
+    if place < 0 or size > _DIRECTORY_BYTES or tail[place - 20 : place - 16] == b"PK\6\7":
+        seen = "zip64" if place >= 0 and size <= _DIRECTORY_BYTES else f"{size:,} bytes"
+        raise RefusedFile("no npz archive" if place < 0 else f"a table of members that is too large ({seen})")
+    return file
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, where: str, most: int) -> np.ndarray:
+    """Return an array of an archive, of at most ``most`` bytes: its header is looked at before it is decompressed."""
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in another way than numpy does")
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        length = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
+        if length > _HEADER_BYTES:
+            raise ValueError(f"{name} has a header of {length:,} bytes")
+        header = io.BytesIO(length.to_bytes(2, "little") + member.read(length))
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        if dtype.hasobject:
+            what = "an array holds Python objects, which only pickle can read"
+            raise _bad_array(what, where, "dtype object", "uint8 or float")
+        if (size := math.prod(shape) * dtype.itemsize) > most:
+            seen, expected = (
+                f"{shape} {dtype}, {size:,} bytes",
+                f"at most {most:,} (4 x data.max_pixels for all arrays)",
+            )
+            raise SampleError("too_large", explain("an array is too large", where, seen, expected))
+        member.seek(0)
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        return array
 
 
 def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
@@ -142,6 +178,7 @@ def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
     """
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise _bad_array("a frame has the wrong shape", where, array.shape, "(H, W, 3)")
+    check_pixels(array.shape[0], array.shape[1], where)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     low, high = _range_of(array, where)

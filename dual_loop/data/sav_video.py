@@ -27,6 +27,7 @@ import numpy as np
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.index import Key, build_in_parts, join_parts, list_tree, load_or_build
 from dual_loop.data.layout import layout_error
+from dual_loop.data.limits import check_file, check_pixels
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.string_table import StringTable
@@ -287,14 +288,17 @@ def video_times(path: Path) -> VideoTimes:
         SampleError: ``missing_file``, ``truncated_file``.
     """
     av = _import_av()
-    if not path.is_file():
-        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again"))
     try:
+        check_file(path)
         with av.open(str(path)) as container:
             stream = next(iter(container.streams.video), None)
+            if stream is not None:
+                check_pixels(stream.height, stream.width, str(path))
             packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
             unit = stream.time_base if stream else 0
-    except av.error.FFmpegError as error:
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
+    except (OSError, av.error.FFmpegError) as error:
         raise _damaged(path, error) from error
     if not packets:
         raise _damaged(path, "no frame")

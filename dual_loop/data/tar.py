@@ -19,12 +19,13 @@ import tarfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from dual_loop.data.index import Arrays
 from dual_loop.data.index_file import replacing, watch_files
+from dual_loop.data.limits import max_pixels, open_file
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import EnvironmentProblem, SampleError, explain
 
@@ -39,7 +40,9 @@ MAX_POINT_BYTES = 2**27
 _GZIP_MAGIC = b"\x1f\x8b"
 _LEAST_SPACING = 2**20
 _MAX_POINTS = 2500
-_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
+_HEADER_BYTES = 2**20
+"""Most bytes of one read while an archive is listed: a header may claim a name of any length."""
 
 
 def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
@@ -69,7 +72,7 @@ def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
                 fix = "set data.index_dir or $DUAL_LOOP_CACHE"
                 raise EnvironmentProblem(explain(what, str(points), str(error), "a folder to write in", fix)) from error
     else:
-        with open(path, "rb") as plain:
+        with open_file(path) as plain:
             damage = _list_members(plain, prefix, os.path.getsize(path), found)
     return {
         **StringTable.from_strings(name for name, _, _ in found).to_arrays("member"),
@@ -84,11 +87,13 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
 
     ``size`` is the archive's, where it is known before the whole of it was read.
     """
-    end = 0
+    end, bounded = 0, cast(BinaryIO, _ShortReads(file))
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=bounded, mode="r:") as archive:
             for member in archive:
                 end = member.offset_data + member.size
+                if not 0 <= member.size < 2**60:
+                    raise ValueError(f"{member.name} claims {member.size} bytes")
                 if size is not None and end > size:
                     raise EOFError(f"{member.name} should end at byte {end:,}, the archive ends at {size:,}")
                 name = member.name.rsplit("/", 1)[-1]
@@ -99,10 +104,23 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
     return ""
 
 
+class _ShortReads:
+    """A file whose reads are short: names and attributes of a member are read whole, whatever size they claim."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes")
+        data: bytes = self._file.read(size)
+        return data
+
+
 def is_compressed(path: Path) -> bool:
     """Tell by its first bytes whether an archive is gzip-compressed; names do not tell."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return file.read(2) == _GZIP_MAGIC
     except OSError:
         return False
@@ -169,8 +187,11 @@ class TarShelf:
 
         Raises:
             SampleError: ``missing_file``; ``truncated_file`` where there are fewer bytes, or a compressed one is
-                damaged there.
+                damaged there; ``too_large``.
         """
+        if size > (limit := max_pixels()):
+            where, expected = f"{self._path(number)} at byte {offset:,}", f"at most {limit:,} bytes (data.max_pixels)"
+            raise SampleError("too_large", explain("a file in an archive is too large", where, f"{size:,}", expected))
         try:
             file = self._file(number)
             if isinstance(file, io.FileIO):
@@ -200,7 +221,7 @@ class TarShelf:
                 points = _points_path(path, self.index_dir)
                 self._point_bytes[number] = points.stat().st_size if points.is_file() else 0
             else:
-                self._open[number] = io.FileIO(path)
+                self._open[number] = open_file(path, buffering=0)
                 if hasattr(os, "posix_fadvise"):  # the system fetches all that a read asks for, and nothing behind
                     os.posix_fadvise(self._open[number].fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             # Archives are closed until the limits hold; the newest stays open.

@@ -21,6 +21,7 @@ from torch import Tensor
 from dual_loop.caption_metrics import caption_exact, may_hold
 from dual_loop.config import Config
 from dual_loop.data.coco_masks import encode_rle
+from dual_loop.data.limits import use_limits
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
@@ -401,6 +402,7 @@ def texts_without_target(regions: Sequence[MeasuredRegion]) -> list[str | None]:
 def held_out_source(config: Config) -> RefCoco:
     """Open the evaluation set: RefCOCO layout under ``data.eval_dir``, split ``data.eval_split``."""
     data = config.data
+    use_limits(data)
     if data.eval_dir is None:
         raise ConfigError(explain("no evaluation set is given", "data.eval_dir", fix="set --eval_dir"))
     return RefCoco(

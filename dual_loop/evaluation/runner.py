@@ -24,9 +24,10 @@ from typing import TypedDict
 from tqdm import tqdm
 
 from dual_loop.data.index_file import replacing
+from dual_loop.data.limits import open_file, parse_json, read_lines
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, Rle
 from dual_loop.types import RegionSample
 
@@ -159,14 +160,14 @@ def read_predictions(path: Path) -> dict[str, list[Rle]]:
         ConfigError: a line is not of a region.
     """
     masks: dict[str, list[Rle]] = {}
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_file(path) as stream:
+        for number, line in enumerate(read_lines(stream), start=1):
             try:
-                region = json.loads(line)
+                region = parse_json(line)
                 masks[region["name"]] = [sentence["mask"] for sentence in region.get("sentences", [])]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 where = f"{path}, line {number}"
-                raise ConfigError(explain("not a record of a region", where, line[:60], '{"name": ...}')) from error
+                raise ConfigError(explain("not a record of a region", where, shorten(line), '{"name": ...}')) from error
     return masks
 
 

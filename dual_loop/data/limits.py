@@ -1,0 +1,128 @@
+"""What a file of a data set may ask of this process: which files are opened, how much of them is read or drawn.
+
+A few bytes can claim any size: a header of an image, the ``size`` of a run-length code, the shape of an array. Readers
+therefore open files by :func:`open_file` (or ask :func:`check_file` where a library opens by name) and compare sizes
+with the limits of the settings before anything is decoded, drawn or allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, AnyStr, BinaryIO
+
+from dual_loop.config import DataConfig
+from dual_loop.errors import SampleError, explain
+
+MAX_SIDE = 65_535
+"""Longest side of an image or mask in pixels (JPEG's own limit): filters and codes take memory by the side as well."""
+
+SAMPLE_BYTES = 1 << 25
+"""Most bytes of JSON that belong to one image or video, or to one line; parsed, they may take 25 times as many."""
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+_VARIABLE = "DUAL_LOOP_MAX_"
+
+
+class RefusedFile(OSError):
+    """A file that is not opened, or not read, for what it is or for its size."""
+
+
+def use_limits(data: DataConfig) -> None:
+    """Set the limits of this process and, by the environment, of every process that it starts in any way."""
+    os.environ[f"{_VARIABLE}PIXELS"], os.environ[f"{_VARIABLE}FILE_MB"] = str(data.max_pixels), str(data.max_file_mb)
+
+
+def max_pixels() -> int:
+    """Return ``data.max_pixels``."""
+    return int(os.environ.get(f"{_VARIABLE}PIXELS", DataConfig.max_pixels))
+
+
+def max_file_bytes() -> int:
+    """Return ``data.max_file_mb`` in bytes."""
+    return int(os.environ.get(f"{_VARIABLE}FILE_MB", DataConfig.max_file_mb)) << 20
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_file(path: str | Path) -> int:
+    """Return the size of a regular file in bytes; links are followed.
+
+    Raises:
+        RefusedFile: it is a FIFO, a device, a socket or a folder (reading the first two may never end), or no file can
+            have the name.
+        OSError: it is not there, or must not be looked at.
+    """
+    try:
+        state = os.stat(path)
+    except ValueError as error:
+        raise RefusedFile(f"no file can have this name: {error}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise RefusedFile(f"{_KINDS.get(stat.S_IFMT(state.st_mode), 'a folder')}, not a regular file")
+    return state.st_size
+
+
+def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: see :func:`check_file`.
+    """
+    check_file(path)
+    return open(path, "rb", buffering)  # type: ignore[return-value]
+
+
+def read_file(path: str | Path, most: int | None = None) -> bytes:
+    """Return the contents of a file of at most ``most`` bytes; None takes ``data.max_file_mb``.
+
+    Raises:
+        RefusedFile: it is larger. OSError: see :func:`check_file`.
+    """
+    limit = max_file_bytes() if most is None else most
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            fix = " (data.max_file_mb)" if most is None else ""
+            raise RefusedFile(f"{size:,} bytes, more than the limit of {limit:,}{fix}")
+        return file.read(limit + 1)
+
+
+def read_lines(file: IO[AnyStr], most: int = SAMPLE_BYTES) -> Iterator[AnyStr]:
+    """Yield the lines of an open file, with their ends.
+
+    Raises:
+        RefusedFile: a line has more than ``most`` bytes, or characters where the file is text.
+    """
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise RefusedFile(f"a line of more than {most:,} bytes")
+        yield line
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what JSON holds; a byte order mark is passed over.
+
+    Raises:
+        ValueError: for every fault of it: other text, another encoding, lists too deep in each other, digits without
+            end.
+    """
+    try:
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"JSON that is nested too deep or too large: {error}") from error
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def check_pixels(height: int, width: int, where: str, reason: str = "too_large") -> None:
+    """Raise ``SampleError`` (``reason``) where an image or mask is larger than the limits, or has no pixel."""
+    limit = max_pixels()
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= limit):
+        seen = f"{width} x {height} pixels (W x H)"
+        expected = f"1 to {MAX_SIDE:,} pixels a side, at most {limit:,} in all"
+        fix = "leave it out, make it smaller, or raise data.max_pixels"
+        raise SampleError(reason, explain("the size of an image or mask is out of bounds", where, seen, expected, fix))
