@@ -53,6 +53,8 @@ class RegionSample:
         image_reduction: above 1 only where ``Reader.load_reduced`` was asked: masks keep the stored size (H, W), and
             ``image`` is (ceil(H / image_reduction), ceil(W / image_reduction), 3).
         passed_over: regions that were drawn and cannot be used.
+        no_target: expressions of which the data set says that the image shows nothing.
+        undrawn_captions: expressions of further regions of the image.
     """
 
     source: str
@@ -66,6 +68,8 @@ class RegionSample:
     image_reduction: int = 1
     later_targets: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     passed_over: tuple[SkippedRegion, ...] = ()
+    no_target: tuple[str, ...] = ()
+    undrawn_captions: tuple[str, ...] = ()
 
     @property
     def num_regions(self) -> int:

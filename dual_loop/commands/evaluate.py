@@ -58,7 +58,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(markdown_table(figures))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in measured.protocol.to_dict().items()))
     print(f"weights: {measured.weights}")
-    print(f"{len(measured.skipped)} entries skipped; written to {measured.folder}")
+    print(f"{len(measured.skipped)} entries or regions skipped; written to {measured.folder}")
     return 0
 
 
@@ -77,7 +77,9 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
     for one in data:
         for index in range(len(one)):
             try:
-                regions[one.name] += compare_predictions(one.load(index, config.train.seed), one.name, saved)
+                sample = one.load(index, config.train.seed)
+                regions[one.name] += compare_predictions(sample, one.name, saved)
+                skipped += [one.skipped(index, region) for region in sample.passed_over]
             except SampleError as error:
                 skipped.append(one.skipped(index, error))
     unknown = sorted(set(saved) - {region.name for own in regions.values() for region in own})

@@ -155,7 +155,7 @@ def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) ->
 
 
 def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
-    """Return a table: one row a source (entries, repeats or weight, draws per epoch) and a last row with the totals."""
+    """Return a table: one row a source (entries, repeats or weight, draws per epoch), the totals, what is left out."""
     rows = [("source", "entries", "share", "draws per epoch")]
     for source, share, quota in zip(sources, stream.shares, stream.quotas, strict=True):
         kind = f"repeats {share.repeats:g}" if share.weight is None else f"weight {share.weight:g}"
@@ -163,7 +163,15 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
     total = sum(share.length for share in stream.shares)
     rows.append(("total", f"{total:,}", "", f"{stream.epoch_length:,}"))
     a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows)
+    lines = [f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows]
+    return "\n".join([*lines, *(f"  left out of {name}: {text}" for name, text in left_out_of(sources))])
+
+
+def left_out_of(sources: Sequence[Reader]) -> list[tuple[str, str]]:
+    """Return for each source that leaves something out its name, and what and how many."""
+    counts = [(one.name, getattr(one, "left_out", {})) for one in sources]  # a user's own source need not be a Reader
+    texts = [(name, ", ".join(f"{count:,} {what}" for what, count in own.items() if count)) for name, own in counts]
+    return [(name, text) for name, text in texts if text]
 
 
 def build_dataset(config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None) -> DualLoopDataset:

@@ -230,7 +230,7 @@ class Subset(Reader):
     """
 
     def __init__(self, source: Reader, kept: np.ndarray) -> None:
-        self.source, self.name, self._rows = source, source.name, kept
+        self.source, self.name, self.left_out, self._rows = source, source.name, source.left_out, kept
 
     def entry_id(self, index: int) -> str:
         return self.source.entry_id(int(self._rows[index]))

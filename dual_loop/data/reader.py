@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,8 @@ class Reader:
     """``data.region_choice``: which regions of an image are drawn together."""
     vanishes: Callable[[np.ndarray], bool] | None = None
     """Whether nothing of a mask (H, W) is left in what the model learns from; training sets it."""
+    left_out: Mapping[str, int] = {}
+    """What the files hold or name that is no entry, in words, and how many of each; 0 is not shown."""
     _names: Sequence[StringTable] = ()
     _rows = np.empty(0, np.int64)
 

@@ -1,7 +1,8 @@
-"""Reader of RefCOCO, RefCOCO+ and RefCOCOg: objects of COCO photographs with reference expressions.
+"""Reader of RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO: objects of COCO photographs with reference expressions.
 
-Format: Yu et al. 2016, arXiv 1608.00272; Mao et al. 2016, arXiv 1511.02283 (:data:`LAYOUT`). Images are called
-``COCO_train2014_<id>.jpg``, or by bare 12-digit names (train2017).
+Format: Yu et al. 2016, arXiv 1608.00272; Mao et al. 2016, arXiv 1511.02283; Liu et al. 2023, arXiv 2306.00968, for
+gRefCOCO, whose expressions have one target, several (their union is the mask) or none (:data:`LAYOUT`). Images are
+called ``COCO_train2014_<id>.jpg``, or by bare 12-digit names (train2017).
 ``refs(google).p`` is read only where it is asked for (``"refcocog:google"``): its splits share images.
 
 An entry is one image of one data set with its references of one split. A ref's own ``file_name`` carries a suffix
@@ -9,8 +10,8 @@ An entry is one image of one data set with its references of one split. A ref's 
 on the stored pixels, so an EXIF orientation is never applied.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
-``unsafe_path``, ``bad_polygon``, ``broken_rle``, ``size_mismatch``, ``empty_mask`` (:meth:`RefCoco.load_all`),
-``no_region_left``.
+``unsafe_path``, ``bad_polygon``, ``broken_rle``, ``size_mismatch``, ``wrong_annotation`` (unknown, or of another
+image), ``empty_mask`` (:meth:`RefCoco.load_all`), ``no_region_left``.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.captions import check_captions
-from dual_loop.data.images import read_picture
+from dual_loop.data.captions import check_captions, is_plain
+from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, safe_join
 from dual_loop.data.reader import Reader
-from dual_loop.data.refcoco_index import build_index
+from dual_loop.data.refcoco_index import build_index, coco_names
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.types import NeededSize, RegionSample, SkippedRegion
@@ -38,27 +40,29 @@ LAYOUT = """
     refcoco/     instances.json   refs(unc).p
     refcoco+/    instances.json   refs(unc).p
     refcocog/    instances.json   refs(umd).p
+    grefcoco/    instances.json   grefs(unc).json    (or grefs(unc).p; instances.json may be refcoco's)
     (each with coco2014/train2014/*.jpg, or root/coco2014/train2014/*.jpg once)
 """
 
-DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "grefcoco": "unc"}
 IMAGE_FOLDER = "coco2014/train2014"
 
 
 class RefCoco(Reader):
-    """The three data sets as one source.
+    """The data sets as one source.
 
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: folder that holds one folder per data set.
         datasets: names of :data:`DEFAULT_SPLIT_BY`, each optionally with a split author (``"refcocog:google"``). Those
             without a folder are left out with a warning; ``self.datasets`` has those that are used.
-        split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry.
+        split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry, nor does an
+            image that is not there; ``self.left_out`` counts these.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
         polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.coco_masks.decode_polygons`), for comparison alone.
 
     Raises:
         ConfigError: no data set, or a part of one, is there; a file has another structure; a pickle asks for a
-            global; no data set has the split.
+            global; no data set has the split, or none of its images is there.
     """
 
     name, title, layout = "refcoco", "RefCOCO", LAYOUT
@@ -83,9 +87,24 @@ class RefCoco(Reader):
             expected = ", ".join(f"{part.label}: {', '.join(part.split_names)}" for part in self._parts)
             fix = "set the split of RefCOCO to one that exists"
             raise ConfigError(explain("no RefCOCO data set has this split", str(self.root), split, expected, fix))
-        self._set_entries(np.arange(len(entries)), max_samples, "refcoco_max_samples")
         # Columns: data set, image, first and last place among the references of the split.
-        self._entries = np.array(entries, np.int64)[self._rows]
+        table = np.array(entries, np.int64)
+        is_there = np.array([self._parts[number].image_there[image] for number, image, _, _ in entries])
+        if not is_there.any():
+            part = self._parts[entries[0][0]]
+            name = part.image_files[entries[0][1]]
+            what, fix = "no image of this split is there", "set refcoco_images to the folder of COCO's train2014"
+            raise ConfigError(explain(what, str(part.image_folder), f"{len(entries):,} images lack", name, fix))
+        asked = {part.folder.name for part in self._parts}
+        unasked = [name for name in DEFAULT_SPLIT_BY if name not in asked and (self.root / name).is_dir()]
+        self.left_out = {
+            f"data sets that refcoco_datasets does not name ({', '.join(unasked)})": len(unasked),
+            f"images of {split} that are not there": int((~is_there).sum()),
+            "references to images that instances.json does not list": sum(part.num_unlisted for part in self._parts),
+        }
+        table = table[is_there]
+        self._set_entries(np.arange(len(table)), max_samples, "refcoco_max_samples")
+        self._entries = table[self._rows]
         self._split_rows = [part.rows_of_split(split) for part in self._parts]
 
     def entry_id(self, index: int) -> str:
@@ -108,9 +127,10 @@ class RefCoco(Reader):
         return part.find_image(image)
 
     def _entry(self, index: int) -> tuple[_DatasetPart, int, list[int]]:
-        """Return the data set of an entry, its image, and the rows of its references."""
+        """Return the data set of an entry, its image, and the rows of its references that have a target."""
         number, image, start, stop = self._entries[index].tolist()
-        return self._parts[number], image, self._split_rows[number][start:stop].tolist()
+        part, rows = self._parts[number], self._split_rows[number][start:stop]
+        return part, image, rows[~part.no_target[rows]].tolist()
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read entry ``index`` with up to ``regions_per_image`` references drawn by ``rng``, with all their sentences.
@@ -121,7 +141,7 @@ class RefCoco(Reader):
         picture = read_picture(part.find_image(image), apply_exif=False, needed=needed)
 
         def decode(number: int) -> np.ndarray:
-            check_captions(part.sentences(rows[number]), f"{part.folder}: ref {part.ref_ids[rows[number]]}")
+            check_captions(part.sentences(rows[number]), f"{part.folder}: {part.ref_names[rows[number]]}")
             return self._mask(part, image, rows[number], picture.size)
 
         where, classes = f"{self.root}: {self.entry_id(index)}", part.classes[rows].tolist()
@@ -134,32 +154,62 @@ class RefCoco(Reader):
             picture=lambda: picture,
             classes=classes,
             passed_over=passed,
-            region_id=lambda number: f"ref{part.ref_ids[rows[number]]}",
+            region_id=lambda number: part.ref_names[rows[number]],
         )
-        rows = [rows[number] for number in drawn]
-        ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
-        return self._sample(index, picture, masks, ids, captions, passed)
+        return self._with_texts(index, picture, masks, [rows[number] for number in drawn], passed)
 
     def load_all(self, index: int) -> RegionSample:
         """Read entry ``index`` with all its references of the split, in the order of their ids (for evaluation).
 
+        Those that cannot be used are passed over.
+
         Raises:
-            SampleError: see the module; one bad reference makes the whole entry bad.
+            SampleError: see the module; the reason of the first reference where none can be used.
         """
         part, image, rows = self._entry(index)
         picture = read_picture(part.find_image(image), apply_exif=False)
-        masks = [self._mask(part, image, row, picture.size) for row in rows]
-        for row, mask in zip(rows, masks, strict=True):
-            check_mask(mask, f"{part.folder}: ref {part.ref_ids[row]}")
-        ids, captions = [f"ref{part.ref_ids[row]}" for row in rows], [part.sentences(row) for row in rows]
-        return self._sample(index, picture, np.stack(masks), ids, captions)
+        good: dict[int, np.ndarray] = {}
+        passed: list[SkippedRegion] = []
+        for row in rows:
+            name = part.ref_names[row]
+            try:
+                mask = self._mask(part, image, row, picture.size)
+                check_mask(mask, f"{part.folder}: {name}")
+                check_captions(part.sentences(row), f"{part.folder}: {name}")
+            except SampleError as error:
+                passed.append(SkippedRegion(name, error.reason, str(error)))
+            else:
+                good[row] = mask
+        if not good:
+            what, seen = "no region of an image is left", passed[0].message if passed else "no reference with a target"
+            message = explain(what, f"{self.root}: {self.entry_id(index)}", seen)
+            raise SampleError(passed[0].reason if passed else "no_region_left", message)
+        return self._with_texts(index, picture, np.stack([*good.values()]), [*good], passed)
+
+    def _with_texts(
+        self, index: int, picture: Picture, masks: np.ndarray, rows: list[int], passed: list[SkippedRegion]
+    ) -> RegionSample:
+        """Return the references in ``rows`` as regions, beside all that is said of the image."""
+        number, _, start, stop = self._entries[index].tolist()
+        part, own = self._parts[number], self._split_rows[number][start:stop].tolist()
+        ids, captions = [part.ref_names[row] for row in rows], [part.sentences(row) for row in rows]
+        rest = {row: part.sentences(row) for row in own if row not in rows}
+        none = [text for row, texts in rest.items() if part.no_target[row] for text in texts if is_plain(text)]
+        undrawn = [text for row, texts in rest.items() if not part.no_target[row] for text in texts]
+        sample = self._sample(index, picture, masks, ids, captions, passed)
+        return replace(sample, no_target=tuple(none), undrawn_captions=tuple(undrawn))
 
     def _mask(self, part: _DatasetPart, image: int, row: int, size: tuple[int, int]) -> np.ndarray:
         """Return the mask (H, W) bool of the reference in ``row`` at the image's ``size``."""
-        where = f"{part.folder}: ref {part.ref_ids[row]}"
-        height, width = part.image_sizes[image].tolist()
-        mask = decode_segmentation(json.loads(part.segmentations[row]), height, width, where, self._summed)
-        return fit_mask(mask, size, where)
+        where = f"{part.folder}: {part.ref_names[row]}"
+        targets = json.loads(part.segmentations[row])
+        if isinstance(targets, str):
+            fix = "take refs and instances.json from the same release"
+            raise SampleError("wrong_annotation", explain("a reference has no mask", where, targets, fix=fix))
+        stored = tuple(part.image_sizes[image].tolist())
+        height, width = stored if all(stored) else size
+        masks = [decode_segmentation(target, height, width, where, self._summed) for target in targets]
+        return fit_mask(np.logical_or.reduce(masks), size, where)
 
     def split_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Return for every data set and split the numbers of images and of references."""
@@ -175,22 +225,30 @@ class _DatasetPart:
     def __init__(self, label: str, root: Path, images: str | Path | None, index_dir: str | Path | None) -> None:
         name, _, split_by = label.partition(":")
         self.label, self.folder = label, root / name
-        refs, instances = self.folder / f"refs({split_by or DEFAULT_SPLIT_BY[name]}).p", self.folder / "instances.json"
-        for path in (refs, instances):
-            if not path.is_file():
-                raise layout_error(f"a file of {label} is missing", path, "nothing there", LAYOUT)
+        stem = f"{'g' if name == 'grefcoco' else ''}refs({split_by or DEFAULT_SPLIT_BY[name]})"
+        refs = _first_file([self.folder / f"{stem}{suffix}" for suffix in (".p", ".json")], label)
+        other = [root / "refcoco/instances.json"] if name == "grefcoco" else []
+        instances = _first_file([self.folder / "instances.json", *other], label)
         what = "the folder of COCO images is missing (set refcoco_images where it is elsewhere)"
         is_shared = images is None and not (self.folder / IMAGE_FOLDER).is_dir()
         self.image_folder = find_part(
             root, images, IMAGE_FOLDER if is_shared else f"{name}/{IMAGE_FOLDER}", what, LAYOUT
         )
-        # The number changes where the arrays do: since 2, classes are among them.
-        key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances), "version": 2}
-        arrays = load_or_build(index_dir, key, lambda: build_index(refs, instances))
+        # The number changes where the arrays do: since 3, several targets, and what cannot be used, are among them.
+        key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances), "images": str(self.image_folder)}
+        arrays = load_or_build(
+            index_dir, {**key, "version": 3}, lambda: build_index(refs, instances, self.image_folder)
+        )
         self.image_ids, self.image_sizes = arrays["image_ids"], arrays["image_sizes"]
-        self.ref_ids, self._ref_images, self._ref_splits = arrays["ref_ids"], arrays["ref_images"], arrays["ref_splits"]
-        self.classes = arrays["ref_classes"]
-        self._image_files = StringTable.from_arrays(arrays, "image_file")
+        self._ref_images, self._ref_splits = arrays["ref_images"], arrays["ref_splits"]
+        self.classes, self.no_target, self.image_there = (
+            arrays["ref_classes"],
+            arrays["ref_no_target"],
+            arrays["image_there"],
+        )
+        self.num_unlisted = int(arrays["num_unlisted"][0])
+        self.image_files = StringTable.from_arrays(arrays, "image_file")
+        self.ref_names = StringTable.from_arrays(arrays, "ref_name")
         self.segmentations = StringTable.from_arrays(arrays, "segmentation")
         self._sentences = StringTable.from_arrays(arrays, "sentence")
         splits = StringTable.from_arrays(arrays, "split")
@@ -214,7 +272,23 @@ class _DatasetPart:
 
     def find_image(self, number: int) -> Path:
         """Return the file of image ``number``, under its own name or either name of COCO."""
-        return find_coco_image(self.image_folder, self._image_files[number], int(self.image_ids[number]))
+        return find_coco_image(self.image_folder, self.image_files[number], int(self.image_ids[number]))
+
+
+def _first_file(candidates: Sequence[Path], label: str) -> Path:
+    """Return the first path that is a file.
+
+    Raises:
+        ConfigError: none is; the message names other splits of the data set that are there.
+    """
+    for path in candidates:
+        if path.is_file():
+            return path
+    others = sorted(path.name for path in candidates[0].parent.glob("*refs(*).*"))
+    seen = "nothing there"
+    if others and candidates[0].suffix == ".p":
+        seen += f", but {', '.join(others)} (ask for {label.partition(':')[0]}:NAME of the split's author)"
+    raise layout_error(f"a file of {label} is missing", candidates[0], seen, LAYOUT)
 
 
 def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
@@ -223,7 +297,7 @@ def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
     Raises:
         SampleError: ``missing_file``, or ``unsafe_path`` where the name leaves the folder.
     """
-    names = (name, f"COCO_train2014_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
+    names = coco_names(name, image_id)
     paths = [safe_join(folder, candidate) for candidate in names]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

@@ -29,13 +29,13 @@ from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, Rle
-from dual_loop.types import RegionSample
+from dual_loop.types import RegionSample, SkippedRegion
 
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
 
 
 class SkippedEntry(TypedDict):
-    """An entry that could not be read, as results name it."""
+    """An entry, or a region of it, that could not be read, as results name it."""
 
     data: str
     entry: str
@@ -61,8 +61,11 @@ class MeasuredData:
             return load_all(index)
         return self.source.load(index, sample_rng(seed, f"{self.name}/{self.source.entry_id(index)}"))
 
-    def skipped(self, index: int, error: SampleError) -> SkippedEntry:
-        return SkippedEntry(data=self.name, entry=self.source.entry_id(index), reason=error.reason, message=str(error))
+    def skipped(self, index: int, fault: SampleError | SkippedRegion) -> SkippedEntry:
+        entry, message = self.source.entry_id(index), str(fault)
+        if isinstance(fault, SkippedRegion):
+            entry, message = f"{entry}#{fault.region_id}", fault.message
+        return SkippedEntry(data=self.name, entry=entry, reason=fault.reason, message=message)
 
     def description(self) -> dict[str, object]:
         """Return what identifies the data: name, size, first and last entry."""
@@ -126,6 +129,7 @@ def measure_chunks(
                     skipped.append(one.skipped(index, error))
                 else:
                     samples.append(sample)
+                    skipped += [one.skipped(index, region) for region in sample.passed_over]
                     entries[f"{sample.source}/{sample.sample_id}"] = index
             regions = measure(samples, one.name) if samples else []
             records = [{**region.to_json(), "entry": entries[region.image]} for region in regions]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, given_roots, missing_roots, open_source
+from dual_loop.data.dataset_builder import SETTING_PREFIX, given_roots, left_out_of, missing_roots, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
@@ -116,6 +116,8 @@ def check_sources(sources: Sequence[Reader], count: int | None, config: Config) 
         report = read_source(source, count, geometry(config), config.train.seed)
         yield from findings_of(report, config.data.max_bad_fraction)
         yield from expected_counts(source)
+        for name, text in left_out_of([source]):
+            yield Finding(WARNING, "data", f"{name}: left out {text}", "download what is missing, or train without")
 
 
 def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Finding]:

@@ -74,5 +74,36 @@ def write_dataset(folder: Path, refs: Any = None, instances: Any = None, split_b
     (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(make_refs() if refs is None else refs, protocol=2))
 
 
+def make_grefs() -> list[dict[str, Any]]:
+    """Image 1: two targets, one, none; image 2: none alone; image 3, of val: a mask of another image, one target."""
+    rows = [
+        (1, [10, 11], "both"),
+        (1, [11], "the bar"),
+        (1, [-1], "a zebra"),
+        (2, [-1], "a pink cow"),
+        (2, [-1], "a bus"),
+    ]
+    rows += [(3, [10], "elsewhere"), (3, [31], "the bar")]
+    return [
+        {
+            "ref_id": number,
+            "ann_id": targets,
+            "image_id": image_id,
+            "split": SPLITS[image_id - 1],
+            "no_target": targets == [-1],
+            "sentences": [{"sent": text, "raw": text, "sent_id": number, "tokens": []}],
+        }
+        for number, (image_id, targets, text) in enumerate(rows)
+    ]
+
+
+def write_grefs(root: Path) -> None:
+    """Write gRefCOCO beside a RefCOCO in ``root``, whose instances.json and images it shares."""
+    (root / "grefcoco").mkdir()
+    (root / "grefcoco/grefs(unc).json").write_text(json.dumps(make_grefs()))
+    if not (root / "coco2014").exists():
+        (root / "coco2014").symlink_to(root / "refcoco/coco2014")
+
+
 def source_of(root: Path, datasets: tuple[str, ...] = ("refcoco",), **options: Any) -> RefCoco:
     return RefCoco(root, datasets, index_dir=root.parent / "cache", **options)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from refcoco_files import HEIGHT, WIDTH, crowd_mask, make_instances, make_refs, source_of, write_dataset
+from refcoco_files import (
+    HEIGHT,
+    WIDTH,
+    crowd_mask,
+    make_instances,
+    make_refs,
+    source_of,
+    write_dataset,
+    write_grefs,
+)
 
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
@@ -212,6 +221,85 @@ def test_the_second_start_does_not_parse_again(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr("dual_loop.data.refcoco_index.load_refs", lambda path: pytest.fail("parsed again"))
     assert source_of(root, split="val").entry_id(0) == "refcoco/3"
     assert len(source_of(root)) == len(first)
+
+
+def test_several_targets_are_united_and_no_target_is_said(root: Path) -> None:
+    write_grefs(root)
+    source = source_of(root, ("grefcoco",), regions_per_image=2)
+    assert [source.entry_id(i) for i in range(len(source))] == ["grefcoco/1", "grefcoco/2"]
+    sample = source.load_all(0)
+    assert sample.captions == (("both",), ("the bar",))
+    assert sample.no_target == ("a zebra",)
+    assert np.array_equal(sample.masks[0], source_of(root).load_all(0).masks[:2].any(0))
+    assert np.array_equal(sample.masks[1], crowd_mask())
+
+
+def test_an_image_with_expressions_without_a_target_alone_shows_an_object(root: Path) -> None:
+    write_grefs(root)
+    source = source_of(root, ("grefcoco",))
+    for sample in (source.load_all(1), source.load(1, np.random.default_rng(0))):
+        assert (sample.region_ids, sample.captions) == (("ann20",), ((),))
+        assert sample.no_target == ("a pink cow", "a bus")
+    instances = make_instances()
+    instances["annotations"] = instances["annotations"][:1]
+    write_dataset(root / "refcoco", instances=instances)
+    with pytest.raises(SampleError, match="no region of an image"):
+        source_of(root, ("grefcoco",)).load(1, np.random.default_rng(0))
+    with pytest.raises(SampleError, match="no region of an image"):
+        source_of(root, ("grefcoco",)).load_all(1)
+
+
+def test_what_is_said_of_regions_that_are_not_drawn_is_known(root: Path) -> None:
+    sample = source_of(root).load(0, np.random.default_rng(0))
+    said = {text for texts in (*sample.captions, sample.undrawn_captions) for text in texts}
+    assert said == {f"thing {100 + k} {n}" for k in range(3) for n in range(k + 1)}
+
+
+def test_an_annotation_of_another_image_or_of_none_is_one_bad_region(root: Path) -> None:
+    write_grefs(root)
+    source = source_of(root, ("grefcoco",), split="val", regions_per_image=2)
+    for sample in (source.load_all(0), source.load(0, np.random.default_rng(0))):
+        assert sample.region_ids == ("ref6",)
+        [passed] = sample.passed_over
+        assert (passed.region_id, passed.reason) == ("ref5", "wrong_annotation")
+        assert "annotation 10 is of image 1, the reference of image 3" in passed.message
+    refs = make_refs()
+    refs[-1]["ann_id"] = 9999
+    write_dataset(root / "refcoco", refs)
+    [passed] = source_of(root).load_all(0).passed_over
+    assert "annotation 9999 is not in instances.json" in passed.message
+
+
+def test_an_id_that_is_there_twice_names_two_regions(root: Path) -> None:
+    refs = make_refs()
+    refs[-1]["ref_id"] = refs[-2]["ref_id"]
+    write_dataset(root / "refcoco", refs)
+    assert set(source_of(root).load_all(0).region_ids) == {"ref101", "ref101_2", "ref102"}
+
+
+def test_images_that_are_not_there_are_left_out_and_counted(root: Path) -> None:
+    folder = root / "refcoco/coco2014/train2014"
+    (folder / "COCO_train2014_000000000001.jpg").rename(root / "kept.jpg")
+    source = source_of(root)
+    assert [source.entry_id(i) for i in range(len(source))] == ["refcoco/2"]
+    assert source.left_out["images of train that are not there"] == 1
+    (root / "kept.jpg").rename(folder / "000000000001.jpg")
+    assert len(source_of(root)) == 2, "what comes later is found at the next start"
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="no image of this split is there"):
+        source_of(root)
+
+
+def test_a_data_set_that_nobody_asks_for_is_said(root: Path) -> None:
+    write_grefs(root)
+    assert source_of(root).left_out["data sets that refcoco_datasets does not name (grefcoco)"] == 1
+
+
+def test_the_splits_of_another_author_are_named_where_the_usual_ones_lack(root: Path) -> None:
+    write_dataset(root / "refcocog", split_by="google")
+    with pytest.raises(ConfigError, match=r"refs\(google\)\.p \(ask for refcocog:NAME"):
+        source_of(root, ("refcocog",))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside the repository")

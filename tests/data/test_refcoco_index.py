@@ -107,7 +107,14 @@ def test_damaged_pickles_are_refused_without_a_crash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"ref_id": "7"}, {"image_id": True}, {"ann_id": [1]}, {"split": None}, {"sentences": {}}, {"sentences": [{}]}],
+    [
+        {"ref_id": "7"},
+        {"image_id": True},
+        {"ann_id": [1, "2"]},
+        {"split": None},
+        {"sentences": {}},
+        {"sentences": [{}]},
+    ],
 )
 def test_other_structures_are_refused(root: Path, change: dict[str, Any]) -> None:
     refs = copy.deepcopy(make_refs())
@@ -125,16 +132,69 @@ def test_other_top_levels_are_refused(root: Path, refs: Any) -> None:
         source_of(root)
 
 
-@pytest.mark.parametrize("key", ["image_id", "ann_id"])
-def test_references_to_nowhere_are_refused(root: Path, key: str) -> None:
+def test_one_reference_to_nowhere_is_left_out_and_counted(root: Path) -> None:
     refs = make_refs()
-    refs[0][key] = 999
+    refs[-1]["image_id"] = 999
     write_dataset(root / "refcoco", refs)
-    with pytest.raises(ConfigError, match=f"unknown {key}"):
+    source = source_of(root)
+    assert source.load_all(0).region_ids == ("ref101", "ref102")
+    assert source.left_out["references to images that instances.json does not list"] == 1
+    for ref in refs:
+        ref["image_id"] += 1000
+    write_dataset(root / "refcoco", refs)
+    with pytest.raises(ConfigError, match="no reference names an image"):
         source_of(root)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"images": []}', '{"images": [{}], "annotations": []}', "[" * 100_000])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_integers_of_numpy_are_read(tmp_path: Path, protocol: int) -> None:
+    refs = copy.deepcopy(make_refs())
+    for kind in (np.int64, np.uint8, np.int16):
+        refs[0]["ann_id"] = kind(40)
+        path = tmp_path / "refs(unc).p"
+        path.write_bytes(pickle.dumps(refs, protocol=protocol))
+        number = load_refs(path)[0]["ann_id"]
+        assert (number, type(number)) == (40, int)
+
+
+def test_integers_of_numpy_are_read_as_python_2_wrote_them(tmp_path: Path) -> None:
+    scalar = (
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'i8'\nI0\nI1\ntR(I3\nS'%s'\nNNNI-1\nI-1\nI0\ntbS'%s'\ntR"
+    )
+    for order, value in ((b"<", rb"\xff\x01\x00\x00\x00\x00\x00\x00"), (b">", rb"\x00\x00\x00\x00\x00\x00\x01\xff")):
+        fields = b"S'ref_id'\nI1\nsS'ann_id'\n%ssS'image_id'\nI1\nsS'split'\nS'train'\nsS'sentences'\n(ls" % (
+            scalar % (order, value)
+        )
+        (tmp_path / "refs(unc).p").write_bytes(b"(l(d" + fields + b"a.")
+        assert load_refs(tmp_path / "refs(unc).p")[0]["ann_id"] == 511
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("stored", ["caf\u00e9 table \u732b".encode(), "caf\u00e9 table".encode("latin1")])
+def test_byte_strings_of_python_2_are_utf8_else_latin1(tmp_path: Path, stored: bytes, line_end: bytes) -> None:
+    raw = b"(l(dS'ref_id'\nI1\nsS'ann_id'\nL101L\nsS'image_id'\nI1\nsS'split'\nS'train'\nsS'sentences'\n(l(dS'sent'\nS"
+    raw += repr(stored)[1:].encode() + b"\nsasa."
+    (tmp_path / "refs(unc).p").write_bytes(raw.replace(b"\n", line_end))
+    [ref] = load_refs(tmp_path / "refs(unc).p")
+    assert ref["sentences"] == [{"sent": stored.decode("utf-8" if len(stored) > 12 else "latin1")}]
+    assert (ref["split"], ref["ann_id"]) == ("train", 101)
+
+
+SIZES = '{"images": [{"id": 1, "file_name": "a.jpg", "height": 9, "width": %s}], "annotations": []}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"images": []}',
+        '{"images": [{}], "annotations": []}',
+        "[" * 100_000,
+        SIZES % "Infinity",
+        SIZES % 2**70,
+    ],
+)
 def test_broken_instances_are_refused(root: Path, text: str) -> None:
     (root / "refcoco/instances.json").write_text(text)
     with pytest.raises(ConfigError, match=r"instances\.json"):
