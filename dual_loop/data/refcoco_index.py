@@ -226,7 +226,8 @@ def _beside_no_target(
     for number, item in annotations.items() if lacking else ():
         first.setdefault(item.get("image_id"), number)
     for image_id, split in sorted(lacking):
-        if (number := first.get(image_id)) is not None:
+        if image_id in first:
+            number = first[image_id]
             ref = {"ref_id": -1, "ann_id": number, "image_id": image_id, "split": split, "sentences": []}
             yield f"ann{number}", cast(Reference, ref)
 
