@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -133,6 +134,12 @@ def _open_sav(root: str, data: DataConfig) -> Reader:
     try:
         return SavVideos(*arguments, data.index_dir, data.sav_frames)
     except ConfigError as error:
+        found = next(
+            chain.from_iterable(Path(root).expanduser().glob(f"{up}JPEGImages_24fps") for up in ("", "*/")), None
+        )
+        if found is not None:
+            what, expected = "the val and test sets of SA-V are not read: they evaluate tracking", "videos of sav_train"
+            raise ConfigError(explain(what, str(root), f"a folder {found.name}", expected, "leave it out")) from None
         raise no_pairs or error from None
 
 

@@ -3,36 +3,38 @@
 SA-V is of Ravi et al. 2024, arXiv 2408.00714. Its files (:data:`LAYOUT`) may lie at any depth, also doubled
 (``sav_000/sav_train/sav_000/``): videos of 24 frames a second, 6 of them annotated.
 
-``masklet`` in a JSON file is a list over annotated frames of a list over objects of run-length codes; the list is
-rectangular, and an absent object has an empty code. Annotated frame i belongs to video frame ``i * step``, with
-``step`` the whole number nearest to the ratio of frames (4 in the release); an annotated frame behind the end of the
-video is never drawn. Video frame n is the n-th in the order of presentation: its time stamp is read from the packets,
-the container is asked for the key frame before it, and frames are decoded until that time stamp is met, so B-frames
-and variable rates change nothing.
+``masklet`` in a JSON file is a list over annotated frames of a list over objects of run-length codes; an absent object
+has an empty code, null, or a list that ends before it. Annotated frame i belongs to video frame ``i * step``, with
+``step`` the ratio of the video's rate and 6 (4 in the release, 5 for 30 frames a second); an annotated frame behind the
+end of the video is never drawn. Where rates do not tell the step, the sample is bad (:func:`annotation_step`).
+
+Video frame n is the n-th that a player shows: frames that an edit list hides and what a cut file lacks do not count.
+Its time stamp is read from the packets, the container is asked for the key frame before it, and frames are decoded
+until that time stamp is met. It is turned as the container says, as players do.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``broken_json``,
-``broken_rle``, ``size_mismatch``, ``no_frame_pair``, ``no_frame``.
+``broken_rle``, ``size_mismatch``, ``unknown_step``, ``no_frame_pair``, ``no_frame``, ``bad_rotation``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.index import Key, build_in_parts, join_parts, list_tree, load_or_build
 from dual_loop.data.layout import layout_error
 from dual_loop.data.limits import check_file, check_pixels
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import EnvironmentProblem, SampleError, explain
-from dual_loop.types import RegionSample
+from dual_loop.errors import EnvironmentProblem, SampleError, explain, shorten
+from dual_loop.types import RegionSample, SkippedRegion
 
 LAYOUT = """
   root/
@@ -49,6 +51,12 @@ VIDEOS_KEPT = 64
 
 ATTEMPTS = 2
 """Key frames before a frame that are tried before the start of the video."""
+
+ANNOTATED_RATE = 6.0
+"""Annotated frames a second of SA-V."""
+
+UNEVEN = 0.4
+"""Frames by which a time stamp may be off its place under a constant rate; one frame left out is off by 0.5 or more."""
 
 Codes = list[list[Any]]
 """The run-length codes of a JSON file: by annotated frame, then by object."""
@@ -132,17 +140,20 @@ class SavVideos(Reader):
         """Draw a frame pair or clip of masklet ``index``: captioned on its first frame, compared on the others."""
         row, column = int(self._rows[index]), int(self._columns[index])
         path, record = self.root / self._videos[row], self.root / self._records[row]
-        codes = _kept_masklets(record)
-        stamps, _, rate = video_times(path)
-        step = max(1, round(len(stamps) / len(codes)))
-        areas = [area_share(frame[column], f"{record}[{number}]") for number, frame in enumerate(codes)]
-        shown = np.array(areas[: 1 + (len(stamps) - 1) // step])
-        clip = self._draw_frames(shown, rate / step, rng, f"{record}#{column}")
+        (codes, frame_count), times = _kept_record(record), video_times(path)
+        step = annotation_step(times, len(codes), frame_count, str(path))
+        areas = [area_share(_code_of(frame, column), f"{record}[{number}]") for number, frame in enumerate(codes)]
+        shown = np.array(areas[: 1 + (len(times.stamps) - 1) // step])
+        clip = self._draw_frames(shown, times.rate / step, rng, f"{record}#{column}")
         columns = [column]
+        passed_over: list[SkippedRegion] = []
         for other in rng.permutation(len(codes[clip[0]])).tolist() if self.regions_per_image > 1 else ():
-            seen = min(area_share(codes[number][other], f"{record}[{number}]") for number in clip)
-            if other != column and 0 < seen >= self.min_area:
-                columns.append(other)
+            try:
+                seen = min(area_share(_code_of(codes[number], other), f"{record}[{number}]") for number in clip)
+                if other != column and 0 < seen >= self.min_area:
+                    columns.append(other)
+            except SampleError as error:
+                passed_over.append(SkippedRegion(str(other), error.reason, str(error)))
             if len(columns) == self.regions_per_image:
                 break
         images, masks = [], []
@@ -152,7 +163,8 @@ class SavVideos(Reader):
             images.append(read_frame(path, number * step, drawn[0].shape))
         name = f"{self.entry_id(index)}@{'-'.join(str(number * step) for number in clip)}"
         pair = (images[0], masks[0], tuple(map(str, columns)), ((),) * len(columns), images[1], masks[1])
-        return RegionSample(self.name, name, *pair, later_targets=tuple(zip(images, masks, strict=True))[2:])
+        later = tuple(zip(images, masks, strict=True))[2:]
+        return RegionSample(self.name, name, *pair, later_targets=later, passed_over=tuple(passed_over))
 
     def _draw_frames(self, areas: np.ndarray, rate: float, rng: np.random.Generator, where: str) -> list[int]:
         """Return annotated frames in random order that show the object, at the wanted distance from the first."""
@@ -187,7 +199,10 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     for name in names:
         try:
             codes = read_masklets(Path(root) / name)
-            counts.append(np.array([[_is_visible(code) for code in frame] for frame in codes]).sum(0))
+            count = np.zeros(max(map(len, codes)), np.int64)
+            for frame in codes:
+                count[: len(frame)] += np.array([_is_visible(code) for code in frame], np.int64)
+            counts.append(count)
         except SampleError:
             counts.append(np.array([2]))
     return {
@@ -198,23 +213,33 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
 
 
 def read_masklets(path: Path) -> Codes:
-    """Return ``masklet`` of an annotation file of SA-V: rectangular and not empty.
+    """Return ``masklet`` of an annotation file of SA-V, not empty; a frame that is null has no object.
 
     Raises:
         SampleError: ``missing_file``; ``broken_json`` where it is damaged or of another structure.
     """
-    record = read_annotations(path, str(path))
-    frames = record.get("masklet") if isinstance(record, dict) else None
-    is_list = isinstance(frames, list) and bool(frames) and all(isinstance(frame, list) for frame in frames)
-    if not isinstance(frames, list) or not is_list or not frames[0] or len({len(frame) for frame in frames}) != 1:
+    return _read_record(path)[0]
+
+
+def _read_record(path: Path) -> tuple[Codes, float]:
+    """Return what :func:`read_masklets` returns, and how many frames the video has by its record, 0 where it is mum."""
+    read = read_annotations(path, str(path))
+    record: dict[str, Any] = read if isinstance(read, dict) else {}
+    frames = record.get("masklet")
+    if not isinstance(frames, list) or not all(isinstance(frame, list | None) for frame in frames) or not any(frames):
         expected = '"masklet": [[{"size", "counts"}, one an object], one an annotated frame]'
-        seen, fix = f"{str(record)[:60]}...", "download this file again"
+        seen, fix = shorten(read), "download this file again"
         message = explain("an annotation file is not of SA-V", str(path), seen, expected, fix)
         raise SampleError("broken_json", message)
-    return frames
+    count = record.get("video_frame_count")
+    return [frame or [] for frame in frames], count if isinstance(count, (int, float)) else 0
 
 
-_kept_masklets = functools.lru_cache(RECORDS_KEPT)(read_masklets)
+_kept_record = functools.lru_cache(RECORDS_KEPT)(_read_record)
+
+
+def _code_of(frame: list[Any], column: int) -> object:
+    return frame[column] if column < len(frame) else None
 
 
 def area_share(code: object, where: str) -> float:
@@ -230,50 +255,93 @@ def _is_visible(code: object) -> bool:
     """Tell an empty code (absent object) from others without decoding: it is one run of zeros."""
     if not isinstance(code, dict) or not code.get("counts"):
         return False
-    size = code.get("size", (0, 0))
-    return bool(code["counts"] != _empty_counts(int(size[0]), int(size[1])))
+    size = code.get("size")
+    if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
+        return True  # decoding it says what is wrong
+    return code["counts"] not in (_empty_counts(size[0] * size[1]), [size[0] * size[1]])
 
 
 @functools.lru_cache(maxsize=64)
-def _empty_counts(height: int, width: int) -> str:
-    return str(encode_rle(np.zeros((height, width), bool))["counts"])
+def _empty_counts(pixels: int) -> str:
+    """Return COCO's string of one run: 5 bits a character, the lowest first, 32 where more follow, 16 as the sign."""
+    text = ""
+    while True:
+        bits, pixels = pixels & 31, pixels >> 5
+        is_last = pixels == -(bits >> 4)
+        text += chr(48 + bits + 32 * (not is_last))
+        if is_last:
+            return text
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
 class VideoTimes(NamedTuple):
-    """Time stamps of all frames to be decoded and of the key frames, ascending; the average rate, frames a second."""
+    """What the packets of a video tell.
+
+    Attributes:
+        stamps: times of all frames that are shown, ascending, in units of the container.
+        keys: times of all key frames, of hidden ones too.
+        rate: mean rate, frames a second.
+        is_even: whether every frame is where that rate puts it.
+        frame_count: frames that the container claims to have, 0 where it is mum.
+    """
 
     stamps: list[int]
     keys: list[int]
     rate: float
+    is_even: bool
+    frame_count: int
+
+
+def annotation_step(times: VideoTimes, num_annotated: int, frame_count: float, where: str) -> int:
+    """Return how many video frames lie between two annotated ones, by the rate of the video and that of the masks.
+
+    Under an uneven rate the n-th frame is not the one at the n-th time, and nobody knows which was annotated; only a
+    record that counts the same frames (``frame_count``) and has masks to their end says that frames were counted. More
+    masks than the video has frames for, or had before it was cut, are of another step.
+
+    Raises:
+        SampleError: ``unknown_step``.
+    """
+    count = len(times.stamps)
+    step = max(1, round(times.rate / ANNOTATED_RATE))
+    most = max(count, times.frame_count, frame_count) / step + 1
+    if times.is_even and abs(times.rate / ANNOTATED_RATE / step - 1) < 0.02 and num_annotated <= most + 1:
+        return step
+    counted = round((count - 1) / max(1, num_annotated - 1))
+    if frame_count == count and num_annotated == -(-count // max(1, counted)):
+        return counted
+    seen = f"{count} frames, {times.rate:.4g} a second, {'even' if times.is_even else 'uneven'}"
+    expected = f"an even rate, a multiple of {ANNOTATED_RATE:g} a second, and at most {int(most)} masks"
+    what, fix = "which frames were annotated is not known", "download this video again, or convert it to frame pairs"
+    raise SampleError("unknown_step", explain(what, where, f"{seen}; {num_annotated} masks", expected, fix))
 
 
 def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return frame ``number`` (0-based, in the order of presentation) of a video as (H, W, 3) uint8 RGB.
+    """Return frame ``number`` (0-based, in the order of presentation) of a video as (H, W, 3) uint8 RGB, as shown.
 
     Args:
-        size: (H, W) that the frame must have; a frame that has it only once its rotation is applied is turned.
+        size: (H, W) that the frame must have; a frame that has it only as it is stored is not turned.
 
     Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``.
+        SampleError: ``missing_file``, ``truncated_file``, ``no_frame``, ``size_mismatch``, ``bad_rotation``.
     """
-    stamps, keys, _ = video_times(path)
-    if not 0 <= number < len(stamps):
-        message = explain("a video has no such frame", str(path), number, f"0 to {len(stamps) - 1}")
+    times = video_times(path)
+    if not 0 <= number < len(times.stamps):
+        message = explain("a video has no such frame", str(path), number, f"0 to {len(times.stamps) - 1}")
         raise SampleError("no_frame", message)
-    av = _import_av()
-    before = [key for key in keys if key <= stamps[number]]
+    av, stamp = _import_av(), times.stamps[number]
+    before = [key for key in times.keys if key <= stamp]
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with av.open(str(path), format="mp4") as container:
+            stream = container.streams.best("video")
             stream.thread_type = "NONE"  # loader workers already use the cores
             # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
-            for key in [*before[: -ATTEMPTS - 1 : -1], stamps[0]]:
+            for key in [*before[: -ATTEMPTS - 1 : -1], min(times.keys[0], times.stamps[0])]:
                 container.seek(key, stream=stream, backward=True)
-                frame = next(f for f in container.decode(stream) if f.pts is not None and f.pts >= stamps[number])
-                if frame.pts == stamps[number]:
+                frame = next(f for f in _decoded(container, stream) if f.pts is not None and f.pts >= stamp)
+                if frame.pts == stamp and not frame.is_corrupt:
                     return _upright(frame, size, f"{path}, frame {number}")
     except (av.error.FFmpegError, StopIteration) as error:
         raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
@@ -290,35 +358,71 @@ def video_times(path: Path) -> VideoTimes:
     av = _import_av()
     try:
         check_file(path)
-        with av.open(str(path)) as container:
-            stream = next(iter(container.streams.video), None)
+        with av.open(str(path), format="mp4") as container:
+            stream = container.streams.best("video")
             if stream is not None:
                 check_pixels(stream.height, stream.width, str(path))
-            packets = [packet for packet in container.demux(stream) if packet.pts is not None] if stream else []
-            unit = stream.time_base if stream else 0
+            unit, frame_count = (stream.time_base, stream.frames) if stream else (0, 0)
+            whole = takewhile(lambda packet: not packet.is_corrupt, container.demux(stream) if stream else ())
+            packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in whole if p.pts is not None]
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
     except (OSError, av.error.FFmpegError) as error:
         raise _damaged(path, error) from error
-    if not packets:
+    shown = np.sort([pts for pts, _, _, is_hidden in packets if not is_hidden])
+    keys = sorted(pts for pts, _, is_key, _ in packets if is_key)
+    if not len(shown) or not keys:
         raise _damaged(path, "no frame")
-    stamps = sorted(packet.pts for packet in packets)
-    keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
-    seconds = float((stamps[-1] - stamps[0]) * unit)
-    return VideoTimes(stamps, keys, (len(stamps) - 1) / seconds if seconds > 0 else 1.0)
+    shown = shown[: _complete(shown, packets[-1][1])]
+    span = float((shown[-1] - shown[0]) * unit)
+    rate = (len(shown) - 1) / span if span > 0 else 1.0
+    off = (shown - shown[0]) * float(unit) * rate - np.arange(len(shown))
+    return VideoTimes(shown.tolist(), keys, rate, bool(np.abs(off).max() < UNEVEN), frame_count)
+
+
+def _complete(stamps: np.ndarray, last: int | None) -> int:
+    """Return how many frames there are before the first one that is missing, ``last`` the last time of decoding.
+
+    Packets are stored in the order of decoding. Where a file is cut, frames behind ``last`` may lack one before them.
+    """
+    gaps = np.diff(stamps)
+    is_hole = (stamps[1:] > (stamps[-1] if last is None else last)) & (gaps > 1.5 * np.median(gaps))
+    return 1 + int(is_hole.argmax()) if is_hole.any() else len(stamps)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the frames from here on, those before the place where a file is cut included."""
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            yield from stream.decode()
+            return
+        yield from packet.decode()
 
 
 def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray:
-    image: np.ndarray = frame.to_ndarray(format="rgb24")
-    if size is None or image.shape[:2] == tuple(size):
-        return image
-    turns = round(float(getattr(frame, "rotation", 0) or 0) / 90) % 4
-    turned: np.ndarray = np.ascontiguousarray(np.rot90(image, turns))
-    if turns and turned.shape[:2] == tuple(size):
-        return turned
-    fix = "convert or download this video and its masklets again"
-    message = explain("a frame and its mask differ in size", where, image.shape[:2], tuple(size), fix)
-    raise SampleError("size_mismatch", message)
+    """Return the picture turned and mirrored as the container says (matrix of ISO 14496-12), or stored where that fits.
+
+    Raises:
+        SampleError: ``size_mismatch``, ``bad_rotation`` where the angle is no multiple of 90 degrees.
+    """
+    stored: np.ndarray = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get(_import_av().sidedata.sidedata.Type.DISPLAYMATRIX)
+    # A point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix is not None else (1, 0, 0, 0, 1)
+    if (a == d == 0) == (b == c == 0):
+        fix = "store the frames as they are shown"
+        message = explain(
+            "a video is not turned by right angles", where, [a, b, c, d], "0, 90, 180 or 270 degrees", fix
+        )
+        raise SampleError("bad_rotation", message)
+    shown = stored if a else stored.swapaxes(0, 1)
+    shown = np.ascontiguousarray(shown[:: 1 if b + d > 0 else -1, :: 1 if a + c > 0 else -1])
+    fitting = [image for image in (shown, stored) if size is None or image.shape[:2] == tuple(size)]
+    if not fitting:
+        fix = "convert or download this video and its masklets again"
+        message = explain("a frame and its mask differ in size", where, shown.shape[:2], tuple(size or ()), fix)
+        raise SampleError("size_mismatch", message)
+    return fitting[0]
 
 
 def _damaged(path: Path, seen: object) -> SampleError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from video_cases import CASES, fitting
 from video_maker import SIZE, code_of, number_of, picture, true_mask, write_masklets, write_video
 
 from dual_loop.config import DataConfig
@@ -61,6 +62,15 @@ def test_uneven_time_stamps_change_nothing(tmp_path):
     stamps = np.cumsum(np.random.default_rng(0).integers(1, 5, 30)).tolist()
     write_video(path, 30, stamps=[int(stamp) for stamp in stamps])
     assert [number_of(read_frame(path, n)) for n in (29, 0, 17, 5)] == [29, 0, 17, 5]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_drawn_frame_is_the_one_that_its_mask_was_drawn_on(tmp_path, name):
+    CASES[name].write(tmp_path / "sav")
+    fits, wrong, reasons = fitting(tmp_path / "sav", frames=3, draws=8)
+    assert wrong == 0
+    assert set(reasons) == ({CASES[name].reason} - {None})
+    assert fits > 0 or reasons
 
 
 def test_entries_are_masklets_that_are_seen(root, tmp_path):
@@ -203,6 +213,24 @@ def test_the_format_is_told_from_the_folder(root, tmp_path):
         open_source("sav", settings(empty, "auto"))
     with pytest.raises(ConfigError, match="no video with masklets"):
         open_source("sav", settings(empty, "videos"))
+
+
+@pytest.mark.parametrize("form", ["auto", "videos"])
+@pytest.mark.parametrize("below", ["", "sav_val"])
+def test_sets_for_evaluation_are_told_from_training_videos(tmp_path, form, below):
+    for folder in ("JPEGImages_24fps", "Annotations_6fps"):
+        (tmp_path / below / folder / "sav_000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="the val and test sets of SA-V are not read"):
+        open_source("sav", DataConfig(sav_dir=str(tmp_path), sav_format=form))
+
+
+def test_a_bad_code_of_another_object_is_passed_over(tmp_path):
+    write_video(tmp_path / "sav_000001.mp4", 25)
+    frames = [[code_of(true_mask(4 * k)), {"size": None, "counts": "x"}] for k in range(7)]
+    (tmp_path / "sav_000001_manual.json").write_text(json.dumps({"masklet": frames}))
+    sample = opened(tmp_path, tmp_path, regions_per_image=2).load(0, np.random.default_rng(0))
+    assert sample.region_ids == ("0",)
+    assert [(region.region_id, region.reason) for region in sample.passed_over] == [("1", "broken_rle")]
 
 
 def test_the_release_files_are_understood(tmp_path):

@@ -62,9 +62,9 @@ def code_of(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": code["counts"].decode()}
 
 
-def true_mask(number: int) -> np.ndarray:
-    mask = np.zeros(SIZE, bool)
-    mask[object_rows(SIZE), object_columns(number)] = True
+def true_mask(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    mask = np.zeros(size, bool)
+    mask[object_rows(size), object_columns(number)] = True
     return mask
 
 
