@@ -55,6 +55,7 @@ class RegionSample:
         passed_over: regions that were drawn and cannot be used.
         no_target: expressions of which the data set says that the image shows nothing.
         undrawn_captions: expressions of further regions of the image.
+        fallbacks: N texts that step 2 reads where a written caption fails, None where there is none; or empty.
     """
 
     source: str
@@ -70,6 +71,7 @@ class RegionSample:
     passed_over: tuple[SkippedRegion, ...] = ()
     no_target: tuple[str, ...] = ()
     undrawn_captions: tuple[str, ...] = ()
+    fallbacks: tuple[str | None, ...] = ()
 
     @property
     def num_regions(self) -> int:
@@ -86,6 +88,7 @@ class RegionSample:
             target_masks=None if self.target_masks is None else self.target_masks[kept],
             later_targets=tuple((image, masks[kept]) for image, masks in self.later_targets),
             passed_over=(*self.passed_over, *passed_over.values()),
+            fallbacks=tuple(self.fallbacks[place] for place in kept) if self.fallbacks else (),
         )
 
     @property
@@ -160,6 +163,7 @@ class Batch:
         skipped: the samples that were skipped while this batch was collected. passed_over: regions of its images.
         later_frames: of the images that are clips, in the order of the images.
         references: N tuples of all reference expressions, the chosen one among them; by default that alone.
+        fallbacks: N texts in place of ``loop.fallback_caption``, None where there is none.
     """
 
     pixel_values: torch.Tensor
@@ -180,9 +184,11 @@ class Batch:
     passed_over: list[SkippedSample] = field(default_factory=list)
     later_frames: list[LaterFrame] = field(default_factory=list)
     references: list[tuple[str, ...]] = field(default_factory=list)
+    fallbacks: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.references = self.references or [() if text is None else (text,) for text in self.captions]
+        self.fallbacks = self.fallbacks or [None] * len(self.captions)
 
     @property
     def num_images(self) -> int:
@@ -236,6 +242,7 @@ class Batch:
             region_seeds=self.region_seeds[regions],
             captions=[self.captions[region] for region in regions],
             references=[self.references[region] for region in regions],
+            fallbacks=[self.fallbacks[region] for region in regions],
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
             full_masks=self.full_masks[start:stop],

@@ -117,11 +117,25 @@ class DataConfig:
     masks_images: str | None = flag(None, "images of your own masks, if elsewhere", "DIR")
     masks_min_area: float = setting(0.0, "least part of the image that a mask covers", "FRACTION", at_least=0)
     masks_max_area: float = setting(1.0, "most of the image that a mask covers", "FRACTION")
+    masks_void: int | None = setting(255, "label of a map that is no object; none: it is one like others", "LABEL")
+    masks_crowds: bool = setting(False, "take COCO's crowds (iscrowd) for objects")
+    allow_absolute_paths: bool = flag(False, "open images of --masks_dir that are listed by absolute path", "on|off")
     leakage_guard: str = flag(
         "warn",
         "training images that are held out in the RefCOCO sets at hand: drop leaves them out, error stops, "
         "warn counts them, off does not look",
         choices=("warn", "drop", "error", "off"),
+    )
+    class_captions: str = flag(
+        "off",
+        "the class name of a region without caption is one (reference), or is what step 2 reads in place of a written "
+        "caption that failed (fallback)",
+        choices=("off", "reference", "fallback"),
+    )
+    exif: str = setting(
+        "ignore",
+        "photographs with an EXIF orientation whose masks fit either way: turned, or as stored",
+        choices=("apply", "ignore"),
     )
     regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
     region_choice: str = flag(

@@ -47,7 +47,7 @@ READERS: dict[str, tuple[Callable[..., Reader], tuple[str, ...]]] = {
     "sa1b": (Sa1b, ("min_area", "max_area", "min_predicted_iou", "min_stability_score")),
     "openimages": (OpenImages, ("csv", "classes", "images", "masks")),
     "refcoco": (RefCoco, ("datasets", "split", "images")),
-    "masks": (MasksDir, ("min_area", "max_area", "images")),
+    "masks": (MasksDir, ("min_area", "max_area", "images", "void", "crowds")),
 }
 _NUM_PROBES = 16
 
@@ -114,8 +114,10 @@ def open_source(name: str, data: DataConfig) -> Reader:
         return _open_sav(path, data)
     reader, arguments = READERS[name]
     own = {argument: getattr(data, f"{prefix}_{argument}") for argument in ("max_samples", *arguments)}
+    if name == "masks":
+        own["allow_absolute_paths"] = data.allow_absolute_paths
     source = reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
-    source.region_choice = data.region_choice
+    source.region_choice, source.class_captions, source.exif = data.region_choice, data.class_captions, data.exif
     return source
 
 

@@ -94,6 +94,9 @@ class MasksDir(Reader):
         max_area: float = 1.0,
         images: str | Path | None = None,
         index_dir: str | Path | None = None,
+        void: int | None = 255,
+        crowds: bool = False,
+        allow_absolute_paths: bool = False,
     ) -> None:
         folder, self.file = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)

@@ -174,7 +174,10 @@ class OpenImages(Reader):
         entry, image_id = int(self._rows[index]), self.entry_id(index)
         rows = self._masks_by_image[self._starts[entry] : self._starts[entry + 1]].tolist()
         names = list(dict.fromkeys(self._mask_paths[row] for row in rows))  # a row may be there twice
-        picture, first_fits = read_picture(self.image_path(index), apply_exif=False, needed=needed), False
+        picture, first_fits = (
+            read_picture(self.image_path(index), apply_exif=self.exif == "apply", needed=needed),
+            False,
+        )
 
         def decode(number: int) -> np.ndarray:
             nonlocal picture, first_fits

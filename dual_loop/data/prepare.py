@@ -209,6 +209,7 @@ def prepare_sample(
         region_seeds=torch.tensor([region_seed(seed, slot, place) for place in range(len(names))]),
         captions=[texts[int(rng.integers(len(texts)))] if texts else None for texts in sample.captions],
         references=[tuple(texts) for texts in sample.captions],
+        fallbacks=list(sample.fallbacks),
         region_names=names,
         sources=[sample.source],
         passed_over=[

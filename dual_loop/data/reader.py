@@ -47,6 +47,10 @@ class Reader:
     layout = ""
     region_choice = "random"
     """``data.region_choice``: which regions of an image are drawn together."""
+    class_captions = "off"
+    """``data.class_captions``: what the class name of a region without caption is taken for."""
+    exif = "ignore"
+    """``data.exif``: whether a photograph whose masks fit either way is turned as its EXIF orientation says."""
     vanishes: Callable[[np.ndarray], bool] | None = None
     """Whether nothing of a mask (H, W) is left in what the model learns from; training sets it."""
     left_out: Mapping[str, int] = {}
@@ -191,17 +195,25 @@ class Reader:
         ids: Sequence[str],
         captions: Sequence[tuple[str, ...]] | None = None,
         passed_over: Sequence[SkippedRegion] = (),
+        class_names: Sequence[str | None] = (),
     ) -> RegionSample:
-        """Return the regions of one image as a sample; without ``captions`` it has no text."""
+        """Return the regions of one image as a sample; without ``captions`` it has no text.
+
+        ``class_names`` of the regions, where they are known, serve as ``class_captions`` says, below any caption.
+        """
+        texts = [()] * len(ids) if captions is None else list(captions)
+        if self.class_captions == "reference" and class_names:
+            texts = [own or ((name,) if name else ()) for own, name in zip(texts, class_names, strict=True)]
         return RegionSample(
             source=self.name,
             sample_id=self.entry_id(index),
             image=picture.pixels,
             masks=masks,
             region_ids=tuple(ids),
-            captions=((),) * len(ids) if captions is None else tuple(captions),
+            captions=tuple(texts),
             image_reduction=picture.reduction,
             passed_over=tuple(passed_over),
+            fallbacks=tuple(class_names) if self.class_captions == "fallback" else (),
         )
 
 

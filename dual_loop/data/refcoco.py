@@ -138,7 +138,7 @@ class RefCoco(Reader):
         One whose mask is empty or cannot be used, or with a marker in a sentence, is replaced by the next drawn.
         """
         part, image, rows = self._entry(index)
-        picture = read_picture(part.find_image(image), apply_exif=False, needed=needed)
+        picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply", needed=needed)
 
         def decode(number: int) -> np.ndarray:
             check_captions(part.sentences(rows[number]), f"{part.folder}: {part.ref_names[rows[number]]}")
@@ -167,7 +167,7 @@ class RefCoco(Reader):
             SampleError: see the module; the reason of the first reference where none can be used.
         """
         part, image, rows = self._entry(index)
-        picture = read_picture(part.find_image(image), apply_exif=False)
+        picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply")
         good: dict[int, np.ndarray] = {}
         passed: list[SkippedRegion] = []
         for row in rows:

@@ -122,7 +122,7 @@ class Sa1b(Reader):
             what, fix = "an annotation file is not of SA-1B", "download this file again"
             raise SampleError("broken_json", explain(what, str(record), seen, expected, fix))
         stored = self._read(image_name, self._image_place[row])
-        picture = read_picture(stored, False, str(self.root / image_name), needed)
+        picture = read_picture(stored, self.exif == "apply", str(self.root / image_name), needed)
         # The scores cost nothing, so they come first; the area is checked on the decoded mask.
         limits = [(key, least) for key, least in self.min_scores.items() if least > 0]
         scores = [[annotation.get(key) for key, _ in limits] for annotation in annotations]

@@ -122,13 +122,17 @@ class Captioner:
                 written.setdefault((request.batch, request.region), {})[request.draw] = replace(one, gate=gate)
         return [
             [
-                self._caption(written.get((index, region), {}), reference if use_references else None, name)
-                for region, (reference, name) in enumerate(zip(batch.captions, batch.region_names, strict=True))
+                self._caption(written.get((index, region), {}), reference if use_references else None, fallback, name)
+                for region, (reference, fallback, name) in enumerate(
+                    zip(batch.captions, batch.fallbacks, batch.region_names, strict=True)
+                )
             ]
             for index, batch in enumerate(batches)
         ]
 
-    def _caption(self, own: dict[int, WrittenCaption], reference: str | None, name: str) -> RegionCaption:
+    def _caption(
+        self, own: dict[int, WrittenCaption], reference: str | None, fallback: str | None, name: str
+    ) -> RegionCaption:
         greedy, config = own.pop(GREEDY, None), self.config
         samples = tuple(own.values())
         if reference is not None:
@@ -157,7 +161,8 @@ class Captioner:
                 )
             )
         is_kept = config.on_rejected != "drop"
-        return RegionCaption(config.fallback_caption, False, read.token_ids, reason, is_kept, greedy, samples)
+        text = fallback or config.fallback_caption
+        return RegionCaption(text, False, read.token_ids, reason, is_kept, greedy, samples)
 
 
 def generate_caption_from_mask(

@@ -11,6 +11,7 @@ from fake_source import FakeSource
 
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import build_dataset, open_source
+from dual_loop.data.images import Picture
 from dual_loop.data.prepare import Geometry
 from dual_loop.data.reader import Reader, most_alike
 from dual_loop.errors import SampleError
@@ -41,6 +42,25 @@ def test_regions_are_drawn_until_enough_pass_the_limits(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match=r"image.*2 masks.*0\.1 to 0\.5") as caught:
         reader._draw(np.random.default_rng(0), 2, lambda number: masks[5 * number], "image")
     assert caught.value.reason == "no_region_left"
+
+
+def test_class_names_are_captions_of_the_lowest_rank(tmp_path: Path) -> None:
+    class Named(Reader):
+        def entry_id(self, index: int) -> str:
+            return "a"
+
+    reader, picture = Named(tmp_path), Picture(np.zeros((4, 4, 3), np.uint8), (4, 4))
+    found = {}
+    for choice in ("off", "reference", "fallback"):
+        reader.class_captions = choice
+        masks, captions = np.ones((3, 4, 4), bool), [("a tabby",), (), ()]
+        sample = reader._sample(0, picture, masks, ["0", "1", "2"], captions, class_names=["cat", "dog", None])
+        found[choice] = (sample.captions, sample.fallbacks)
+    assert found == {
+        "off": ((("a tabby",), (), ()), ()),
+        "reference": ((("a tabby",), ("dog",), ()), ()),
+        "fallback": ((("a tabby",), (), ()), ("cat", "dog", None)),
+    }
 
 
 def test_a_region_that_cannot_be_used_is_passed_over(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def test_rejected_captions_follow_the_policy(parts, mute, caplog):
         captions = captions_of(LOOP)
     assert "Warning: Caption generation failed" in caplog.text
     assert texts(captions) == ["the object"] * batch.num_regions
+    batch.fallbacks = ["star", *[None] * (batch.num_regions - 1)]
+    assert texts(captions_of(LOOP)) == ["star", *["the object"] * (batch.num_regions - 1)]
     assert sum(caption.rejected is not None for caption in captions) == batch.num_regions
     assert all(caption.is_kept for caption in captions)
     dropping = dataclasses.replace(LOOP, on_rejected="drop")
