@@ -16,7 +16,7 @@ CAPTIONS = ("written", "true", "constant", "shuffled", "start", "none")
 those of the starting weights, or no such scenes at all."""
 
 
-RATES = {"loop": 8e-4, "true": 1.6e-3, "captioned": 8e-4}
+RATES = {"loop": 8e-4, "true": 1.6e-3, "captioned": 1.6e-3}
 """Peak learning rates that were best in the table of tuning, for true captions of all, for captioned scenes alone, and
 for all else."""
 
@@ -75,6 +75,7 @@ def core() -> list[Run]:
         *(replace(loop, arm=kind, captions=kind) for kind in ("constant", "shuffled", "start")),
         true,
         replace(alone, arm="captioned"),
+        replace(alone, arm="captioned_1050", steps=1050),
         replace(loop, arm="loop_nearest", settings=NEAREST),
         replace(true, arm="true_nearest", settings=NEAREST),
         replace(true, arm="true_1050", steps=1050),
@@ -89,7 +90,8 @@ def tuning() -> list[Run]:
     return [
         Run("tuning", f"{name}_{rate:g}", TUNING_SEED, rate=rate, stops_early=name == "captioned", **options)
         for name, options in kinds.items()
-        for rate in (2e-4, 4e-4, 8e-4, 1.6e-3)
+        for rate in (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+        if rate < 3e-3 or name == "captioned"
     ]
 
 
