@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from dual_loop.data.coco_masks import decode_polygons
 from dual_loop.data.images import read_picture
 from dual_loop.data.index import index_folder, load_or_build
 from dual_loop.data.layout import layout_error
@@ -32,8 +34,8 @@ from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/                        or root/
-    sa_<id>.jpg                     img/sa_<id>.jpg
-    sa_<id>.json                    js/sa_<id>.json
+    sa_<id>.jpg                     img/sa_<id>.jpg      (or images/)
+    sa_<id>.json                    js/sa_<id>.json      (or annotations/)
   (or sub-folders that look like one of these, or sa_<shard>.tar as released)
 """
 
@@ -42,8 +44,8 @@ class Sa1b(Reader):
     """SA-1B; an entry is an image with its masks.
 
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
-        max_samples: keep this many images, drawn with a fixed seed; None keeps all. A cap counts image files, so
-            JSON files without an image are left out under it.
+        max_samples: keep this many images, drawn with a fixed seed; None keeps all. Images without JSON and JSON files
+            without an image are no entries; ``self.left_out`` counts them.
         min_predicted_iou, min_stability_score: limits on the two scores of an annotation; above 0, an annotation
             without the score does not pass.
 
@@ -66,8 +68,8 @@ class Sa1b(Reader):
     ) -> None:
         super().__init__(root, index_dir, regions_per_image, min_area, max_area)
         self.min_scores = {"predicted_iou": min_predicted_iou, "stability_score": min_stability_score}
-        # The number changes where a listing leaves other files behind: since 2, points of gzip archives 1 MiB apart.
-        key = {"kind": "sa1b", "root": str(self.root), "version": 2}
+        # The number changes where a listing finds another result: since 3, archives are looked at to their end.
+        key = {"kind": "sa1b", "root": str(self.root), "version": 3}
         arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, key, entry_name))
         self._images = StringTable.from_arrays(arrays, "image")
         self._records = StringTable.from_arrays(arrays, "record")
@@ -80,23 +82,31 @@ class Sa1b(Reader):
             what = "archives of SA-1B are damaged; what comes before the damage is used"
             seen, fix = f"{text}; {len(self.damaged_archives)} damaged in all", "download them again"
             warnings.warn(explain(what, str(self.root / name), seen, "whole archives", fix), stacklevel=2)
-        has_image = np.flatnonzero(np.diff(self._images.offsets) > 0)
-        if not len(has_image):
-            seen = f"no sa_*.jpg, {len(self._records)} sa_*.json"
+        has_image, has_record = (np.diff(table.offsets) > 0 for table in (self._images, self._records))
+        if not has_image.any():
+            seen = f"no sa_*.jpg, {len(self._records)} sa_*.json{_unread_names(self.root)}"
             raise layout_error("the SA-1B folder holds no image", self.root, seen, LAYOUT)
-        rows = np.arange(len(self._images)) if max_samples is None else has_image
-        self._set_entries(rows, max_samples, "sa1b_max_samples", self._images, self._records)
+        if not (has_image & has_record).any():
+            seen = f"{has_image.sum():,} images and {has_record.sum():,} JSON files, none of the same stem"
+            raise layout_error("no image of the SA-1B folder has its JSON file", self.root, seen, LAYOUT)
+        self.left_out = {
+            "JSON files without an image": int((~has_image).sum()),
+            "images without a JSON file": int((~has_record).sum()),
+            "images that are there twice": int(arrays["num_doubled"][0]),
+            "damaged archives, in part": len(self.damaged_archives),
+        }
+        rows = np.flatnonzero(has_image & has_record)
+        self._set_entries(rows, max_samples, "sa1b_max_samples", self._images)
 
     def entry_id(self, index: int) -> str:
         """Return ``sa_<id>``, after the sub-folder where there is one."""
         row = int(self._rows[index])
-        return entry_name(self._images[row] or self._records[row])
+        return entry_name(self._images[row])
 
     def image_path(self, index: int) -> Path | None:
-        """Return the image file, None where the entry is a JSON file without one, or inside an archive."""
+        """Return the image file, None where it is inside an archive."""
         row = int(self._rows[index])
-        name = self._images[row]
-        return self.root / name if name and self._image_place[row, 0] < 0 else None
+        return self.root / self._images[row] if self._image_place[row, 0] < 0 else None
 
     def _read(self, name: str, place: np.ndarray) -> Path | io.BytesIO:
         """Return a file, or what an archive holds of it."""
@@ -110,10 +120,6 @@ class Sa1b(Reader):
         """
         row = int(self._rows[index])
         image_name, record_name = self._images[row], self._records[row]
-        if not image_name or not record_name:
-            lacking = "image" if not image_name else "JSON file"
-            where, expected = str(self.root / (image_name or record_name)), f"a {lacking} of the same stem"
-            raise SampleError("missing_file", explain(f"an SA-1B {lacking} is missing", where, "no partner", expected))
         record = self.root / record_name
         content = read_annotations(self._read(record_name, self._record_place[row]), str(record))
         annotations = content.get("annotations") if isinstance(content, dict) else None
@@ -133,9 +139,10 @@ class Sa1b(Reader):
         ]
 
         def decode(position: int) -> np.ndarray:
-            number = passing[position]
-            where = f"{record}[{number}]"
-            return fit_mask(decode_rle(annotations[number].get("segmentation", {}), where), picture.size, where)
+            where, code = f"{record}[{passing[position]}]", annotations[passing[position]].get("segmentation", {})
+            if isinstance(code, list):  # polygons of a converted set
+                return fit_mask(decode_polygons(code, *_stored_size(content, picture.size), where), picture.size, where)
+            return fit_mask(decode_rle(code, where), picture.size, where)
 
         needs = "".join(f"{key} >= {least:g}, " for key, least in limits)
         where = f"{record}, {len(annotations)} annotations, {len(passing)} of them with high enough scores"
@@ -150,7 +157,30 @@ class Sa1b(Reader):
         return self._sample(index, picture, masks, [names[position] for position in drawn], passed_over=passed)
 
 
+def _stored_size(record: object, size: tuple[int, int]) -> tuple[int, int]:
+    """Return (H, W) that a record states of its image, ``size`` where it does not."""
+    image = record.get("image") if isinstance(record, dict) else None
+    height, width = (image.get(key) if isinstance(image, dict) else None for key in ("height", "width"))
+    return (height, width) if type(height) is int and type(width) is int else size
+
+
 def entry_name(path: str) -> str:
     """Return ``sa_<id>`` of a file, after the sub-folder where there is one."""
-    *folders, file = path.split("/")
-    return "/".join([*(folder for folder in folders if folder not in ("img", "js")), file.rsplit(".", 1)[0]])
+    folder, _, file = path.rpartition("/")
+    return _folder_of_name(folder) + file.rsplit(".", 1)[0]
+
+
+@lru_cache(maxsize=1 << 16)
+def _folder_of_name(folder: str) -> str:
+    return "".join(f"{part}/" for part in folder.split("/") if part not in ("", "img", "js", "images", "annotations"))
+
+
+def _unread_names(root: Path) -> str:
+    """Return what stands out in a folder that holds nothing to read: names without suffix, links that lead nowhere."""
+    paths = sorted(root.iterdir())
+    plain = [path.name for path in paths if path.is_file() and not path.suffix]
+    lost = [path.name for path in paths if not path.exists()]
+    found = (
+        f", {len(plain)} files without a suffix such as {plain[0]} (an archive's name ends in .tar)" if plain else ""
+    )
+    return found + (f", {len(lost)} links that lead nowhere such as {lost[0]}" if lost else "")

@@ -41,6 +41,10 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _LEAST_SPACING = 2**20
 _MAX_POINTS = 2500
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
+_END = 1024
+"""Bytes of zeros that end an archive."""
+_RECORD = 10240
+"""Archives are filled up to a multiple of it."""
 _HEADER_BYTES = 2**20
 """Most bytes of one read while an archive is listed: a header may claim a name of any length."""
 
@@ -99,9 +103,33 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
                 name = member.name.rsplit("/", 1)[-1]
                 if member.isreg() and not member.issparse() and name.startswith(prefix):
                     found.append((name, member.offset_data, member.size))
+            end = archive.offset  # type: ignore[attr-defined]
+            file.seek(end)
+            return _damaged_end(file.read(2 * _RECORD), end)
     except _DAMAGE as error:
-        return f"behind byte {end:,}: {type(error).__name__}: {error}"
+        return f"behind byte {end:,}: {type(error).__name__}: {error}" + ("" if end else _first_bytes(file))
+
+
+def _damaged_end(rest: bytes, end: int) -> str:
+    """Return what is wrong with what follows the last member, which ends at byte ``end``; empty where nothing is.
+
+    An archive ends with two blocks of zeros and is filled up with zeros to a record. tarfile takes a cut between two
+    members, or at a header that is none, for the end, and so it does where a download that has all of its size already
+    has zeros in place of members.
+    """
+    at, most = f"behind byte {end:,}: ", _END + -(end + _END) % _RECORD
+    if not rest.startswith(bytes(_END)):
+        return at + (
+            "it breaks off without the blocks of zeros that end an archive" if len(rest) < _END else "no member"
+        )
+    if len(rest) > most:
+        return at + "it goes on where an archive has ended (a download that is not complete, or two archives in one)"
     return ""
+
+
+def _first_bytes(file: Any) -> str:
+    file.seek(0)
+    return f"; it begins with {file.read(40)!r}"
 
 
 class _ShortReads:

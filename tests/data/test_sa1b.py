@@ -72,6 +72,8 @@ def flat(tmp_path: Path) -> Path:
         ("sa_000020/sa_1.jpg", "sa_000020/sa_1.json", "sa_000020/sa_1"),
         ("sa_000020/img/sa_1.JPG", "sa_000020/js/sa_1.json", "sa_000020/sa_1"),
         ("img/00/sa_1.png", "js/00/sa_1.json", "00/sa_1"),
+        ("images/sa_1.jpg", "annotations/sa_1.json", "sa_1"),
+        ("train/000001.jpg", "train/000001.json", "train/000001"),
     ],
 )
 def test_every_layout_pairs_image_and_record(tmp_path: Path, image: str, record: str, name: str) -> None:
@@ -195,25 +197,25 @@ def test_ids_that_repeat_become_positions(tmp_path: Path) -> None:
     assert sorted(sample.region_ids) == ["at0", "at1"]
 
 
-def test_entries_without_partner_are_bad_samples_and_caps_count_images(flat: Path) -> None:
+def test_files_without_partner_are_no_entries_and_are_counted(flat: Path) -> None:
     for n in range(2, 12):
         write(flat / f"sa_{n}.jpg", flat / f"sa_{n}.json")
     (flat / "sa_3.json").unlink()
     (flat / "sa_4.jpg").unlink()
     source = source_of(flat)
-    assert len(source) == 11
-    reasons = {}
-    for index in range(len(source)):
-        try:
-            source.load(index, np.random.default_rng(0))
-        except SampleError as error:
-            reasons[source.entry_id(index)] = error.reason
-    assert reasons == {"sa_3": "missing_file", "sa_4": "missing_file"}
-    capped = source_of(flat, max_samples=5)
-    assert len(capped) == 5
-    all_images = source_of(flat, max_samples=100)
-    assert len(all_images) == 10
-    assert "sa_4" not in {all_images.entry_id(i) for i in range(10)}
+    assert {source.entry_id(i) for i in range(len(source))} == {f"sa_{n}" for n in (1, 2, *range(5, 12))}
+    assert source.left_out["images without a JSON file"] == source.left_out["JSON files without an image"] == 1
+    assert len(source_of(flat, max_samples=5)) == 5
+    assert len(source_of(flat, max_samples=100)) == 9
+
+
+def test_polygons_of_a_converted_set_are_read(tmp_path: Path) -> None:
+    polygon = {"id": 1, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
+    write(tmp_path / "data/sa_1.jpg", tmp_path / "data/sa_1.json", [polygon])
+    [mask] = source_of(tmp_path / "data").load(0, np.random.default_rng(0)).masks
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[10:30, 10:30] = True
+    assert np.array_equal(mask, expected)
 
 
 def test_a_truncated_image_is_a_bad_sample(flat: Path) -> None:
@@ -231,6 +233,13 @@ def test_bad_roots_show_the_layout(tmp_path: Path) -> None:
         source_of(tmp_path / "data")
     with pytest.raises(ConfigError, match=r"img/sa_<id>\.jpg"):
         source_of(tmp_path / "absent")
+    (tmp_path / "data/sa_000000").write_bytes(b"x")
+    (tmp_path / "data/sa_000001").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"1 files without a suffix such as sa_000000 .*1 links that lead nowhere"):
+        source_of(tmp_path / "data")
+    write(tmp_path / "data/sa_2.jpg", tmp_path / "data/other/sa_9.json")
+    with pytest.raises(ConfigError, match="1 images and 2 JSON files, none of the same stem"):
+        source_of(tmp_path / "data")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real samples are not beside the repository")

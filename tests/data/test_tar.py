@@ -139,9 +139,70 @@ def test_a_truncated_archive_gives_what_is_whole_and_says_so(unpacked, tmp_path)
         opened(tmp_path / "tars", tmp_path / "index")
     whole = [source.load(index, np.random.default_rng(0)) for index in range(2)]
     assert [sample.sample_id for sample in whole] == ["sa_000000.tar/sa_0", "sa_000000.tar/sa_1"]
-    with pytest.raises(SampleError) as error:
-        source.load(2, np.random.default_rng(0))
-    assert error.value.reason == "missing_file"
+    assert len(source) == 2
+    assert source.left_out["images without a JSON file"] == 1
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_an_archive_that_lacks_its_end_says_so(unpacked, tmp_path, zeros, is_compressed):
+    path = tmp_path / "tars/sa_000000.tar"
+    pack(unpacked, path, range(6))
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+    ends = [member.offset_data + (member.size + 511) // 512 * 512 for member in members[1:8]]
+    for number, cut in enumerate((*ends, ends[3] + 100, ends[3] + 600, members[5].offset_data + 512)):
+        data = whole[:cut] + bytes(len(whole) - cut) * zeros
+        path.write_bytes(gzip.compress(data) if is_compressed else data)
+        with pytest.warns(UserWarning, match="damaged.*behind byte"):
+            Sa1b(path.parent, index_dir=tmp_path / f"index{number}")
+
+
+def test_whole_archives_of_any_writer_are_not_damaged(unpacked, tmp_path):
+    path = tmp_path / "tars/sa_000000.tar"
+    for count in range(1, 7):
+        pack(unpacked, path, range(count))
+        data = path.read_bytes()
+        with tarfile.open(path) as archive:
+            last = archive.getmembers()[-1]
+        end = last.offset_data + (last.size + 511) // 512 * 512
+        for length in (len(data), end + 1024):  # filled up to a record, or not
+            path.write_bytes(data[:length])
+            assert Sa1b(path.parent, index_dir=tmp_path / f"index{count}{length}").damaged_archives == {}
+
+
+def test_an_error_page_is_shown(unpacked, tmp_path):
+    pack(unpacked, tmp_path / "tars/sa_000000.tar", range(1))
+    (tmp_path / "tars/sa_000001.tar").write_bytes(b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>")
+    with pytest.warns(UserWarning, match="begins with b.<.xml"):
+        assert len(opened(tmp_path / "tars", tmp_path / "index")) == 1
+
+
+def test_what_is_unpacked_as_well_as_archived_counts_once(unpacked, tmp_path):
+    root = tmp_path / "mixed"
+    pack(unpacked, root / "sa_000000.tar", range(4))
+    pack(unpacked, root / "copy/sa_000000.tgz", range(2), is_compressed=True)
+    for name in ("sa_3.jpg", "sa_3.json", "sa_2.jpg"):  # of sa_2 the image alone
+        shutil.copy(unpacked / name, root)
+    source = opened(root, tmp_path / "index")
+    assert source.left_out["images that are there twice"] == 4
+    assert source.left_out["images without a JSON file"] == 0
+    assert sorted(source.entry_id(i).rsplit("/", 1)[-1] for i in range(len(source))) == [f"sa_{n}" for n in range(4)]
+    assert [source.entry_id(i) for i in range(len(source)) if source.image_path(i)] == ["sa_3"]
+
+
+def test_images_and_json_in_archives_of_their_own_are_paired(unpacked, tmp_path):
+    for name, suffix in (("images", "jpg"), ("annotations", "json")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for number in range(3):
+                archive.add(unpacked / f"sa_{number}.{suffix}", f"x{number}.{suffix}")
+    (tmp_path / "tars").mkdir()
+    for path in tmp_path.glob("*.tar"):
+        path.rename(tmp_path / "tars" / path.name)
+    source = opened(tmp_path / "tars", tmp_path / "index")
+    assert [source.entry_id(i) for i in range(len(source))] == [f"images.tar/x{n}" for n in range(3)]
+    assert source.load(0, np.random.default_rng(0)).num_regions == 2
 
 
 def test_a_compressed_archive_that_breaks_off(unpacked, tmp_path):
