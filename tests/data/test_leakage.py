@@ -93,6 +93,23 @@ def test_a_renamed_resized_copy_is_found_by_sight_and_by_id_when_the_name_tells(
     assert f"COCO image {victim.coco_id} of refcoco val (found by id)" in str(leak)
 
 
+@pytest.mark.parametrize("cut", [(0.02,) * 4, (0.05,) * 4, (0.1,) * 4, (0.1, 0, 0, 0.04), (0, 0, 0, 0)])
+@pytest.mark.parametrize("turn", [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_90])
+def test_cropped_mirrored_and_turned_copies_are_found_by_sight(
+    demo: Path, tmp_path: Path, cut: tuple[float, ...], turn: Image.Transpose | None
+) -> None:
+    held_out = list(held_out_of(data_of(demo)).values())
+    victim = held_out[1]
+    assert victim.path is not None
+    image = Image.open(victim.path).convert("RGB")
+    left, above, right, below = (part * side for part, side in zip(cut, image.size * 2, strict=True))
+    image = image.crop((round(left), round(above), round(image.width - right), round(image.height - below)))
+    folder = coco_like(tmp_path / "copy", image if turn is None else image.transpose(turn), "sa_77")
+    source = next(s for s in build_sources(data_of(demo, sa1b_dir=str(folder))) if s.name == "sa1b")
+    [leak], _ = leaked_by_sight(source, held_out)
+    assert (leak.held_out, leak.found_by) == (victim, "sight")
+
+
 NAME_PARTS = ["", "0" * 12, "000000581857", "000000581858", "1", "99999999999", "a", "_", ".", "/", "COCO_"]
 
 
