@@ -59,8 +59,11 @@ def _data(args: argparse.Namespace) -> int:
         write_page(preview_page(sources, args.samples, geometry(config), config.train.seed), args.out)
         return 0
     sizes, seed = geometry(config), config.train.seed
-    read = [data_checks.read_source(source, args.samples or None, sizes, seed) for source in sources]
-    stats = {report.name: stats_of(report) for report in read}
+    stats = {}
+    for source in sources:
+        source.regions_per_image = data_checks.ALL
+        report = data_checks.read_source(source, args.samples or None, sizes, seed)
+        stats[source.name] = {**({"in the files": source.contents} if source.contents else {}), **stats_of(report)}
     if args.json:
         print(json.dumps(stats, indent=2))
         return 0
@@ -92,6 +95,7 @@ def stats_of(report: SourceReport) -> dict[str, object]:
     """Return plain values: counts, and quantiles (5, 50, 95 %) of what varies."""
     values: dict[str, object] = {"entries": report.entries, "read": report.read, "good": report.good}
     values["skipped"] = dict(report.reasons) or "none"
+    values["regions that cannot be used"] = dict(report.passed_over) or "none"
     if not report.good:
         return values
     heights, widths = zip(*report.sizes, strict=True)

@@ -61,7 +61,7 @@ def examine(config: Config, *, quick: bool = False) -> list[Finding]:
     findings = [*machine.check_versions(), *machine.check_device(config), *machine.check_precision(config)]
     findings += machine.check_kernels(config)
     sources, problems = data_checks.open_sources(config.data)
-    findings += [*problems, *_data(config, sources), *data_checks.check_captions(config)]
+    findings += [*problems, *_data(config, sources), *data_checks.check_captions(config, sources)]
     findings += [*model_checks.check_tokens(config), *model_checks.check_weights(config)]
     if has_problem(findings):
         return [*findings, *machine.check_output(config)]  # what follows would only repeat it

@@ -25,6 +25,29 @@ def encode_rle(mask: np.ndarray) -> dict[str, object]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def mend_polygons(segmentation: object, where: str) -> object:
+    """Return polygons as tools mean them: one as a flat list, points as [x, y] pairs, without pieces below 3 points.
+
+    What is no list of numbers is returned as it is, for :func:`decode_polygons` to refuse.
+
+    Raises:
+        SampleError: ``bad_polygon`` where all coordinates are parts of the image rather than pixels.
+    """
+    try:
+        if not isinstance(segmentation, list):
+            return segmentation
+        is_one = bool(segmentation) and all(np.ndim(item) == 0 or np.shape(item) == (2,) for item in segmentation)
+        pieces = [np.asarray(piece, np.float64).reshape(-1) for piece in ([segmentation] if is_one else segmentation)]
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return segmentation
+    kept = [piece.tolist() for piece in pieces if piece.size >= 6]
+    if kept and max(map(max, kept)) <= 1:
+        fix = "multiply x by the width and y by the height"
+        message = explain("a polygon is in parts of the image", where, shorten(kept[0]), "pixels", fix)
+        raise SampleError("bad_polygon", message)
+    return kept or segmentation
+
+
 def decode_polygons(segmentation: object, height: int, width: int, where: str, summed: bool = False) -> np.ndarray:
     """Draw polygons ``[x1, y1, x2, y2, ...]`` in pixels on an image: (H, W) bool; ``where`` is for the message.
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset import DualLoopDataset
+from dual_loop.data.index import CHECKED
 from dual_loop.data.leakage import guard
 from dual_loop.data.limits import use_limits
 from dual_loop.data.masks_dir import MasksDir
@@ -164,7 +165,10 @@ def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) ->
 
 
 def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
-    """Return a table: one row a source (entries, repeats or weight, draws per epoch), the totals, what is left out."""
+    """Return a table: one row a source (entries, repeats or weight, draws per epoch), the totals, what is left out.
+
+    What is in a source comes behind it, and what it cost to see that its files have not changed.
+    """
     rows = [("source", "entries", "share", "draws per epoch")]
     for source, share, quota in zip(sources, stream.shares, stream.quotas, strict=True):
         kind = f"repeats {share.repeats:g}" if share.weight is None else f"weight {share.weight:g}"
@@ -173,7 +177,17 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
     rows.append(("total", f"{total:,}", "", f"{stream.epoch_length:,}"))
     a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows]
-    return "\n".join([*lines, *(f"  left out of {name}: {text}" for name, text in left_out_of(sources))])
+    lines += [f"  {one.name}: {one.contents}" for one in sources if getattr(one, "contents", "")]
+    lines += [f"  left out of {name}: {text}" for name, text in left_out_of(sources)]
+    return "\n".join([*lines, *(f"  {text}" for text in check_costs())])
+
+
+def check_costs() -> list[str]:
+    """Return for each kind of index that was found stored how many paths were looked at for changes, and how long."""
+    return [
+        f"index of {kind}: {count:,} paths looked at for changes in {seconds:.2f} s"
+        for kind, (count, seconds) in CHECKED.items()
+    ]
 
 
 def left_out_of(sources: Sequence[Reader]) -> list[tuple[str, str]]:

@@ -35,11 +35,13 @@ class Picture:
         pixels: (ceil(H / reduction), ceil(W / reduction), 3) uint8 RGB.
         size: (H, W) of the stored image.
         reduction: 1, or 2, 4, 8 where a JPEG was decoded at a half, a quarter, an eighth of its sides.
+        orientation: as the file's EXIF says, 1 to 8, whether it was applied or not; 1 is upright.
     """
 
     pixels: np.ndarray
     size: tuple[int, int]
     reduction: int = 1
+    orientation: int = 1
 
     def resized(self, height: int, width: int) -> np.ndarray:
         """Return (height, width, 3) uint8: the stored image's whole area by Pillow's bicubic filter."""
@@ -78,18 +80,20 @@ def read_picture(
             if min(size[0] // height, size[1] // width) >= 2 and (drafted := image.draft(None, (width, height))):
                 reduction = round(size[1] / drafted[1][2])
         image.load()
+        turn = image.getexif().get(0x0112, 1)
         if apply_exif:
             image = ImageOps.exif_transpose(image)
             size = (image.height, image.width)
-        picture = Picture(_to_rgb(image, path), size, reduction)
+        picture = Picture(to_rgb(image, path), size, reduction, turn if turn in range(1, 9) else 1)
     return picture
 
 
-def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
+def to_rgb(image: Image.Image, path: str) -> np.ndarray:
     """Return a decoded image as (H, W, 3) uint8; ``path`` names it in messages."""
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255, which leaves a white image.
-        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        grey = (values >> 8 if image.mode != "I" or values.max(initial=0) > 255 else values).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

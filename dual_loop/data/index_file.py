@@ -8,7 +8,7 @@ that was cut off, counts as no file. Damage inside the arrays is not looked for:
 
 Some arrays (``watched_*``) hold the folders and files that an index was made from with their modification times; a
 stored index is used only while all of them are unchanged (adding, removing or renaming a file changes the time of its
-folder). An image overwritten in place does not change a listing, hence no index.
+folder). Files that an index holds something of are watched themselves, as they may be overwritten in place.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ def _open_again(path: str, name: str, identity: tuple[int, ...]) -> np.ndarray:
 # --- what an index depends on ----------------------------------------------------------------------------------------
 
 
-def watch_files(paths: Iterable[Path]) -> dict[str, np.ndarray]:
-    """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them."""
+def watch_files(paths: Iterable[Path], any_size: bool = False) -> dict[str, np.ndarray]:
+    """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them.
+
+    ``any_size``: they are folders, of which only the time counts.
+    """
     states = [(str(path), path.stat()) for path in paths]
-    return watched_arrays([(path, state.st_mtime_ns, state.st_size) for path, state in states])
+    sizes = [ANY_SIZE if any_size else state.st_size for _, state in states]
+    return watched_arrays([(path, state.st_mtime_ns, size) for (path, state), size in zip(states, sizes, strict=True)])
 
 
 def watched_arrays(watched: Sequence[tuple[str, int, int]]) -> dict[str, np.ndarray]:

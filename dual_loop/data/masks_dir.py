@@ -1,75 +1,72 @@
-"""Reader of a user's own images and masks, with or without captions: one folder, three ways to store the masks.
+"""Reader of a user's own images and masks, with or without captions: one folder, several ways to store the masks.
 
-PNG files (every mask file lies under the image's name)::
+Mask files (every one lies under the image's name; what its values mean: :mod:`~dual_loop.data.mask_files`)::
 
     root/images/cat.jpg
-    root/masks/cat.png            one object (0 and 255, or 0 and 1), or a map of labels: palette, or grey without 255
+    root/masks/cat.png            one object, or a map of labels or colours
     root/masks/cat/left_ear.png   or a folder of masks, one object each
     root/captions.json            optional: {"cat": "a grey cat", "cat/left_ear": ["the left ear", "its left ear"],
                                   "cat#2": "label 2 of the map"}
 
-COCO JSON (one ``*.json`` with ``images`` and ``annotations`` beside ``images/``; ``caption`` or ``captions`` of an
-annotation are read), or lines of JSON, one object each (``*.jsonl``)::
+Lists (:mod:`~dual_loop.data.own_lists`): COCO JSON (one ``*.json``, or ``annotations/instances_*.json``), lines of JSON
+(``*.jsonl``), labelme (a JSON a picture), YOLO's polygons (``labels/*.txt``)::
 
     {"image": "images/cat.jpg", "segmentation": RLE or polygons, "caption": "a grey cat", "id": "7"}
 
 ``caption`` (or ``captions``, a list) and ``id`` are optional. ``root`` may also be the ``.json`` or ``.jsonl`` file
 itself. Names of images are looked up below ``images`` where that is given, else below the root, else below its
-``images/``. The lines that ``dual-loop audit`` writes are read back this way.
+``images/``, and in folders called like the split. The lines that ``dual-loop audit`` writes are read back this way.
 
-Masks are drawn on the stored pixels; where they fit only the image turned as its EXIF says, it is turned. Masks may
-differ from their image by 2 pixels a side (:func:`~dual_loop.data.masks.fit_mask`).
+What is there and is no entry is counted in ``left_out``. Images that are listed and not there are left out as long as
+others are there.
+
+Masks are drawn on the stored pixels; where they fit only the image turned as its EXIF says, it is turned; where both
+fit, ``data.exif`` decides, with a warning. Masks may differ from their image by 2 pixels a side
+(:func:`~dual_loop.data.masks.fit_mask`).
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
-``unsafe_path``, ``ambiguous_mask``, ``bad_polygon``, ``broken_rle``, ``broken_json``, ``size_mismatch``,
-``no_region_left``.
+``too_large``, ``unsafe_path``, ``ambiguous_mask``, ``bad_polygon``, ``broken_rle``, ``broken_json``,
+``size_mismatch``, ``special_token``, ``no_region_left``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import posixpath
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 import numpy as np
 
 from dual_loop.data.captions import check_captions
-from dual_loop.data.images import foreground_of, open_image_file, read_picture
-from dual_loop.data.index import Key, list_tree, load_or_build
+from dual_loop.data.coco_masks import mend_polygons
+from dual_loop.data.images import Picture, read_picture
+from dual_loop.data.index import Key, join_parts, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import check_root, layout_error
-from dual_loop.data.limits import open_file, parse_json, read_file, read_lines
+from dual_loop.data.limits import SAMPLE_BYTES, open_file, parse_json, read_file
+from dual_loop.data.mask_files import MASK_SUFFIXES, MaskFile, read_mask
 from dual_loop.data.masks import SIZE_TOLERANCE, check_mask, decode_rle, decode_segmentation, fit_mask, safe_join
+from dual_loop.data.own_lists import Listing, Region, parse_line, read_coco, read_jsonl, read_labelme, read_yolo
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain, shorten
+from dual_loop.errors import ConfigError, SampleError, explain, listed, shorten
 from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 LAYOUT = """
   root/images/<name>.jpg                   root/images/...            root/images/...
   root/masks/<name>.png        or          root/annotations.json or   root/masks.jsonl
   root/masks/<name>/<object>.png           (COCO)                     (one object a line)
+  (or a labelme JSON beside each image, or YOLO's root/labels/<name>.txt)
 """
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 CAPTIONS_NAME = "captions.json"
-_LINE_EXPECTED = '{"image": "images/a.jpg", "segmentation": {...} or [[...]], "caption": "..."}'
-
-
-class Region(TypedDict, total=False):
-    """One object of an image: a mask file (and its label in it), or a COCO segmentation, of an image of ``size``."""
-
-    id: str
-    image: str
-    mask: str
-    label: int | None
-    segmentation: object
-    size: list[int]
-    category_id: int | str
-    caption: str | list[str]
-    captions: str | list[str]
+MASK_FILES, COCO, LINES, LABELME, YOLO = "mask files", "COCO", "lines of JSON", "labelme", "YOLO"
 
 
 class MasksDir(Reader):
@@ -78,9 +75,11 @@ class MasksDir(Reader):
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         root: the folder, or a COCO ``.json`` or ``.jsonl`` file.
         images: folder that the images' names are looked up in; None looks below ``root``.
+        void: label that is no object beside others; None: every label is one. crowds: take COCO's crowds for objects.
+        allow_absolute_paths: open images that are listed by absolute path.
 
     Raises:
-        ConfigError: the root holds none of the three layouts, or two of them; a file of it has another structure.
+        ConfigError: the root holds none of the layouts, or two of them; a file of it has another structure.
     """
 
     name, title, layout = "masks", "masks", LAYOUT
@@ -98,34 +97,80 @@ class MasksDir(Reader):
         crowds: bool = False,
         allow_absolute_paths: bool = False,
     ) -> None:
-        folder, self.file = _find_layout(Path(root).expanduser())
+        folder, self.file, self.kind = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
-        # The number changes where the arrays do: since 3, records of COCO files have their class.
-        key = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file), "version": 3}
+        self.void, self.crowds, self.allow_absolute_paths = void, crowds, allow_absolute_paths
+        # The number changes where the arrays do: since 4, an index counts what it leaves out.
+        key: dict[str, object] = {
+            "kind": "masks",
+            "root": str(self.root),
+            "file": self.file and str(self.file),
+            "version": 4,
+        }
+        key |= {"images": str(self.image_root), "options": [self.kind, void, crowds, allow_absolute_paths]}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
-        self._starts = arrays["starts"]
+        self._starts, (self.num_captioned, num_named) = arrays["starts"], arrays["counts"].tolist()
+        self.has_class_names = num_named > 0
+        self.left_out = json.loads(StringTable.from_arrays(arrays, "left_out")[0])
         if not len(self._images):
-            raise layout_error("the folder holds no image with a mask", self.root, "no pair of the same name", LAYOUT)
+            seen = listed([f"{count} {what}" for what, count in self.left_out.items()]) or "no image"
+            raise layout_error("the folder holds no image with a mask", self.root, seen, LAYOUT)
+        self.contents = f"{len(self._images):,} images, {len(self._regions):,} regions, {self.num_captioned:,} of them "
+        self.contents += f"with captions ({self.kind})"
+        self._has_warned = False
         self._set_entries(np.arange(len(self._images)), max_samples, "masks_max_samples", self._images)
 
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
         """Return images, and the regions of each as JSON: a record, or where its line is (offset, length in bytes)."""
         if self.file is None:
-            files, watched = list_tree(self.root, (*IMAGE_SUFFIXES, ".json"), self.index_dir, key)
-            regions = dict(_pair_png_files(files, self.root))
+            files, folders = list_tree(self.root, ("",), self.index_dir, key)
+            listing, read = self._listing_of(files)
+            watched = join_parts([folders, watch_files(self.root / file for file in read)])
         else:
             watched = watch_files([self.file])
-            regions = _coco_regions(self.file) if self.file.suffix == ".json" else _line_places(self.file)
-        names = sorted(regions)
+            listing = read_coco(self.file, self.crowds) if self.kind == COCO else read_jsonl(self.file)
+            watched = join_parts([watched, watch_files(self._leave_out_missing(listing), any_size=True)])
+        names = sorted(listing.regions)
+        left_out = {what: count for what, count in listing.left_out.items() if count}
         return {
             **StringTable.from_strings(names).to_arrays("image"),
-            **StringTable.from_strings(region for name in names for region in regions[name]).to_arrays("region"),
-            "starts": np.cumsum([0, *(len(regions[name]) for name in names)], dtype=np.int64),
+            **StringTable.from_strings(region for name in names for region in listing.regions[name]).to_arrays(
+                "region"
+            ),
+            **StringTable.from_strings([json.dumps(left_out)]).to_arrays("left_out"),
+            "starts": np.cumsum([0, *(len(listing.regions[name]) for name in names)], dtype=np.int64),
+            "counts": np.array([listing.num_captioned, listing.num_named]),
             **watched,
         }
+
+    def _listing_of(self, files: list[str]) -> tuple[Listing, list[str]]:
+        """Return what the files below the root list, and which of them were read for it."""
+        if self.kind == MASK_FILES:
+            return _pair_mask_files(files, self.root, self.void)
+        folder, suffix = ("labels/", ".txt") if self.kind == YOLO else ("", ".json")
+        lists = [file for file in files if file.startswith(folder) and file.lower().endswith(suffix)]
+        images = {file.rsplit(".", 1)[0]: file for file in files if file.lower().endswith(IMAGE_SUFFIXES)}
+        listing = (read_yolo if self.kind == YOLO else read_labelme)(self.root, lists, images)
+        listing.left_out["images without an annotation"] += len(images) - len(listing.regions)
+        return listing, [*lists, *(file for file in files if file in ("data.yaml", "data.yml", "classes.txt"))]
+
+    def _leave_out_missing(self, listing: Listing) -> list[Path]:
+        """Leave out images that are not there, unless none is; return the folders of those that are."""
+        folders: dict[Path, None] = {}
+        missing = []
+        for name in listing.regions:
+            try:
+                folders[self._find_image(name).parent] = None
+            except SampleError:
+                missing.append(name)
+        if folders and missing:
+            listing.left_out[f"listed images that are not there (the first: {missing[0]})"] = len(missing)
+            for name in missing:
+                del listing.regions[name]
+        return [*folders] or [self.image_root]
 
     def entry_id(self, index: int) -> str:
         """Return the image's name without its suffix and without a leading ``images/``."""
@@ -137,12 +182,22 @@ class MasksDir(Reader):
         Raises:
             SampleError: ``unsafe_path`` or ``missing_file``.
         """
-        name = self._images[int(self._rows[index])]
-        paths = [safe_join(self.image_root, name), safe_join(self.image_root / "images", name)]
+        return self._find_image(self._images[int(self._rows[index])])
+
+    def _find_image(self, name: str) -> Path:
+        if os.path.isabs(name):
+            if not self.allow_absolute_paths:
+                fix = "give --allow_absolute_paths where you trust the file, or --masks_images with relative names"
+                raise SampleError("unsafe_path", explain("an image is listed by absolute path", name, fix=fix))
+            paths = [Path(name)]
+        else:
+            split = self.file.stem.removeprefix("instances_") if self.file and self.kind == COCO else "images"
+            folders = dict.fromkeys(("", "images", split, f"images/{split}"))
+            paths = [safe_join(self.image_root / folder, name) for folder in folders]
         for path in paths:
             if path.is_file():
                 return path
-        expected, fix = " or ".join(map(str, paths)), "set --masks_images"
+        expected, fix = " or ".join(map(str, paths[:2])), "set --masks_images"
         raise SampleError("missing_file", explain("an image is missing", name, "nothing there", expected, fix))
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
@@ -153,8 +208,9 @@ class MasksDir(Reader):
         row = int(self._rows[index])
         start, stop = self._starts[row : row + 2].tolist()
         path = self.image_path(index)
-        picture = read_picture(path, apply_exif=False, needed=needed)
-        found: dict[int, tuple[str, tuple[str, ...]]] = {}
+        picture = read_picture(path, self.exif == "apply", needed=needed)
+        found: dict[int, tuple[Region, tuple[str, ...]]] = {}
+        files: dict[str, MaskFile] = {}
 
         def name(number: int) -> str:
             return str(self._region(start + number).get("id", f"at{number}"))
@@ -162,15 +218,14 @@ class MasksDir(Reader):
         def decode(number: int) -> np.ndarray:
             nonlocal picture
             region = self._region(start + number)
-            where = f"{self.file or self.root}: {name(number)} of {path.name}"
+            where = f"{self.file or self.root}: {region.get('id', f'at{number}')} of {path.name}"
             texts = _texts(region, where)
             check_captions(texts, where)
-            mask = self._mask(region, picture.size, where)
-            if not found and not _fits(mask, picture.size):
-                turned = read_picture(path, apply_exif=True)
-                picture = turned if _fits(mask, turned.size) else picture
+            mask = self._mask(region, picture.size, where, files)
+            if not found:
+                picture = self._turned_to_fit(picture, mask, path)
             mask = fit_mask(mask, picture.size, where)
-            found[number] = name(number), texts
+            found[number] = region, texts
             return mask
 
         is_hard = self.region_choice == "hard"
@@ -186,114 +241,169 @@ class MasksDir(Reader):
             passed_over=passed,
             region_id=name,
         )
-        ids, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
+        regions, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
+        ids = [str(region.get("id", f"at{number}")) for region, number in zip(regions, drawn, strict=True)]
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
-        return self._sample(index, picture, masks, ids, captions, passed)
+        named = [region.get("class_name") for region in regions]
+        return self._sample(index, picture, masks, ids, captions, passed, named)
+
+    def _turned_to_fit(self, picture: Picture, mask: np.ndarray, path: Path) -> Picture:
+        """Return the picture as ``data.exif`` says, or in the other orientation where the mask fits only that."""
+        if picture.orientation == 1:
+            return picture
+        if not _fits(mask, picture.size):
+            other = read_picture(path, apply_exif=self.exif != "apply")
+            return other if _fits(mask, other.size) else picture
+        if (picture.orientation < 5 or picture.size[0] == picture.size[1]) and not self._has_warned:
+            self._has_warned = True
+            what = "a photograph has an EXIF orientation, and its masks fit either way"
+            fix = "look at `dual-loop data preview`, and set data.exif to apply where masks lie beside their objects"
+            warnings.warn(explain(what, str(path), f"data.exif = {self.exif}", fix=fix), stacklevel=2)
+        return picture
 
     def _region(self, number: int) -> Region:
         record = json.loads(self._regions[number])
-        if self.file is None or self.file.suffix == ".json":
+        if self.file is None or self.kind == COCO:
             return cast(Region, record)
         offset, length = record
         with open_file(self.file) as stream:
             stream.seek(offset)
-            return _parse_line(stream.read(length), f"{self.file}, byte {offset}")
+            return parse_line(stream.read(length), f"{self.file}, byte {offset}")
 
-    def _mask(self, region: Region, size: tuple[int, int], where: str) -> np.ndarray:
+    def _mask(self, region: Region, size: tuple[int, int], where: str, files: dict[str, MaskFile]) -> np.ndarray:
+        """Return the mask (H, W) bool of a region, at the size it is stored for; ``files`` keeps what was read."""
+        height, width = region.get("size", size)
         if "mask" in region:
-            values, _ = _mask_values(safe_join(self.root, region["mask"]))
-            label = region.get("label")
-            return np.ascontiguousarray(values > 0 if label is None else values == label)
+            file = region["mask"]
+            if file not in files:
+                files[file] = read_mask(safe_join(self.root, file), self.void)
+            return files[file].mask(region["label"])
+        if "parts" in region:
+            points = np.array(region["parts"]).reshape(-1, 2) * [width, height]
+            return decode_segmentation([points.flatten().tolist()], height, width, where)
         segmentation = region.get("segmentation")
         if isinstance(segmentation, Mapping):
             return decode_rle(segmentation, where)
-        height, width = region.get("size", size)
-        return decode_segmentation(segmentation, int(height), int(width), where)
+        return decode_segmentation(mend_polygons(segmentation, where), height, width, where)
 
 
 # --- finding out what is there ---------------------------------------------------------------------------------------
 
 
-def _find_layout(root: Path) -> tuple[Path, Path | None]:
-    """Return the folder, and the ``.json`` or ``.jsonl`` file that lists the masks, None where they are PNG files.
+def _find_layout(root: Path) -> tuple[Path, Path | None, str]:
+    """Return the folder, the ``.json`` or ``.jsonl`` file that lists the masks (None: other files do), and the layout.
 
     Raises:
         ConfigError: none of the layouts is there, or more than one could be meant.
     """
     if root.is_file():
-        if root.suffix not in (".json", ".jsonl"):
+        if root.suffix.lower() not in (".json", ".jsonl"):
             raise layout_error("a file of masks has an unknown kind", root, root.suffix or "no suffix", LAYOUT)
-        return check_root(root.parent, "masks", LAYOUT), root.absolute()
+        folder = root.absolute().parent
+        folder = folder.parent if folder.name == "annotations" else folder
+        return check_root(folder, "masks", LAYOUT), root.absolute(), _kind_of(root)
     folder = check_root(root, "masks", LAYOUT)
-    lists = sorted([*folder.glob("*.jsonl"), *(p for p in folder.glob("*.json") if p.name != CAPTIONS_NAME)])
-    if (folder / "masks").is_dir() and not lists:
-        return folder, None
-    if len(lists) == 1 and not (folder / "masks").is_dir():
-        return folder, lists[0]
-    seen = ", ".join(path.name for path in lists) or "no masks/, no .json, no .jsonl"
-    if (folder / "masks").is_dir():
+    has_masks, listed_by = (folder / "masks").is_dir(), _lists_in(folder)
+    if has_masks and not listed_by:
+        return folder, None, MASK_FILES
+    if not has_masks and not listed_by:
+        if next(folder.glob("labels/**/*.txt"), None):
+            return folder, None, YOLO
+        listed_by = [path for path in _lists_in(folder / "annotations") if path.name.startswith("instances")]
+        listed_by = listed_by or _lists_in(folder / "annotations")
+    beside = listed_by[:1] or sorted(folder.glob("images/*.json"))[:1]
+    if beside and not has_masks and _is_labelme(beside[0]):
+        return folder, None, LABELME
+    if len(listed_by) == 1 and not has_masks:
+        return folder, listed_by[0], _kind_of(listed_by[0])
+    deeper = listed_by or sorted(path for path in folder.glob("*/*.json*") if path.suffix in (".json", ".jsonl"))
+    seen = listed([path.relative_to(folder) for path in deeper]) or "no masks/, no .json, no .jsonl"
+    if has_masks:
         seen = f"masks/ and {seen}"
     raise layout_error("it is not clear where the masks are (give one file to say which)", folder, seen, LAYOUT)
 
 
-def _pair_png_files(files: list[str], root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (image, its regions as JSON) for the images that have masks.
+def _lists_in(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(
+        path
+        for path in found
+        if path.suffix.lower() in (".json", ".jsonl") and path.name != CAPTIONS_NAME and not path.name.startswith(".")
+    )
+
+
+def _kind_of(file: Path) -> str:
+    return COCO if file.suffix.lower() == ".json" else LINES
+
+
+def _is_labelme(file: Path) -> bool:
+    try:
+        tree = parse_json(read_file(file, SAMPLE_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and "shapes" in tree
+
+
+def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Listing, list[str]]:
+    """Return the regions of images that have masks, and the files that were read.
+
+    Names are compared in Unicode's composed form: file systems and archives of a Mac write the other one.
 
     Raises:
-        ConfigError: captions cannot be read, or belong to no mask.
+        ConfigError: captions cannot be read, or belong to no mask at all.
     """
-    captions = _read_captions(root / CAPTIONS_NAME)
-    images = {f.removeprefix("images/").rsplit(".", 1)[0]: f for f in files if f.startswith("images/")}
-    masks: dict[str, list[str]] = {}
-    for file in files:
-        if file.startswith("masks/") and file.endswith(".png"):
+    listing, captions = Listing(), _read_captions(root / CAPTIONS_NAME)
+    left_out: dict[str, list[str]] = {}
+    images: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    for folder, suffixes, known in (("images", IMAGE_SUFFIXES, images), ("masks", MASK_SUFFIXES, masks)):
+        for file in (one for one in files if one.startswith(f"{folder}/")):
             stem = _stem_of(file)
-            owner = stem if stem in images else stem.rpartition("/")[0]
-            if owner in images:
-                masks.setdefault(owner, []).append(file)
+            if not file.lower().endswith(suffixes):
+                kind = posixpath.splitext(file)[1] or "no suffix"
+                left_out.setdefault(f"files in {folder}/ of a format that is not read ({kind})", []).append(file)
+            elif stem in known:
+                left_out.setdefault(f"files in {folder}/ that share a name with another", []).append(file)
+            else:
+                known[stem] = file
+    doubled = {_stem_of(file) for file in left_out.get("files in images/ that share a name with another", ())}
+    whole_names = {unicodedata.normalize("NFC", file.removeprefix("images/")): stem for stem, file in images.items()}
     unused = set(captions)
-    for owner, found in masks.items():
-        regions: list[str] = []
-        for file in found:
-            labels: list[int] | list[None] = [None]  # also of damaged files, which fail when they are loaded
-            with contextlib.suppress(SampleError):
-                _, labels = _mask_values(root / file)
-            for label in labels:
-                name = _stem_of(file) + ("" if label is None else f"#{label}")
-                unused.discard(name)
-                region: Region = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": label}
-                regions.append(json.dumps({**region, "captions": captions.get(name, [])}))
-        yield images[owner], regions
-    if unused:
+    used_images = set[str]()
+    for stem, file in masks.items():
+        owner = next((one for one in (stem, whole_names.get(stem, ""), stem.rpartition("/")[0]) if one in images), None)
+        if owner is None or (owner in doubled and owner == stem):
+            what = "masks without an image of their name" if owner is None else "masks that two images could own"
+            left_out.setdefault(what, []).append(file)
+            continue
+        used_images.add(owner)
+        try:
+            labels = read_mask(root / file, void).labels
+        except SampleError:
+            labels = {"": 0}  # a damaged file fails again when it is loaded, with its reason
+        for label, value in labels.items():
+            name = stem + (f"#{label}" if label else "")
+            keys = [name, file.removeprefix("masks/"), f"{stem}#{value}"]
+            text = next((captions[key] for key in keys if captions.get(key)), None)
+            unused.difference_update(keys)
+            region = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": value}
+            listing.add(images[owner], {**region, "captions": text} if text else region)
+    left_out["images without a mask of their name"] = [file for stem, file in images.items() if stem not in used_images]
+    left_out["captions without a mask"] = sorted(unused)
+    if captions and len(unused) == len(captions):
         seen = f"{len(unused)} names without a mask: {', '.join(sorted(unused)[:3])}"
         expected = "names of mask files below masks/, without .png (of a map of labels: name#label)"
         fix = "rename them, or remove them"
         raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected, fix))
+    for what, found in left_out.items():
+        if found:
+            listing.left_out[f"{what} (the first: {found[0].rpartition('/')[2]})"] = len(found)
+    return listing, [*masks.values(), *([CAPTIONS_NAME] if CAPTIONS_NAME in files else [])]
 
 
 def _stem_of(file: str) -> str:
-    return file.removeprefix("masks/").removesuffix(".png")
-
-
-def _mask_values(path: Path) -> tuple[np.ndarray, list[int] | list[None]]:
-    """Return the stored values (H, W) and the labels of a map of several objects, ``[None]`` for the mask of one.
-
-    Raises:
-        SampleError: ``ambiguous_mask`` where 255 stands beside other grey values (anti-aliased edges, as a rule).
-    """
-    image = open_image_file(path)
-    values: np.ndarray = np.asarray(image)
-    if values.ndim == 3:
-        return foreground_of(image), [None]
-    labels = [value for value in np.unique(values).tolist() if value > 0]
-    if image.mode == "1" or len(labels) <= 1:
-        return values, [None]
-    if image.mode != "P" and 255 in labels:
-        seen, expected = f"{len(labels)} grey values and 255", "0 and 255, or labels below 255"
-        fix = "threshold the mask, or save labels as a palette image"
-        what = "a mask is neither binary nor labels"
-        raise SampleError("ambiguous_mask", explain(what, str(path), seen, expected, fix))
-    return values, [int(label) for label in labels]
+    """Return a file's name below ``images`` or ``masks`` without its suffix."""
+    return unicodedata.normalize("NFC", file.partition("/")[2].rpartition(".")[0] or file.partition("/")[2])
 
 
 def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
@@ -302,22 +412,22 @@ def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``ambiguous_mask``, ``empty_mask``.
     """
-    values, labels = _mask_values(path)
-    check_mask(values > 0, str(path))
-    return [(path.stem, values > 0) if label is None else (f"{path.stem}#{label}", values == label) for label in labels]
+    found = read_mask(path)
+    check_mask(found.values != 0, str(path))
+    return [(path.stem + (f"#{name}" if name else ""), found.mask(label)) for name, label in found.labels.items()]
 
 
-def _read_captions(path: Path) -> dict[str, str | list[str]]:
+def _read_captions(path: Path) -> dict[str, str | list[str] | None]:
     if not path.is_file():
         return {}
     try:
         captions = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise ConfigError(explain("captions cannot be read", str(path), str(error), "JSON")) from error
-    if not isinstance(captions, dict) or not all(_is_caption(value) for value in captions.values()):
+    if not isinstance(captions, dict) or not all(value is None or _is_caption(value) for value in captions.values()):
         expected = '{"mask name": "text" or ["text", "text"]}'
         raise ConfigError(explain("captions have another structure", str(path), shorten(captions), expected))
-    return captions
+    return {unicodedata.normalize("NFC", name): value for name, value in captions.items()}
 
 
 def _is_caption(value: object) -> bool:
@@ -325,60 +435,15 @@ def _is_caption(value: object) -> bool:
 
 
 def _texts(region: Region, where: str) -> tuple[str, ...]:
-    given = region.get("captions", region.get("caption"))
+    given = region.get("captions")
+    given = region.get("caption") if given is None else given
     if given is None:
         return ()
     if not _is_caption(given):
         expected = "text, or a list of texts"
         raise SampleError("broken_json", explain("a caption is no text", where, shorten(given), expected))
-    texts = [given] if isinstance(given, str) else given
+    texts: Sequence[str] = [given] if isinstance(given, str) else given
     return tuple(text.strip() for text in texts if text.strip())
-
-
-def _coco_regions(path: Path) -> dict[str, list[str]]:
-    """Return for each image its regions as JSON."""
-    try:
-        tree = parse_json(read_file(path))
-        images = {image["id"]: image for image in tree["images"]}
-        found: dict[str, list[str]] = {}
-        for item in tree["annotations"]:
-            image = images[item["image_id"]]
-            region = {key: item[key] for key in ("segmentation", "category_id", "caption", "captions") if key in item}
-            region |= {"id": str(item["id"]), "size": [int(image["height"]), int(image["width"])]}
-            found.setdefault(str(image["file_name"]), []).append(json.dumps(region))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        expected = "images with id, file_name, height, width; annotations with id, image_id, segmentation"
-        raise ConfigError(explain("not a COCO file", str(path), error, expected, "mend or replace it")) from error
-    return found
-
-
-def _line_places(path: Path) -> dict[str, list[str]]:
-    """Return for each image where its lines are, as JSON: offset and length in bytes."""
-    found: dict[str, list[str]] = {}
-    offset = 0
-    try:
-        with open_file(path) as stream:
-            for number, raw in enumerate(read_lines(stream), start=1):
-                if raw.strip():
-                    record = _parse_line(raw, f"{path}, line {number}")
-                    found.setdefault(record["image"], []).append(f"[{offset}, {len(raw)}]")
-                offset += len(raw)
-    except OSError as error:
-        raise ConfigError(explain("lines cannot be read", str(path), error, _LINE_EXPECTED)) from error
-    except SampleError as error:
-        raise ConfigError(str(error)) from error
-    return found
-
-
-def _parse_line(raw: bytes, where: str) -> Region:
-    try:
-        record = parse_json(raw)
-    except ValueError as error:
-        raise SampleError("broken_json", explain("a line is not JSON", where, str(error), _LINE_EXPECTED)) from error
-    if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:
-        seen = raw[:80].decode("utf-8", "replace")
-        raise SampleError("broken_json", explain("a line lacks its keys", where, seen, _LINE_EXPECTED))
-    return cast(Region, record)
 
 
 def _fits(mask: np.ndarray, size: tuple[int, int]) -> bool:

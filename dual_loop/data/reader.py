@@ -53,6 +53,10 @@ class Reader:
     """``data.exif``: whether a photograph whose masks fit either way is turned as its EXIF orientation says."""
     vanishes: Callable[[np.ndarray], bool] | None = None
     """Whether nothing of a mask (H, W) is left in what the model learns from; training sets it."""
+    has_class_names = False
+    """Whether the classes of regions are known by name, for ``class_captions``."""
+    contents = ""
+    """What is there, in words, where the index knows it: images, regions, captions."""
     left_out: Mapping[str, int] = {}
     """What the files hold or name that is no entry, in words, and how many of each; 0 is not shown."""
     _names: Sequence[StringTable] = ()
@@ -177,7 +181,7 @@ class Reader:
             broken = [region for region in passed if region.reason != "empty_mask"]
             expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
             fix = f"widen the limits of {self.name}, or let the sample be skipped"
-            seen = f"{count} masks, {len(broken)} of them unusable, the others outside the limits"
+            seen = f"{count} masks, {len(broken)} of them unusable, {count - len(broken)} outside the limits"
             seen += f" (the first: {broken[0].message})" if broken else ""
             reason = broken[0].reason if broken and len(broken) == count else "no_region_left"
             raise SampleError(reason, explain("no region of an image is left", where, seen, expected, fix))

@@ -7,8 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset_builder import SETTING_PREFIX, given_roots, left_out_of, missing_roots, open_source
+from dual_loop.data.dataset_builder import (
+    SETTING_PREFIX,
+    check_costs,
+    given_roots,
+    left_out_of,
+    missing_roots,
+    open_source,
+)
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
+from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
@@ -17,6 +25,9 @@ from dual_loop.iteration import evenly_spread
 from dual_loop.model.build import geometry
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.types import Batch, RegionSample
+
+ALL = 1 << 20
+"""More regions than an image has: all are read."""
 
 DECODED = 8
 LOOKED_AT = 20_000
@@ -113,11 +124,16 @@ def read_source(source: Reader, count: int | None, sizes: Geometry, seed: int = 
 def check_sources(sources: Sequence[Reader], count: int | None, config: Config) -> Iterator[Finding]:
     """Read ``count`` entries of each source (None: all) and say how it did."""
     for source in sources:
+        if source.contents:
+            yield Finding(OK, "data", f"{source.name}: {source.contents}")
+        if source.name not in ("sav", "sa1b"):  # of these, all regions of an image take seconds
+            source.regions_per_image = ALL
         report = read_source(source, count, geometry(config), config.train.seed)
         yield from findings_of(report, config.data.max_bad_fraction)
         yield from expected_counts(source)
         for name, text in left_out_of([source]):
-            yield Finding(WARNING, "data", f"{name}: left out {text}", "download what is missing, or train without")
+            yield Finding(WARNING, "data", f"{name}: left out {text}", "add or mend what is missing, or train without")
+    yield from (Finding(NOTE, "data", text) for text in check_costs())
 
 
 def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Finding]:
@@ -130,9 +146,10 @@ def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Findi
         reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons.most_common())
         level = PROBLEM if bad > max_bad_fraction * report.read else WARNING
         yield Finding(level, "data", f"{text} ({reasons})", "mend these files, or raise data.max_bad_fraction")
+    regions = report.passed_over.total() + sum(report.regions)
     if report.passed_over:
         reasons = ", ".join(f"{reason} {count}" for reason, count in report.passed_over.most_common())
-        text = f"{report.name}: {report.passed_over.total()} drawn regions of good images are passed over ({reasons})"
+        text = f"{report.name}: {report.passed_over.total():,} of {regions:,} regions read cannot be used ({reasons})"
         yield Finding(WARNING, "data", text, "mend them, or leave it: the images are used all the same")
     for reason, message in report.messages.items():
         yield Finding(NOTE, "data", f"first {reason}: {message}")
@@ -176,10 +193,12 @@ def check_leakage(sources: Sequence[Reader], data: DataConfig, *, by_sight: bool
     return findings, leaks
 
 
-def check_captions(config: Config) -> Iterator[Finding]:
-    """Look for captions where a reward, or the anchor of the language, needs them."""
+def check_captions(config: Config, sources: Sequence[Reader] = ()) -> Iterator[Finding]:
+    """Look for captions where a reward, or the anchor of the language, needs them; ``sources`` that were opened."""
     data = config.data
-    has_captions = data.refcoco_dir is not None or data.masks_dir is not None
+    captioned = [one.num_captioned for one in sources if isinstance(one, MasksDir)]
+    has_captions = data.refcoco_dir is not None or (any(captioned) if captioned else data.masks_dir is not None)
+    has_captions = has_captions or (data.class_captions == "reference" and any(one.has_class_names for one in sources))
     if config.reward.caption_weight > 0 and not has_captions:
         fix = "give --refcoco_dir or captioned --masks_dir, or set --caption_reward_weight 0"
         yield Finding(PROBLEM, "captions", "the caption reward is on and no data set has captions", fix)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from dual_loop.data.images import to_rgb
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.errors import SampleError, explain
@@ -248,7 +249,7 @@ def to_array(image: ImageLike) -> np.ndarray:
         SampleError: an array of another shape or dtype.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return to_rgb(ImageOps.exif_transpose(image), "image")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         seen = f"{image.shape} {image.dtype}"
         raise SampleError("not_an_image", explain("not an RGB image", "image", seen, "(H, W, 3) uint8"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from PIL import Image
 from dual_loop.config import DataConfig
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_sources
+from dual_loop.data.index import CHECKED
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.errors import ConfigError, SampleError
+from dual_loop.types import RegionSample
 
 HEIGHT, WIDTH = 30, 40
 
@@ -148,7 +152,7 @@ def test_coco_json(tmp_path: Path) -> None:
     found = open_all(root)
     assert np.array_equal(found["a"]["2"][0], RIGHT)
     assert found["a"]["1"][1] == ("left",)
-    del tree["images"][0]["height"]
+    del tree["images"]
     (root / "annotations.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match="not a COCO file"):
         open_all(root)
@@ -225,3 +229,271 @@ def test_the_builder_opens_a_folder_or_a_file(png_root: Path) -> None:
     assert (source.name, len(source)) == ("masks", 2)
     with pytest.raises(ConfigError, match="no such folder"):
         build_sources(DataConfig(masks_dir=str(png_root / "nothing"), index_dir=index))
+
+
+# --- half-broken folders and lists: what is there is read, what is not is counted -------------------------------------
+
+BOX = [[2, 2, 18, 2, 18, 20, 2, 20]]
+OTHER = [[22, 5, 38, 5, 38, 28, 22, 28]]
+
+
+def coco(root: Path, annotations: list[dict[str, Any]], encoding: str = "utf-8", **image: Any) -> Path:
+    """Write one image ``a.jpg`` (id 3) and ``annotations`` of it, which get ids."""
+    save_image(root / "images/a.jpg")
+    own = [{"id": number, "image_id": 3, **annotation} for number, annotation in enumerate(annotations)]
+    images = [{"id": 3, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH, **image}]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    text = json.dumps({"images": images, "annotations": own, "categories": categories})
+    (root / "annotations.json").write_text(text, encoding=encoding)
+    return root
+
+
+def read_all(root: Path, **options: Any) -> tuple[MasksDir, RegionSample]:
+    source = MasksDir(root, index_dir=root.parent / "index", regions_per_image=99, **options)
+    return source, source.load(0, np.random.default_rng(0))
+
+
+def areas_of(sample: RegionSample) -> dict[str, int]:
+    return dict(zip(sample.region_ids, (int(mask.sum()) for mask in sample.masks), strict=True))
+
+
+GOOD = int(LEFT.sum())
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([], "bad_polygon"),
+        ([[]], "bad_polygon"),
+        ([[5.0, 5.0, 9.0, 9.0]], "bad_polygon"),
+        ([5.0, 5.0, 9.0, 9.0], "bad_polygon"),
+        (None, "bad_polygon"),
+        ([[0.1, 0.1, 0.4, 0.1, 0.4, 0.6]], "bad_polygon"),
+        ([[20, 20, float("nan"), 20, 8, 8]], "bad_polygon"),
+        ([[20, 20, 30, 20, 25, 20]], "empty_mask"),
+        ([[50, 5, 60, 5, 60, 9]], "empty_mask"),
+        ({"size": [WIDTH, HEIGHT], "counts": [0, WIDTH * HEIGHT]}, "size_mismatch"),
+        ({"size": [HEIGHT, WIDTH], "counts": "abc"}, "broken_rle"),
+    ],
+)
+def test_one_bad_region_is_one_bad_region(tmp_path: Path, segmentation: object, reason: str) -> None:
+    root = coco(tmp_path / "mine", [{"segmentation": BOX}, {"segmentation": segmentation}, {"segmentation": OTHER}])
+    _, sample = read_all(root)
+    assert sorted(sample.region_ids) == ["0", "2"]
+    assert [(one.region_id, one.reason) for one in sample.passed_over] == [("1", reason)]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        BOX[0],
+        [BOX[0], [5.0, 5.0, 9.0, 9.0], []],
+        [[[2, 2], [18, 2], [18, 20], [2, 20]]],
+        [[2, 2], [18, 2], [18, 20], [2, 20]],
+    ],
+)
+def test_polygons_as_tools_write_them(tmp_path: Path, segmentation: object) -> None:
+    _, sample = read_all(coco(tmp_path / "mine", [{"segmentation": segmentation}]))
+    assert areas_of(sample) == {"0": GOOD}
+
+
+@pytest.mark.parametrize("text", ["<p>a cat</p>", "the [SEG] sign", "<IMG_CONTEXT>", "<img> x", 5, ["fine", 5]])
+def test_a_caption_that_no_prompt_can_hold_is_a_bad_region(tmp_path: Path, text: object) -> None:
+    root = coco(tmp_path / "mine", [{"segmentation": BOX, "caption": text}, {"segmentation": OTHER, "captions": None}])
+    _, sample = read_all(root)
+    [bad] = sample.passed_over
+    assert (bad.region_id, bad.reason) == ("0", "special_token" if isinstance(text, str) else "broken_json")
+
+
+def test_coco_lists_that_do_not_fit_together_are_counted(tmp_path: Path) -> None:
+    root = coco(tmp_path / "mine", [{"segmentation": BOX, "captions": None, "caption": "a box", "category_id": 2}])
+    tree = json.loads((root / "annotations.json").read_text())
+    tree["images"] += [
+        {"id": n, "file_name": name} for n, name in ((4, "b.jpg"), (5, "c.jpg"), (5, "d.jpg"), (6, "a.jpg"))
+    ]
+    tree["annotations"] += [
+        {"id": 7, "image_id": 99, "segmentation": BOX},
+        {"id": 8, "image_id": 5, "segmentation": BOX},
+        {"id": 9, "image_id": 3, "segmentation": BOX, "iscrowd": 1},
+        {"id": 10, "image_id": "4", "segmentation": BOX},
+        {"id": 11.0, "image_id": 3.0, "segmentation": OTHER},
+    ]
+    (root / "annotations.json").write_text(json.dumps(tree), encoding="utf-8-sig")
+    source, sample = read_all(root)
+    assert areas_of(sample) == {"0": GOOD, "11": int(RIGHT.sum())}
+    assert ("a box",) in sample.captions
+    assert len(source) == 1
+    counted = {what.split(" (")[0]: count for what, count in source.left_out.items()}
+    assert counted == {
+        "annotations of images that are not listed": 1,
+        "annotations of an image id that two images have": 1,
+        "crowds": 1,
+        "images with an id that two have": 1,
+        "images without an annotation": 1,
+        "listed images that are not there": 1,
+    }
+    assert "9" in read_all(root, crowds=True)[1].region_ids
+
+
+def test_class_names_of_categories(tmp_path: Path) -> None:
+    root = coco(tmp_path / "mine", [{"segmentation": BOX, "category_id": 1}, {"segmentation": OTHER, "caption": "x"}])
+    data = {"masks_dir": str(root), "regions_per_image": 9, "index_dir": str(tmp_path / "index")}
+    found = {}
+    for choice in ("off", "reference", "fallback"):
+        [source] = build_sources(DataConfig(**data, class_captions=choice))
+        sample = source.load(0, np.random.default_rng(0))
+        texts = dict(zip(sample.region_ids, sample.captions, strict=True))
+        found[choice] = (texts, dict(zip(sample.region_ids, sample.fallbacks, strict=False)))
+    assert found == {
+        "off": ({"0": (), "1": ("x",)}, {}),
+        "reference": ({"0": ("cat",), "1": ("x",)}, {}),
+        "fallback": ({"0": (), "1": ("x",)}, {"0": "cat", "1": None}),
+    }
+
+
+def test_sizes_come_from_the_image_where_the_list_has_none(tmp_path: Path) -> None:
+    _, sample = read_all(coco(tmp_path / "mine", [{"segmentation": BOX}], height=None, width=None))
+    assert areas_of(sample) == {"0": GOOD}
+
+
+def test_absolute_paths_are_opened_on_request(tmp_path: Path) -> None:
+    root = coco(tmp_path / "mine", [{"segmentation": BOX}], file_name=str(tmp_path / "mine/images/a.jpg"))
+    with pytest.raises(SampleError, match="--allow_absolute_paths") as caught:
+        read_all(root)
+    assert caught.value.reason == "unsafe_path"
+    _, sample = read_all(root, allow_absolute_paths=True)
+    assert areas_of(sample) == {"0": GOOD}
+
+
+def test_lists_are_found_where_tools_put_them(tmp_path: Path) -> None:
+    cvat = coco(tmp_path / "cvat", [{"segmentation": BOX}])
+    (cvat / "annotations").mkdir()
+    (cvat / "annotations.json").rename(cvat / "annotations/instances_default.json")
+    (cvat / "images/default").mkdir()
+    (cvat / "images/a.jpg").rename(cvat / "images/default/a.jpg")
+    for given in (cvat, cvat / "annotations/instances_default.json"):
+        assert areas_of(read_all(given)[1]) == {"0": GOOD}
+    splits = tmp_path / "roboflow"
+    coco(splits / "train", [{"segmentation": BOX}])
+    with pytest.raises(ConfigError, match=r"give one file.*train/annotations.json"):
+        read_all(splits)
+    panoptic = coco(tmp_path / "panoptic", [{"segments_info": []}])
+    with pytest.raises(ConfigError, match="panoptic format is not read"):
+        read_all(panoptic)
+
+
+def test_labelme_and_yolo(tmp_path: Path) -> None:
+    for folder in ("beside", "images"):
+        root = tmp_path / folder
+        save_image(root / "images/a.jpg")
+        points = [[2, 2], [18, 2], [18, 20], [2, 20]]
+        shapes = [{"label": "cat", "points": points, "shape_type": kind} for kind in ("polygon", "rectangle")]
+        place = root / ("images/a.json" if folder == "images" else "a.json")
+        place.write_text(json.dumps({"version": "5", "shapes": shapes, "imagePath": "..\\images\\a.jpg"}))
+        source, sample = read_all(root)
+        assert areas_of(sample) == {"0": GOOD}
+        assert source.left_out == {"shapes that are no polygon ('rectangle')": 1}
+        assert source.has_class_names
+    yolo = tmp_path / "yolo"
+    save_image(yolo / "images/train/a.jpg")
+    (yolo / "labels/train").mkdir(parents=True)
+    line = "1 " + " ".join(f"{x / WIDTH} {y / HEIGHT}" for x, y in ((2, 2), (18, 2), (18, 20), (2, 20)))
+    (yolo / "labels/train/a.txt").write_text(f"{line}\n0 0.5 0.5 0.1 0.1\nx\n")
+    (yolo / "labels/train/b.txt").write_text(line)
+    (yolo / "data.yaml").write_text("names: [cat, dog]\n")
+    source, sample = read_all(yolo)
+    assert areas_of(sample) == {"0": GOOD}
+    assert source._region(0)["class_name"] == "dog"
+    assert sorted(source.left_out.values()) == [1, 1, 1]
+
+
+def test_a_broken_line_is_left_out(tmp_path: Path) -> None:
+    save_image(tmp_path / "mine/images/a.jpg")
+    good = json.dumps({"image": "images/a.jpg", "segmentation": BOX})
+    (tmp_path / "mine/m.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{good}\r\n{good[:30]}\r\n{good}\r\n".encode())
+    source, sample = read_all(tmp_path / "mine")
+    assert sample.num_regions == 2
+    [(what, count)] = source.left_out.items()
+    assert (count, "line 2" in what) == (1, True)
+
+
+def test_what_has_no_partner_is_counted_and_names_are_compared_as_people_see_them(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    for name in ("caf\u00e9.JPG", "b.jpg", "lonely.png", "c.d.jpg"):
+        save_image(root / "images" / name)
+    (root / "images/x.gif").write_bytes(b"GIF89a")
+    save_mask(root / "masks/cafe\u0301.PNG", LEFT * 255)
+    save_mask(root / "masks/b_mask.png", LEFT * 255)
+    save_mask(root / "masks/b.png", LEFT * 255)
+    save_mask(root / "masks/c.d.jpg.png", LEFT * 255)
+    (root / "masks/b.svg").write_text("<svg/>")
+    captions = {"caf\u00e9": "a box", "b.png": "by its file name", "c.d.jpg": None, "nothing": "x"}
+    (root / "captions.json").write_text(json.dumps(captions), encoding="utf-8-sig")
+    found = open_all(root)
+    assert sorted(found) == ["b", "c.d", "caf\u00e9"]
+    assert found["caf\u00e9"]["caf\u00e9"][1] == ("a box",)
+    assert found["b"]["b"][1] == ("by its file name",)
+    source = MasksDir(root, index_dir=tmp_path / "index")
+    assert source.contents == "3 images, 3 regions, 2 of them with captions (mask files)"
+    assert source.left_out == {
+        "files in images/ of a format that is not read (.gif) (the first: x.gif)": 1,
+        "files in masks/ of a format that is not read (.svg) (the first: b.svg)": 1,
+        "masks without an image of their name (the first: b_mask.png)": 1,
+        "images without a mask of their name (the first: lonely.png)": 1,
+        "captions without a mask (the first: nothing)": 1,
+    }
+
+
+def test_two_images_of_one_name_own_no_mask(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png"):
+        save_image(tmp_path / "mine/images" / name)
+    save_mask(tmp_path / "mine/masks/a.png", LEFT * 255)
+    with pytest.raises(ConfigError, match="1 masks that two images could own"):
+        read_all(tmp_path / "mine")
+
+
+def test_what_is_on_disk_now_is_what_is_read(png_root: Path) -> None:
+    def overwrite(path: Path, write: Any) -> None:
+        """Write into the same file, so that its folder does not change, at a later time."""
+        folder = path.parent.stat()
+        write()
+        later = path.stat().st_mtime_ns + 10**9
+        os.utime(path, ns=(later, later))
+        os.utime(path.parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
+
+    captions = png_root / "captions.json"
+    captions.write_text(json.dumps({"one": "old"}))
+    assert open_all(png_root)["one"]["one"][1] == ("old",)
+    overwrite(captions, lambda: captions.write_text(json.dumps({"one": "new"})))
+    assert open_all(png_root)["one"]["one"][1] == ("new",)
+    path = png_root / "masks/map.png"
+    overwrite(path, lambda: save_mask(path, LEFT * 1 + RIGHT * 3, "P"))
+    assert sorted(open_all(png_root)["map"]) == ["map#1", "map#3"]
+    CHECKED.clear()
+    open_all(png_root)
+    assert CHECKED["masks"][0] >= 11
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_decides_where_the_shapes_cannot_tell(tmp_path: Path, orientation: int) -> None:
+    shown = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    shown[LEFT] = 200
+    stored = Image.fromarray(shown)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose(turns[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "mine/images").mkdir(parents=True)
+    stored.save(tmp_path / "mine/images/a.png", exif=exif)
+    save_mask(tmp_path / "mine/masks/a.png", LEFT * 255)
+    for choice in ("apply", "ignore"):
+        [source] = build_sources(
+            DataConfig(masks_dir=str(tmp_path / "mine"), index_dir=str(tmp_path / "i"), exif=choice)
+        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            sample = source.load(0, np.random.default_rng(0))
+        fits_shown = bool((sample.image[..., 0] > 100)[sample.masks[0]].all())
+        assert fits_shown == (choice == "apply" or orientation not in (2, 3, 4))
+        assert any("data.exif" in str(one.message) for one in warned) == (orientation in (2, 3, 4))
