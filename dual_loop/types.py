@@ -163,6 +163,7 @@ class Batch:
         skipped: the samples that were skipped while this batch was collected. passed_over: regions of its images.
         later_frames: of the images that are clips, in the order of the images.
         references: N tuples of all reference expressions, the chosen one among them; by default that alone.
+        no_target, undrawn_captions: of each of the B images, as those of a sample.
         fallbacks: N texts in place of ``loop.fallback_caption``, None where there is none.
     """
 
@@ -186,7 +187,12 @@ class Batch:
     references: list[tuple[str, ...]] = field(default_factory=list)
     fallbacks: list[str | None] = field(default_factory=list)
 
+    no_target: list[tuple[str, ...]] = field(default_factory=list)
+    undrawn_captions: list[tuple[str, ...]] = field(default_factory=list)
+
     def __post_init__(self) -> None:
+        self.no_target = self.no_target or [()] * len(self.sources)
+        self.undrawn_captions = self.undrawn_captions or [()] * len(self.sources)
         self.references = self.references or [() if text is None else (text,) for text in self.captions]
         self.fallbacks = self.fallbacks or [None] * len(self.captions)
 
@@ -245,6 +251,8 @@ class Batch:
             fallbacks=[self.fallbacks[region] for region in regions],
             region_names=[self.region_names[region] for region in regions],
             sources=self.sources[start:stop],
+            no_target=self.no_target[start:stop],
+            undrawn_captions=self.undrawn_captions[start:stop],
             full_masks=self.full_masks[start:stop],
             skipped=self.skipped if start == 0 else [],
             passed_over=self.passed_over if start == 0 else [],

@@ -212,6 +212,8 @@ def prepare_sample(
         fallbacks=list(sample.fallbacks),
         region_names=names,
         sources=[sample.source],
+        no_target=[sample.no_target],
+        undrawn_captions=[sample.undrawn_captions],
         passed_over=[
             SkippedSample(sample.source, sample.sample_id, one.reason, one.message, one.region_id)
             for one in sample.passed_over

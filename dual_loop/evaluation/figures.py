@@ -1,6 +1,7 @@
 """From measured regions to figures; pure, so that any number of ranks and resumes gives the same.
 
-* gIoU and cIoU: segmentation from the data set's own captions, one sample a sentence, at the original size.
+* gIoU and cIoU: segmentation from the data set's own captions, one sample a sentence, at the original size; of those
+  without a target (gRefCOCO) an empty mask has IoU 1 and any other 0.
 * cycle_gIoU: the model's own caption of the region is segmented; mean IoU against the region's mask.
 * cycle_gIoU_frozen: the same captions, segmented by the weights that training started from.
 * cycle_gIoU_independent: the same captions, segmented by weights that were trained apart.
@@ -21,7 +22,7 @@ from dual_loop.caption_metrics import distinct_ngrams
 from dual_loop.data.masks import decode_rle
 from dual_loop.evaluation.bootstrap import bootstrap_ratio, paired_bootstrap
 from dual_loop.evaluation.caption_scores import score_captions
-from dual_loop.evaluation.measure import MeasuredRegion
+from dual_loop.evaluation.measure import MeasuredRegion, SegmentedSentence
 from dual_loop.metrics import PRECISION_THRESHOLDS, iou
 
 
@@ -44,7 +45,7 @@ DataFigures = dict[str, "int | TaskFigures"]
 
 def summarise(regions: Sequence[MeasuredRegion]) -> dict[str, float]:
     """Return the figures that the head of this module explains; NaN where nothing was measured."""
-    sentences = [sentence for region in regions for sentence in region.sentences]
+    sentences = [sentence for region in regions for sentence in region.answers]
     union = sum(sentence.union for sentence in sentences)
     captions = [region.caption for region in regions]
     return {
@@ -101,19 +102,30 @@ def figures_of(regions: Sequence[MeasuredRegion], tasks: Sequence[str]) -> DataF
 
 
 def referring_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
-    """gIoU, cIoU, Pr@t over sentences; ``without_mask`` is the share of answers that asked for no mask."""
-    sentences = [sentence for region in regions for sentence in region.sentences]
-    if not sentences:
+    """gIoU, cIoU, Pr@t over sentences; ``without_mask`` is the share of answers that asked for no mask.
+
+    Where expressions have no target, as in GRES (2306.00968): gIoU and cIoU are over all, Pr@t over those with one;
+    ``N_acc`` is the share of those without that get an empty mask, ``T_acc`` of the others that do not.
+    """
+    answers = [(region.image, answer) for region in regions for answer in region.answers]
+    if not answers:
         return {"sentences": 0}
-    images = [region.image for region in regions for _ in region.sentences]
-    inner, outer = [sentence.intersection for sentence in sentences], [sentence.union for sentence in sentences]
-    ious = iou(inner, outer)
-    return {
-        "sentences": len(sentences),
-        "gIoU": _figure(ious, images),
+    images, areas = [image for image, _ in answers], [(one.intersection, one.union) for _, one in answers]
+    inner, outer = zip(*areas, strict=True)
+    shown = [(region.image, sentence) for region in regions for sentence in region.sentences]
+    own_images, found = [image for image, _ in shown], [sentence for _, sentence in shown]
+    figures: TaskFigures = {
+        "sentences": len(answers),
+        "gIoU": _figure(iou(inner, outer), images),
         "cIoU": _figure(inner, images, outer),
-        **{f"Pr@{threshold:g}": _figure(ious >= threshold, images) for threshold in PRECISION_THRESHOLDS},
-        "without_mask": _figure([sentence.num_masks == 0 for sentence in sentences], images),
+    }
+    if shown:
+        ious = iou([one.intersection for one in found], [one.union for one in found])
+        figures |= {f"Pr@{least:g}": _figure(ious >= least, own_images) for least in PRECISION_THRESHOLDS}
+        figures["without_mask"] = _figure([sentence.num_masks == 0 for sentence in found], own_images)
+    return {
+        **figures,
+        **_no_target_accuracy([(region.image, one) for region in regions for one in region.without_target], shown),
     }
 
 
@@ -168,15 +180,21 @@ def no_target_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
     asked = [(region.image, region.no_target) for region in regions if region.no_target is not None]
     if not asked:
         return {"expressions": 0}
-    found: TaskFigures = {
-        "expressions": len(asked),
-        "N_acc": _figure([one.union == 0 for _, one in asked], [image for image, _ in asked]),
-    }
     sentences = [(region.image, sentence) for region in regions for sentence in region.sentences]
-    if sentences:
-        is_given = [bool(decode_rle(sentence.mask, sentence.text).any()) for _, sentence in sentences]
-        found["T_acc"] = _figure(is_given, [image for image, _ in sentences])
-    return found
+    return {"expressions": len(asked), **_no_target_accuracy(asked, sentences)}
+
+
+def _no_target_accuracy(
+    absent: Sequence[tuple[str, SegmentedSentence]], shown: Sequence[tuple[str, SegmentedSentence]]
+) -> TaskFigures:
+    """Return N_acc and T_acc of answers with the images they are of; nothing where no expression lacks a target."""
+    figures: TaskFigures = {}
+    if absent:
+        figures["N_acc"] = _figure([one.union == 0 for _, one in absent], [image for image, _ in absent])
+    if absent and shown:
+        is_given = [bool(decode_rle(one.mask, one.text).any()) for _, one in shown]
+        figures["T_acc"] = _figure(is_given, [image for image, _ in shown])
+    return figures
 
 
 MAKERS: Mapping[str, Callable[[Sequence[MeasuredRegion]], TaskFigures]] = {

@@ -97,6 +97,8 @@ class MeasuredRegion:
         independent: what the caption led to with a listener that was trained apart.
         no_target: what an expression of another image led to; its union is the mask's area, 0 where it is right.
         sampled: what a caption led to that the model sampled of the region at temperature 1.
+        without_target: of the first region of an image, what those expressions led to of which the data set says that
+            the image shows nothing (gRefCOCO); each union is the mask's area.
         trust: ``loop.spoken.trust`` of the caption, by the model and the independent listener, where there is one; None
             where it was not asked.
         greedy: the model's own caption, where ``caption`` is a better sample.
@@ -117,12 +119,19 @@ class MeasuredRegion:
     independent: SegmentedCaption | None = None
     no_target: SegmentedSentence | None = None
     sampled: SegmentedCaption | None = None
+    without_target: list[SegmentedSentence] = field(default_factory=list)
     trust: float | None = None
     greedy: str | None = None
 
     @property
+    def answers(self) -> list[SegmentedSentence]:
+        """What all expressions led to, those without a target last."""
+        return [*self.sentences, *self.without_target]
+
+    @property
     def ious(self) -> list[float]:
-        return [float(iou(one.intersection, one.union)) for one in self.sentences]
+        """The IoU of each answer; 1 where an expression without a target got no pixel."""
+        return [float(iou(one.intersection, one.union)) for one in self.answers]
 
     @property
     def cycle_iou(self) -> float:
@@ -153,6 +162,7 @@ class MeasuredRegion:
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
         absent |= {name for name in (*OTHER_LOOPS, "no_target", "trust", "greedy") if line[name] is None}
+        absent |= set() if self.without_target else {"without_target"}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -161,9 +171,9 @@ class MeasuredRegion:
     def from_json(cls, line: Mapping[str, Any]) -> MeasuredRegion:
         """Read what :meth:`to_json` returned."""
         loops = {key: SegmentedCaption(**line[key]) for key in ("cycle", *OTHER_LOOPS) if key in line}
-        sentences = [SegmentedSentence(**one) for one in line["sentences"]]
+        lists = {k: [SegmentedSentence(**one) for one in line.get(k, [])] for k in ("sentences", "without_target")}
         empty = {"no_target": SegmentedSentence(**line["no_target"])} if "no_target" in line else {}
-        return cls(**{**line, **loops, **empty, "sentences": sentences})
+        return cls(**{**line, **loops, **empty, **lists})
 
     def flat(self) -> dict[str, object]:
         """Return the region's numbers, as ``evaluation_before.json`` and ``evaluation_after.json`` hold them."""
@@ -172,8 +182,8 @@ class MeasuredRegion:
             "image": self.image,
             "caption": self.caption,
             "exact": self.exact,
-            "intersection": [float(one.intersection) for one in self.sentences],
-            "union": [float(one.union) for one in self.sentences],
+            "intersection": [float(one.intersection) for one in self.answers],
+            "union": [float(one.union) for one in self.answers],
             "cycle_intersection": self.cycle and float(self.cycle.intersection),
             "cycle_union": self.cycle and float(self.cycle.union),
             "uniqueness": self.uniqueness,
@@ -308,14 +318,16 @@ class RegionMeter:
                 texts = [None if one.unreadable is not None else one.text for one in drawn]
                 for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
                     region.sampled = loop
-            sentences = [[self.protocol.clean(text) for text in region.references] for region in regions]
-            # Round k asks for the k-th sentence of every region that has one.
-            for number in range(max(map(len, sentences), default=0) if "referring" in self.tasks else 0):
-                texts = [own[number] if number < len(own) else None for own in sentences]
-                answers = self._segment(texts, targets, batch, seen)
-                for region, own, text, (count, mask) in zip(regions, targets, texts, answers, strict=True):
-                    if text is not None:
-                        region.sentences.append(_segmented(text, count, mask, own[region.own]))
+            nothing = [() if place else sample.no_target for sample in samples for place in range(sample.num_regions)]
+            for name, said in (("sentences", [one.references for one in regions]), ("without_target", nothing)):
+                # Round k asks for the k-th sentence of every region that has one.
+                for number in range(max(map(len, said), default=0) if "referring" in self.tasks else 0):
+                    texts = [self.protocol.clean(own[number]) if number < len(own) else None for own in said]
+                    answers = self._segment(texts, targets, batch, seen)
+                    for region, own, text, (count, mask) in zip(regions, targets, texts, answers, strict=True):
+                        if text is not None:
+                            target = own[region.own] if name == "sentences" else np.zeros_like(mask)
+                            getattr(region, name).append(_segmented(text, count, mask, target))
             if "no_target" in self.tasks:
                 texts = [text and self.protocol.clean(text) for text in texts_without_target(regions)]
                 answers = self._segment(texts, targets, batch, seen)
@@ -420,20 +432,23 @@ def compare_predictions(
     """Compare saved masks with the true ones of ``sample``, which comes from ``data``; a missing mask is empty.
 
     Args:
-        predictions: by region name, the masks in the order of the expressions.
+        predictions: by region name, the masks in the order of the expressions; behind those of an image's first region
+            come those of the expressions without a target.
 
     Raises:
         SampleError: a run-length code is broken or of another size.
     """
     regions = blank_regions(sample, data)
-    for region, target in zip(regions, sample.segmentation_masks, strict=True):
+    for region, own in zip(regions, sample.segmentation_masks, strict=True):
         saved = predictions.get(region.name, ())
-        for number, text in enumerate(region.references):
+        asked = [(text, own, region.sentences) for text in region.references]
+        asked += [(text, np.zeros_like(own), region.without_target) for text in sample.no_target if region.own == 0]
+        for number, (text, target, answers) in enumerate(asked):
             mask = decode_rle(saved[number], region.name) if number < len(saved) else np.zeros(target.shape, bool)
             if mask.shape != target.shape:
                 what = "a saved mask has another size than its image"
                 raise SampleError("size_mismatch", explain(what, region.name, mask.shape, target.shape))
-            region.sentences.append(_segmented(text, int(number < len(saved)), mask, target))
+            answers.append(_segmented(text, int(number < len(saved)), mask, target))
     return regions
 
 

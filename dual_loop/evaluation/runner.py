@@ -168,7 +168,8 @@ def read_predictions(path: Path) -> dict[str, list[Rle]]:
         for number, line in enumerate(read_lines(stream), start=1):
             try:
                 region = parse_json(line)
-                masks[region["name"]] = [sentence["mask"] for sentence in region.get("sentences", [])]
+                answers = [*region.get("sentences", []), *region.get("without_target", [])]
+                masks[region["name"]] = [answer["mask"] for answer in answers]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 where = f"{path}, line {number}"
                 raise ConfigError(explain("not a record of a region", where, shorten(line), '{"name": ...}')) from error

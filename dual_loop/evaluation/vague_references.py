@@ -55,7 +55,7 @@ def heard_regions(measured: Iterable[MeasuredRegion]) -> list[HeardRegion]:
     """Return what the regions with references show; they were measured with the tasks ``referring`` and ``loop``."""
     heard = []
     for region in measured:
-        pairs = zip(region.references, region.ious, strict=True)
+        pairs = zip(region.references, region.ious, strict=False)
         vague = [iou for text, iou in pairs if len(text.split()) < len(region.caption.split())]
         if region.references:
             heard.append(HeardRegion(region.image, sum(vague) / len(vague) if vague else None, region.cycle_iou))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -61,6 +62,30 @@ def test_accuracy_without_a_target() -> None:
     assert "T_acc" not in no_target_figures([one("a", 0)])
     assert no_target_figures(regions[-1:]) == {"expressions": 0}
     assert "N_acc" in markdown_table({"val": figures_of(regions, ["no_target"])})
+
+
+def test_figures_of_several_targets_and_none_are_those_of_gres() -> None:
+    """By hand: IoU 1/2 and 0 of two expressions with a target, 1 and 0 of two without."""
+    some, nothing = encode_rle(square((0, 0, 2, 2))), encode_rle(square())
+    shown = [SegmentedSentence("both", 1, 4, 8, some), SegmentedSentence("the bar", 0, 0, 6, nothing)]
+    absent = [SegmentedSentence("a zebra", 1, 0, 0, nothing), SegmentedSentence("a bus", 1, 0, 10, some)]
+    regions = [MeasuredRegion("a#0", "a", sentences=shown, without_target=absent), MeasuredRegion("a#1", "a", own=1)]
+    figures = referring_figures(regions)
+    values = {name: figure["value"] for name, figure in figures.items() if isinstance(figure, dict)}
+    expected = {"gIoU": 1.5 / 4, "cIoU": 4 / 24, "Pr@0.5": 0.5, "without_mask": 0.5, "N_acc": 0.5, "T_acc": 0.5}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert figures["sentences"] == 4
+    again = [MeasuredRegion.from_json(json.loads(json.dumps(region.to_json()))) for region in regions]
+    assert referring_figures(again) == figures
+    flat = [MeasuredRegion.from_flat({**region.flat(), "cycle_intersection": 0, "cycle_union": 1}) for region in again]
+    for region in regions:
+        region.cycle = SegmentedCaption(0, 1)
+    for name in ("gIoU", "cIoU"):
+        assert summarise(flat)[name] == summarise(regions)[name] == pytest.approx(expected[name])
+    alone = referring_figures([MeasuredRegion("a#0", "a", without_target=absent)])
+    assert (alone["gIoU"]["value"], alone["N_acc"]["value"]) == (0.5, 0.5)
+    assert not {"T_acc", "Pr@0.5"} & alone.keys()
+    assert "N_acc" not in referring_figures([MeasuredRegion("a#0", "a", sentences=shown)])
 
 
 def test_loop_figures() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -125,6 +126,27 @@ def test_what_is_not_there_is_asked_of_every_region_with_an_expression() -> None
     again = [MeasuredRegion.from_json(json.loads(json.dumps(region.to_json()))) for region in regions]
     assert [region.no_target for region in again] == [region.no_target for region in regions]
     assert [region.no_target for region in meter.measure(samples, "val")] == [region.no_target for region in regions]
+
+
+@pytest.mark.usefixtures("precision")
+def test_expressions_without_a_target_are_asked_of_their_own_image() -> None:
+    model, prompter, config = small_model()
+    first, second = scene_samples(2)
+    samples = [replace(first, no_target=("a pink zebra", "the bus")), second]
+    plain = RegionMeter(model, prompter, config, tasks=("referring",)).measure([first, second], "val")
+    regions = RegionMeter(model, prompter, config, tasks=("referring",)).measure(samples, "val")
+    assert [one.sentences for one in regions] == [one.sentences for one in plain]
+    texts = [[answer.text for answer in one.without_target] for one in regions]
+    assert texts == [["a pink zebra", "the bus"]] + [[]] * (len(regions) - 1)
+    for answer in regions[0].without_target:
+        assert (answer.intersection, answer.union) == (0, decode_rle(answer.mask, "x").sum())
+    saved = {one.name: [answer.mask for answer in one.answers] for one in regions}
+    assert [one.answers for one in compare_predictions(samples[0], "val", saved)] == [
+        [replace(answer, num_masks=1) for answer in one.answers] for one in regions[: first.num_regions]
+    ]
+    figures = referring_figures(regions)
+    assert figures["sentences"] == len(plain) + 2
+    assert figures["N_acc"]["value"] in (0, 0.5, 1)
 
 
 @pytest.mark.usefixtures("precision")

@@ -1,4 +1,4 @@
-"""No target: a caption of another image is to give an empty mask, which captions of the own image never teach."""
+"""No target: what the image does not show is to give an empty mask, which captions of the image never teach."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from dual_loop.types import LossTerm, PackedBatch, RankComm, RegionTurn, Segment
 
 
 class NoTarget(Signal):
-    """Asks once of each image for what a data set's caption of another image of the step describes; no pixel is right.
+    """Asks once of each image for what it does not show; no pixel is right.
 
-    The text must not be one that may hold where a caption of the image does (``caption_metrics.may_hold``). What an
-    image shows besides its captions is not known, so a few of these targets are wrong. Question and answer are those of
+    That is an expression of which the data set says so (gRefCOCO), else a data set's caption of another image of the
+    step. This must not be one that may hold where a caption of the image does (``caption_metrics.may_hold``), be that
+    drawn or not. What an image shows besides is not known, so a few of these targets are wrong. Question and answer are
+    those of
     step 2: others would give away that nothing is there. No language loss falls on them.
     """
 
@@ -45,9 +47,11 @@ class NoTarget(Signal):
         owners, seeds = micro.batch.region_image.tolist(), micro.batch.region_seeds.tolist()
         turns = []
         for image in range(micro.batch.num_images):
-            known = [one.text for one, owner in zip(micro.captions, owners, strict=True) if owner == image]
-            region = owners.index(image)
-            if others := [text for text in offered if not may_hold(text, known)]:
+            region, known = owners.index(image), [*micro.batch.undrawn_captions[image]]
+            for one, texts, owner in zip(micro.captions, micro.batch.references, owners, strict=True):
+                known += [one.text, *texts] if owner == image else []
+            own = micro.batch.no_target[image]
+            if others := own or [text for text in offered if not may_hold(text, known)]:
                 text, place = (
                     others[seeds[region] % len(others)],
                     (self.loop.segment_question, self.loop.segment_answer),

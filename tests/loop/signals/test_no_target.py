@@ -48,6 +48,30 @@ def test_each_image_is_asked_for_a_caption_that_does_not_hold_there() -> None:
     assert len(set(asked(task, window[0]) + asked(task, window[1]))) > 1
 
 
+def test_what_the_data_set_says_is_not_there_is_asked_first() -> None:
+    _, task = build(setting(loss=ON))
+    samples = scene_samples(3)
+    samples[1] = dataclasses.replace(samples[1], no_target=("a pink zebra", "a bus"))
+    [packed] = task.prepare([small_batch(setting(), samples)])
+    first, second, third = asked(task, packed)
+    assert second in ("a pink zebra", "a bus")
+    assert not {first, third} & {"a pink zebra", "a bus"}
+    one, two = packed.batch.images(1, 2), packed.batch.images(2, 3)
+    assert (one.no_target, two.no_target) == ([("a pink zebra", "a bus")], [()])
+
+
+@pytest.mark.parametrize("known", ["nowhere", "undrawn", "reference"])
+def test_all_that_is_said_of_an_image_is_known(known: str) -> None:
+    _, task = build(setting(loss=ON))
+    first, second = scene_samples(2, captions=False)
+    first = dataclasses.replace(first, captions=(("the red flag",), *first.captions[1:]))
+    second = dataclasses.replace(second, undrawn_captions=("the red flag",) if known == "undrawn" else ())
+    batch = small_batch(setting(), [first, second])
+    batch.references[-1] = ("the red flag",) if known == "reference" else ()
+    [packed] = task.prepare([batch])
+    assert asked(task, packed) == (["the red flag"] if known == "nowhere" else [])
+
+
 def test_the_loss_is_that_of_an_empty_mask_and_comes_back_at_its_place() -> None:
     model, task = build(setting(loss=ON))
     (packed,) = task.prepare([small_batch(setting(), scene_samples(3))])
