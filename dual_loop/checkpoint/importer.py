@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dual_loop.checkpoint.finite import find_not_finite
 from dual_loop.checkpoint.key_rules import (
     Layout,
     Part,
@@ -32,7 +33,7 @@ from dual_loop.checkpoint.key_rules import (
 from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, open_parts
 from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
 from dual_loop.config import Config
-from dual_loop.errors import CheckpointError, explain
+from dual_loop.errors import CheckpointError, explain, listed
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import TINY_WEIGHTS, build_model, build_tokenizer
 from dual_loop.model.prompts import NEW_TOKENS
@@ -170,6 +171,13 @@ class _Source:
             hint = " (another rank? see --lora_r)"
         self.problems.append(f"{name}: shape {shape} in the file, {tuple(expected)} in the model{hint}")
 
+    def read(self, broken: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what has a place, by name; names of tensors that are not finite are put into ``broken``."""
+        for name, tensor in self.checkpoint.read():
+            if self.places[name]:
+                broken.extend(find_not_finite(tensor, name))
+                yield name, tensor
+
     def report(self, hash_files: bool) -> SourceReport:
         infos = self.checkpoint.tensors.values()
         dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
@@ -262,7 +270,8 @@ def load_weights(
 
     Raises:
         CheckpointError: a path cannot be read; an unknown, doubled or missing key; a shape that differs; a vocabulary
-            that does not fit the tokenizer; an architecture that is not supported. All problems are listed.
+            that does not fit the tokenizer; an architecture that is not supported. All problems are listed. Or values
+            that are not finite, by the names of their tensors; the model cannot be used then.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     own: Mapping[str, Tensor] = model.state_dict()
@@ -277,14 +286,16 @@ def load_weights(
     # Rows that no source fills are those of the new tokens, over a base model.
     num_rows, given = len(own[TABLES[0]]), max(source.vocabulary for source in sources)
     num_new = num_rows - given if given else 0
+    broken: list[str] = []
     with torch.no_grad():
         for source in sources:
-            for name, tensor in source.checkpoint.read():
+            for name, tensor in source.read(broken):
                 for placement in source.places[name]:
                     target = rows(own[placement.target], placement.target_part)
                     values = rows(tensor, placement.source_part)
                     is_shorter = num_new and placement.target in TABLES and len(values) < len(target)
                     (target[: len(values)] if is_shorter else target).copy_(values)
+        _refuse_not_finite(broken, paths)
         if num_new:
             _draw_rows(own, num_new)
         if model.new_token_rows is not None and not any(target.startswith(NEW_ROWS) for target in filled):
@@ -318,8 +329,9 @@ def read_trained(
     needed = [name for name in values if has_lora or not any(part in name for part in LORA)]
     problems += [f"missing {name}" for name in needed if name not in brought]
     different: dict[tuple[str, Part | None], None] = {}
+    broken: list[str] = []
     for source in () if problems else sources:
-        for name, tensor in source.checkpoint.read():
+        for name, tensor in source.read(broken):
             for placement in source.places[name]:
                 target = rows(values.get(placement.target, own[placement.target]), placement.target_part)
                 read = rows(tensor, placement.source_part)
@@ -331,6 +343,7 @@ def read_trained(
                     different.pop(slot, None)  # a later source wins
                 else:
                     different[slot] = None
+    _refuse_not_finite(broken, paths)
     problems += [f"{name} is frozen here and differs" for name, _ in different]
     if problems:
         fix = (
@@ -412,6 +425,13 @@ def _refusal(problems: Sequence[str], paths: Sequence[str | Path], other_fix: st
         fix += "; --allow_missing PATTERN leaves named tensors at their initial values"
     what = f"weights do not fit the model, {len(problems)} problem(s):\n  {shown}\n"
     return explain(what, ", ".join(str(path) for path in paths), fix=other_fix or fix)
+
+
+def _refuse_not_finite(names: Sequence[str], paths: Sequence[str | Path]) -> None:
+    if names:
+        what, where = f"{len(names)} tensors of the weights are not finite", ", ".join(map(str, paths))
+        fix = "take weights from before training diverged, or copy the file again"
+        raise CheckpointError(explain(what, where, listed(names), "finite numbers", fix))
 
 
 def _draw_rows(own: Mapping[str, Tensor], count: int) -> None:

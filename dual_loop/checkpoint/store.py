@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dual_loop.checkpoint.finite import find_not_finite
 from dual_loop.checkpoint.manifest import (
     EMA_NAME,
     MODEL_NAME,
@@ -51,7 +52,7 @@ from dual_loop.checkpoint.manifest import (
     write_manifest,
     write_text,
 )
-from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain, listed
 
 Plain: TypeAlias = dict[str, Any]
 """Tensors (not in JSON), numbers, strings, None, and lists, tuples (not in JSON) and dicts of these: what comes back
@@ -112,12 +113,13 @@ def save_run_checkpoint(
         barrier: returns when every rank has called it.
         keep: number of whole checkpoints to keep, at least 1. Those of later steps than ``step`` (an abandoned
             course, when the run was resumed from an earlier one) are neither counted nor removed, but warned about.
+            Symbolic links in the folder, and what they point to there, stay.
 
     Returns:
         The folder of the checkpoint, whole when this returns on any rank.
 
     Raises:
-        CheckpointError: a value could not be read back, or a rank's file is missing.
+        CheckpointError: a value could not be read back or is not finite, or a rank's file is missing.
         EnvironmentProblem: the disk has too little free space or refuses to write.
         ValueError: ``keep``, ``step`` or ``rank`` is out of range.
     """
@@ -131,6 +133,10 @@ def save_run_checkpoint(
     if rank == 0:
         _check_plain(optimizer_state, "optimizer_state")
         _check_plain(state, "state", for_json=True)
+        parts = {"model_tensors": model_tensors, "ema_tensors": ema_tensors, "state": state}
+        parts["optimizer_state"] = optimizer_state
+        fix = "resume from the newest whole checkpoint with a lower --learning_rate"
+        _refuse_not_finite(parts, f"step {step}", f"{fix}, or with --mixed_precision no")
         num_bytes = _count_bytes([model_tensors, ema_tensors, optimizer_state]) + len(json.dumps(state))
         with _disk_errors_explained(temporary):
             _prepare_folder(folder, temporary, num_bytes + world_size * _count_bytes(rng_states))
@@ -166,6 +172,23 @@ def find_latest(root: str | Path) -> Path | None:
     return whole[-1][1] if whole else None
 
 
+def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint of the highest step below ``root`` whose files all have their hashes, None without any.
+
+    With it come the reasons why each newer one, the newest first, was passed over.
+    """
+    passed_over = []
+    for _, path in reversed(_list_steps(Path(root) / CHECKPOINT_DIR)):
+        try:
+            for name, entry in read_manifest(path).files.items():
+                entry.verify(path / name)
+        except (CheckpointError, OSError) as error:
+            passed_over.append(f"{path.name}: {error}")
+        else:
+            return path, passed_over
+    return None, passed_over
+
+
 def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) -> RunCheckpoint:
     """Read and verify the checkpoint folder ``path`` (as :func:`find_latest` returns it) for one rank.
 
@@ -174,7 +197,7 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) ->
 
     Raises:
         CheckpointError: the folder is missing, half-written or of another format, a file is missing or differs from
-            its SHA-256 (the message names the file), or holds anything but tensors and plain values.
+            its SHA-256 (the message names the file), or holds anything but tensors and plain values, all finite.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -185,11 +208,17 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) ->
     for name, entry in manifest.files.items():
         if not name.startswith("rng_") or (fits and name == rng_name(rank)):
             entry.verify(path / name)
+    parts = {
+        MODEL_NAME: _load_tensors(path / MODEL_NAME),
+        EMA_NAME: _load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
+        OPTIMIZER_NAME: _load_plain(path / OPTIMIZER_NAME),
+    }
+    _refuse_not_finite(parts, str(path), "take an earlier checkpoint, by its path")
     return RunCheckpoint(
         step=manifest.step,
-        model_tensors=_load_tensors(path / MODEL_NAME),
-        ema_tensors=_load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
-        optimizer_state=_load_plain(path / OPTIMIZER_NAME),
+        model_tensors=parts[MODEL_NAME] or {},
+        ema_tensors=parts[EMA_NAME],
+        optimizer_state=parts[OPTIMIZER_NAME] or {},
         state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
         rng_states=_load_plain(path / rng_name(rank)) if fits else None,
     )
@@ -266,7 +295,9 @@ def _publish(temporary: Path, final: Path) -> None:
         os.rename(final, replaced)
     os.rename(temporary, final)
     sync_to_disk(final.parent)
-    if replaced.exists():
+    if replaced.is_symlink():
+        replaced.unlink()
+    elif replaced.exists():
         _remove_folder(replaced)
 
 
@@ -280,8 +311,12 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
             "the latest of them is what automatic resuming takes, so move them away if they are not wanted",
             stacklevel=3,
         )
-    for path in [path for number, path in whole if number <= step][:-keep]:
-        _remove_folder(path)
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    linked = {path.resolve() for path in links}
+    own = [path for number, path in whole if number <= step and path not in links]
+    for path in own[:-keep]:
+        if path.resolve() not in linked:
+            _remove_folder(path)
 
 
 def _remove_folder(path: Path) -> None:
@@ -291,21 +326,25 @@ def _remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _list_whole(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of the whole checkpoints in ``folder``, by step; a replaced one before its successor."""
-    found = []
+def _list_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the checkpoints in ``folder``, by step; a replaced one before its successor."""
     # ".replaced-" sorts before "step_".
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _STEP_PATTERN.fullmatch(path.name)
-        if match is None or not path.is_dir():
-            continue
+    paths = sorted(folder.iterdir()) if folder.is_dir() else ()
+    found = [(int(match[1]), path) for path in paths if (match := _STEP_PATTERN.fullmatch(path.name))]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _list_whole(folder: Path) -> list[tuple[int, Path]]:
+    """Return those of :func:`_list_steps` whose files are all there, with their sizes."""
+    found = []
+    for step, path in _list_steps(folder):
         try:
             entries = read_manifest(path).files.items()
         except CheckpointError:
             continue
         if all((path / name).is_file() and (path / name).stat().st_size == entry.bytes for name, entry in entries):
-            found.append((int(match[1]), path))
-    return sorted(found, key=lambda item: item[0])
+            found.append((step, path))
+    return found
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -369,6 +408,13 @@ def _check_plain(value: Any, where: str, for_json: bool = False) -> None:
         allowed = "JSON values (lists, not tuples)" if for_json else "tensors, numbers, strings, lists, tuples, dicts"
         seen = f"{kind.__module__}.{kind.__qualname__}"
         raise CheckpointError(explain("a value cannot be saved", where, seen, allowed, "convert it first"))
+
+
+def _refuse_not_finite(parts: Mapping[str, Any], where: str, fix: str) -> None:
+    found = [name for part, value in parts.items() for name in find_not_finite(value, part)]
+    if found:
+        what, expected = f"{len(found)} tensors or numbers of a checkpoint are not finite", "finite numbers"
+        raise CheckpointError(explain(what, where, listed(found), expected, fix))
 
 
 def _count_bytes(value: object) -> int:

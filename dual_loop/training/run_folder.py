@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -25,14 +26,15 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from dual_loop.checkpoint.manifest import write_text
-from dual_loop.checkpoint.store import CHECKPOINT_DIR, find_latest
+from dual_loop.checkpoint.manifest import MANIFEST_NAME, write_text
+from dual_loop.checkpoint.store import CHECKPOINT_DIR, newest_whole
 from dual_loop.data.index_file import replacing
-from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain
+from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain, shorten
 from dual_loop.model.shards import place_like
 
 PACKAGES = ("dual-loop", "torch", "transformers", "peft", "accelerate", "mmengine", "numpy", "pillow", "safetensors")
 RUN_MARKS = ("metrics.jsonl", "checkpoints")
+logger = logging.getLogger(__name__)
 
 
 class Versions(TypedDict):
@@ -102,22 +104,29 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
     """Return the checkpoint that ``--resume`` means, None for a fresh start.
 
     Args:
-        resume: None, ``"auto"`` (the newest whole one in ``output_dir``, None if there is none), or a path of a
-            checkpoint or of a run folder.
+        resume: None, ``"auto"`` (the newest whole one in ``output_dir``, None if no run left anything there), or a path
+            of a checkpoint or of a run folder. Whole means that every file has its hash; newer ones that are passed
+            over are warned about.
 
     Raises:
-        CheckpointError: a path was given and no whole checkpoint is there.
+        CheckpointError: a path was given, or ``output_dir`` holds records or checkpoints, and none is whole.
     """
     if resume is None:
         return None
-    if resume == "auto":
-        return find_latest(output_dir)
-    path = Path(resume)
-    found = path if (path / "manifest.json").is_file() else find_latest(path)
+    path = Path(output_dir if resume == "auto" else resume)
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    found, passed_over = newest_whole(path)
+    if found is None and resume == "auto" and not passed_over and not (path / "metrics.jsonl").exists():
+        return None
+    reasons = "".join(f"\n  {reason}" for reason in passed_over)
     if found is None:
+        what, seen = "no whole checkpoint to resume from", reasons or "no checkpoint"
         expected = "a folder step_* with a manifest, or a run folder that has one"
-        fix = "check the path, or use --resume auto to start afresh where there is none"
-        raise CheckpointError(explain("no whole checkpoint to resume from", resume, expected=expected, fix=fix))
+        fix = "check the path, or start afresh with another --output_dir"
+        raise CheckpointError(explain(what, str(path), seen, expected, fix))
+    if passed_over:
+        logger.warning("%s: taking %s, newer checkpoints are not whole:%s", path, found.name, reasons)
     return found
 
 
@@ -180,23 +189,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 def truncate_metrics(path: Path, step: int) -> None:
     """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
 
-    A last line that a killed process left unfinished is dropped as well.
+    A last line that a killed process left unfinished, also within a character, is dropped as well.
 
     Raises:
         CheckpointError: a line in the middle is no record.
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     kept = []
     for number, line in enumerate(lines):
         try:
             if int(json.loads(line)["step"]) <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines) - 1:
                 raise CheckpointError(
-                    explain("a record cannot be read", f"{path}, line {number + 1}", line[:80], "a JSON record")
+                    explain("a record cannot be read", f"{path}, line {number + 1}", shorten(line), "a JSON record")
                 ) from error
     replace_text(path, "".join(kept))
 

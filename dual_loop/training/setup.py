@@ -41,12 +41,16 @@ from dual_loop.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run computes and what it writes to; ``config`` as it was written to the run folder."""
+    """Where a run computes and what it writes to; ``config`` as it was written to the run folder.
+
+    ``checkpoint`` is what the run goes on from, None for a fresh start.
+    """
 
     config: Config
     accelerator: Accelerator
     folder: RunFolder
     report: Reporter
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,11 @@ def start(config: Config, accelerator: Accelerator) -> Start:
     Raises:
         ConfigError: the ranks differ in a setting, a package or the weights; or the folder holds another run.
     """
+    report = Reporter(accelerator.is_main_process)
+    report.set_up_logging()
     checkpoint = find_checkpoint(config.train.resume, config.train.output_dir)
     ranks.compare({**describe_start(config), "checkpoint": checkpoint})
     config = share_out_batch(config, accelerator.num_processes)
-    report = Reporter(accelerator.is_main_process)
-    report.set_up_logging()
     folder, is_resuming = (
         RunFolder(config.train.output_dir, accelerator.is_main_process),
         config.train.resume is not None,
@@ -114,7 +118,7 @@ def start(config: Config, accelerator: Accelerator) -> Start:
     }
     folder.create(config.to_dict(), machine, is_resuming)
     accelerator.wait_for_everyone()
-    return Start(config, accelerator, folder, report)
+    return Start(config, accelerator, folder, report, checkpoint)
 
 
 def describe_start(config: Config) -> dict[str, object]:
@@ -222,7 +226,7 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, placed.gathered)
     # From here on ranks draw differently (dropout); everything before had to be the same on all.
     torch.manual_seed(config.train.seed + accelerator.process_index)
-    trainer.restore()
+    trainer.restore(run.checkpoint)
     layers = decide_by_memory(placed.memory, accelerator, trainer.optimizer)
     trainer.images_at_once = layers.images
     run.report(layers.line())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -356,13 +357,13 @@ class Trainer:
         self._saved = (step, str(path))
         return str(path)
 
-    def restore(self) -> bool:
-        """Continue from the checkpoint that ``train.resume`` means; return whether there was one.
+    def restore(self, path: Path | None = None) -> bool:
+        """Continue from the checkpoint ``path``, by default what ``train.resume`` means; return whether there was one.
 
         Raises:
             CheckpointError: it does not fit this run.
         """
-        path = find_checkpoint(self.config.train.resume, self.folder.path)
+        path = path or find_checkpoint(self.config.train.resume, self.folder.path)
         if path is None:
             return False
         saved = load_run_checkpoint(path, self.accelerator.process_index, self.accelerator.num_processes)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dual_loop.checkpoint.importer import brings_new_tokens, load_weights, tokenizer_folder, weights_sources
+from dual_loop.checkpoint.importer import (
+    brings_new_tokens,
+    load_weights,
+    read_trained,
+    tokenizer_folder,
+    weights_sources,
+)
 from dual_loop.checkpoint.key_rules import HF_SA2VA, ORIGINAL, iterate_export
 from dual_loop.errors import CheckpointError
 from dual_loop.model.build import TINY_WEIGHTS
@@ -324,3 +331,25 @@ def test_rows_of_new_tokens_decide_what_trains(tmp_path):
     assert brings_new_tokens([tmp_path / "full.pth"], size)
     assert not brings_new_tokens([tmp_path / "trimmed.pth"], size)
     assert not brings_new_tokens([], size)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mlp1.", "text_hidden_fcs.0.weight", "sam_mask_decoder", ".base_layer.", "vision"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
+    broken = []
+
+    def spoil(state):
+        broken.append(next(key for key in state if name in key and state[key].is_floating_point()))
+        state[broken[0]].view(-1)[-1] = value
+
+    _, path = original(tmp_path, spoil)
+    model, _, _ = small_model(seed=2)
+    with pytest.raises(CheckpointError, match=f"not finite.*{re.escape(broken[0])}"):
+        load_weights(model, path)
+    with pytest.raises(CheckpointError, match=f"not finite.*{re.escape(broken[0])}"):
+        read_trained(small_model(seed=1)[0], [path])
+
+
+def test_video_memory_that_is_dropped_may_hold_anything(tmp_path):
+    _, path = original(tmp_path, lambda state: state["grounding_encoder.sam2_model.no_obj_ptr"].fill_(float("nan")))
+    load_weights(small_model(seed=2)[0], path)

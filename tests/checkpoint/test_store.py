@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from dual_loop.checkpoint.store import (
     capture_rng,
     find_latest,
     load_run_checkpoint,
+    newest_whole,
     restore_rng,
     save_run_checkpoint,
 )
@@ -274,6 +277,22 @@ def test_rotation_leaves_other_entries_and_links_alone(tmp_path: Path):
     assert (tmp_path / "outside" / "keep.txt").exists()
 
 
+def test_links_to_checkpoints_survive_rotation_with_what_they_point_to(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    best = _save(tmp_path, 1, keep=1)
+    (folder / "best").symlink_to(best.name)
+    elsewhere = shutil.move(_save(tmp_path, 2, keep=1), tmp_path / "big_disk")
+    (folder / "step_00000002").symlink_to(elsewhere)
+    for step in (3, 4):
+        _save(tmp_path, step, keep=1)
+    assert _steps(tmp_path) == ["best", "step_00000001", "step_00000002", "step_00000004"]
+    assert load_run_checkpoint(folder / "best").step == 1
+    assert load_run_checkpoint(folder / "step_00000002").step == 2
+    _save(tmp_path, 2, state={"save": 2}, keep=9)  # takes the link's place, not that of what it points to
+    assert load_run_checkpoint(folder / "step_00000002").state == {"save": 2}
+    assert load_run_checkpoint(tmp_path / "big_disk").step == 2
+
+
 # --- verification ---------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +305,57 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, name: str):
     assert find_latest(tmp_path) == path.parent  # the size is right, so only the hash can tell
     with pytest.raises(CheckpointError, match=f"SHA-256.*{name}"):
         load_run_checkpoint(path.parent)
+
+
+def test_the_newest_whole_one_is_found_by_its_hashes_and_others_are_named(tmp_path: Path):
+    good, flipped, no_manifest = (_save(tmp_path, step, keep=9) for step in (1, 2, 3))
+    data = bytearray((flipped / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (flipped / "model.safetensors").write_bytes(data)
+    (no_manifest / "manifest.json").unlink()
+    found, passed_over = newest_whole(tmp_path)
+    assert found == good
+    assert "step_00000003" in passed_over[0]
+    assert "no manifest" in passed_over[0]
+    assert "SHA-256" in passed_over[1]
+    assert "step_00000002/model.safetensors" in passed_over[1]
+    assert newest_whole(tmp_path / "never") == (None, [])
+
+
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [
+        ("model_tensors", r"model_tensors\['a'\]"),
+        ("ema_tensors", r"ema_tensors\['a'\]"),
+        ("optimizer_state", r"optimizer_state\['state'\]\[0\]\['exp_avg'\]"),
+        ("state", r"state\['seconds'\]"),
+    ],
+)
+def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, part: str, where: str, value: float):
+    _save(tmp_path, 1)
+    broken: dict[str, Any] = {"a": torch.tensor([1.0, value], dtype=torch.bfloat16)}
+    if part == "optimizer_state":
+        broken = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.tensor([value])}}, "param_groups": []}
+    if part == "state":
+        broken = {"seconds": value}
+    with pytest.raises(CheckpointError, match=f"not finite.*{where}.*to do:"):
+        _save(tmp_path, 2, **{part: broken})
+    assert _steps(tmp_path) == ["step_00000001"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
+def test_a_checkpoint_of_before_that_is_not_finite_is_refused(tmp_path: Path, name: str):
+    path = _save(tmp_path, 1)
+    broken = {"a": torch.tensor([1.0, float("nan")])}
+    data = io.BytesIO()
+    torch.save(broken, data)
+    _forge(path, name, data.getvalue() if name.endswith(".pt") else save(broken))
+    with pytest.raises(CheckpointError, match=rf"not finite.*{name}.*'a'.*to do:.*earlier"):
+        load_run_checkpoint(path)
 
 
 def _forge(path: Path, name: str, data: bytes) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dual_loop.checkpoint.store import save_run_checkpoint
 from dual_loop.errors import CheckpointError, ConfigError
-from dual_loop.training.run_folder import RunFolder, fill_parameters, truncate_metrics, versions
+from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, truncate_metrics, versions
 
 
 def _create(path: Path, resuming: bool = False) -> RunFolder:
@@ -82,3 +83,39 @@ def test_saved_tensors_are_copied() -> None:
     own = {"a": torch.zeros(2)}
     fill_parameters(own, {"a": torch.ones(2)})
     assert own["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step_00000003", "checkpoints/.replaced-step_00000003"])
+def test_auto_never_starts_again_over_what_a_run_left(tmp_path: Path, left: str) -> None:
+    assert find_checkpoint("auto", tmp_path) is None
+    if left.endswith(".jsonl"):
+        (tmp_path / left).write_text('{"step": 1}\n')
+    else:
+        (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"(?s)no whole checkpoint to resume from.*to do: .*--output_dir"):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_auto_names_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {"a": torch.zeros(2)}
+    kept = {"model_tensors": tensors, "ema_tensors": None, "optimizer_state": {}, "state": {}, "rng_states": {}}
+    first, second = (save_run_checkpoint(tmp_path, step, **kept) for step in (1, 2))
+    data = (second / "model.safetensors").read_bytes()
+    (second / "model.safetensors").write_bytes(data[:-1] + b"x")
+    assert find_checkpoint("auto", tmp_path) == first
+    assert "taking step_00000001" in caplog.text
+    assert "step_00000002/model.safetensors" in caplog.text
+    assert "SHA-256" in caplog.text
+
+
+def test_records_cut_within_a_character_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes('{"step": 1}\n{"step": 2, "name": "é'.encode()[:-1])
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_bytes(b'{"step": 1}\n' + bytes(64))  # blocks that a power cut left empty
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_bytes(b'{"step": \xff1}\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match="line 1"):
+        truncate_metrics(path, 5)
