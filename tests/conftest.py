@@ -65,6 +65,12 @@ def real_samples() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_coco() -> Path:
+    """A folder beside the repository with 80 photographs of COCO and their instances; skips where it is absent."""
+    return _folder_or_skip(SHARED / "data" / "coco_mini", "real photographs of COCO are")
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """A folder beside the repository with outputs of the original Sa2VA; skips where it is absent."""
     return _folder_or_skip(SHARED / "golden", "outputs of the original Sa2VA are")

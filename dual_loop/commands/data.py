@@ -61,8 +61,7 @@ def _data(args: argparse.Namespace) -> int:
     sizes, seed = geometry(config), config.train.seed
     stats = {}
     for source in sources:
-        source.regions_per_image = data_checks.ALL
-        report = data_checks.read_source(source, args.samples or None, sizes, seed)
+        report = data_checks.read_source(source, args.samples or None, sizes, seed, data_checks.ALL)
         stats[source.name] = {**({"in the files": source.contents} if source.contents else {}), **stats_of(report)}
     if args.json:
         print(json.dumps(stats, indent=2))

@@ -182,7 +182,7 @@ def _load_array(path: Path) -> np.ndarray:
         values = np.array(stored).reshape(shape)
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a mask is missing", str(path))) from error
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
         raise SampleError("not_an_image", explain("an array is not a mask", str(path), str(error), expected)) from error
     if len(shape) == 2 or has_colours:
         return values

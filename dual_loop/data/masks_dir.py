@@ -128,7 +128,8 @@ class MasksDir(Reader):
         if self.file is None:
             files, folders = list_tree(self.root, ("",), self.index_dir, key)
             listing, read = self._listing_of(files)
-            watched = join_parts([folders, watch_files(self.root / file for file in read)])
+            paths = [self.root / file for file in read]
+            watched = join_parts([folders, watch_files(path for path in paths if path.exists())])
         else:
             watched = watch_files([self.file])
             listing = read_coco(self.file, self.crowds) if self.kind == COCO else read_jsonl(self.file)
@@ -166,7 +167,9 @@ class MasksDir(Reader):
                 folders[self._find_image(name).parent] = None
             except SampleError:
                 missing.append(name)
-        if folders and missing:
+        # A name that cannot be written (half a surrogate pair) cannot be kept either.
+        missing = missing if folders else [name for name in missing if name != name.encode("utf-8", "ignore").decode()]
+        if missing:
             listing.left_out[f"listed images that are not there (the first: {missing[0]})"] = len(missing)
             for name in missing:
                 del listing.regions[name]
@@ -195,7 +198,7 @@ class MasksDir(Reader):
             folders = dict.fromkeys(("", "images", split, f"images/{split}"))
             paths = [safe_join(self.image_root / folder, name) for folder in folders]
         for path in paths:
-            if path.is_file():
+            if os.path.isfile(path):  # also of names that no file can have
                 return path
         expected, fix = " or ".join(map(str, paths[:2])), "set --masks_images"
         raise SampleError("missing_file", explain("an image is missing", name, "nothing there", expected, fix))

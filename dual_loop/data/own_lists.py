@@ -223,7 +223,11 @@ def read_yolo(root: Path, files: Iterable[str], images: Mapping[str, str]) -> Li
         if image is None:
             listing.left_out["label files whose image is not there"] += 1
             continue
-        lines = read_file(root / name, SAMPLE_BYTES).decode("utf-8-sig", "replace").splitlines()
+        try:
+            lines = read_file(root / name, SAMPLE_BYTES).decode("utf-8-sig", "replace").splitlines()
+        except OSError:
+            listing.left_out["label files that cannot be read"] += 1
+            continue
         for number, line in enumerate(lines):
             try:
                 label, *numbers = (float(word) for word in line.split())

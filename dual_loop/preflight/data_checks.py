@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,8 +98,13 @@ def read_entry(source: Reader, index: int, sizes: Geometry, seed: int) -> tuple[
     return sample, prepare_sample(sample, sizes, rng, seed, index)
 
 
-def read_source(source: Reader, count: int | None, sizes: Geometry, seed: int = 0) -> SourceReport:
-    """Read ``count`` entries, evenly spread (None: all); ``seed`` draws their regions."""
+def read_source(
+    source: Reader, count: int | None, sizes: Geometry, seed: int = 0, regions: int | None = None
+) -> SourceReport:
+    """Read ``count`` entries, evenly spread (None: all); ``seed`` draws their regions, ``regions`` of each at most."""
+    if regions is not None:
+        source = copy.copy(source)
+        source.regions_per_image = regions
     report = SourceReport(source.name, len(source))
     for index in evenly_spread(len(source), len(source) if count is None else count):
         report.read += 1
@@ -126,9 +132,9 @@ def check_sources(sources: Sequence[Reader], count: int | None, config: Config) 
     for source in sources:
         if source.contents:
             yield Finding(OK, "data", f"{source.name}: {source.contents}")
-        if source.name not in ("sav", "sa1b"):  # of these, all regions of an image take seconds
-            source.regions_per_image = ALL
-        report = read_source(source, count, geometry(config), config.train.seed)
+        # Of the two others, all regions of an image take seconds.
+        drawn = source.regions_per_image if source.name in ("sav", "sa1b") else ALL
+        report = read_source(source, count, geometry(config), config.train.seed, drawn)
         yield from findings_of(report, config.data.max_bad_fraction)
         yield from expected_counts(source)
         for name, text in left_out_of([source]):
@@ -146,11 +152,11 @@ def findings_of(report: SourceReport, max_bad_fraction: float) -> Iterator[Findi
         reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons.most_common())
         level = PROBLEM if bad > max_bad_fraction * report.read else WARNING
         yield Finding(level, "data", f"{text} ({reasons})", "mend these files, or raise data.max_bad_fraction")
-    regions = report.passed_over.total() + sum(report.regions)
     if report.passed_over:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in report.passed_over.most_common())
-        text = f"{report.name}: {report.passed_over.total():,} of {regions:,} regions read cannot be used ({reasons})"
-        yield Finding(WARNING, "data", text, "mend them, or leave it: the images are used all the same")
+        used = sum(report.regions)
+        reasons = "".join(f", {count:,} {reason}" for reason, count in report.passed_over.most_common())
+        text = f"{report.name}: {report.passed_over.total() + used:,} regions read: {used:,} can be used{reasons}"
+        yield Finding(WARNING, "data", text, "mend them, or leave it: their images are used all the same")
     for reason, message in report.messages.items():
         yield Finding(NOTE, "data", f"first {reason}: {message}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +53,15 @@ def test_help_shows_the_values_of_the_config(capsys: pytest.CaptureFixture[str])
         texts.append(capsys.readouterr().out)
         assert "usage: dual-loop train [flags]" in texts[-1]
     assert texts[0] != texts[1]
+
+
+@pytest.mark.slow
+def test_training_on_class_names_of_real_coco_files(shared_coco: Path, tmp_path: Path) -> None:
+    flags = ["--masks_dir", str(shared_coco / "instances.json"), "--class_captions", "fallback", "--max_steps", "20"]
+    flags += ["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_workers", "0", "--device", "cpu"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--cfg-options", f"data.index_dir={tmp_path / 'index'}"]
+    assert cli(["train", "--config", "tiny_cpu", *flags]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["steps"], summary["sources"]) == (20, {"masks": 40})
+    assert summary["counters"]["data/bad_samples"] == 0
+    assert summary["counters"]["data/bad_regions/masks/target_vanished"] > 0

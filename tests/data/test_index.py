@@ -191,6 +191,26 @@ def test_watching_keeps_the_upper_folders(tmp_path: Path, monkeypatch: pytest.Mo
     assert [table[i] for i in range(len(table))] == [str(tmp_path), str(tmp_path / "a")]
 
 
+def test_changes_below_more_than_4096_folders_are_seen(tmp_path: Path) -> None:
+    for number in range(4200):
+        (tmp_path / "tree" / f"f{number:04}").mkdir(parents=True)
+    touch(tmp_path / "tree/f4199/a.npz")
+    found = []
+
+    def build() -> dict[str, np.ndarray]:
+        found.append(list_tree(tmp_path / "tree", (".npz",), tmp_path / "cache", KEY))
+        return found[-1][1]
+
+    load_or_build(tmp_path / "cache", KEY, build)
+    load_or_build(tmp_path / "cache", KEY, build)
+    assert len(found) == 1
+    assert index.CHECKED[str(KEY["kind"])][0] == 4201
+    touch(tmp_path / "tree/f4199/b.npz")
+    os.utime(tmp_path / "tree/f4199", (1, 1))
+    load_or_build(tmp_path / "cache", KEY, build)
+    assert found[-1][0] == ["f4199/a.npz", "f4199/b.npz"]
+
+
 def grow_tree(root: Path) -> None:
     for number in range(40):
         for name in ("a.npz", "deep/b.npz", "deep/.hidden.npz", "deep/c.txt"):
