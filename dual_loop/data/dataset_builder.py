@@ -165,10 +165,7 @@ def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) ->
 
 
 def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
-    """Return a table: one row a source (entries, repeats or weight, draws per epoch), the totals, what is left out.
-
-    What is in a source comes behind it, and what it cost to see that its files have not changed.
-    """
+    """Return a table: one row a source (entries, repeats or weight, draws per epoch), the totals, what is left out."""
     rows = [("source", "entries", "share", "draws per epoch")]
     for source, share, quota in zip(sources, stream.shares, stream.quotas, strict=True):
         kind = f"repeats {share.repeats:g}" if share.weight is None else f"weight {share.weight:g}"
@@ -178,8 +175,7 @@ def describe(sources: Sequence[Reader], stream: DrawStream) -> str:
     a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [f"  {row[0]:<{a}}  {row[1]:>{b}}  {row[2]:<{c}}  {row[3]:>{d}}" for row in rows]
     lines += [f"  {one.name}: {one.contents}" for one in sources if getattr(one, "contents", "")]
-    lines += [f"  left out of {name}: {text}" for name, text in left_out_of(sources)]
-    return "\n".join([*lines, *(f"  {text}" for text in check_costs())])
+    return "\n".join([*lines, *(f"  left out of {name}: {text}" for name, text in left_out_of(sources))])
 
 
 def check_costs() -> list[str]:

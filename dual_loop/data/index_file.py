@@ -87,9 +87,9 @@ def is_current(arrays: Mapping[str, np.ndarray]) -> bool:
     if WATCHED_STATES not in arrays:
         return True
     table = StringTable.from_arrays(arrays, "watched")
-    for index, (modified, size) in enumerate(arrays[WATCHED_STATES].tolist()):
+    for path, (modified, size) in zip(table.slice(0, len(table)), arrays[WATCHED_STATES].tolist(), strict=True):
         try:
-            now = os.stat(table[index])
+            now = os.stat(path)
         except OSError:
             return False
         if now.st_mtime_ns != modified or size not in (ANY_SIZE, now.st_size):

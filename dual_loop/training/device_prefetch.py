@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from dual_loop.config import Config
 from dual_loop.data.dataset import SkipLedger
-from dual_loop.data.dataset_builder import build_dataset, build_loader, describe
+from dual_loop.data.dataset_builder import build_dataset, build_loader, check_costs, describe
 from dual_loop.data.mixture import WindowedBatchSampler
 from dual_loop.model.build import geometry
 from dual_loop.types import Batch, RegionSample
@@ -48,7 +48,7 @@ class DataStream:
         self.sampler = WindowedBatchSampler(stream, train.batch_size, *ranks, train.gradient_accumulation_steps)
         self.ledger = SkipLedger(data.max_bad_fraction, data.max_bad_grace)
         self.num_workers, self.pin_memory = data.num_workers, accelerator.device.type == "cuda"
-        self.table = describe(self.dataset.sources, stream)
+        self.table = "\n".join([describe(self.dataset.sources, stream), *(f"  {text}" for text in check_costs())])
         self.steps_per_epoch, self.num_samples = self.sampler.steps_per_epoch, stream.epoch_length
         self.source_names: Sequence[str] = [share.name for share in stream.shares]
 

@@ -48,7 +48,6 @@ def damage(demo: Path) -> dict[str, str]:
     return {
         f"sav/{pair.relative_to(demo / 'sav').with_suffix('')}": "truncated_file",
         f"sa1b/{broken.stem}": "broken_rle",
-        f"sa1b/{orphan.stem}": "missing_file",
         f"openimages/{image_id}": "aspect_mismatch",
         "refcoco/": "bad_polygon",
     }
@@ -67,6 +66,7 @@ def test_every_kind_of_damage_is_named_and_counted(demo, tmp_path):
         key = f"data/bad_samples/{name.split('/')[0]}/{reason}"
         assert counters.get(key, 0) >= 1, (key, counters)
     assert counters["data/bad_samples"] >= len(expected)
+    assert "left out of sa1b: 1 " in log, "a JSON file whose image is not there"
     assert summary(out)["steps"] >= 1
 
 
