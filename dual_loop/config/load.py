@@ -14,6 +14,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dual_loop.config.retired import REMOVED, RENAMED
-from dual_loop.config.schema import SETTINGS, Config
+from dual_loop.config.schema import MOST, SETTINGS, Config
 from dual_loop.config.setting import Setting
-from dual_loop.errors import ConfigError, explain
+from dual_loop.errors import ConfigError, explain, shorten
 
 DEFAULT_CONFIG = "tiny_cpu"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -36,6 +37,12 @@ BOOLEANS = {
     **dict.fromkeys(("false", "0", "no", "off"), False),
 }
 """How a switch may be written."""
+
+ORDERED = (
+    *(("data", "sav_min_seconds", "sav_max_seconds"), ("data", "sa1b_min_area", "sa1b_max_area")),
+    *(("data", "masks_min_area", "masks_max_area"), ("reward", "min_words", "max_words")),
+)
+"""Group, least and most of what a setting bounds on either side."""
 
 Tree = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -67,7 +74,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         logger.warning("old settings in %s: %s", origin, "; ".join(dict.fromkeys(notes)))
     problems: list[str] = []
     config: Config = _build(Config, tree, "", problems)
-    problems = problems or [*_broken_limits(config), *_contradictions(config)]
+    # What is of a wrong type has its default here, which keeps every limit.
+    problems = [*problems, *_broken_limits(config)] or list(_contradictions(config))
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) in the configuration {origin}:\n{listing}")
@@ -129,18 +137,20 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) 
     for key, raw in tree.items():
         hint = hints.get(key)
         if hint is None:
-            close = difflib.get_close_matches(key, hints, n=1)
-            problems.append(f"unknown key {prefix + key!r}" + (f"; did you mean {prefix}{close[0]}?" if close else ""))
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            problems.append(
+                f"unknown key {prefix + str(key)!r}" + (f"; did you mean {prefix}{close[0]}?" if close else "")
+            )
         elif is_dataclass(hint) and isinstance(raw, Mapping):
             values[key] = _build(hint, raw, f"{prefix}{key}.", problems)
         elif is_dataclass(hint):
-            problems.append(f"{prefix}{key}: seen {raw!r}, expected a group of settings")
+            problems.append(f"{prefix}{key}: seen {shorten(raw)}, expected a group of settings")
         else:
             try:
                 values[key] = _convert(raw, hint)
             except (TypeError, ValueError, OverflowError):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint)
-                problems.append(f"{prefix}{key}: seen {raw!r}, expected {expected}")
+                problems.append(f"{prefix}{key}: seen {shorten(raw)}, expected {expected}")
     return cls(**values)
 
 
@@ -151,6 +161,8 @@ def _convert(raw: Any, hint: Any) -> Any:
         is_none = raw is None or (isinstance(raw, str) and raw.lower() == "none")
         return None if is_none else _convert(raw, next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
+        if isinstance(raw, (bytes, Mapping)):
+            raise TypeError(raw)
         items = [item.strip() for item in raw.split(",")] if isinstance(raw, str) else list(raw)
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ValueError(raw)
@@ -162,11 +174,13 @@ def _convert(raw: Any, hint: Any) -> Any:
     if isinstance(raw, bool):
         if hint is bool:
             return raw
-    elif hint in (int, float):
+    elif hint in (int, float) and isinstance(raw, (str, int, float)):
         value = hint(raw)
         if value == float(raw) or hint is float:
             return value
     elif hint is str and isinstance(raw, (str, Path, int)):
+        if b"\0" in os.fsencode(str(raw)):  # which also refuses what no file name can hold
+            raise ValueError(raw)
         return str(raw)
     raise TypeError(raw)
 
@@ -181,16 +195,35 @@ def _broken_limits(config: Config) -> Iterator[str]:
         value, low, high = _value(config, key), about.at_least, about.at_most
         if about.choices:
             for word in value if isinstance(value, tuple) else (value,):
-                if word in about.choices or (low is not None and word.isdigit() and int(word) >= low):
+                is_number = low is not None and word.isdecimal() and len(word) < 10 and int(word) >= low
+                if word in about.choices or is_number:
                     continue
                 close = difflib.get_close_matches(word, about.choices, n=1)
                 expected = f"{'some' if isinstance(value, tuple) else 'one'} of {', '.join(about.choices)}"
                 number = "" if low is None else f" or a number from {low:g} on"
                 hint = f"; did you mean {close[0]}?" if close else ""
-                yield f"{key}: seen {value!r}, expected {expected}{number}{hint}"
-        elif low is not None and value is not None and not low <= value <= (math.inf if high is None else high):
-            expected = f"at least {low:g}" if high is None else f"a number between {low:g} and {high:g}"
-            yield f"{key}: seen {value!r}, expected {expected}"
+                yield f"{key}: seen {shorten(value)}, expected {expected}{number}{hint}"
+        elif isinstance(value, Mapping):
+            for path in _not_finite(value, key):
+                yield f"{path}: expected a finite number"
+        elif low is not None and high is not None and value is not None:
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(low <= number <= high for number in numbers):
+                expected = (
+                    f"at least {low:g}"
+                    if high == MOST and min(numbers) < low
+                    else f"a number between {low:g} and {high:g}"
+                )
+                yield f"{key}: seen {shorten(value)}, expected {expected}"
+
+
+def _not_finite(value: Any, key: str) -> Iterator[str]:
+    """Yield the dotted key of each number in ``value`` that is infinite or no number."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -199,6 +232,10 @@ def _contradictions(config: Config) -> Iterator[str]:
     if loop.cycle_keep is not None and loop.cycle_keep <= loop.cycle_drop:
         seen = f"{loop.cycle_keep} and {loop.cycle_drop}"
         yield f"loop.cycle_keep and loop.cycle_drop: seen {seen}, expected keep above drop"
+    for group, low, high in ORDERED:
+        least, most = (getattr(getattr(config, group), name) for name in (low, high))
+        if least > most:
+            yield f"{group}.{low} and {group}.{high}: seen {least} and {most}, expected the second no smaller"
     rewards = [f"reward.{n}_weight" for n in ("contrast", "caption", "length") if getattr(reward, f"{n}_weight") > 0]
     if rewards and policy.caption_gradient in ("none", "gumbel"):
         nobody = f"nobody learns from it with {policy.caption_gradient}"
@@ -273,7 +310,7 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
         key, _, text = (part.strip() for part in option.partition("="))
         values[key] = text
         if key.count(".") > 1 or text.startswith(("{", "[", "(")):
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 values[key] = ast.literal_eval(text)
     names = {key: about.flag for key, about in SETTINGS.items()} | {old: old for old in (*RENAMED, *REMOVED)}
     # Commands offer a part of the flags.

@@ -31,6 +31,8 @@ CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"
 
 SHARE: Mapping[str, Any] = {"at_least": 0, "at_most": 1}
+MOST = 1e9
+"""Limit of a number that states none; the lower one is 0 then."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,13 @@ class ModelConfig:
     tokenizer: str | None = setting(None, "tiny (in the package) or a folder; none: --model_path", "DIR")
     vision: Mapping[str, Any] = setting({}, "keyword arguments of transformers' InternVLVisionConfig")
     text: Mapping[str, Any] = setting({}, "keyword arguments of transformers' Qwen2Config")
-    downsample_ratio: float = setting(0.5, "pixel-shuffle factor between patches and image tokens (0.5 in InternVL)")
+    downsample_ratio: float = setting(
+        0.5, "pixel-shuffle factor between patches and image tokens (0.5 in InternVL)", at_least=0.01, at_most=1
+    )
     sam2: Mapping[str, Any] = setting({}, "image_size, fpn_hidden_size, backbone, mask_decoder; see model.build")
-    text_hidden_dim: int | None = setting(None, "inner width of text_hidden_fcs; none: the language model's width")
+    text_hidden_dim: int | None = setting(
+        None, "inner width of text_hidden_fcs; none: the language model's width", at_least=1
+    )
     template: str = setting("phi3_chat", "chat template, a key of model.prompts.TEMPLATES")
     single_mask: bool = setting(False, "use mask candidate 0 instead of the arg-max over three candidates")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16"))
@@ -57,10 +63,10 @@ class ModelConfig:
         choices=("auto", "none", "new_tokens", "all"),
     )
     lora_r: int = flag(
-        128, "rank of LoRA, on every linear layer of the language model but the head", "RANK", at_least=1
+        128, "rank of LoRA, on every linear layer of the language model but the head", "RANK", at_least=1, at_most=2**16
     )
-    lora_alpha: int = flag(256, "LoRA is scaled by alpha / rank")
-    lora_dropout: float = setting(0.05, "dropout before LoRA", "FRACTION")
+    lora_alpha: int = flag(256, "LoRA is scaled by alpha / rank", at_least=1)
+    lora_dropout: float = setting(0.05, "dropout before LoRA", "FRACTION", **SHARE)
     gradient_checkpointing: bool = setting(True, "recompute activations where speed.checkpoint_layers says so")
     initial_weights: str | None = setting(None, "without --pretrained_pth; tiny: those in the package, none: random")
 
@@ -70,14 +76,18 @@ class DataConfig:
     """Where the data is and how samples are chosen. A directory of None leaves the source out."""
 
     sav_dir: str | None = flag(None, "SA-V: frame pairs (.npz) or videos (.mp4 with .json)", "DIR")
-    sav_max_samples: int | None = flag(None, "use only so many frame pairs", "PAIRS")
+    sav_max_samples: int | None = flag(None, "use only so many frame pairs", "PAIRS", at_least=1)
     sav_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     sav_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
     sav_format: str = flag(
         "auto", "auto: frame pairs (.npz) where there are any, else videos", choices=("auto", "pairs", "videos")
     )
     sav_frames: int = flag(
-        2, "of a clip: the first is captioned, one [SEG] segments all others; 2: a frame pair", "FRAMES", at_least=2
+        2,
+        "of a clip: the first is captioned, one [SEG] segments all others; 2: a frame pair",
+        "FRAMES",
+        at_least=2,
+        at_most=1024,
     )
     sav_masklets: str = setting("both", "masklets of the videos that are read", choices=("both", "manual", "auto"))
     sav_min_seconds: float = setting(
@@ -86,17 +96,19 @@ class DataConfig:
     sav_max_seconds: float = setting(
         2.0, "most time between the captioned frame of a video and the others", "SECONDS", at_least=0
     )
-    sav_min_area: float = setting(0.001, "least part of the frame that a masklet covers", "FRACTION", at_least=0)
+    sav_min_area: float = setting(
+        0.001, "least part of the frame that a masklet covers", "FRACTION", at_least=0, at_most=1
+    )
     sa1b_dir: str | None = flag(None, "SA-1B images with their JSON files", "DIR")
-    sa1b_max_samples: int | None = flag(None, "use only so many image files", "IMAGES")
+    sa1b_max_samples: int | None = flag(None, "use only so many image files", "IMAGES", at_least=1)
     sa1b_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     sa1b_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    sa1b_min_area: float = setting(0.001, "least part of the image that a mask covers", "FRACTION")
-    sa1b_max_area: float = setting(0.95, "most of the image that a mask covers", "FRACTION")
+    sa1b_min_area: float = setting(0.001, "least part of the image that a mask covers", "FRACTION", **SHARE)
+    sa1b_max_area: float = setting(0.95, "most of the image that a mask covers", "FRACTION", **SHARE)
     sa1b_min_predicted_iou: float = setting(0.0, "least predicted_iou of a mask")
-    sa1b_min_stability_score: float = setting(0.0, "least stability_score of a mask")
+    sa1b_min_stability_score: float = setting(0.0, "least stability_score of a mask", **SHARE)
     openimage_dir: str | None = flag(None, "Open Images, root of the four paths below", "DIR")
-    openimage_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
+    openimage_max_samples: int | None = flag(None, "use only so many images", "IMAGES", at_least=1)
     openimage_repeats: float = setting(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     openimage_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
     openimage_csv: str | None = flag(None, "object segmentation table, if elsewhere", "FILE")
@@ -106,17 +118,19 @@ class DataConfig:
     refcoco_dir: str | None = flag(None, "folder with refcoco, refcoco+, refcocog", "DIR")
     refcoco_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     refcoco_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
-    refcoco_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
+    refcoco_max_samples: int | None = flag(None, "use only so many images", "IMAGES", at_least=1)
     refcoco_datasets: tuple[str, ...] = setting(("refcoco", "refcoco+", "refcocog"), "which of them to train on")
     refcoco_split: str = flag("train", "split to train on", "NAME")
     refcoco_images: str | None = flag(None, "COCO images, if elsewhere", "DIR")
     masks_dir: str | None = flag(None, "your own masks: a folder, a COCO .json or a .jsonl file", "PATH")
-    masks_max_samples: int | None = flag(None, "use only so many images", "IMAGES")
+    masks_max_samples: int | None = flag(None, "use only so many images", "IMAGES", at_least=1)
     masks_repeats: float = flag(1.0, "times an epoch, fractions allowed", "TIMES", at_least=0)
     masks_weight: float | None = setting(None, "share of the mix; none: by size and repeats")
     masks_images: str | None = flag(None, "images of your own masks, if elsewhere", "DIR")
-    masks_min_area: float = setting(0.0, "least part of the image that a mask covers", "FRACTION", at_least=0)
-    masks_max_area: float = setting(1.0, "most of the image that a mask covers", "FRACTION")
+    masks_min_area: float = setting(
+        0.0, "least part of the image that a mask covers", "FRACTION", at_least=0, at_most=1
+    )
+    masks_max_area: float = setting(1.0, "most of the image that a mask covers", "FRACTION", **SHARE)
     masks_void: int | None = setting(255, "label of a map that is no object; none: it is one like others", "LABEL")
     masks_crowds: bool = setting(False, "take COCO's crowds (iscrowd) for objects")
     allow_absolute_paths: bool = flag(False, "open images of --masks_dir that are listed by absolute path", "on|off")
@@ -137,7 +151,7 @@ class DataConfig:
         "photographs with an EXIF orientation whose masks fit either way: turned, or as stored",
         choices=("apply", "ignore"),
     )
-    regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1)
+    regions_per_image: int = flag(1, "most regions of an image in a step", "REGIONS", at_least=1, at_most=4096)
     region_choice: str = flag(
         "random",
         "regions of an image that are drawn together; hard: those most like the first (class, colour), but for SA-V",
@@ -149,6 +163,7 @@ class DataConfig:
         "evaluate also takes auto, the protocol's",
         "TILES",
         at_least=1,
+        at_most=1024,
     )
     target_pooling: str = setting(
         "area",
@@ -168,20 +183,30 @@ class DataConfig:
         2048, "largest file of annotations or references that is read whole", "MB", at_least=1, at_most=2**16
     )
     index_dir: str | None = setting(None, "folder of the data indexes; none: the user's cache", "DIR")
-    num_workers: int = flag(2, "loader processes a rank; 0 loads in the main one", "PROCESSES", at_least=0)
+    num_workers: int = flag(
+        2, "loader processes a rank; 0 loads in the main one", "PROCESSES", at_least=0, at_most=1024
+    )
     eval_dir: str | None = flag(None, "held-out set (RefCOCO layout), before and after", "DIR", title=EVALUATION)
     eval_split: str = setting("val", "its split", "NAME")
     eval_datasets: tuple[str, ...] = setting(("refcoco",), "which of refcoco, refcoco+, refcocog are measured")
-    eval_max_samples: int | None = flag(None, "use only so many held-out images", "IMAGES", title=EVALUATION)
+    eval_max_samples: int | None = flag(
+        None, "use only so many held-out images", "IMAGES", title=EVALUATION, at_least=1
+    )
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Step 1 (captioning) and step 2 (the question that the caption goes into)."""
 
-    max_new_tokens: int = flag(64, "longest caption", "TOKENS", at_least=1)
+    max_new_tokens: int = flag(64, "longest caption", "TOKENS", at_least=1, at_most=2**16)
     temperature: float = setting(0.0, "of the captions that step 2 reads; 0 takes the likeliest token", at_least=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", "FRACTION")
+    top_p: float = setting(
+        1.0,
+        "sample from the likeliest tokens that together have this probability",
+        "FRACTION",
+        at_least=0.001,
+        at_most=1,
+    )
     rollout_batch_size: int | None = setting(
         None, "captions that are generated together; none: as many as 1/16 of the memory holds", "CAPTIONS", at_least=1
     )
@@ -219,7 +244,7 @@ class PolicyConfig:
         "estimator; auto: scst where a caption, contrast or length reward is on, else none",
         choices=("auto", "none", "scst", "grpo", "gumbel", "gumbel+scst", "gumbel+grpo"),
     )
-    captions_per_region: int = flag(4, "sampled for each region (scst, grpo)", "CAPTIONS", at_least=1)
+    captions_per_region: int = flag(4, "sampled for each region (scst, grpo)", "CAPTIONS", at_least=1, at_most=1024)
     temperature: float = flag(1.0, "temperature of the sampled captions", "NUMBER", "policy_temperature", at_least=0.01)
     weight: float = flag(1.0, "weight of the policy loss", "NUMBER", "policy_weight")
     advantage_scale: str = setting(
@@ -273,7 +298,7 @@ class RewardConfig:
     judge_timeout: float = setting(20.0, "for one answer", "SECONDS", at_least=0.1)
     judge_deadline: float = setting(60.0, "for all answers of an optimiser step", "SECONDS", at_least=0.1)
     judge_retries: int = setting(2, "further tries for an answer", "TIMES", at_least=0)
-    judge_workers: int = setting(8, "questions that are asked at once", "NUMBER", at_least=1)
+    judge_workers: int = setting(8, "questions that are asked at once", "NUMBER", at_least=1, at_most=1024)
     judge_failure: str = flag(
         "skip", "where the judge fails: skip uses the rest of the reward alone, error stops", choices=("skip", "error")
     )
@@ -287,8 +312,12 @@ class LossConfig:
     dice_weight: float = setting(0.5, "weight of the dice loss")
     language_weight: float = setting(1.0, "weight of the language model's cross-entropy")
     num_points: int = setting(12544, "points of a mask that the mask losses look at; 0: all", "POINTS", at_least=0)
-    oversample_ratio: float = setting(3.0, "times as many points are drawn before the uncertain ones are kept")
-    importance_sample_ratio: float = setting(0.75, "part of the points that is kept for being uncertain", "FRACTION")
+    oversample_ratio: float = setting(
+        3.0, "times as many points are drawn before the uncertain ones are kept", at_least=1
+    )
+    importance_sample_ratio: float = setting(
+        0.75, "part of the points that is kept for being uncertain", "FRACTION", **SHARE
+    )
     num_objects: int | None = setting(
         None,
         "bring each image to so many objects, repeated or drawn (Sa2VA: 5); none: each once",
@@ -398,11 +427,11 @@ class TrainConfig:
     batch_size: int = flag(2, "images of a micro-batch, a rank", "IMAGES", at_least=1)
     gradient_accumulation_steps: int = flag(4, "micro-batches a step", "BATCHES", at_least=1)
     effective_batch: int | None = flag(None, "of a step, all ranks; sets the accumulation", "IMAGES", at_least=1)
-    learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0)
+    learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0, at_most=1)
     weight_decay: float = flag(0.05, "of AdamW, on matrices only", at_least=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW")
-    warmup_ratio: float = setting(0.05, "part of the steps over which the learning rate rises", "FRACTION")
-    min_lr_ratio: float = setting(0.0, "learning rate at the end, as a part of the peak", "FRACTION")
+    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", **SHARE)
+    warmup_ratio: float = setting(0.05, "part of the steps over which the learning rate rises", "FRACTION", **SHARE)
+    min_lr_ratio: float = setting(0.0, "learning rate at the end, as a part of the peak", "FRACTION", **SHARE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 is off", "NORM", at_least=0)
     ema_decay: float = flag(0.999, "decay of the weight average, a step", "FRACTION", **SHARE)
     mixed_precision: str = flag("auto", "auto: bf16 for a bfloat16 model", choices=("auto", "no", "bf16"))
@@ -412,8 +441,10 @@ class TrainConfig:
     rank_timeout: float = setting(
         600.0, "silence after which a rank is taken for hung, and longest wait in a collective", "SECONDS", at_least=5
     )
-    num_threads: int | None = setting(None, "of torch, a process; none: torch's own choice", "THREADS")
-    seed: int = flag(42, "decides everything random")
+    num_threads: int | None = setting(
+        None, "of torch, a process; none: torch's own choice", "THREADS", at_least=1, at_most=1024
+    )
+    seed: int = flag(42, "decides everything random", at_most=2**32 - 1)
     deterministic: bool = setting(
         False, "let a GPU repeat a run bit for bit, resumed or not, by slower kernels; a CPU does so anyway"
     )
@@ -421,7 +452,7 @@ class TrainConfig:
     log_interval: int = flag(10, "between two logged steps", "STEPS", title=RUN_FOLDER, at_least=1)
     save_interval: int = flag(500, "between two checkpoints", "STEPS", title=RUN_FOLDER, at_least=1)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept", title=RUN_FOLDER, at_least=1)
-    panel_interval: int = flag(200, "between two sets of example panels", "STEPS", title=RUN_FOLDER)
+    panel_interval: int = flag(200, "between two sets of example panels", "STEPS", title=RUN_FOLDER, at_least=1)
     panels_per_save: int = setting(4, "panels of a set", "PANELS")
     audit_listener: str | None = flag(
         None,
@@ -472,9 +503,22 @@ def precision(config: Config) -> str:
     return "bf16" if config.model.dtype == "bfloat16" else "no"
 
 
+def _limits(about: Setting, kind: str) -> dict[str, float | None]:
+    """Return the limits of a field whose type is written ``kind``: a number has some, stated or not."""
+    is_number = "int" in kind or "float" in kind
+    low, high = (0, MOST) if is_number else (None, None)
+    return {
+        "at_least": low if about.at_least is None else about.at_least,
+        "at_most": high if about.at_most is None else about.at_most,
+    }
+
+
 SETTINGS: Mapping[str, Setting] = {
     f"{group.name}.{item.name}": replace(
-        about, flag=item.name if about.flag == "=" else about.flag, title=about.title or group.metadata["title"]
+        about,
+        flag=item.name if about.flag == "=" else about.flag,
+        title=about.title or group.metadata["title"],
+        **_limits(about, str(item.type)),
     )
     for group in fields(Config)
     for item in fields(getattr(Config(), group.name))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dual_loop.config import SETTINGS, Config  # noqa: E402
+from dual_loop.config.schema import MOST  # noqa: E402
 
 HEAD = """# Settings
 
@@ -35,7 +36,7 @@ def lines() -> Iterator[str]:
         bounds = [
             f"{word} {limit:g}"
             for word, limit in (("from", about.at_least), ("to", about.at_most))
-            if limit is not None
+            if limit not in (None, MOST)
         ]
         limits = [text for text in (", ".join(about.choices), about.unit.lower(), " ".join(bounds)) if text]
         what = about.doc + (f" ({'; '.join(limits)})" if limits else "")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import typing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dual_loop.config import CONFIG_DIR, SETTINGS, Config, TrainConfig, load_config, resolve_config_path
+from dual_loop.config import CONFIG_DIR, SETTINGS, Config, TrainConfig, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError
 
 CONFIG_FILES = sorted(CONFIG_DIR.glob("*.py"))
@@ -125,6 +126,7 @@ def test_a_word_or_a_number(dotted: str) -> None:
     [
         ({"loop.cycle_keep": 0.4}, "expected keep above drop"),
         ({"reward.length_weight": 1, "policy.caption_gradient": "gumbel"}, "nobody learns from it with gumbel"),
+        ({"data.sav_min_seconds": 3.0}, "expected the second no smaller"),
         ({"policy.caption_gradient": "grpo", "policy.captions_per_region": 1}, "a group of one has no rest"),
     ],
 )
@@ -159,6 +161,55 @@ def test_any_training_settings_survive_a_dict(train: TrainConfig) -> None:
     tree = json.loads(json.dumps(Config(train=train).to_dict()))
     overrides = {f"{group}.{name}": value for group, values in tree.items() for name, value in values.items()}
     assert load_config(overrides=overrides) == Config(train=train)
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), "nan", "inf", 10**400, 1e300]
+WRONG_KIND: list[object] = [{"a": 1}, [[1]], "\0", "\ud800", b"1", 1j, object()]
+
+
+def wrong_values(dotted: str) -> list[object]:
+    """Return values of each kind that the setting does not take."""
+    group, name = dotted.split(".")
+    hint = typing.get_type_hints(typing.get_type_hints(Config)[group])[name]
+    words = str(hint) if typing.get_origin(hint) else hint.__name__
+    about, wrong = (
+        SETTINGS[dotted],
+        [value for value in WRONG_KIND if "Mapping" not in words or not isinstance(value, dict)],
+    )
+    if "None" not in words:
+        wrong += [None]
+    if "Mapping" in words:
+        return [*wrong, 3, "x", {"hidden_size": float("nan")}, {"a": {"b": float("inf")}}]
+    if words == "bool":
+        return [*wrong, 3, 1.5, "maybe", float("nan")]
+    if "str" not in words:
+        assert about.at_least is not None
+        assert about.at_most is not None
+        return [*wrong, *NOT_FINITE, True, "many", about.at_least - 1, about.at_most * 2 + 1]
+    return [*wrong, 1.5, float("nan"), *(["none of these", "²", "9" * 5000, "-1"] if about.choices else [])]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(dotted_keys()), st.integers(0, 99), min_size=1, max_size=6))
+def test_wrong_settings_are_all_named_in_one_message(drawn: dict[str, int]) -> None:
+    wrong = {key: values[number % len(values)] for key, number in drawn.items() for values in [wrong_values(key)]}
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=wrong)
+    assert [key for key in wrong if key not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("dotted", dotted_keys())
+def test_every_wrong_value_of_every_setting_is_refused(dotted: str) -> None:
+    for value in wrong_values(dotted):
+        with pytest.raises(ConfigError, match=dotted):
+            load_config(overrides={dotted: value})
+
+
+@pytest.mark.parametrize("text", ["{[1]: 2}", "(" * 5000, "[1, 2", "{'a': 1}"])
+def test_options_that_hold_no_value_of_the_setting_are_refused(text: str) -> None:
+    options = overrides_from(argparse.Namespace(cfg_options=[f"train.seed={text}"]))
+    with pytest.raises(ConfigError, match=r"train\.seed"):
+        load_config(overrides=options)
 
 
 def test_text_from_the_command_line_is_converted() -> None:
