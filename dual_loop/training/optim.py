@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
-from dual_loop.errors import DualLoopError, explain, listed
+from dual_loop.errors import ConfigError, DualLoopError, explain, listed
 from dual_loop.metrics import ratio
 from dual_loop.model.hardware import send
 from dual_loop.training import ranks
@@ -25,7 +25,12 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
 
     Matrices (2 dimensions and more) decay by ``config.weight_decay``; biases, norms and other vectors do not. Sa2VA
     decays everything; pulling a norm's scale towards zero regularises nothing, so this package leaves vectors alone.
+
+    Raises:
+        ConfigError: a beta is 1, which would learn nothing.
     """
+    if max(config.betas) >= 1:
+        raise ConfigError(explain("AdamW cannot average for ever", "train.betas", config.betas, "numbers below 1"))
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

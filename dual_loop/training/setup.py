@@ -29,6 +29,7 @@ from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training import ranks
+from dual_loop.training.changes import compare_with_run
 from dual_loop.training.device_prefetch import DataStream
 from dual_loop.training.devices import RankExchange, share_out_batch
 from dual_loop.training.listeners import Listeners, read_listener
@@ -97,7 +98,8 @@ def start(config: Config, accelerator: Accelerator) -> Start:
     """Make the run folder, on rank 0, after every rank found it free and all of them alike.
 
     Raises:
-        ConfigError: the ranks differ in a setting, a package or the weights; or the folder holds another run.
+        ConfigError: the ranks differ in a setting, a package or the weights; the folder holds another run; or a run
+            cannot go on with what was changed.
     """
     report = Reporter(accelerator.is_main_process)
     report.set_up_logging()
@@ -109,12 +111,16 @@ def start(config: Config, accelerator: Accelerator) -> Start:
         config.train.resume is not None,
     )
     check_free(folder.path, is_resuming)
+    weights = [fingerprint(path) for path in weights_sources(config)]
+    if checkpoint is not None and (changes := compare_with_run(config, checkpoint, weights)):
+        report(changes)
     accelerator.wait_for_everyone()
     machine = {
         "device": str(accelerator.device),
         "world_size": accelerator.num_processes,
         "precision": str(accelerator.mixed_precision),
         "num_threads": torch.get_num_threads(),
+        "weights": weights,
     }
     folder.create(config.to_dict(), machine, is_resuming)
     accelerator.wait_for_everyone()
