@@ -1,5 +1,8 @@
 """The settings of a run: declared once in ``schema``, read, checked and offered as flags by ``load``."""
 
+from dual_loop.config.derived import caption_gradient as caption_gradient
+from dual_loop.config.derived import listener_paths as listener_paths
+from dual_loop.config.derived import precision as precision
 from dual_loop.config.load import CONFIG_DIR as CONFIG_DIR
 from dual_loop.config.load import DEFAULT_CONFIG as DEFAULT_CONFIG
 from dual_loop.config.load import add_data_flags as add_data_flags
@@ -19,7 +22,4 @@ from dual_loop.config.schema import PolicyConfig as PolicyConfig
 from dual_loop.config.schema import RewardConfig as RewardConfig
 from dual_loop.config.schema import SpeedConfig as SpeedConfig
 from dual_loop.config.schema import TrainConfig as TrainConfig
-from dual_loop.config.schema import caption_gradient as caption_gradient
-from dual_loop.config.schema import listener_paths as listener_paths
-from dual_loop.config.schema import precision as precision
 from dual_loop.errors import ConfigError as ConfigError

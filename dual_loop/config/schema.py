@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from dual_loop.config.retired import REMOVED as REMOVED
 from dual_loop.config.retired import RENAMED as RENAMED
+from dual_loop.config.setting import MOST as MOST
 from dual_loop.config.setting import Setting, flag, setting
 
 GATES = (
@@ -31,8 +32,6 @@ CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"
 
 SHARE: Mapping[str, Any] = {"at_least": 0, "at_most": 1}
-MOST = 1e9
-"""Limit of a number that states none; the lower one is 0 then."""
 
 
 @dataclass(frozen=True)
@@ -482,43 +481,12 @@ class Config:
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
 
-def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
-    """Return the estimator's name with ``auto`` resolved: a reward that nobody learns from would be silent."""
-    if policy.caption_gradient != "auto":
-        return policy.caption_gradient
-    has_reward = max(reward.contrast_weight, reward.caption_weight, reward.length_weight) > 0
-    return "scst" if has_reward else "none"
-
-
-def listener_paths(config: Config) -> tuple[str, ...]:
-    """Return the paths of the listeners that were trained apart, each once."""
-    paths = (config.train.audit_listener, config.reward.listener)
-    return tuple(dict.fromkeys(path for path in paths if path and path not in LISTENERS))
-
-
-def precision(config: Config) -> str:
-    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
-    if config.train.mixed_precision != "auto":
-        return config.train.mixed_precision
-    return "bf16" if config.model.dtype == "bfloat16" else "no"
-
-
-def _limits(about: Setting, kind: str) -> dict[str, float | None]:
-    """Return the limits of a field whose type is written ``kind``: a number has some, stated or not."""
-    is_number = "int" in kind or "float" in kind
-    low, high = (0, MOST) if is_number else (None, None)
-    return {
-        "at_least": low if about.at_least is None else about.at_least,
-        "at_most": high if about.at_most is None else about.at_most,
-    }
-
-
 SETTINGS: Mapping[str, Setting] = {
     f"{group.name}.{item.name}": replace(
         about,
         flag=item.name if about.flag == "=" else about.flag,
         title=about.title or group.metadata["title"],
-        **_limits(about, str(item.type)),
+        **about.limits(str(item.type)),
     )
     for group in fields(Config)
     for item in fields(getattr(Config(), group.name))

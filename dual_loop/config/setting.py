@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+MOST = 1e9
+"""Limit of a number that states none; the lower one is 0 then."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Setting:
     choices: tuple[str, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
+
+    def limits(self, kind: str) -> dict[str, float | None]:
+        """Return the limits in a field whose type is written ``kind``: a number has some, stated or not."""
+        low, high = (0, MOST) if "int" in kind or "float" in kind else (None, None)
+        return {
+            "at_least": low if self.at_least is None else self.at_least,
+            "at_most": high if self.at_most is None else self.at_most,
+        }
 
 
 def setting(default: T, doc: str, unit: str = "", **about: Any) -> T:

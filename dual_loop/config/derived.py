@@ -1,0 +1,26 @@
+"""What several settings say together."""
+
+from __future__ import annotations
+
+from dual_loop.config.schema import LISTENERS, Config, PolicyConfig, RewardConfig
+
+
+def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:
+    """Return the estimator's name with ``auto`` resolved: a reward that nobody learns from would be silent."""
+    if policy.caption_gradient != "auto":
+        return policy.caption_gradient
+    has_reward = max(reward.contrast_weight, reward.caption_weight, reward.length_weight) > 0
+    return "scst" if has_reward else "none"
+
+
+def listener_paths(config: Config) -> tuple[str, ...]:
+    """Return the paths of the listeners that were trained apart, each once."""
+    paths = (config.train.audit_listener, config.reward.listener)
+    return tuple(dict.fromkeys(path for path in paths if path and path not in LISTENERS))
+
+
+def precision(config: Config) -> str:
+    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
+    if config.train.mixed_precision != "auto":
+        return config.train.mixed_precision
+    return "bf16" if config.model.dtype == "bfloat16" else "no"
