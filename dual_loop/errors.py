@@ -82,4 +82,9 @@ def explain(what: str, where: str = "", seen: object = None, expected: object = 
         parts.append(f"expected: {expected}")
     if fix:
         parts.append(f"to do: {fix}")
-    return "; ".join(parts).encode("utf-8", "backslashreplace").decode()
+    return printable("; ".join(parts))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with lone surrogates escaped, which no encoding has: ``\\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()

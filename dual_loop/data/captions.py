@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dual_loop.errors import SampleError, explain, shorten
+from dual_loop.errors import SampleError, explain, printable, shorten
 
 MARKERS = (
     *("<img>", "</img>", "<IMG_CONTEXT>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>"),
@@ -17,13 +17,25 @@ def check_captions(texts: Iterable[str], where: str) -> None:
     """Refuse captions that hold a marker, also one that reading in lower case would make of it.
 
     Raises:
-        SampleError: ``special_token``.
+        SampleError: ``special_token``, ``broken_text``.
     """
     for text in texts:
+        check_text(text, where)
         if not is_plain(text):
             marker = next(marker for marker in MARKERS if marker in text or marker in text.lower())
             message = explain("a caption holds a special token", where, f"{marker} in {shorten(text)}", "plain text")
             raise SampleError("special_token", f"{message}; to do: take it out of the caption")
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse half a pair of surrogates (``\\ud800`` in JSON): no tokenizer takes it.
+
+    Raises:
+        SampleError: ``broken_text``.
+    """
+    if not text.isprintable() and printable(text) != text:
+        message = explain("a caption holds half a character", where, shorten(text), "text", "mend the caption")
+        raise SampleError("broken_text", message)
 
 
 def is_plain(text: str) -> bool:

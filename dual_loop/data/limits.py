@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO
 
@@ -113,6 +114,19 @@ def parse_json(text: bytes | str) -> Any:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"JSON that is nested too deep or too large: {error}") from error
+
+
+@contextmanager
+def of_content(where: str) -> Iterator[None]:
+    """Turn what Python raises where a record has a value of another type than it should have into ``broken_json``.
+
+    For code that takes a record apart and nothing else: a fault of the code itself would be taken for one of the data.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        message = explain("a record holds another kind of value than it should", where, error, fix="mend or replace it")
+        raise SampleError("broken_json", message) from error
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -421,7 +421,7 @@ def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
 
 
 def _read_captions(path: Path) -> dict[str, str | list[str] | None]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         captions = parse_json(read_file(path))

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dual_loop.data.captions import check_text
 from dual_loop.data.images import Picture
 from dual_loop.data.layout import check_root
 from dual_loop.data.limits import SAMPLE_BYTES, parse_json, read_file
 from dual_loop.data.masks import check_mask
 from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import SampleError, explain, printable
 from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 CANDIDATES = 4
@@ -208,12 +209,14 @@ class Reader:
         texts = [()] * len(ids) if captions is None else list(captions)
         if self.class_captions == "reference" and class_names:
             texts = [own or ((name,) if name else ()) for own, name in zip(texts, class_names, strict=True)]
+        for text in (text for own in texts for text in own):
+            check_text(text, f"{self.name}: {self.entry_id(index)}")
         return RegionSample(
             source=self.name,
             sample_id=self.entry_id(index),
             image=picture.pixels,
             masks=masks,
-            region_ids=tuple(ids),
+            region_ids=tuple(map(printable, ids)),
             captions=tuple(texts),
             image_reduction=picture.reduction,
             passed_over=tuple(passed_over),

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from dual_loop.data.images import read_picture
-from dual_loop.data.limits import check_file, parse_json
+from dual_loop.data.limits import RefusedFile, check_file, max_file_bytes, of_content, parse_json
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import find_coco_image
-from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain
+from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain, shorten
 from dual_loop.types import RegionSample
 
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
@@ -95,8 +95,9 @@ class RefParquet(Reader):
         if self.has_pixels:
             stored = records[0]["image"]
             raw = stored.get("bytes") if isinstance(stored, Mapping) else stored
+            raw = raw if isinstance(raw, bytes) else b""
             try:
-                picture = read_picture(io.BytesIO(raw or b""), False, f"{self.path}, row {rows[0]}")
+                picture = read_picture(io.BytesIO(raw), False, f"{self.path}, row {rows[0]}")
             except SampleError as error:
                 raise SampleError("truncated_file", str(error)) from error
         else:
@@ -104,10 +105,11 @@ class RefParquet(Reader):
         masks, ids, captions = [], [], []
         for row, record in zip(rows, records, strict=True):
             where = f"{self.path}, row {row}"
-            masks.append(self._mask(record, picture.size, where))
-            check_mask(masks[-1], where)
-            ids.append(f"ref{record.get('ref_id', row)}")
-            captions.append(_expressions(record, where))
+            with of_content(where):
+                masks.append(self._mask(record, picture.size, where))
+                check_mask(masks[-1], where)
+                ids.append(f"ref{record.get('ref_id', row)}")
+                captions.append(_expressions(record, where))
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{row}" for name, row in zip(ids, rows, strict=True)]
         return self._sample(index, picture, np.stack(masks), ids, captions)
 
@@ -115,9 +117,10 @@ class RefParquet(Reader):
         return dict(self._table.slice(row, 1).to_pylist()[0])
 
     def _find_image(self, record: Row) -> Path:
-        image_id = int(record["image_id"])
-        name = _json(record["raw_image_info"], str(self.path)).get("file_name")
-        return find_coco_image(self.images, str(name or f"{image_id:012d}.jpg"), image_id)
+        with of_content(f"{self.path}, image {shorten(record['image_id'])}"):
+            image_id = int(record["image_id"])
+            name = _json(record["raw_image_info"], str(self.path)).get("file_name")
+            return find_coco_image(self.images, str(name or f"{image_id:012d}.jpg"), image_id)
 
     def _mask(self, record: Row, size: tuple[int, int], where: str) -> np.ndarray:
         if not self.has_pixels:
@@ -135,6 +138,7 @@ class RefParquet(Reader):
 
 def _open_table(path: Path) -> Any:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
         from pyarrow.lib import ArrowException
     except ImportError as error:
@@ -142,7 +146,15 @@ def _open_table(path: Path) -> Any:
         raise EnvironmentProblem(explain("parquet files need pyarrow", str(path), "not installed", fix=fix)) from error
     try:
         check_file(path)
-        return parquet.read_table(path)
+        batches, left = [], max_file_bytes()
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            for batch in file.iter_batches(batch_size=64):  # a column of one value is a few bytes at any length
+                batches.append(batch)
+                left -= batch.nbytes
+                if left < 0:
+                    raise RefusedFile(f"more than {max_file_bytes():,} bytes when it is unpacked (data.max_file_mb)")
+        return pyarrow.Table.from_batches(batches, schema)
     except (OSError, ArrowException) as error:
         raise ConfigError(explain("a parquet file cannot be read", str(path), error, fix="get it again")) from error
 
@@ -151,7 +163,7 @@ def _json(text: Any, where: str) -> Any:
     try:
         value = parse_json(text) if isinstance(text, str) else text
     except ValueError as error:
-        raise SampleError("broken_json", explain("a column holds no JSON", where, str(text)[:60])) from error
+        raise SampleError("broken_json", explain("a column holds no JSON", where, shorten(text))) from error
     return value if isinstance(value, (dict, list)) else {}
 
 
@@ -162,5 +174,5 @@ def _expressions(record: Row, where: str) -> tuple[str, ...]:
         answer = record["answer"]
         texts = [answer] if isinstance(answer, str) else list(answer or ())
     if not all(isinstance(text, str) for text in texts):
-        raise SampleError("broken_json", explain("an expression is no text", where, str(texts)[:60], "text"))
+        raise SampleError("broken_json", explain("an expression is no text", where, shorten(texts), "text"))
     return tuple(text.strip() for text in texts if text and text.strip())

@@ -17,6 +17,7 @@ image), ``empty_mask`` (:meth:`RefCoco.load_all`), ``no_region_left``.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -282,7 +283,7 @@ def _first_file(candidates: Sequence[Path], label: str) -> Path:
         ConfigError: none is; the message names other splits of the data set that are there.
     """
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     others = sorted(path.name for path in candidates[0].parent.glob("*refs(*).*"))
     seen = "nothing there"
@@ -299,7 +300,7 @@ def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
     """
     names = coco_names(name, image_id)
     paths = [safe_join(folder, candidate) for candidate in names]
-    path = next((path for path in paths if path.is_file()), None)
+    path = next((path for path in paths if os.path.isfile(path)), None)
     if path is None:
         expected = ", ".join(dict.fromkeys(names))
         message = explain("a COCO image is missing", str(folder), "none of the names", expected)

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from dual_loop.data.index_file import ANY_SIZE, watched_arrays
 from dual_loop.data.limits import parse_json, read_file
 from dual_loop.data.masks import safe_join
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 
 
 class _IntegerType:
@@ -51,8 +51,16 @@ _STAND_INS = {("numpy", "dtype"): _IntegerType, ("_codecs", "encode"): _encode}
 _STAND_INS |= {(f"numpy.{core}.multiarray", "scalar"): _integer for core in ("core", "_core")}
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads dicts, lists, strings and numbers; refuses everything that needs another global."""
+class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """Loads dicts, lists, strings and numbers; refuses everything that needs another global.
+
+    Of Python's two unpicklers it extends the one in Python: the other numbers what it remembers in an array, and takes
+    gigabytes for an opcode of five bytes that names a high number. An array of bytes is made at any size it claims.
+    """
+
+    dispatch: ClassVar = {
+        code: call for code, call in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (stand_in := _STAND_INS.get((module_name, global_name))) is not None:
@@ -97,9 +105,14 @@ def load_refs(path: Path) -> list[Reference]:
     if not isinstance(refs, list) or not refs:
         seen = type(refs).__name__ if refs else "an empty list"
         raise ConfigError(explain("a refs file has another structure", str(path), seen, "a list of references", fix))
+    left = 8 * len(raw) + 2**20
     for number, ref in enumerate(refs):
+        left -= _weight(ref)
+        if left < 0:
+            what, seen = "a refs file holds the same parts again and again", f"{len(raw):,} bytes"
+            raise ConfigError(explain(what, f"{path}, reference {number}", seen, "not 8 times as much text", fix))
         if not _is_reference(ref):
-            where, seen = f"{path}, reference {number}", f"{str(ref)[:80]}..."
+            where, seen = f"{path}, reference {number}", shorten(ref)
             expected = "ref_id, image_id (integers), ann_id (integer or list of integers), split (string), "
             expected += "sentences (list of {sent or raw: string})"
             fix = "get the file again"
@@ -107,6 +120,15 @@ def load_refs(path: Path) -> list[Reference]:
         ref["split"] = _text(ref["split"])
         ref["sentences"] = [{key: _text(value) for key, value in one.items()} for one in ref["sentences"]]
     return refs
+
+
+def _weight(ref: object) -> int:
+    """Return how much there is to look at in a record: parts of a pickle can be in it any number of times."""
+    if not isinstance(ref, dict):
+        return 1
+    parts = [part for part in (ref.get("sentences"), ref.get("ann_id")) if isinstance(part, list)]
+    texts = [one.get("sent", one.get("raw")) for one in parts[0] if isinstance(one, dict)] if parts else []
+    return sum(map(len, parts)) + sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _is_reference(ref: object) -> bool:

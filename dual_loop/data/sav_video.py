@@ -29,7 +29,7 @@ import numpy as np
 
 from dual_loop.data.index import Key, build_in_parts, join_parts, list_tree, load_or_build
 from dual_loop.data.layout import layout_error
-from dual_loop.data.limits import check_file, check_pixels
+from dual_loop.data.limits import check_file, check_pixels, max_pixels
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.string_table import StringTable
@@ -334,8 +334,10 @@ def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> 
     av, stamp = _import_av(), times.stamps[number]
     before = [key for key in times.keys if key <= stamp]
     try:
-        with av.open(str(path), format="mp4") as container:
+        with _open_video(path) as container:
             stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("no video in it")
             stream.thread_type = "NONE"  # loader workers already use the cores
             # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
             for key in [*before[: -ATTEMPTS - 1 : -1], min(times.keys[0], times.stamps[0])]:
@@ -343,7 +345,7 @@ def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> 
                 frame = next(f for f in _decoded(container, stream) if f.pts is not None and f.pts >= stamp)
                 if frame.pts == stamp and not frame.is_corrupt:
                     return _upright(frame, size, f"{path}, frame {number}")
-    except (av.error.FFmpegError, StopIteration) as error:
+    except (av.error.FFmpegError, StopIteration, ValueError, MemoryError) as error:
         raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
     raise _damaged(path, f"frame {number} cannot be decoded")
 
@@ -358,7 +360,7 @@ def video_times(path: Path) -> VideoTimes:
     av = _import_av()
     try:
         check_file(path)
-        with av.open(str(path), format="mp4") as container:
+        with _open_video(path) as container:
             stream = container.streams.best("video")
             if stream is not None:
                 check_pixels(stream.height, stream.width, str(path))
@@ -367,7 +369,7 @@ def video_times(path: Path) -> VideoTimes:
             packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in whole if p.pts is not None]
     except FileNotFoundError as error:
         raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
-    except (OSError, av.error.FFmpegError) as error:
+    except (OSError, av.error.FFmpegError, ValueError, MemoryError) as error:
         raise _damaged(path, error) from error
     shown = np.sort([pts for pts, _, _, is_hidden in packets if not is_hidden])
     keys = sorted(pts for pts, _, is_key, _ in packets if is_key)
@@ -378,6 +380,12 @@ def video_times(path: Path) -> VideoTimes:
     rate = (len(shown) - 1) / span if span > 0 else 1.0
     off = (shown - shown[0]) * float(unit) * rate - np.arange(len(shown))
     return VideoTimes(shown.tolist(), keys, rate, bool(np.abs(off).max() < UNEVEN), frame_count)
+
+
+def _open_video(path: Path) -> Any:
+    """Open a video; decoders refuse frames above ``data.max_pixels``, whatever the container says of their size."""
+    options = {"max_pixels": str(max_pixels())}
+    return _import_av().open(str(path), format="mp4", options=options, metadata_errors="replace")
 
 
 def _complete(stamps: np.ndarray, last: int | None) -> int:

@@ -27,7 +27,10 @@ class StringTable:
         data = bytearray()
         offsets = array.array("q", [0])
         for string in strings:
-            data.extend(string.encode("utf-8", "surrogateescape"))
+            try:
+                data.extend(string.encode("utf-8", "surrogateescape"))
+            except UnicodeEncodeError:  # JSON can hold half a pair, which is no name of a file and no text
+                data.extend(string.encode("utf-8", "replace"))
             offsets.append(len(data))
         return cls(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64))
 

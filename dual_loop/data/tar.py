@@ -91,7 +91,7 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
 
     ``size`` is the archive's, where it is known before the whole of it was read.
     """
-    end, bounded = 0, cast(BinaryIO, _ShortReads(file))
+    end, bounded = 0, cast(BinaryIO, _Onward(file))
     try:
         with tarfile.open(fileobj=bounded, mode="r:") as archive:
             for member in archive:
@@ -132,11 +132,19 @@ def _first_bytes(file: Any) -> str:
     return f"; it begins with {file.read(40)!r}"
 
 
-class _ShortReads:
-    """A file whose reads are short: names and attributes of a member are read whole, whatever size they claim."""
+class _Onward:
+    """A file that is read on and on in short pieces, whatever the headers of its members claim.
+
+    Names and attributes are read whole, and a negative size leads back to what was read: tarfile would never end.
+    """
 
     def __init__(self, file: Any) -> None:
-        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self._file, self.tell = file, file.tell
+
+    def seek(self, place: int) -> None:
+        if place < self._file.tell() - 1:
+            raise ValueError("a header points backwards")
+        self._file.seek(place)
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _HEADER_BYTES:

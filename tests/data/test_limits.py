@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import struct
+import subprocess
+import sys
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,8 +22,11 @@ from dual_loop.config import DataConfig
 from dual_loop.data.images import open_image_file, read_picture
 from dual_loop.data.limits import RefusedFile, open_file, parse_json, read_file, read_lines, use_limits
 from dual_loop.data.masks import decode_rle, decode_segmentation
+from dual_loop.data.masks_dir import MasksDir
+from dual_loop.data.refcoco_index import load_refs
 from dual_loop.data.sav import SavPairs
-from dual_loop.errors import SampleError, explain, shorten
+from dual_loop.data.tar import list_tar
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 
 SQUARE = [10, 10, 60, 10, 60, 60, 10, 60]
 
@@ -176,3 +183,46 @@ def test_json_of_an_image_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "sa_1.json"
     path.write_text(json.dumps([0] * 12_000_000))
     assert "more than the limit" in str(refused(lambda: read_annotations(path, str(path))))
+
+
+@pytest.mark.parametrize("bomb", [b"]r\xff\xff\xff\x0f.", b"]p268435455\n.", b"\x96\0\0\0\0\4\0\0\0."], ids=str)
+def test_a_pickle_of_some_bytes_takes_no_gigabytes(tmp_path: Path, bomb: bytes) -> None:
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"\x80\2" + bomb)
+    code = "import resource, sys; from pathlib import Path; from dual_loop.data.refcoco_index import load_refs\n"
+    code += "try: load_refs(Path(sys.argv[1]))\nexcept Exception as error: print(type(error).__name__)\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ConfigError", "0"]
+
+
+def test_a_pickle_that_holds_one_text_a_thousand_times_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "refs(unc).p"
+    one = {"sent": "x" * 10_000}
+    ref = {"ref_id": 1, "ann_id": 1, "image_id": 1, "split": "train", "sentences": [one] * 1000}
+    path.write_bytes(pickle.dumps([ref] * 1000))
+    with pytest.raises(ConfigError, match="again and again"):
+        load_refs(path)
+
+
+@pytest.mark.parametrize("size", [-512, -(2**40), 2**80])
+def test_a_header_of_an_archive_cannot_lead_back(tmp_path: Path, size: int) -> None:
+    header = bytearray(tarfile.TarInfo("./sa_1.jpg").tobuf())
+    header[124:136] = (size % 2**96).to_bytes(12, "big")
+    header[124] = 0x80 if size > 0 else 0xFF
+    for kind in (b"0", b"x", b"L"):
+        header[156:157] = kind
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+        (tmp_path / "sa_0.tar").write_bytes(bytes(header) * 3 + bytes(1024))
+        assert list_tar(str(tmp_path), "sa_", str(tmp_path / "sa_0.tar"))["damage_bytes"].size > 0
+
+
+def test_half_a_character_in_a_caption_is_one_bad_region(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (80, 80)).save(tmp_path / "images/a.png")
+    regions = [{"id": i, "image_id": 1, "segmentation": [SQUARE], "caption": t} for i, t in enumerate(("a", "\ud83d"))]
+    images = [{"id": 1, "file_name": "a.png", "height": 80, "width": 80}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": regions}))
+    sample = MasksDir(tmp_path, regions_per_image=2, index_dir=tmp_path / "i").load(0, np.random.default_rng(0))
+    assert sample.captions == (("a",),)
+    assert [region.reason for region in sample.passed_over] == ["broken_text"]
