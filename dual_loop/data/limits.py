@@ -7,6 +7,7 @@ with the limits of the settings before anything is decoded, drawn or allocated.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO
+
+import numpy as np
 
 from dual_loop.config import DataConfig
 from dual_loop.errors import SampleError, explain
@@ -23,6 +26,9 @@ MAX_SIDE = 65_535
 
 SAMPLE_BYTES = 1 << 25
 """Most bytes of JSON that belong to one image or video, or to one line; parsed, they may take 25 times as many."""
+
+_ARRAY_HEADER = 10_000
+"""Most bytes of the header of a ``.npy``, numpy's own limit."""
 
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 _VARIABLE = "DUAL_LOOP_MAX_"
@@ -127,6 +133,24 @@ def of_content(where: str) -> Iterator[None]:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         message = explain("a record holds another kind of value than it should", where, error, fix="mend or replace it")
         raise SampleError("broken_json", message) from error
+
+
+def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the dtype that the header of a ``.npy`` claims; nothing else of the array is read.
+
+    Raises:
+        ValueError: for every fault of the header.
+    """
+    version = np.lib.format.read_magic(file)
+    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if length > _ARRAY_HEADER:
+        raise ValueError(f"the header of an array of {length:,} bytes")
+    try:
+        header = io.BytesIO(length.to_bytes(2, "little") + file.read(length))
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    except Exception as error:  # numpy has Python parse it
+        raise ValueError(f"the header of an array is damaged: {type(error).__name__}: {error}") from error
+    return shape, dtype
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from dual_loop.data.images import open_image_file
-from dual_loop.data.limits import check_file, check_pixels, max_file_bytes, max_pixels
+from dual_loop.data.limits import array_header, check_file, check_pixels, max_file_bytes, max_pixels, open_file
 from dual_loop.errors import SampleError, explain
 
 MASK_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy")
@@ -170,6 +170,8 @@ def _load_array(path: Path) -> np.ndarray:
     try:
         if check_file(path) > max_file_bytes():
             raise ValueError("larger than data.max_file_mb")
+        with open_file(path) as file:
+            array_header(file)
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         shape = tuple(side for side in stored.shape if side != 1) if stored.ndim > 2 else stored.shape
         if stored.dtype.kind not in "buif" or len(shape) not in (2, 3):

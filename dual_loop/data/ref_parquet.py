@@ -155,7 +155,7 @@ def _open_table(path: Path) -> Any:
                 if left < 0:
                     raise RefusedFile(f"more than {max_file_bytes():,} bytes when it is unpacked (data.max_file_mb)")
         return pyarrow.Table.from_batches(batches, schema)
-    except (OSError, ArrowException) as error:
+    except (OSError, ValueError, MemoryError, ArrowException) as error:
         raise ConfigError(explain("a parquet file cannot be read", str(path), error, fix="get it again")) from error
 
 

@@ -12,7 +12,6 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import zipfile
@@ -24,7 +23,7 @@ import numpy as np
 
 from dual_loop.data.index import list_tree, load_or_build
 from dual_loop.data.layout import layout_error
-from dual_loop.data.limits import RefusedFile, check_pixels, max_pixels, open_file
+from dual_loop.data.limits import RefusedFile, array_header, check_pixels, max_pixels, open_file
 from dual_loop.data.masks import check_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
@@ -37,8 +36,8 @@ LAYOUT = """
 """
 
 PREFIX = "masklet_data_"
-_DIRECTORY_BYTES, _HEADER_BYTES = 2**20, 10_000
-"""Most bytes of the table of members of an archive, and of the header of an array (numpy's own limit)."""
+_DIRECTORY_BYTES = 2**20
+"""Most bytes of the table of members of an archive."""
 
 _ZIP_END_BYTES = 22 + 2**16
 """The last record of a zip archive and the longest comment behind it."""
@@ -147,12 +146,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, where: str, most: int) -> n
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in another way than numpy does")
     with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        length = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
-        if length > _HEADER_BYTES:
-            raise ValueError(f"{name} has a header of {length:,} bytes")
-        header = io.BytesIO(length.to_bytes(2, "little") + member.read(length))
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        shape, dtype = array_header(member)
         if dtype.hasobject:
             what = "an array holds Python objects, which only pickle can read"
             raise _bad_array(what, where, "dtype object", "uint8 or float")

@@ -165,6 +165,19 @@ PAIR = {
 
 
 @st.composite
+def npy_files(draw: st.DrawFn) -> bytes:
+    """Draw arrays of any shape and dtype, damaged headers among them."""
+    side = st.integers(0, 3) | st.sampled_from([H, W, -1, 10**5, 2**31, 2**63, 2**70])
+    shape = draw(st.lists(side, max_size=4).map(tuple))
+    dtype = draw(st.sampled_from(["|u1", "<f8", "|O", "<c16", "|S9999999", "<M8[s]", ">i8", "|V4", "<f2", "|b1"]))
+    text = f"{{'descr': '{dtype}', 'fortran_order': {draw(st.booleans())}, 'shape': {shape}}}".encode()
+    text = draw(st.just(text) | damaged(text))
+    version = draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0"]))
+    size = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
+    return b"\x93NUMPY" + version + size + text + b"\0" * draw(st.sampled_from([0, 600, 2**16]))
+
+
+@st.composite
 def npz_files(draw: st.DrawFn) -> bytes:
     """Draw npz archives whose checksums are right, with arrays of any shape and dtype, damaged headers among them."""
     stream = io.BytesIO()
@@ -173,14 +186,7 @@ def npz_files(draw: st.DrawFn) -> bytes:
         for name in draw(st.permutations([*PAIR, "frame3", "mask3", draw(st.sampled_from([*PAIR]))])):
             data = PAIR.get(name, PAIR["mask1"])
             if not draw(st.integers(0, 3)):
-                side = st.integers(0, 3) | st.sampled_from([H, W, -1, 10**5, 2**31, 2**63, 2**70])
-                shape = draw(st.lists(side, max_size=4).map(tuple))
-                dtype = draw(st.sampled_from(["|u1", "<f8", "|O", "<c16", "|S9999999", "<M8[s]", ">i8", "|V4", "<f2"]))
-                text = f"{{'descr': '{dtype}', 'fortran_order': {draw(st.booleans())}, 'shape': {shape}}}".encode()
-                text = draw(st.just(text) | damaged(text))
-                version = draw(st.sampled_from([b"\1\0", b"\2\0", b"\3\0"]))
-                size = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
-                data = b"\x93NUMPY" + version + size + text + b"\0" * draw(st.sampled_from([0, 600, 2**16]))
+                data = draw(npy_files())
             archive.writestr(f"{name}.npy", data)
     return draw(st.just(stream.getvalue()) | damaged(stream.getvalue()))
 
@@ -303,6 +309,10 @@ SA1B = {
         {"id": k, "segmentation": encode_rle(MASK), "predicted_iou": 0.9, "stability_score": 0.9} for k in range(2)
     ],
 }
+LABELME = {
+    **{"version": "5.0", "imagePath": "1.jpg", "imageHeight": H, "imageWidth": W},
+    "shapes": [{"label": "box", "points": [[5, 4], [15, 4], [15, 12]], "shape_type": "polygon"}],
+}
 LINE = {"image": "images/a.jpg", "segmentation": [POLYGON], "caption": "a box", "id": "1"}
 RECORD = {
     "name": "refcoco/1#ref1",
@@ -323,7 +333,7 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
     def masks(name: str) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
             root = room.fresh(**{name: data, "images/1.jpg": JPEG, "images/2.jpg": JPEG, "images/a.jpg": JPEG})
-            if name in ("captions.json", "masks/a.png"):
+            if name == "captions.json" or name.startswith("masks/"):
                 room.write("masks/1.png", png(MASK.astype(np.uint8)))
                 room.write("masks/2.png", png(MASK.astype(np.uint8) + 1))
             read_all(lambda: MasksDir(root, None, 4, index_dir=index), str(root))
@@ -352,6 +362,12 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
 
     def instances(data: bytes) -> None:
         refcoco(data, pickle.dumps(make_refs(), 2))
+
+    def grefcoco(data: bytes) -> None:
+        root = room.fresh()
+        write_dataset(root / "grefcoco", [])
+        room.write("grefcoco/grefs(unc).json", data)
+        read_all(lambda: RefCoco(root, ("grefcoco",), regions_per_image=4, index_dir=index), str(root))
 
     def references(data: bytes) -> None:
         refcoco(json.dumps(make_instances()).encode(), data)
@@ -450,6 +466,9 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
         "masks.coco": (json_files(COCO), masks("a.json")),
         "masks.lines": (st.lists(json_files(LINE), max_size=3).map(b"\n".join), masks("a.jsonl")),
         "masks.captions": (json_files({"1": "a box", "2#1": ["a", "b"]}), masks("captions.json")),
+        "masks.labelme": (json_files(LABELME), masks("images/1.json")),
+        "masks.yolo": (damaged(b"0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.2 0.2 0.6 0.2 0.6 0.6\n"), masks("labels/1.txt")),
+        "masks.npy": (npy_files() | damaged(npy(MASK)), masks("masks/a.npy")),
         "masks.png": (damaged(mask) | damaged(labels) | png_files(), mask_file),
         "images": (st.sampled_from(stored).flatmap(damaged) | png_files(), image),
         "rle": (codes | trees(encode_rle(MASK)), rle),
@@ -458,6 +477,7 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
         "sa1b.tar": (tar_files(members), tar),
         "openimages.csv": (damaged(CSV), open_images),
         "refcoco.instances": (json_files(make_instances()), instances),
+        "grefcoco": (json_files([ref | {"ann_id": [ref["ann_id"]]} for ref in make_refs()[:4]]), grefcoco),
         "refcoco.pickle": (pickles(), references),
         "parquet.rows": (trees(row) | trees(pixels), parquet_rows),
         "sav.npz": (npz_files() | damaged(_pair()), pair),
