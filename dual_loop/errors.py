@@ -6,8 +6,10 @@ Use :func:`explain` to build it, so that no part is forgotten.
 
 from __future__ import annotations
 
+import errno
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother, _REPR.maxdict = 60, 60, 6
@@ -88,3 +90,35 @@ def explain(what: str, where: str = "", seen: object = None, expected: object = 
 def printable(text: str) -> str:
     """Return ``text`` with lone surrogates escaped, which no encoding has: ``\\ud800``."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+ROOM = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on sizes",
+}
+REFUSALS = {
+    **ROOM,
+    errno.EROFS: "choose a folder on a file system that can be written",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions of the folder"),
+    errno.EIO: "look at the disk or its server",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What to do where the system refuses to write, by its error number."""
+
+
+@contextmanager
+def writing(what: str, path: object, num_bytes: int | None = None, net: bool = False) -> Iterator[None]:
+    """Turn an OSError of the block, which writes ``num_bytes`` to ``path``, into an EnvironmentProblem.
+
+    With ``net`` only those of a disk (:data:`REFUSALS`) are turned; others are faults of the program.
+    """
+    try:
+        yield
+    except OSError as error:
+        if net and error.errno not in REFUSALS:
+            raise
+        needed = f"{num_bytes:,} bytes of space" if num_bytes is not None and error.errno in ROOM else None
+        fix = REFUSALS.get(error.errno or 0, "look at the folder and its disk")
+        where = str(error.filename or path)
+        raise EnvironmentProblem(explain(f"{what} cannot be written", where, error, needed, fix)) from error

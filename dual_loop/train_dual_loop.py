@@ -28,7 +28,7 @@ from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import missing_roots
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import Panel, save_panels
-from dual_loop.errors import ConfigError, explain
+from dual_loop.errors import ConfigError, explain, writing
 from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, plain_figures
 from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, held_out_source
 from dual_loop.evaluation.vague_references import captioned_samples, heard_regions, warn_of_vague_references
@@ -39,6 +39,7 @@ from dual_loop.preflight.dry_run import dry_run as dry_run
 from dual_loop.preflight.machine import require_ready
 from dual_loop.training import ranks
 from dual_loop.training.devices import build_accelerator, end_processes, gather_objects
+from dual_loop.training.run_lock import holding
 from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
 from dual_loop.training.trainer import FitResult, Totals, Trainer, memory_errors_explained
 
@@ -65,26 +66,34 @@ def train(config: Config) -> FitResult:
         DualLoopError: anything that the user can mend; the message says how.
     """
     accelerator = build_accelerator(config)
-    with ranks.failing_together(), memory_errors_explained("start-up or evaluation"):
+    with (
+        ranks.failing_together(),
+        memory_errors_explained("start-up or evaluation"),
+        writing("the run", config.train.output_dir, net=True),
+    ):
         check_paths(config)
         warned = require_ready(config)
-        run = start(config, accelerator)
-        for warning in warned:
-            run.report(f"{warning}")
-        stream = open_data(run)
-        built = build(run)
-        loaded = load(run, built)
-        placed = place(run, loaded)
-        ready = wire(run, placed, stream)
-        trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
-        before = evaluator.before(trainer.progress.step)
-        evaluator.look_at_references(trainer)
-        result = trainer.fit()
-        after = evaluator.after(trainer) if result.stopped_by is None else None
-        totals, found = trainer.totals(), evaluation_summary(before, after)
-        run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
-        run.report(closing_line(result, totals, found, run.folder.path))
-        end_processes(accelerator)
+        # The other ranks meet the one that holds the folder before they look into it.
+        is_main, waits = accelerator.is_main_process, config.train.resume is not None
+        with holding(config.train.output_dir, waits) if is_main else nullcontext():
+            accelerator.wait_for_everyone()
+            run = start(config, accelerator)
+            for warning in warned:
+                run.report(f"{warning}")
+            stream = open_data(run)
+            built = build(run)
+            loaded = load(run, built)
+            placed = place(run, loaded)
+            ready = wire(run, placed, stream)
+            trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
+            before = evaluator.before(trainer.progress.step)
+            evaluator.look_at_references(trainer)
+            result = trainer.fit()
+            after = evaluator.after(trainer) if result.stopped_by is None else None
+            totals, found = trainer.totals(), evaluation_summary(before, after)
+            run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
+            run.report(closing_line(result, totals, found, run.folder.path))
+            end_processes(accelerator)
     return result
 
 
@@ -168,7 +177,8 @@ class Evaluator:
             )
             own = meter.measure(samples, run.config.data.eval_split)
             if accelerator.is_main_process:
-                save_panels(self._examples(), run.folder.path / "panels", name)
+                with writing("example panels", run.folder.path / "panels"):
+                    save_panels(self._examples(), run.folder.path / "panels", name)
         restore_rng(rng)
         # Plain values cross the ranks and stand in the file.
         parts = gather_objects(accelerator, [region.flat() for region in own])

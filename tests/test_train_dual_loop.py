@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from dual_loop import train_dual_loop
+from dual_loop.checkpoint.store import find_latest, newest_whole
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, exit_status, main
 from dual_loop.training.trainer import FitResult
@@ -223,6 +226,79 @@ def test_sigterm_saves_and_leaves_with_zero(demo: Path, tmp_path: Path) -> None:
     assert "go on with --resume auto" in log.read_text()
     assert (folder / f"checkpoints/step_{step:08d}/manifest.json").is_file()
     assert json.loads((folder / "summary.json").read_text())["steps"] == step
+
+
+@pytest.mark.slow
+def test_of_two_starts_one_writes_and_a_requeue_after_kill_9_goes_on(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = _arguments(demo, folder, "--max_steps", "500", "--save_interval", "1")
+    process = _start(arguments, log)
+    _wait_for_step(process, folder, 2, log)
+    assert main(arguments) == 2
+    assert f"another run writes this folder; where: {folder / 'run.lock'}; seen: process" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    assert (folder / "run.lock").exists()
+    assert main(_arguments(demo, folder, "--max_steps", "4", "--save_interval", "1", "--resume", "auto")) == 0
+    captured = capsys.readouterr()
+    assert "took over" in captured.err
+    assert "applied: train.max_steps: 500 -> 4" in captured.out
+    assert not (folder / "run.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_loader_that_is_killed_or_stopped_ends_the_run_with_one_message(
+    demo: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = _arguments(demo, folder, "--max_steps", "500", "--num_workers", "1", "--save_interval", "1")
+    process = _start([*flags, "train.rank_timeout=5"], log)
+    _wait_for_step(process, folder, 2, log)
+    own = json.loads((folder / "run.lock").read_text())["pid"]
+    children = psutil.Process(own).children()
+    assert len(children) == 1
+    for child in children:
+        child.send_signal(number)
+    assert process.wait(timeout=60) == 2, log.read_text()
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert text.count("\nerror: ") == text.count("error: a process that loads data was killed or hangs") == 1
+    assert find_latest(folder) is not None
+    assert not any(child.is_running() for child in children)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_starting_is_one_message(demo: Path, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = _start(_arguments(demo, folder), log)
+    while not (folder / "run.lock").exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().count("error: ") == 1
+    assert not (folder / "run.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_the_run_with_one_message(demo: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = _arguments(demo, folder, "--max_steps", "500", "--save_interval", "1", "--panel_interval", "1")
+    process = _start(arguments, log)
+    _wait_for_step(process, folder, 2, log)
+    own = json.loads((folder / "run.lock").read_text())["pid"]
+    resource.prlimit(own, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    assert process.wait(timeout=60) == 2, log.read_text()
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert text.count("\nerror: ") == text.count("error: the checkpoint cannot be written; where: ") == 1
+    assert "bytes of space" in text
+    assert newest_whole(folder)[0] is not None
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import dual_loop
 from dual_loop import errors
-from dual_loop.errors import DualLoopError, SampleError, explain, listed, shorten
+from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError, explain, listed, shorten, writing
 from dual_loop.types import Batch, LossTerm, RegionCaption, RegionSample, WrittenCaption
 
 HEAVY = ("torch", "transformers", "mmengine", "matplotlib")
@@ -134,3 +135,11 @@ def test_a_long_value_is_shortened() -> None:
 def test_a_long_list_is_cut() -> None:
     assert listed(["a", "b"]) == "a, b"
     assert listed(range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+def test_only_errors_of_a_disk_are_turned_where_a_net_is_asked_for() -> None:
+    with pytest.raises(FileNotFoundError), writing("x", "y", net=True):
+        raise FileNotFoundError(2, "gone")
+    expected = r"x cannot be written; where: y;.*expected: 1,000 bytes.*quota"
+    with pytest.raises(EnvironmentProblem, match=expected), writing("x", "y", 1000, net=True):
+        raise OSError(errno.EDQUOT, "quota exceeded")

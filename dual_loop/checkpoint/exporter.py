@@ -34,9 +34,10 @@ from dual_loop.checkpoint.key_rules import (
     iterate_export,
     place,
 )
+from dual_loop.checkpoint.manifest import writing_tensors
 from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
 from dual_loop.config import Config
-from dual_loop.errors import CheckpointError, explain
+from dual_loop.errors import CheckpointError, explain, writing
 from dual_loop.model.adapters import LORA_TARGETS
 from dual_loop.model.sa2va import Sa2VA
 
@@ -101,7 +102,9 @@ def export_weights(
         exported = itertools.chain(exported, _cast(extra, dtype))
     if out.suffix in FILE_SUFFIXES:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in exported}
-        torch.save({"state_dict": content, "meta": {}}, out)
+        size = sum(tensor.nbytes for tensor in content.values())
+        with writing("the export", out, size), out.open("wb") as stream:  # torch alone would not say why it fails
+            torch.save({"state_dict": content, "meta": {}}, stream)
         return len(content)
     out.mkdir(parents=True)
     if file_format == "hf-sa2va":
@@ -194,7 +197,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> list[str]:
-    save_file(tensors, path, {"format": "pt"})
+    with writing_tensors("the export", path, sum(tensor.nbytes for tensor in tensors.values())):
+        save_file(tensors, path, {"format": "pt"})
     return list(tensors)
 
 

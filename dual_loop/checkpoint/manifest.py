@@ -5,16 +5,20 @@ The manifest is written last, so a folder that has one was written completely. S
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dual_loop.errors import CheckpointError, explain
+from safetensors import SafetensorError
+
+from dual_loop.errors import REFUSALS, CheckpointError, explain, writing
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "dual_loop.run_checkpoint"
@@ -134,6 +138,17 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text and force it to the disk."""
     path.write_text(text, encoding="utf-8")
     sync_to_disk(path)
+
+
+@contextmanager
+def writing_tensors(what: str, path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Do what :func:`errors.writing` does for safetensors' errors as well."""
+    with writing(what, path, num_bytes):
+        try:
+            yield
+        except SafetensorError as error:  # says the system's error in words alone
+            number = next((number for number in REFUSALS if f"os error {number}" in str(error)), errno.EIO)
+            raise OSError(number, str(error)) from error
 
 
 def sync_to_disk(path: Path) -> None:

@@ -20,7 +20,6 @@ The checkpoint folder must lie on a file system that all ranks share.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -28,8 +27,7 @@ import re
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,6 +49,7 @@ from dual_loop.checkpoint.manifest import (
     sync_to_disk,
     write_manifest,
     write_text,
+    writing_tensors,
 )
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain, listed
 
@@ -130,6 +129,7 @@ def save_run_checkpoint(
     final = folder / f"step_{step:08d}"
     temporary = folder / f"{_TEMPORARY_PREFIX}{final.name}"
     _check_plain(rng_states, "rng_states")
+    num_bytes = world_size * _count_bytes(rng_states)
     if rank == 0:
         _check_plain(optimizer_state, "optimizer_state")
         _check_plain(state, "state", for_json=True)
@@ -137,15 +137,15 @@ def save_run_checkpoint(
         parts["optimizer_state"] = optimizer_state
         fix = "resume from the newest whole checkpoint with a lower --learning_rate"
         _refuse_not_finite(parts, f"step {step}", f"{fix}, or with --mixed_precision no")
-        num_bytes = _count_bytes([model_tensors, ema_tensors, optimizer_state]) + len(json.dumps(state))
-        with _disk_errors_explained(temporary):
-            _prepare_folder(folder, temporary, num_bytes + world_size * _count_bytes(rng_states))
+        num_bytes += _count_bytes([model_tensors, ema_tensors, optimizer_state]) + len(json.dumps(state))
+        with writing_tensors("the checkpoint", temporary, num_bytes):
+            _prepare_folder(folder, temporary, num_bytes)
     barrier()
     if not temporary.is_dir():
         fix = "put train.output_dir on a file system that all nodes share"
         what = "a rank does not see the folder that rank 0 made"
         raise CheckpointError(explain(what, str(temporary), f"rank {rank}", fix=fix))
-    with _disk_errors_explained(temporary):
+    with writing_tensors("the checkpoint", temporary, num_bytes):
         _save_plain(rng_states, temporary / rng_name(rank))
         if rank == 0:
             _save_tensors(model_tensors, temporary / MODEL_NAME)
@@ -155,7 +155,7 @@ def save_run_checkpoint(
             write_text(temporary / STATE_NAME, json.dumps(state, indent=1))
     barrier()
     if rank == 0:
-        with _disk_errors_explained(temporary):
+        with writing_tensors("the checkpoint", temporary, num_bytes):
             write_manifest(temporary, step, world_size)
             _publish(temporary, final)
             _rotate(folder, step, keep)
@@ -380,16 +380,6 @@ def _load_plain(path: Path) -> Plain:
         what = "a state file cannot be read safely"
         fix = "the file was not written by this package; do not load it from a source that you do not trust"
         raise CheckpointError(explain(what, str(path), error, fix=fix)) from error
-
-
-@contextmanager
-def _disk_errors_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        fix = "free some space" if full else "check permissions and quota of train.output_dir"
-        raise EnvironmentProblem(explain("the checkpoint cannot be written", str(path), error, fix=fix)) from error
 
 
 def _check_plain(value: Any, where: str, for_json: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dual_loop.config import Config, DataConfig, add_data_flags, overrides_from
-from dual_loop.errors import ConfigError, DualLoopError, explain
+from dual_loop.errors import ConfigError, DualLoopError, explain, writing
 
 if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
@@ -60,10 +60,14 @@ class Command:
         self.add_arguments(parser, arguments)
         args = parser.parse_args(arguments)
         try:
-            return self.run(args)
+            with writing("a file", "", net=True):
+                return self.run(args)
         except DualLoopError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        except KeyboardInterrupt:
+            print("error: stopped by Ctrl-C before there was anything to save", file=sys.stderr, flush=True)
+            return 130
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

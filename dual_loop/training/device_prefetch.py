@@ -12,6 +12,8 @@ leave it idle; on a CPU one image with a few hundred tokens keeps the products b
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +100,7 @@ class DevicePrefetch:
         self._window, self._images = config.train.gradient_accumulation_steps, images
         self._stream: Any = torch.cuda.Stream(device) if self.copies_ahead and device.type == "cuda" else None
         self._next: list[Batch] | None = None
+        self._timeout = config.train.rank_timeout
 
     def take(self) -> list[Batch]:
         """Return the next window in parts."""
@@ -121,8 +124,22 @@ class DevicePrefetch:
             self._next = self._copy()
 
     def _copy(self) -> list[Batch]:
-        with torch.cuda.stream(self._stream):  # of no effect with None
-            return [next(self.batches).to(self.device, non_blocking=True) for _ in range(self._window)]
+        # A process that was stopped would be waited for without end, also by the loader's own time-out.
+        silence = threading.Timer(self._timeout, end_loaders)
+        silence.start()
+        try:
+            with torch.cuda.stream(self._stream):  # of no effect with None
+                return [next(self.batches).to(self.device, non_blocking=True) for _ in range(self._window)]
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"DataLoader: a connection to a worker broke ({error})") from error
+        finally:
+            silence.cancel()
+
+
+def end_loaders() -> None:
+    """Kill the processes that load data; one that is stopped hears nothing else."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def split_window(window: Sequence[Batch], count: int) -> list[Batch]:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 
 from dual_loop.config import GATES
 from dual_loop.drawing import Panel
+from dual_loop.errors import writing
 from dual_loop.metrics import iou, iou_table, mask_overlap, own_and_margin, own_image_only, ratio
 from dual_loop.training import ranks
 from dual_loop.training.run_folder import truncate_metrics
@@ -238,26 +240,34 @@ class MetricsLog:
             truncate_metrics(self.folder / METRICS_NAME, step)
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+            with self._writing_curves():
+                self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: StepRecord) -> None:
         """Append ``record``, and its numbers to the curves."""
         if self._curves is None:
             return
-        document = record.to_dict()
-        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(document) + "\n")
+        document, path = record.to_dict(), self.folder / METRICS_NAME
+        line = json.dumps(document) + "\n"
+        with writing("a record", path, len(line)), path.open("a", encoding="utf-8") as stream:
+            stream.write(line)
         groups = {name: value for name, value in document.items() if isinstance(value, dict)}
         numbers = {name: value for name, value in document.items() if name not in ("step", *groups)}
         numbers |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        for name, value in numbers.items():
-            if value is not None:
-                self._curves.add_scalar(name, value, record.step)
+        with self._writing_curves():
+            for name, value in numbers.items():
+                if value is not None:
+                    self._curves.add_scalar(name, value, record.step)
+            self._curves.flush()  # a thread writes, whose errors are met here
 
     def close(self) -> None:
         if self._curves is not None:
-            self._curves.close()
+            with self._writing_curves():
+                self._curves.close()
             self._curves = None
+
+    def _writing_curves(self) -> AbstractContextManager[None]:
+        return writing("the curves", self.folder / "tensorboard")
 
 
 # ---- example panels --------------------------------------------------------------------------------------------------

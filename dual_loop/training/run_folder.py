@@ -10,6 +10,7 @@
                panels/          step_000123_0.png: image, mask, caption, mask'
                checkpoints/     see dual_loop.checkpoint.store
                summary.json     totals and the evaluation before and after
+               run.lock         who writes here, while it does; see training.run_lock
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from dual_loop.checkpoint.manifest import MANIFEST_NAME, write_text
 from dual_loop.checkpoint.store import CHECKPOINT_DIR, newest_whole
 from dual_loop.data.index_file import replacing
-from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem, explain, shorten
+from dual_loop.errors import CheckpointError, ConfigError, explain, shorten, writing
 from dual_loop.model.shards import place_like
 
 PACKAGES = ("dual-loop", "torch", "transformers", "peft", "accelerate", "mmengine", "numpy", "pillow", "safetensors")
@@ -63,14 +64,10 @@ class RunFolder:
         if not self.writes:
             return
         check_free(self.path, resuming)
-        try:
+        with writing("the run folder", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", config)
-            write_json(self.path / "versions.json", {**versions(), **extra})
-        except OSError as error:
-            fix = "choose another --output_dir"
-            what = "the run folder cannot be written"
-            raise EnvironmentProblem(explain(what, str(self.path), str(error), fix=fix)) from error
+        self.write("config", config)
+        self.write("versions", {**versions(), **extra})
 
     def write(self, name: str, document: Mapping[str, object]) -> None:
         """Write ``<name>.json``: the summary, an evaluation, the import report."""
@@ -241,5 +238,5 @@ def write_json(path: Path, value: object) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one move, so that a reader never sees half of it."""
-    with replacing(path) as temporary:
+    with writing(path.name, path, len(text)), replacing(path) as temporary:
         write_text(temporary, text)

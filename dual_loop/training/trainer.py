@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_map_only
 from dual_loop.checkpoint.store import capture_rng, load_run_checkpoint, restore_rng, save_run_checkpoint
 from dual_loop.config import Config
 from dual_loop.drawing import save_panels
-from dual_loop.errors import CheckpointError, EnvironmentProblem, explain
+from dual_loop.errors import CheckpointError, EnvironmentProblem, explain, writing
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
 from dual_loop.model.shards import whole
 from dual_loop.training import ranks
-from dual_loop.training.device_prefetch import DataStream, DevicePrefetch
+from dual_loop.training.device_prefetch import DataStream, DevicePrefetch, end_loaders
 from dual_loop.training.devices import gather_objects, images_at_once, peak_memory_mb, wrap_model
 from dual_loop.training.metrics_log import (
     MetricsLog,
@@ -328,7 +328,9 @@ class Trainer:
         read = list(dict.fromkeys(images))
         samples = dict(zip(read, self.data.samples(self.progress.step - 1, read), strict=True))
         panels = make_panels(regions, [samples[image] for image in images])
-        save_panels(panels, self.folder.path / "panels", f"step_{self.progress.step:06d}")
+        folder = self.folder.path / "panels"
+        with writing("example panels", folder):
+            save_panels(panels, folder, f"step_{self.progress.step:06d}")
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -388,10 +390,18 @@ class Trainer:
 
 @contextmanager
 def memory_errors_explained(where: str) -> Iterator[None]:
-    """Turn running out of memory into an EnvironmentProblem that says which flags to change."""
+    """Turn running out of memory, and a loader's process that ended, into an EnvironmentProblem with what to do."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "DataLoader" in str(error):
+            end_loaders()  # one that is stopped would be waited for at the end
+            what, fix = (
+                "a process that loads data was killed or hangs",
+                "look for what ended it (often the kernel, for ",
+            )
+            fix += "want of memory: lower --num_workers); go on with --resume auto"
+            raise EnvironmentProblem(explain(what, where, str(error).splitlines()[0], fix=fix)) from error
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         fix = (

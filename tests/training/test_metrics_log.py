@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dual_loop.config import load_config
+from dual_loop.errors import EnvironmentProblem
 from dual_loop.training.metrics_log import (
     MetricsLog,
     PhaseTimer,
@@ -135,6 +140,32 @@ def test_a_record_is_a_line_and_its_numbers_are_curves(tmp_path: Path) -> None:
     assert names < set(events.Tags()["scalars"])
     assert not {"step", "reference_iou"} & set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("seconds/data")] == [0.5]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_record_that_does_not_fit_the_disk_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
+    log.open(0)
+    expected = r"a record cannot be written; where: .*metrics.jsonl; seen: .*No space.*expected: \d+ bytes.*free some"
+    with pytest.raises(EnvironmentProblem, match=expected):
+        log.write(record_of(1))
+
+
+@pytest.mark.parametrize(("number", "fix"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota")])
+def test_curves_that_do_not_fit_the_disk_are_explained_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
+) -> None:
+    log = MetricsLog(tmp_path)
+    log.open(0)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    monkeypatch.setattr(threading, "excepthook", lambda found: None)
+    with pytest.raises(EnvironmentProblem, match=rf"the curves cannot be written; where: .*tensorboard.*{fix}"):
+        log.write(record_of(1))
 
 
 def test_resuming_drops_the_records_that_will_be_done_again(tmp_path: Path) -> None:

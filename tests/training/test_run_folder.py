@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from dual_loop.checkpoint.store import save_run_checkpoint
-from dual_loop.errors import CheckpointError, ConfigError
+from dual_loop.errors import CheckpointError, ConfigError, EnvironmentProblem
 from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, truncate_metrics, versions
 
 
@@ -119,3 +121,20 @@ def test_records_cut_within_a_character_are_cut_off(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": \xff1}\n{"step": 2}\n')
     with pytest.raises(CheckpointError, match="line 1"):
         truncate_metrics(path, 5)
+
+
+@pytest.mark.parametrize("name", ["config", "summary"])
+@pytest.mark.parametrize(("number", "fix"), [(errno.ENOSPC, "free some"), (errno.EROFS, "file system that can be")])
+def test_a_document_that_cannot_be_written_is_explained_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, fix: str
+) -> None:
+    folder = _create(tmp_path)
+    folder.write(name, {"a": 1})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(EnvironmentProblem, match=rf"{name}\.json cannot be written; where: .*{name}\.json.*{fix}"):
+        folder.write(name, {"a": 2})
+    assert folder.read(name) == {"a": 1}
