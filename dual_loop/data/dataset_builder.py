@@ -118,6 +118,8 @@ def open_source(name: str, data: DataConfig) -> Reader:
     if name == "masks":
         own["allow_absolute_paths"] = data.allow_absolute_paths
     source = reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
+    if data.class_captions != "off":
+        source.read_classes()
     source.region_choice, source.class_captions, source.exif = data.region_choice, data.class_captions, data.exif
     return source
 

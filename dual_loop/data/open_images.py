@@ -2,8 +2,12 @@
 
 Format: Benenson et al. 2019, arXiv 1903.10830 (:data:`LAYOUT`; each part can be given on its own).
 
+Partial downloads: an entry is an image that is there, with its masks that are there; ``left_out`` counts the others.
+Where nothing is there everything stays an entry, and reading one says what is missing.
+
 Sizes: a mask is usually stored at another resolution than its image, so it is resized (nearest) to the image. Where
-the aspect ratios disagree by more than 1 %, mask and image do not belong together (``aspect_mismatch``).
+the aspect ratios disagree by more than 1 %, and by more than the rounding of a side to pixels explains, mask and image
+do not belong together (``aspect_mismatch``).
 
 EXIF policy: the image is taken as stored, as long as the first drawn mask fits its aspect. Where it does not fit, the
 image is turned as its EXIF orientation says, if that makes it fit. So an orientation that keeps the aspect (upside
@@ -17,16 +21,17 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dual_loop.data.images import Picture, foreground_of, open_image_file, read_picture
-from dual_loop.data.index import load_or_build, progress_bar
+from dual_loop.data.index import join_parts, list_tree, load_or_build, partial_folder, progress_bar
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import find_part, layout_error
-from dual_loop.data.limits import open_file, read_lines
+from dual_loop.data.limits import open_file, read_file, read_lines
 from dual_loop.data.masks import resize_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
@@ -39,11 +44,23 @@ LAYOUT = """
     train-annotations-object-segmentation.csv    (MaskPath,ImageID,LabelName,BoxID,...)
     images/train/<ImageID>.jpg
     masks/train/<MaskPath>
+  (images and masks also in sub-folders, as unpacked archives leave them; a part of them is enough)
 """
 
 CSV_NAME = "train-annotations-object-segmentation.csv"
 ASPECT_TOLERANCE = 0.01
 """Largest relative difference between the aspect ratios of a mask and its image."""
+
+CLASS_FILES = (
+    *("oidv7-class-descriptions.csv", "oidv7-class-descriptions-boxable.csv"),
+    *("class-descriptions-boxable.csv", "class-descriptions.csv"),
+)
+LEFT_OUT = (
+    "masks of the table that are not there",
+    "images of the table that are not there",
+    "images none of whose masks is there",
+    "zip files that are not unpacked",
+)
 
 _CHUNK_ROWS = 50_000
 _MAX_ID_BYTES = 251
@@ -55,7 +72,7 @@ class OpenImages(Reader):
 
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         csv, images, masks: where a part is elsewhere: a path that exists, or a path below ``root``.
-        classes: class descriptions; nothing in training reads them, but a wrong path is refused.
+        classes: class descriptions, for ``data.class_captions``; a wrong path is refused.
 
     Raises:
         ConfigError: a part is missing, the CSV has another header or a broken row, or it has no row.
@@ -83,15 +100,27 @@ class OpenImages(Reader):
         self.csv_path = find(csv, CSV_NAME, "openimage_csv")
         self.images = find(images, "images/train", "openimage_images")
         self.masks = find(masks, "masks/train", "openimage_masks")
-        if classes is not None:
-            find(classes, "", "openimage_classes")
-        arrays = load_or_build(index_dir, {"kind": "openimages", "csv": str(self.csv_path)}, self._build_index)
-        self._image_ids = StringTable.from_arrays(arrays, "image_id")
-        self._mask_paths = StringTable.from_arrays(arrays, "mask_path")
+        self._classes = None if classes is None else find(classes, "", "openimage_classes")
+        self._class_names: dict[str, str] = {}
+        folders = {"images": str(self.images), "masks": str(self.masks)}
+        self._key = {"kind": "openimages", "csv": str(self.csv_path), **folders, "version": 2}
+        arrays = load_or_build(index_dir, self._key, self._build_index)
+        self._image_ids, self._image_files, self._mask_paths, self._folders = (
+            StringTable.from_arrays(arrays, name) for name in ("image_id", "image_file", "mask_path", "folder")
+        )
+        self._mask_folder = arrays["mask_folder"]
+        self.left_out = dict(zip(LEFT_OUT, arrays["left_out"].tolist(), strict=True))
         self._masks_by_image, self._starts = arrays["rows"], arrays["row_starts"]
         if not len(self._image_ids):
             raise layout_error("the Open Images CSV has no row", self.csv_path, "the header alone", LAYOUT)
         self._set_entries(np.arange(len(self._image_ids)), max_samples, "openimage_max_samples", self._image_ids)
+
+    def read_classes(self) -> None:
+        candidates = [self.root / name for name in CLASS_FILES] if self._classes is None else [self._classes]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            raise layout_error("class captions need the class descriptions", candidates[0], "nothing there", LAYOUT)
+        self._class_names = _read_class_names(path)
 
     def _build_index(self) -> dict[str, np.ndarray]:
         """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image.
@@ -99,14 +128,22 @@ class OpenImages(Reader):
         The ids of all rows are one array of fixed width, so that sorting it groups the rows; no row becomes an object
         that stays.
         """
-        watched = watch_files([self.csv_path])
-        chunks: list[np.ndarray] = [np.empty(0, "S1")]
+        watched, listed, num_zips = [watch_files([self.csv_path])], list[list[str]](), 0
+        for folder, suffixes in ((self.masks, (".png", ".zip")), (self.images, (".jpg", ".jpeg", ".png", ".zip"))):
+            part = {**self._key, "listing": str(folder)}
+            files, folders = list_tree(folder, suffixes, self.index_dir, part)
+            shutil.rmtree(partial_folder(self.index_dir, part), ignore_errors=True)
+            listed.append([path for path in files if not path.lower().endswith(".zip")])
+            watched.append(folders)
+            num_zips += len(files) - len(listed[-1])
+        chunks, hashes = [np.empty(0, "S1")], [np.empty(0, np.int64)]
 
         def mask_paths() -> Iterator[str]:
             with progress_bar(f"reading {self.csv_path.name}", "row") as bar:
                 for rows in in_chunks(self._read_valid_rows(), _CHUNK_ROWS):
                     yield from (mask_path for mask_path, _ in rows)
                     chunks.append(np.array([image_id for _, image_id in rows]))
+                    hashes.append(np.array([hash(mask_path) if listed[0] else 0 for mask_path, _ in rows], np.int64))
                     bar.update(len(rows))
 
         paths = StringTable.from_strings(mask_paths())
@@ -114,13 +151,34 @@ class OpenImages(Reader):
         chunks.clear()
         rows = np.argsort(ids, kind="stable")
         ids = ids[rows]
-        starts = np.flatnonzero(np.concatenate((np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1])))
+        is_first = np.concatenate((np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]))
+        names = [name.decode() for name in ids[is_first].tolist()]
+        of_image, masks, photos = np.cumsum(is_first) - 1, *listed
+        mask_place = _places(masks, np.concatenate(hashes))
+        photo_place = _places(photos, np.array([hash(name) for name in names], np.int64), stems=True)
+        has_mask, has_photo = (mask_place >= 0)[rows], photo_place >= 0
+        kept = has_mask & has_photo[of_image]
+        masked = np.bincount(of_image[has_mask], minlength=len(names)) > 0
+        counts = [int((~has_mask).sum()), int((~has_photo).sum()), int((has_photo & ~masked).sum()), num_zips]
+        if not kept.any():
+            kept, mask_place[:], photo_place[:] = np.ones(len(rows), bool), -1, -1
+        rows, of_image = rows[kept], of_image[kept]
+        starts = np.flatnonzero(np.diff(of_image, prepend=-1))
+        images = of_image[starts].tolist()
+        photo_names = (photos[at] if (at := photo_place[image]) >= 0 else f"{names[image]}.jpg" for image in images)
+        folders_of = [path.rpartition("/")[0] for path in masks]
+        folder_names = sorted({"", *folders_of})
+        numbers = {name: number for number, name in enumerate(folder_names)}
         return {
-            **StringTable.from_strings(ids[start].decode() for start in starts).to_arrays("image_id"),
+            **StringTable.from_strings(names[image] for image in images).to_arrays("image_id"),
+            **StringTable.from_strings(photo_names).to_arrays("image_file"),
             **paths.to_arrays("mask_path"),
+            **StringTable.from_strings(folder_names).to_arrays("folder"),
+            "mask_folder": np.array([*map(numbers.__getitem__, folders_of), 0], np.int32)[mask_place],
             "rows": rows,
-            "row_starts": np.append(starts, len(ids)),
-            **watched,
+            "row_starts": np.append(starts, len(rows)),
+            "left_out": np.array(counts, np.int64),
+            **join_parts(watched),
         }
 
     def _read_valid_rows(self) -> Iterator[tuple[str, bytes]]:
@@ -134,15 +192,16 @@ class OpenImages(Reader):
         try:
             with io.TextIOWrapper(open_file(self.csv_path), encoding="utf-8-sig", newline="") as file:
                 reader = csv.reader(read_lines(file))
-                rows = (row for row in reader if row)
-                header = next(rows, [])
+                header = next((row for row in reader if row), [])
                 if "MaskPath" not in header or "ImageID" not in header:
                     expected = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
                     seen = ",".join(header) or "an empty file"
                     fix = "give the annotations-object-segmentation CSV of Open Images V5 to V7"
                     raise ConfigError(explain("the Open Images CSV has another header", path, seen, expected, fix))
                 path_column, id_column = header.index("MaskPath"), header.index("ImageID")
-                for row in rows:
+                for row in reader:
+                    if not row:
+                        continue
                     image_id = row[id_column].encode() if len(row) == len(header) else b""
                     if not image_id or len(image_id) > _MAX_ID_BYTES or b"\0" in image_id or not row[path_column]:
                         where, seen = f"{path}, line {reader.line_num}", ",".join(row)[:80]
@@ -163,7 +222,7 @@ class OpenImages(Reader):
         Raises:
             SampleError: ``unsafe_path``.
         """
-        return safe_join(self.images, f"{self.entry_id(index)}.jpg")
+        return safe_join(self.images, self._image_files[int(self._rows[index])])
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
@@ -173,7 +232,8 @@ class OpenImages(Reader):
         """
         entry, image_id = int(self._rows[index]), self.entry_id(index)
         rows = self._masks_by_image[self._starts[entry] : self._starts[entry + 1]].tolist()
-        names = list(dict.fromkeys(self._mask_paths[row] for row in rows))  # a row may be there twice
+        folders = {self._mask_paths[row]: self._folders[int(self._mask_folder[row])] for row in rows}
+        names = list(folders)  # a row may be there twice
         picture, first_fits = (
             read_picture(self.image_path(index), apply_exif=self.exif == "apply", needed=needed),
             False,
@@ -181,7 +241,8 @@ class OpenImages(Reader):
 
         def decode(number: int) -> np.ndarray:
             nonlocal picture, first_fits
-            path = safe_join(self.masks, names[number])
+            name, folder = names[number], folders[names[number]]
+            path = safe_join(self.masks, f"{folder}/{name}" if folder and "/" not in name else name)
             mask = foreground_of(open_image_file(path))
             if not first_fits and not _same_aspect(mask, picture):
                 turned = read_picture(self.image_path(index), apply_exif=True)
@@ -209,9 +270,58 @@ class OpenImages(Reader):
             passed_over=passed,
             region_id=ids.__getitem__,
         )
-        return self._sample(index, picture, masks, [ids[number] for number in drawn], passed_over=passed)
+        classes = [self._class_names.get(labels[number]) for number in drawn]
+        return self._sample(
+            index, picture, masks, [ids[number] for number in drawn], passed_over=passed, class_names=classes
+        )
+
+
+def _places(files: list[str], hashes: np.ndarray, stems: bool = False) -> np.ndarray:
+    """Return which of ``files`` each name is that has one of ``hashes``, -1 where none is: (n,) int64.
+
+    A file is called by its path below the listed folder, else by its last part; with ``stems`` by this without suffix.
+    Hashes of 64 bits, since millions of names in a dict would take gigabytes; of two files of one hash the wrong one
+    would be a bad sample.
+    """
+    found = np.full(len(hashes), -1, np.int64)
+    last = (path[path.rfind("/") + 1 :] for path in files)
+    for called in [(name[: name.rfind(".")] for name in last)] if stems else [iter(files), last]:
+        if not files or (found >= 0).all():
+            break
+        own = np.fromiter(map(hash, called), np.int64, len(files))
+        order = np.argsort(own, kind="stable")
+        place = order[np.minimum(np.searchsorted(own, hashes, sorter=order), len(own) - 1)]
+        found = np.where((found < 0) & (own[place] == hashes), place, found)
+    return found
+
+
+def _read_class_names(path: Path) -> dict[str, str]:
+    """Return the names of the classes by label without slashes, of descriptions with a header (V7) or without (V5).
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    try:
+        rows = list(csv.reader(read_file(path).decode("utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(explain("class descriptions cannot be read", str(path), error, "UTF-8 CSV")) from error
+    names = {row[0].replace("/", ""): row[1].strip() for row in rows if len(row) > 1 and row[0].startswith("/")}
+    if not names:
+        seen, expected = (
+            f"{len(rows)} lines, the first: {','.join(rows[0])[:60] if rows else ''}",
+            "/m/0abc,Name in each",
+        )
+        fix = "give oidv7-class-descriptions.csv or class-descriptions-boxable.csv"
+        raise ConfigError(explain("class descriptions hold no class", str(path), seen, expected, fix))
+    return names
 
 
 def _same_aspect(mask: np.ndarray, picture: Picture) -> bool:
-    ratio: float = (mask.shape[1] * picture.size[0]) / (mask.shape[0] * picture.size[1])
-    return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE
+    (height, width), (rows, columns) = mask.shape, picture.size
+    ratio: float = (width * rows) / (height * columns)
+    # The rounding of a side to pixels moves the ratio of an image below 25 pixels by up to 2 % and more.
+    is_rounded = (
+        min(picture.size) < 25
+        and min(abs(height * columns / width - rows), abs(width * rows / height - columns)) <= 0.5
+    )
+    return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE or is_rounded

@@ -86,6 +86,13 @@ class Reader:
         """Return tables whose rows contain the entries' names (none: ask for each), and the row of each, (n,) int64."""
         return self._names, self._rows
 
+    def read_classes(self) -> None:
+        """Read what ``class_captions`` needs beside the index.
+
+        Raises:
+            ConfigError: it is not there.
+        """
+
     def entry_id(self, index: int) -> str:
         """Return the name of entry ``index`` (the file stem or image id), for logs and exact resume checks."""
         raise NotImplementedError

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dual_loop.config import DataConfig
 from dual_loop.data import open_images
+from dual_loop.data.dataset_builder import open_source
 from dual_loop.data.open_images import OpenImages
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError
@@ -271,6 +273,109 @@ def test_parts_elsewhere_and_missing_parts(tree: Tree, tmp_path: Path, monkeypat
     assert source.load(0, np.random.default_rng(0)).num_regions == 1
     with pytest.raises(ConfigError, match="does not exist"):
         OpenImages(tmp_path / "absent")
+
+
+def test_of_partial_downloads_what_is_there_is_an_entry_and_the_rest_is_counted(tree: Tree) -> None:
+    for digit in "012":
+        for number in range(3):
+            image_id = f"{digit}{number:03}"
+            if digit < "2":
+                tree.add_image(image_id)
+            for box in "xyz":
+                name = tree.add_mask(image_id, box, make_mask(30, 40) if digit != "1" else None)
+                if box == "y" and digit == "0":
+                    (tree.root / "masks/train" / name).unlink()
+    (tree.root / "masks/train/train-masks-1.zip").write_bytes(b"PK")
+    tree.write_csv()
+    source = tree.source(regions_per_image=9)
+    assert [source.entry_id(i) for i in range(len(source))] == ["0000", "0001", "0002"]
+    for index in range(3):
+        sample = source.load(index, np.random.default_rng(0))
+        assert sorted(sample.region_ids) == ["m04yx4_x", "m04yx4_z"]
+        assert not sample.passed_over
+    assert list(source.left_out.values()) == [3 + 9, 3, 3, 1]
+    tree.add_image("2000")
+    assert len(tree.source()) == 4, "what comes later is found at the next start"
+
+
+def test_unpacked_shards_may_stay_in_their_folders(tree: Tree) -> None:
+    for image_id in ("0a", "1a"):
+        tree.add_image(image_id)
+        name = tree.add_mask(image_id, "x", make_mask(30, 40))
+        for kind, file, folder in (
+            ("masks", name, f"train-masks-{image_id[0]}"),
+            ("images", f"{image_id}.jpg", "train_0"),
+        ):
+            (tree.root / kind / "train" / folder).mkdir(exist_ok=True)
+            (tree.root / kind / "train" / file).rename(tree.root / kind / "train" / folder / file)
+    (tree.root / "images/train/train_0/1a.jpg").rename(tree.root / "images/train/train_0/1a.JPG")
+    tree.write_csv()
+    source = tree.source()
+    assert len(source) == 2
+    assert not any(source.left_out.values())
+    for index in range(2):
+        assert source.load(index, np.random.default_rng(0)).region_ids == ("m04yx4_x",)
+    assert source.image_path(1) == tree.root / "images/train/train_0/1a.JPG"
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fits"),
+    [
+        ((7, 60), (100, 900), True),
+        ((171, 256), (683, 1024), True),
+        ((60, 7), (900, 100), True),
+        ((8, 60), (100, 900), False),
+    ],
+)
+def test_sides_that_were_rounded_to_pixels_fit(
+    tree: Tree, image: tuple[int, int], mask: tuple[int, int], fits: bool
+) -> None:
+    tree.add_image("aa", image)
+    tree.add_mask("aa", "x", make_mask(*mask))
+    tree.write_csv()
+    if fits:
+        assert tree.source().load(0, np.random.default_rng(0)).masks.shape == (1, *image)
+    else:
+        assert tree.reason() == "aspect_mismatch"
+
+
+@pytest.mark.parametrize(
+    "text", ["LabelName,DisplayName\n/m/04yx4,Man\n", "/m/04yx4,Man\n/m/05,Plane\n", "\ufeff/m/04yx4,Man\r\n"]
+)
+def test_class_descriptions_are_captions_of_lowest_rank(tree: Tree, text: str) -> None:
+    tree.add_image("aa")
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.add_mask("aa", "y", make_mask(30, 40), "/m/0unknown")
+    tree.write_csv()
+    (tree.root / "oidv7-class-descriptions.csv").write_text(text, encoding="utf-8", newline="")
+
+    def read(mode: str) -> tuple[Any, Any]:
+        config = DataConfig(
+            openimage_dir=str(tree.root),
+            class_captions=mode,
+            regions_per_image=2,
+            index_dir=str(tree.root.parent / "c"),
+        )
+        sample = open_source("openimages", config).load(0, np.random.default_rng(0))
+        order = np.argsort(sample.region_ids)
+        return [sample.captions[n] for n in order], [sample.fallbacks[n] for n in order if sample.fallbacks]
+
+    assert read("off") == ([(), ()], [])
+    assert read("reference") == ([(), ("Man",)][::-1], [])
+    assert read("fallback") == ([(), ()], ["Man", None])
+
+
+def test_class_descriptions_that_are_not_there_or_none_are_explained(tree: Tree) -> None:
+    tree.add_image("aa")
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.write_csv()
+    source = tree.source()
+    with pytest.raises(ConfigError, match="class captions need the class descriptions"):
+        source.read_classes()
+    for content in (b"", b"ImageID,Confidence\n1,2\n", b"\xff\xfe/\0"):
+        (tree.root / "class-descriptions-boxable.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"class descriptions .*class-descriptions-boxable\.csv"):
+            source.read_classes()
 
 
 def test_cap_keeps_a_subset(tree: Tree) -> None:
