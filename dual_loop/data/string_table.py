@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import array
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
+
+from dual_loop.iteration import in_chunks
+
+_CHUNK = 4096
 
 
 class StringTable:
@@ -26,12 +30,13 @@ class StringTable:
         """Store ``strings``; file names that are not valid UTF-8 survive (surrogate escapes)."""
         data = bytearray()
         offsets = array.array("q", [0])
-        for string in strings:
+        for chunk in in_chunks(strings, _CHUNK):
             try:
-                data.extend(string.encode("utf-8", "surrogateescape"))
-            except UnicodeEncodeError:  # JSON can hold half a pair, which is no name of a file and no text
-                data.extend(string.encode("utf-8", "replace"))
-            offsets.append(len(data))
+                pieces = [string.encode("utf-8", "surrogateescape") for string in chunk]
+            except UnicodeEncodeError:
+                pieces = [_encode(string) for string in chunk]
+            data += b"".join(pieces)
+            offsets.extend(accumulate(map(len, pieces), initial=offsets.pop()))
         return cls(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64))
 
     @classmethod
@@ -60,3 +65,10 @@ class StringTable:
         data = self.data[ends[0] : ends[-1]].tobytes()
         first = ends[0]
         return [data[a - first : b - first].decode("utf-8", "surrogateescape") for a, b in pairwise(ends)]
+
+
+def _encode(string: str) -> bytes:
+    try:
+        return string.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # JSON can hold half a pair, which is no name of a file and no text
+        return string.encode("utf-8", "replace")

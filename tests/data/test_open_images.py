@@ -378,6 +378,21 @@ def test_class_descriptions_that_are_not_there_or_none_are_explained(tree: Tree)
             source.read_classes()
 
 
+def test_rows_with_and_without_quotation_marks_are_read_as_csv(tree: Tree) -> None:
+    for image_id in "abcd":
+        tree.add_image(image_id)
+        tree.add_mask(image_id, "x", make_mask(30, 40))
+    tree.rows[2] = tree.rows[2].replace("0.3 0.4 1;", '"0.3 0.4 1;') + '"\r\n'
+    tree.rows[3] = '"' + tree.rows[3].replace(",d,", '","d",')
+    tree.write_csv()
+    source = tree.source()
+    assert [source.entry_id(i) for i in range(len(source))] == ["a", "b", "c", "d"]
+    tree.rows[3] = "x.png"
+    tree.write_csv()
+    with pytest.raises(ConfigError, match="line 6"):
+        tree.source()
+
+
 def test_cap_keeps_a_subset(tree: Tree) -> None:
     for n in range(40):
         tree.add_mask(f"{n:016x}", "x", None)
