@@ -14,20 +14,22 @@ Needs pyarrow (``pip install 'dual-loop[parquet]'``). Reasons of :class:`~dual_l
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dual_loop.data.captions import check_captions
+from dual_loop.data.coco_masks import mend_polygons
 from dual_loop.data.images import read_picture
 from dual_loop.data.limits import RefusedFile, check_file, max_file_bytes, of_content, parse_json
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain, shorten
-from dual_loop.types import RegionSample
+from dual_loop.types import RegionSample, SkippedRegion
 
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
 LMMS_COLUMNS = {"image", "answer", "segmentation"}
@@ -85,10 +87,10 @@ class RefParquet(Reader):
         return self.load_all(index)
 
     def load_all(self, index: int) -> RegionSample:
-        """Read one image with all its references.
+        """Read one image with all its references; those that cannot be used are passed over.
 
         Raises:
-            SampleError: see the module.
+            SampleError: see the module; the reason of the first reference where none can be used.
         """
         _, rows = self._groups[index]
         records = [self._record(row) for row in rows]
@@ -102,16 +104,26 @@ class RefParquet(Reader):
                 raise SampleError("truncated_file", str(error)) from error
         else:
             picture = read_picture(self._find_image(records[0]), apply_exif=False)
-        masks, ids, captions = [], [], []
-        for row, record in zip(rows, records, strict=True):
+        names = [f"ref{record.get('ref_id', row)}" for row, record in zip(rows, records, strict=True)]
+        if len(set(names)) < len(names):
+            names = [f"{name}_{row}" for name, row in zip(names, rows, strict=True)]
+        masks, ids, captions, passed = [], [], [], list[SkippedRegion]()
+        for row, name, record in zip(rows, names, records, strict=True):
             where = f"{self.path}, row {row}"
-            with of_content(where):
-                masks.append(self._mask(record, picture.size, where))
-                check_mask(masks[-1], where)
-                ids.append(f"ref{record.get('ref_id', row)}")
-                captions.append(_expressions(record, where))
-        ids = ids if len(set(ids)) == len(ids) else [f"{name}_{row}" for name, row in zip(ids, rows, strict=True)]
-        return self._sample(index, picture, np.stack(masks), ids, captions)
+            try:
+                with of_content(where):
+                    mask, texts = self._mask(record, picture.size, where), _expressions(record, where)
+                check_mask(mask, where)
+                check_captions(texts, where)
+            except SampleError as error:
+                passed.append(SkippedRegion(name, error.reason, str(error)))
+                continue
+            masks.append(mask)
+            ids.append(name)
+            captions.append(texts)
+        if not masks:
+            raise SampleError(passed[0].reason, passed[0].message)
+        return self._sample(index, picture, np.stack(masks), ids, captions, passed)
 
     def _record(self, row: int) -> Row:
         return dict(self._table.slice(row, 1).to_pylist()[0])
@@ -127,13 +139,11 @@ class RefParquet(Reader):
             info = _json(record["raw_image_info"], where)
             segmentation = _json(record["raw_anns"], where).get("segmentation")
             stored = (int(info.get("height", size[0])), int(info.get("width", size[1])))
-            return fit_mask(self._decode(segmentation, *stored, where), size, where)
+            return fit_mask(self._decode(mend_polygons(segmentation, where), *stored, where), size, where)
         segmentation = record["segmentation"]
         if isinstance(segmentation, str):
             segmentation = _json(segmentation, where)
-        if isinstance(segmentation, Sequence) and segmentation and not isinstance(segmentation[0], Sequence):
-            segmentation = [list(segmentation)]  # one polygon as a flat list
-        return self._decode(segmentation, *size, where)
+        return self._decode(mend_polygons(segmentation, where), *size, where)
 
 
 def _open_table(path: Path) -> Any:

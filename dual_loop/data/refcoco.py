@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from dual_loop.data.captions import check_captions, is_plain
+from dual_loop.data.coco_masks import mend_polygons
 from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
@@ -209,6 +210,7 @@ class RefCoco(Reader):
             raise SampleError("wrong_annotation", explain("a reference has no mask", where, targets, fix=fix))
         stored = tuple(part.image_sizes[image].tolist())
         height, width = stored if all(stored) else size
+        targets = [mend_polygons(target, where) for target in targets]
         masks = [decode_segmentation(target, height, width, where, self._summed) for target in targets]
         return fit_mask(np.logical_or.reduce(masks), size, where)
 

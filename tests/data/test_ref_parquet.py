@@ -84,6 +84,27 @@ def test_lmms_layout(tmp_path: Path) -> None:
     assert caught.value.reason == "truncated_file"
 
 
+def test_one_bad_reference_of_a_photograph_is_one_bad_region(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    picture().save(stream, "PNG")
+    row = {
+        "image": {"bytes": stream.getvalue(), "path": None},
+        "answer": ["box"],
+        "segmentation": POLYGON,
+        "file_name": "a.jpg",
+    }
+    bad = [{**row, "segmentation": []}, {**row, "answer": ["<p> box"]}]
+    sample = RefParquet(write(tmp_path / "val.parquet", [row, *bad])).load_all(0)
+    assert sample.captions == (("box",),)
+    assert [(one.region_id, one.reason) for one in sample.passed_over] == [
+        ("ref1", "bad_polygon"),
+        ("ref2", "special_token"),
+    ]
+    with pytest.raises(SampleError) as caught:
+        RefParquet(write(tmp_path / "bad.parquet", bad)).load_all(0)
+    assert caught.value.reason == "bad_polygon"
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a known layout"):
         RefParquet(write(tmp_path / "a.parquet", [{"x": 1}]))

@@ -270,6 +270,14 @@ def test_an_annotation_of_another_image_or_of_none_is_one_bad_region(root: Path)
     assert "annotation 9999 is not in instances.json" in passed.message
 
 
+def test_a_piece_of_two_points_beside_the_polygon_is_no_part_of_the_object(root: Path) -> None:
+    instances = make_instances()
+    expected = source_of(root).load_all(0).masks[0]
+    instances["annotations"][0]["segmentation"].insert(1, [30, 20, 31, 21])
+    write_dataset(root / "refcoco", instances=instances)
+    assert np.array_equal(source_of(root).load_all(0).masks[0], expected)
+
+
 def test_an_id_that_is_there_twice_names_two_regions(root: Path) -> None:
     refs = make_refs()
     refs[-1]["ref_id"] = refs[-2]["ref_id"]
