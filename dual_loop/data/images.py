@@ -21,6 +21,14 @@ from dual_loop.data.limits import RefusedFile, check_file, check_pixels, max_pix
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import NeededSize
 
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+MOST_AT_ONCE = 1 << 26
+"""Bytes of a JPEG that are read to be decoded at once; Pillow reads larger ones block by block."""
+
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
 """What is decoded, by Pillow's names, whatever a file is called: Pillow hands some others to outside programs."""
 
@@ -79,13 +87,35 @@ def read_picture(
             # The decoder leaves out the high frequencies of each 8 x 8 block (libjpeg, "scale_num / scale_denom").
             if min(size[0] // height, size[1] // width) >= 2 and (drafted := image.draft(None, (width, height))):
                 reduction = round(size[1] / drafted[1][2])
-        image.load()
         turn = image.getexif().get(0x0112, 1)
-        if apply_exif:
-            image = ImageOps.exif_transpose(image)
-            size = (image.height, image.width)
-        picture = Picture(to_rgb(image, path), size, reduction, turn if turn in range(1, 9) else 1)
-    return picture
+        pixels = None if apply_exif and turn != 1 else _decode_fast(image, size, reduction)
+        if pixels is None:
+            image.load()
+            if apply_exif:
+                image = ImageOps.exif_transpose(image)
+                size = (image.height, image.width)
+            pixels = to_rgb(image, path)
+    return Picture(pixels, size, reduction, turn if turn in range(1, 9) else 1)
+
+
+def _decode_fast(image: Image.Image, size: tuple[int, int], reduction: int) -> np.ndarray | None:
+    """Return what Pillow makes of a JPEG, by libjpeg-turbo's own interface (simplejpeg): the same pixels, sooner.
+
+    None where simplejpeg is not installed, where the image is no grey or RGB JPEG, and for every file that libjpeg only
+    warns of: whether it is good is for Pillow to say.
+    """
+    if simplejpeg is None or not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
+        return None
+    image.fp.seek(0)
+    data = image.fp.read(MOST_AT_ONCE)
+    least = {"min_height": -(-size[0] // reduction), "min_width": -(-size[1] // reduction)}
+    try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != size:
+            return None
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", **least)
+    except ValueError:
+        return None
+    return pixels if pixels.shape[:2] == tuple(least.values()) else None
 
 
 def to_rgb(image: Image.Image, path: str) -> np.ndarray:

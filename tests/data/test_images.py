@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from dual_loop.config import Config, DataConfig
+from dual_loop.data import images
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_dataset
 from dual_loop.data.images import Picture, read_picture
@@ -137,6 +139,44 @@ def test_the_smallest_scale_that_is_large_enough(tmp_path, name, needed, expecte
     full = read_picture(tmp_path / name, apply_exif=False)
     difference = picture.resized(20, 20).astype(int) - full.resized(20, 20).astype(int)
     assert np.abs(difference).mean() < 1.5
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1", "grey"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 20, "optimize": True}])
+def test_the_fast_decoder_gives_the_pixels_of_pillow(tmp_path, monkeypatch, subsampling, options):
+    """Equal where both were built with the same libjpeg-turbo; other versions may round otherwise, by a few values."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    decoded = []
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *a, _own=simplejpeg.decode_jpeg, **k: decoded.append(k) or _own(*a, **k)
+    )
+    for size, least in itertools.product([(275, 331), (64, 64), (9, 15)], [1, 2, 4, 8]):
+        image = Image.fromarray(textured(*size))
+        path = tmp_path / "image.jpg"
+        kind = {} if subsampling == "grey" else {"subsampling": subsampling}
+        (image.convert("L") if subsampling == "grey" else image).save(path, **kind, **options)
+        both = []
+        for decoder in (simplejpeg, None):
+            monkeypatch.setattr(images, "simplejpeg", decoder)
+            both.append(read_picture(path, False, needed=lambda h, w, k=least: (max(1, h // k), max(1, w // k))))
+        assert (both[0].size, both[0].reduction) == (both[1].size, both[1].reduction)
+        difference = np.abs(both[0].pixels.astype(int) - both[1].pixels)
+        assert difference.max() <= (0 if features.version("libjpeg_turbo") == "3.1.4.1" else 8)
+    assert len(decoded) == 12
+
+
+def test_the_fast_decoder_leaves_to_pillow_what_is_not_plain(tmp_path, monkeypatch):
+    image = Image.fromarray(textured(*SIZE))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "plain.png")
+    for name in ("cmyk.jpg", "turned.jpg", "plain.png"):
+        with_it = read_picture(tmp_path / name, apply_exif=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "simplejpeg", None)
+            assert np.array_equal(with_it.pixels, read_picture(tmp_path / name, apply_exif=True).pixels)
 
 
 def test_turned_images_are_decoded_in_full_and_damage_is_still_seen(tmp_path):
