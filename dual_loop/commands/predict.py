@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _loop(args: argparse.Namespace) -> int:
+    names = _names_of_results(_image_paths(args.image))
     predictor, results = load_predictor(args), _Results(args.json)
     for chunk in in_chunks(_regions(args, predictor, results), predictor.images_at_once):
         for one, result in zip(chunk, predictor.loop_many([(one.image, one.masks) for one in chunk]), strict=True):
@@ -87,7 +89,7 @@ def _loop(args: argparse.Namespace) -> int:
                     "iou_with_each": [round(float(value), 4) for value in result.matrix[number]],
                 }
                 if args.out is not None:
-                    region["mask"] = _save(result.masks[number], args.out / one.path.stem / f"{name}.png")
+                    region["mask"] = _save(result.masks[number], args.out / names[one.path] / f"{name}.png")
                 regions.append(region)
             results.images.append({"image": str(one.path), "regions": regions})
     return results.close()
@@ -101,6 +103,11 @@ def _segment(args: argparse.Namespace) -> int:
         raise ConfigError(explain("several masks do not fit into one file", "--out", str(args.out), "a folder", fix))
     if is_file and args.out.suffix.lower() not in MASK_ENDINGS:
         raise ConfigError(explain("a mask has no such format", "--out", str(args.out), ", ".join(MASK_ENDINGS)))
+    names = _names_of_results(paths)
+    outs = {path: [args.out / f"{names[path]}_{k}.png" for k in range(len(args.text))] for path in paths}
+    if is_file:
+        outs = {paths[0]: [args.out]}
+    _keep_images([file for own in outs.values() for file in own], paths)
     predictor, results = load_predictor(args), _Results(args.json)
     for chunk in in_chunks(_open_images(paths, results), predictor.images_at_once):
         found = predictor.segment_many([(image, args.text) for _, image in chunk], generated=args.generated)
@@ -108,7 +115,7 @@ def _segment(args: argparse.Namespace) -> int:
             texts = [
                 {
                     "text": one.text,
-                    "mask": _save(one.mask, args.out if is_file else args.out / f"{path.stem}_{number}.png"),
+                    "mask": _save(one.mask, outs[path][number]),
                     "pixels": int(one.mask.sum()),
                     "num_masks": one.num_masks,
                     "confidence": round(one.confidence, 4),
@@ -209,7 +216,32 @@ def _regions(args: argparse.Namespace, predictor: Predictor, results: _Results) 
         except SampleError as error:
             results.skip(path, error)
         else:
-            yield _Marked(path, image, [name for name, _ in regions], np.stack([mask for _, mask in regions]))
+            names = _distinct([name for name, _ in regions])
+            yield _Marked(path, image, names, np.stack([mask for _, mask in regions]))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names with a number behind those that were there before, also where case does not count."""
+    taken: dict[str, str] = {}
+    for name in names:
+        candidates = chain([name], (f"{name} ({number})" for number in count(2)))
+        free = next(candidate for candidate in candidates if candidate.casefold() not in taken)
+        taken[free.casefold()] = free
+    return list(taken.values())
+
+
+def _names_of_results(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what the results of each image are named after: its stem, or its whole name where images share a stem."""
+    are_alike = len({path.stem.casefold() for path in paths}) < len(paths)
+    return dict(zip(paths, _distinct([path.name if are_alike else path.stem for path in paths]), strict=True))
+
+
+def _keep_images(outs: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Raise ``ConfigError`` where a result would be written over an image that is read."""
+    images = {path.resolve() for path in paths}
+    clash = next((file for file in outs if file.resolve() in images), None)
+    if clash is not None:
+        raise ConfigError(explain("a result would replace an image", "--out", str(clash), "another folder or name"))
 
 
 def _image_paths(path: Path) -> list[Path]:

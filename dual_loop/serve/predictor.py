@@ -8,11 +8,11 @@ predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from dual_loop.data.images import to_rgb
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import PromptError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, RegionMeter, resize_logits
 from dual_loop.evaluation.protocols import Protocol
 from dual_loop.iteration import in_chunks
@@ -120,9 +120,10 @@ class Predictor:
             generated: let the model write the answer, which may then hold no [SEG]; else the answer is given.
 
         Raises:
-            PromptError: a text holds a special token.
+            PromptError: a text holds a special token, or is none (:func:`texts_of`).
+            SampleError: see :func:`to_array`.
         """
-        return self.segment_many([(image, [texts] if isinstance(texts, str) else list(texts))], generated=generated)[0]
+        return self.segment_many([(image, texts_of(texts))], generated=generated)[0]
 
     def loop(self, image: ImageLike, masks: np.ndarray) -> LoopResult:
         """Caption every region, segment every caption, and compare."""
@@ -139,7 +140,7 @@ class Predictor:
         """
         pixels = to_array(image)
         height, width = pixels.shape[:2]
-        x1, y1, x2, y2 = (float(value) for value in box)
+        x1, y1, x2, y2 = _numbers(box, 4, "--box")
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             expected = f"0 <= x1 < x2 <= {width}, 0 <= y1 < y2 <= {height}"
             raise SampleError("bad_box", explain("a box does not fit its image", "--box", list(box), expected))
@@ -157,7 +158,7 @@ class Predictor:
         """
         pixels = to_array(image)
         height, width = pixels.shape[:2]
-        x, y = (float(value) for value in point)
+        x, y = _numbers(point, 2, "--point")
         if not (0 <= x <= width and 0 <= y <= height):
             expected = f"0 <= x <= {width}, 0 <= y <= {height}"
             raise SampleError("bad_point", explain("a point lies outside its image", "--point", list(point), expected))
@@ -177,7 +178,7 @@ class Predictor:
         """:meth:`segment` for many images, eight at a time."""
         found: list[list[SegmentedText]] = []
         scorer = Scorer(self.model, self.prompter, measuring_settings(self.config.loop))
-        for chunk in in_chunks([(to_array(image), texts) for image, texts in items], self.images_at_once):
+        for chunk in in_chunks([(to_array(image), texts_of(texts)) for image, texts in items], self.images_at_once):
             asked = list(enumerate(text for _, texts in chunk for text in texts))
             # A text needs no region; a whole image stands in for one, so that one path serves all.
             samples = [region_sample(p, np.ones((len(texts), *p.shape[:2]), bool)) for p, texts in chunk if texts]
@@ -242,28 +243,67 @@ class Predictor:
         return mask
 
 
+def _numbers(values: object, count: int, where: str) -> list[float]:
+    """Return ``count`` numbers; the bad reason is that of the flag (``bad_box``)."""
+    try:
+        numbers = [float(value) for value in values]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count:
+        message = explain("not the right numbers", where, shorten(values), f"{count} numbers, in pixels")
+        raise SampleError(where.replace("--", "bad_"), message)
+    return numbers
+
+
 def to_array(image: ImageLike) -> np.ndarray:
     """Return an image as (H, W, 3) uint8 RGB; a PIL image is turned as its EXIF orientation says.
 
     Raises:
-        SampleError: an array of another shape or dtype.
+        SampleError: ``not_an_image`` for anything else, an array of another shape or dtype too; ``truncated_file``.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image), "image")
+        try:
+            return to_rgb(ImageOps.exif_transpose(image), "image")
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes as late as here
+            message = explain("an image is damaged", getattr(image, "filename", "image"), error, "a complete file")
+            raise SampleError("truncated_file", message) from error
+    if not isinstance(image, np.ndarray):
+        expected, fix = "(H, W, 3) uint8 RGB, or a PIL image", "open a path with PIL.Image.open"
+        raise SampleError("not_an_image", explain("not an image", "image", shorten(image), expected, fix))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         seen = f"{image.shape} {image.dtype}"
         raise SampleError("not_an_image", explain("not an RGB image", "image", seen, "(H, W, 3) uint8"))
     return image
 
 
+def texts_of(texts: object) -> list[str]:
+    """Return one text, or a sequence of them, as a list.
+
+    Raises:
+        PromptError: something is no text, or none that can be encoded (half of a surrogate pair).
+    """
+    found: list[Any] = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    for text in found:
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+            fix = "give a str; json.loads and surrogateescape can leave halves of a pair in one"
+            raise PromptError(explain("not a text", "texts", shorten(text), "str that UTF-8 can encode", fix))
+    return found
+
+
 def region_sample(image: ImageLike, masks: np.ndarray) -> RegionSample:
     """Make a sample of an image and masks (N, H, W) or (H, W), foreground where > 0.
 
     Raises:
-        SampleError: ``size_mismatch``, ``empty_mask``, ``not_an_image``.
+        SampleError: ``size_mismatch``, ``empty_mask``, ``not_an_image``, ``not_a_mask``.
     """
     pixels = to_array(image)
-    stack = np.asarray(masks)
+    try:
+        stack = np.asarray(masks)
+    except ValueError as error:
+        raise SampleError("not_a_mask", explain("masks differ in size", "masks", error, "(N, H, W)")) from error
+    if stack.dtype.kind not in "biuf":
+        message = explain("not a mask", "masks", shorten(masks), "(N, H, W) or (H, W), numbers or bool")
+        raise SampleError("not_a_mask", message)
     stack = (stack[None] if stack.ndim == 2 else stack) > 0
     if stack.ndim != 3 or not len(stack) or stack.shape[1:] != pixels.shape[:2]:
         expected = f"(N, {pixels.shape[0]}, {pixels.shape[1]}) as the image, N >= 1"

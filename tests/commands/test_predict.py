@@ -62,6 +62,41 @@ def test_segment_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_p
     assert "give a folder" in capsys.readouterr().err
 
 
+def test_every_result_has_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for folder in (images, masks / "one", masks / "two"):
+        folder.mkdir(parents=True)
+    for name in ("a.png", "a.bmp", "A.png", "a.png.png"):
+        Image.fromarray(SCENE.image).save(images / name)
+    out, common = tmp_path / "out", ["--device", "cpu", "--json", str(tmp_path / "r.json")]
+    assert main(["segment", str(images), "--text", "a", "b", "--out", str(out), *common]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())["images"]
+    files = [text["mask"] for one in found for text in one["texts"]]
+    assert len(files) == len({file.lower() for file in files}) == 8
+    assert all(Path(file).is_file() for file in files)
+
+    for number, folder in enumerate(("one", "two")):
+        Image.fromarray(np.asarray(SCENE.masks[number]).astype(np.uint8) * 255).save(masks / folder / "cat.png")
+    given = [str(masks / "one/cat.png"), str(masks / "two/cat.png")]
+    assert main(["loop", str(images / "a.png"), "--mask", *given, "--out", str(out), *common]) == 0
+    regions = json.loads((tmp_path / "r.json").read_text())["images"][0]["regions"]
+    assert [region["region"] for region in regions] == ["cat", "cat (2)"]
+    assert len({region["mask"] for region in regions}) == 2
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "images"])
+def test_a_result_never_replaces_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in ("a.png", "a_0.png"):
+        Image.fromarray(SCENE.image).save(images / file)
+    before = (images / "a.png").read_bytes(), (images / "a_0.png").read_bytes()
+    target = str(tmp_path / name)
+    assert main(["segment", target, "--text", "a", "--out", target, "--device", "cpu"]) == 2
+    assert "a result would replace an image" in capsys.readouterr().err
+    assert before == ((images / "a.png").read_bytes(), (images / "a_0.png").read_bytes())
+
+
 def test_images_are_cut_where_that_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,43 @@ def test_refused_inputs(predictor: Predictor) -> None:
         predictor.segment(SCENE.image, "the [SEG] thing")
     with pytest.raises(CheckpointError, match="no such run or weights"):
         Predictor.load("nowhere")
+
+
+@pytest.mark.parametrize("image", ["cat.jpg", Path("cat.jpg"), None, SCENE.image.tolist(), b"x"])
+def test_what_is_no_image_is_refused(predictor: Predictor, image: object) -> None:
+    mask = np.asarray(SCENE.masks[0])
+    for call in (
+        lambda: predictor.caption(image, mask),
+        lambda: predictor.segment(image, "a"),
+        lambda: predictor.loop(image, mask),
+        lambda: predictor.region_from_box(image, (1, 1, 9, 9)),
+    ):
+        with pytest.raises(SampleError, match="not an image"):
+            call()
+
+
+@pytest.mark.parametrize("texts", [None, [None], 7, ["a", Path("b")], "half \ud83d of a pair", ["a", "\udcff"], b"a"])
+def test_what_is_no_text_is_refused(predictor: Predictor, texts: object) -> None:
+    with pytest.raises(PromptError, match="not a text"):
+        predictor.segment(SCENE.image, texts)
+
+
+@pytest.mark.parametrize("masks", [None, "cat.png", Path("cat.png"), [None], [np.ones((2, 2)), np.ones((3, 3))]])
+def test_what_is_no_mask_is_refused(masks: object) -> None:
+    with pytest.raises(SampleError) as caught:
+        region_sample(SCENE.image, masks)
+    assert caught.value.reason == "not_a_mask"
+
+
+def test_bad_numbers_and_damaged_images_are_refused(predictor: Predictor, tmp_path: Path) -> None:
+    for box in (None, "1,2,3,4", (1, 2, 3), (1, 2, 3, None), 5):
+        with pytest.raises(SampleError, match="not the right numbers"):
+            predictor.region_from_box(SCENE.image, box)
+    with pytest.raises(SampleError, match="not the right numbers"):
+        predictor.region_from_point(SCENE.image, None)
+    Image.fromarray(SCENE.image).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SampleError) as caught:
+        predictor.segment(Image.open(tmp_path / "cut.jpg"), "a")
+    assert caught.value.reason == "truncated_file"
