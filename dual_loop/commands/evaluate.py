@@ -6,8 +6,10 @@ Started by torchrun it uses every rank: ``torchrun --nproc_per_node 2 -m dual_lo
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,8 @@ from dual_loop.evaluation.protocols import CHOICES, PRESETS, Protocol, choose_pr
 
 if TYPE_CHECKING:
     from dual_loop.evaluation.measure import MeasuredRegion
-    from dual_loop.evaluation.runner import SkippedEntry
+    from dual_loop.evaluation.runner import MeasuredData, SkippedEntry
+    from dual_loop.types import SkippedRegion
 
 TASKS = ("referring", "captioning", "loop")
 NO_TARGET = "no_target"
@@ -74,17 +77,20 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
     saved = read_predictions(args.predictions)
     regions: dict[str, list[MeasuredRegion]] = {one.name: [] for one in data}
     skipped: list[SkippedEntry] = []
+    faults: list[SkippedRegion] = []
     for one in data:
         for index in range(len(one)):
             try:
                 sample = one.load(index, config.train.seed)
-                regions[one.name] += compare_predictions(sample, one.name, saved)
+                regions[one.name] += compare_predictions(sample, one.name, saved, faults)
                 skipped += [one.skipped(index, region) for region in sample.passed_over]
             except SampleError as error:
                 skipped.append(one.skipped(index, error))
-    unknown = sorted(set(saved) - {region.name for own in regions.values() for region in own})
-    if unknown:
-        print(f"{len(unknown)} of {len(saved)} predictions belong to no region here: {unknown[0]}", file=sys.stderr)
+    _check_names(saved, data, regions, skipped)
+    counts = Counter(fault.reason for fault in faults)
+    if faults:
+        seen = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        print(f"{len(faults)} masks count as misses: {seen}; the first: {faults[0].message}", file=sys.stderr)
     folder = args.output_dir or Path("outputs/evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     header = {
@@ -92,8 +98,31 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
         "data": [one.description() for one in data],
         "protocol": protocol.to_dict(),
         "tasks": ["referring"],
+        "masks_that_miss": dict(counts),
     }
     return common.Measured(folder, header, protocol, "none (saved predictions)", data, config, regions, skipped)
+
+
+def _check_names(
+    saved: Iterable[str],
+    data: Sequence[MeasuredData],
+    regions: Mapping[str, Sequence[MeasuredRegion]],
+    skipped: Sequence[SkippedEntry],
+) -> None:
+    """Refuse predictions of no region; those of entries behind ``--max_samples`` and of skipped ones are left out.
+
+    Raises:
+        ConfigError: names the nearest regions.
+    """
+    known = {region.name for own in regions.values() for region in own}
+    not_read = {f"{one.source.name}/{one.source.entry_id(k)}" for one in data for k in range(len(one), len(one.source))}
+    not_read |= {f"{one.source.name}/{entry['entry'].split('#')[0]}" for one in data for entry in skipped}
+    unknown = [name for name in saved if name not in known and name.rpartition("#")[0] not in not_read]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=3, cutoff=0.0)
+        seen = f"{len(unknown)} names, the first: {unknown[0]}"
+        fix = "name them as the data set does, or give the data set that they are of"
+        raise ConfigError(explain("predictions belong to no region", "--predictions", seen, ", ".join(near), fix))
 
 
 main = common.Command(

@@ -25,7 +25,7 @@ from dual_loop.data.limits import use_limits
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import Captioner, measuring_settings
@@ -35,7 +35,7 @@ from dual_loop.metrics import iou, mask_overlap
 from dual_loop.model.build import geometry
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va import Sa2VA, evaluating
-from dual_loop.types import Batch, RegionCaption, RegionSample, Seen, WrittenCaption
+from dual_loop.types import Batch, RegionCaption, RegionSample, Seen, SkippedRegion, WrittenCaption
 
 CHUNK = 8
 """Images of a batch, for all that measures: figures then agree to the last bits."""
@@ -427,29 +427,56 @@ def held_out_source(config: Config) -> RefCoco:
 
 
 def compare_predictions(
-    sample: RegionSample, data: str, predictions: Mapping[str, Sequence[Rle]]
+    sample: RegionSample,
+    data: str,
+    predictions: Mapping[str, Sequence[object]],
+    faults: list[SkippedRegion] | None = None,
 ) -> list[MeasuredRegion]:
-    """Compare saved masks with the true ones of ``sample``, which comes from ``data``; a missing mask is empty.
+    """Compare saved masks with the true ones of ``sample``, which comes from ``data``.
+
+    A mask that is null is empty. One that is missing, broken or of another size is as bad as a mask can be: empty, or
+    the whole image where nothing was to be found; no file scores better for it.
 
     Args:
         predictions: by region name, the masks in the order of the expressions; behind those of an image's first region
             come those of the expressions without a target.
+        faults: gets those masks.
 
     Raises:
-        SampleError: a run-length code is broken or of another size.
+        ConfigError: a region has more masks than expressions.
     """
     regions = blank_regions(sample, data)
     for region, own in zip(regions, sample.segmentation_masks, strict=True):
         saved = predictions.get(region.name, ())
         asked = [(text, own, region.sentences) for text in region.references]
         asked += [(text, np.zeros_like(own), region.without_target) for text in sample.no_target if region.own == 0]
+        if len(saved) > len(asked):
+            what, fix = "a region has more predictions than expressions", "give one sentence for each, in their order"
+            expected = f"at most {len(asked)}: {shorten([text for text, _, _ in asked])}"
+            raise ConfigError(explain(what, region.name, f"{len(saved)} sentences", expected, fix))
         for number, (text, target, answers) in enumerate(asked):
-            mask = decode_rle(saved[number], region.name) if number < len(saved) else np.zeros(target.shape, bool)
-            if mask.shape != target.shape:
-                what = "a saved mask has another size than its image"
-                raise SampleError("size_mismatch", explain(what, region.name, mask.shape, target.shape))
-            answers.append(_segmented(text, int(number < len(saved)), mask, target))
+            where = f"{region.name}, sentence {number + 1}"
+            try:
+                mask = _saved_mask(saved, number, target.shape, where)
+            except SampleError as error:
+                if faults is not None:
+                    faults.append(SkippedRegion(where, error.reason, str(error)))
+                mask = np.full(target.shape, not target.any())
+            is_given = number < len(saved) and saved[number] is not None
+            answers.append(_segmented(text, int(is_given), mask, target))
     return regions
+
+
+def _saved_mask(saved: Sequence[object], number: int, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if number >= len(saved):
+        raise SampleError("missing", explain("a mask is missing", where, f"{len(saved)} sentences"))
+    if saved[number] is None:
+        return np.zeros(shape, bool)
+    mask = decode_rle(saved[number], where)
+    if mask.shape != shape:
+        message = explain("a saved mask has another size than its image", where, mask.shape, shape)
+        raise SampleError("size_mismatch", message)
+    return mask
 
 
 def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from dual_loop.data.limits import open_file, parse_json, read_lines
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
-from dual_loop.evaluation.measure import CHUNK, MeasuredRegion, Rle
+from dual_loop.evaluation.measure import CHUNK, MeasuredRegion
 from dual_loop.types import RegionSample, SkippedRegion
 
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
@@ -157,22 +157,29 @@ def join(folder: Path, data: Sequence[MeasuredData]) -> tuple[dict[str, list[Mea
     return regions, [entry for piece in pieces for entry in found[piece][1]]
 
 
-def read_predictions(path: Path) -> dict[str, list[Rle]]:
+def read_predictions(path: Path) -> dict[str, list[object]]:
     """Return the masks of every region's sentences from a ``regions.jsonl``, or from any file of such lines.
 
+    A mask is what the line holds, also where that is no run-length code; None where there is none.
+
     Raises:
-        ConfigError: a line is not of a region.
+        ConfigError: a line is not of a region, or says something else of a region than an earlier one; or no line.
     """
-    masks: dict[str, list[Rle]] = {}
+    masks: dict[str, list[object]] = {}
     with open_file(path) as stream:
         for number, line in enumerate(read_lines(stream), start=1):
+            where, expected = f"{path}, line {number}", '{"name": "...", "sentences": [{"mask": ...}, ...]}'
             try:
                 region = parse_json(line)
-                answers = [*region.get("sentences", []), *region.get("without_target", [])]
-                masks[region["name"]] = [answer["mask"] for answer in answers]
+                answers = [*(region.get("sentences") or []), *(region.get("without_target") or [])]
+                name, found = str(region["name"]), [one.get("mask") for one in answers]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                where = f"{path}, line {number}"
-                raise ConfigError(explain("not a record of a region", where, shorten(line), '{"name": ...}')) from error
+                raise ConfigError(explain("not a record of a region", where, shorten(line), expected)) from error
+            if masks.setdefault(name, found) != found:
+                fix = "keep one of the lines"
+                raise ConfigError(explain("a region is predicted twice, in different ways", where, name, fix=fix))
+    if not masks:
+        raise ConfigError(explain("a file of predictions is empty", str(path), "no line", "a line for each region"))
     return masks
 
 

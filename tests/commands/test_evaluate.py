@@ -133,6 +133,89 @@ def test_saved_predictions_give_the_same_figures(demo: Path, evaluated: Path) ->
     assert again["cIoU"] == own["cIoU"]
 
 
+@pytest.fixture(scope="module")
+def perfect(demo: Path) -> list[dict]:
+    """Records of three images whose masks are right."""
+    from dual_loop.config import DataConfig
+    from dual_loop.data.dataset_builder import open_source
+    from dual_loop.evaluation.measure import blank_regions
+    from dual_loop.evaluation.runner import MeasuredData
+
+    data = DataConfig(refcoco_dir=str(demo / "ref_seg"), refcoco_split="val", index_dir=str(demo.parent / "index"))
+    source = MeasuredData("refcoco:val", open_source("refcoco", data))
+    regions = [region for index in range(3) for region in blank_regions(source.load(index, 0), "refcoco:val")]
+    return [{"name": r.name, "sentences": [{"mask": r.target} for _ in r.references]} for r in regions]
+
+
+def count_again(demo: Path, out: Path, text: str) -> tuple[int, Path]:
+    out.mkdir()
+    (out / "saved.jsonl").write_text(text, encoding="utf-8")
+    arguments = [*evaluate_arguments(demo, out), "--max_samples", "3", "--predictions", str(out / "saved.jsonl")]
+    return main(arguments), out
+
+
+def as_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def changed(records: list[dict], **first: object) -> list[dict]:
+    """Return the records with another mask of the first sentence."""
+    sentence, *others = records[0]["sentences"]
+    return [{**records[0], "sentences": [{**sentence, **first}, *others]}, *records[1:]]
+
+
+def test_a_mask_that_cannot_be_read_never_raises_a_score(
+    demo: Path, tmp_path: Path, perfect: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = perfect[0]["sentences"][0]["mask"]["size"]
+    bad = {
+        "broken_rle": {"size": size, "counts": "xx"},
+        "size_mismatch": {"size": [9, 9], "counts": [40, 41]},
+        "polygon": [[1, 1, 9, 1, 9, 9]],
+        "null": None,
+        "number": 7,
+    }
+    count = sum(len(record["sentences"]) for record in perfect)
+    for name, mask in bad.items():
+        code, out = count_again(demo, tmp_path / name, as_lines(changed(perfect, mask=mask)))
+        message = capsys.readouterr().err
+        assert code == 0, message
+        found = figures(out)["referring"]
+        assert found["sentences"] == count
+        assert found["gIoU"]["value"] == pytest.approx((count - 1) / count)
+        written = json.loads((out / "evaluation.json").read_text())["masks_that_miss"]
+        reason = {"null": None, "size_mismatch": name}.get(name, "broken_rle")
+        assert written == ({} if reason is None else {reason: 1})
+        assert ("count as misses" in message) == (reason is not None)
+    code, out = count_again(demo, tmp_path / "missing", as_lines(perfect[1:]))
+    assert code == 0
+    missed = len(perfect[0]["sentences"])
+    assert figures(out)["referring"]["gIoU"]["value"] == pytest.approx((count - missed) / count)
+    assert json.loads((out / "evaluation.json").read_text())["masks_that_miss"] == {"missing": missed}
+
+
+def test_predictions_that_do_not_fit_the_data_are_refused(
+    demo: Path, tmp_path: Path, perfect: list[dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {**perfect[0], "name": perfect[0]["name"] + "9"}
+    twice = [*perfect, *changed(perfect[:1], mask=None)]
+    more = [{**perfect[0], "sentences": perfect[0]["sentences"] + [{"mask": None}]}, *perfect[1:]]
+    cases = {
+        "unknown": (as_lines([other, *perfect[1:]]), perfect[0]["name"]),
+        "twice": (as_lines(twice), "predicted twice"),
+        "more": (as_lines(more), "more predictions than expressions"),
+        "empty": ("", "is empty"),
+        "list": (json.dumps(perfect), "not a record of a region"),
+    }
+    for name, (text, expected) in cases.items():
+        code, out = count_again(demo, tmp_path / name, text)
+        message = capsys.readouterr().err
+        assert code == 2, name
+        assert expected in message
+        assert message.count("error:") == 1
+        assert not (out / "evaluation.json").exists()
+
+
 def test_generated_answers(demo: Path) -> None:
     out = demo.parent / "generated"
     run(
