@@ -11,6 +11,7 @@ of a turn. Parts:
 ``posix_fadvise``; how cold the disk under it then is, nobody can say), and whole ``load`` calls, warm.
 ``loads``: images a second of the reader with its preparation against the plain pipeline: it opens an image, decodes it
 in full, decodes all its masks with pycocotools, chooses four, and resizes image and masks with PIL.
+``decoder``: the same reader and preparation with simplejpeg against Pillow, at full scale and at the needed one.
 ``scale``: ``data.decode_scale needed`` against ``full``, with the mean difference of the prepared pixels.
 ``gzip``: distances between the points of a gzip-compressed archive: time of a read, bytes of the points (which are
 held in memory while it is open).
@@ -34,6 +35,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -46,7 +48,7 @@ MASKS = 100
 REGIONS = 4
 PER_TAR = 512
 SCENES, VARIANTS = 12, 16
-PARTS = ("reads", "loads", "scale", "gzip")
+PARTS = ("reads", "loads", "decoder", "scale", "gzip")
 SPACINGS = (2**23, 2**22, 2**21, 2**20, 2**19)
 
 
@@ -234,6 +236,29 @@ def measure_loads(args: argparse.Namespace, sources: dict[str, Any], count: int)
     return found
 
 
+def measure_decoder(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
+    """Compare simplejpeg, where it is installed, with Pillow."""
+    from dual_loop.data import images
+
+    if images.simplejpeg is None:
+        print("simplejpeg is not installed: pip install 'dual-loop[fast]'")
+        return {}
+
+    def prepared(decoder: Any, geometry: Any, is_reduced: bool, order: Sequence[int]) -> float:
+        with mock.patch.object(images, "simplejpeg", decoder):
+            return our_images(sources["files"], geometry, order, is_reduced)
+
+    found: dict[str, float] = {}
+    for config, is_reduced in (("sa2va_4b_full", False), ("tiny_demo", False), ("tiny_demo", True)):
+        geometry, name = geometry_of_config(config), f"{config}, {'needed' if is_reduced else 'full'} scale"
+        decoders = {"Pillow": None, "simplejpeg": images.simplejpeg}
+        runs: Runs = {
+            kind: functools.partial(prepared, decoder, geometry, is_reduced) for kind, decoder in decoders.items()
+        }
+        found |= compare(runs, count, args.images, args.repeats, "Pillow", f"{name}: prepared images")
+    return found
+
+
 def measure_scale(args: argparse.Namespace, sources: dict[str, Any], count: int) -> dict[str, float]:
     """Compare ``needed`` with ``full``: the set at hand for the small models, photographs twice as large for 4B."""
     from dual_loop.data.sa1b import Sa1b
@@ -322,7 +347,13 @@ def measure_spacing(folder: Path, spacing: int) -> dict[str, float]:
     return {"list": listed, "open": opened, "read": median(seconds), "points": points}
 
 
-MEASUREMENTS = {"reads": measure_reads, "loads": measure_loads, "scale": measure_scale, "gzip": measure_gzip}
+MEASUREMENTS = {
+    "reads": measure_reads,
+    "loads": measure_loads,
+    "decoder": measure_decoder,
+    "scale": measure_scale,
+    "gzip": measure_gzip,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

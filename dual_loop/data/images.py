@@ -104,7 +104,7 @@ def _decode_fast(image: Image.Image, size: tuple[int, int], reduction: int) -> n
     None where simplejpeg is not installed, where the image is no grey or RGB JPEG, and for every file that libjpeg only
     warns of: whether it is good is for Pillow to say.
     """
-    if simplejpeg is None or not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
+    if simplejpeg is None or not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB") or not image.fp:
         return None
     image.fp.seek(0)
     data = image.fp.read(MOST_AT_ONCE)
