@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +233,9 @@ def _read_record(path: Path) -> tuple[Codes, float]:
         message = explain("an annotation file is not of SA-V", str(path), seen, expected, fix)
         raise SampleError("broken_json", message)
     count = record.get("video_frame_count")
-    return [frame or [] for frame in frames], count if isinstance(count, (int, float)) else 0
+    if not isinstance(count, (int, float)) or not 0 <= count < 2**31:  # JSON can say Infinity, NaN and 10**400
+        count = 0
+    return [frame or [] for frame in frames], count
 
 
 _kept_record = functools.lru_cache(RECORDS_KEPT)(_read_record)
@@ -331,23 +334,43 @@ def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> 
     if not 0 <= number < len(times.stamps):
         message = explain("a video has no such frame", str(path), number, f"0 to {len(times.stamps) - 1}")
         raise SampleError("no_frame", message)
-    av, stamp = _import_av(), times.stamps[number]
+    stamp = times.stamps[number]
     before = [key for key in times.keys if key <= stamp]
-    try:
-        with _open_video(path) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("no video in it")
-            stream.thread_type = "NONE"  # loader workers already use the cores
-            # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
-            for key in [*before[: -ATTEMPTS - 1 : -1], min(times.keys[0], times.stamps[0])]:
-                container.seek(key, stream=stream, backward=True)
-                frame = next(f for f in _decoded(container, stream) if f.pts is not None and f.pts >= stamp)
-                if frame.pts == stamp and not frame.is_corrupt:
+    with _opened(path, f"frame {number}") as (container, stream):
+        # The container seeks by the time of decoding, and may land on the key frame behind the wanted frame.
+        for key in [*before[: -ATTEMPTS - 1 : -1], min(times.keys[0], times.stamps[0])]:
+            container.seek(key, stream=stream, backward=True)
+            # Behind the key frame of an open group come frames that refer to the group before.
+            with suppress(_import_av().error.FFmpegError):
+                frame = next((f for f in _decoded(container, stream) if f.pts is not None and f.pts >= stamp), None)
+                if frame is not None and frame.pts == stamp and not frame.is_corrupt:
                     return _upright(frame, size, f"{path}, frame {number}")
-    except (av.error.FFmpegError, StopIteration, ValueError, MemoryError) as error:
-        raise _damaged(path, f"frame {number}: {type(error).__name__}: {error}") from error
     raise _damaged(path, f"frame {number} cannot be decoded")
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
+    """Give a video's container and stream; what goes wrong with them, inside as well, becomes a ``SampleError``."""
+    av = _import_av()
+    try:
+        check_file(path)
+        # Decoders refuse frames above the limit, whatever the container says of their size.
+        limits = {"max_pixels": str(max_pixels())}
+        with av.open(str(path), format="mp4", options=limits, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise _damaged(path, "no video that can be decoded")
+            check_pixels(stream.height, stream.width, str(path))
+            stream.thread_type = "NONE"  # loader workers already use the cores
+            # Without "explode" damaged parts of a picture are filled from its neighbours.
+            stream.codec_context.options = {**limits, "err_detect": "explode"}
+            yield container, stream
+    except SampleError:
+        raise
+    except FileNotFoundError as error:
+        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
+    except Exception as error:  # of PyAV, depending on the place of the damage
+        raise _damaged(path, f"{what}: {type(error).__name__}: {error}") from error
 
 
 @functools.lru_cache(VIDEOS_KEPT)
@@ -357,20 +380,10 @@ def video_times(path: Path) -> VideoTimes:
     Raises:
         SampleError: ``missing_file``, ``truncated_file``.
     """
-    av = _import_av()
-    try:
-        check_file(path)
-        with _open_video(path) as container:
-            stream = container.streams.best("video")
-            if stream is not None:
-                check_pixels(stream.height, stream.width, str(path))
-            unit, frame_count = (stream.time_base, stream.frames) if stream else (0, 0)
-            whole = takewhile(lambda packet: not packet.is_corrupt, container.demux(stream) if stream else ())
-            packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in whole if p.pts is not None]
-    except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
-    except (OSError, av.error.FFmpegError, ValueError, MemoryError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path, "its packets") as (container, stream):
+        whole = takewhile(lambda packet: not packet.is_corrupt, container.demux(stream))
+        packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in whole if p.pts is not None]
+        unit, frame_count = stream.time_base, stream.frames
     shown = np.sort([pts for pts, _, _, is_hidden in packets if not is_hidden])
     keys = sorted(pts for pts, _, is_key, _ in packets if is_key)
     if not len(shown) or not keys:
@@ -380,12 +393,6 @@ def video_times(path: Path) -> VideoTimes:
     rate = (len(shown) - 1) / span if span > 0 else 1.0
     off = (shown - shown[0]) * float(unit) * rate - np.arange(len(shown))
     return VideoTimes(shown.tolist(), keys, rate, bool(np.abs(off).max() < UNEVEN), frame_count)
-
-
-def _open_video(path: Path) -> Any:
-    """Open a video; decoders refuse frames above ``data.max_pixels``, whatever the container says of their size."""
-    options = {"max_pixels": str(max_pixels())}
-    return _import_av().open(str(path), format="mp4", options=options, metadata_errors="replace")
 
 
 def _complete(stamps: np.ndarray, last: int | None) -> int:

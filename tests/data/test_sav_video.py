@@ -224,6 +224,23 @@ def test_sets_for_evaluation_are_told_from_training_videos(tmp_path, form, below
         open_source("sav", DataConfig(sav_dir=str(tmp_path), sav_format=form))
 
 
+@pytest.mark.parametrize("damage", ["a flipped bit", "a name that is no UTF-8", "an unknown codec"])
+def test_a_damaged_video_gives_no_wrong_picture_and_no_traceback(tmp_path, damage):
+    CASES["plain"].write(tmp_path / "sav")
+    video = tmp_path / "sav" / "sav_000001.mp4"
+    data = bytearray(video.read_bytes())
+    if damage == "a flipped bit":
+        data[len(data) // 3] ^= 16
+    elif damage == "an unknown codec":
+        data[data.rindex(b"avc1")] ^= 1
+    else:
+        data[data.index(b"VideoHandler")] = 0xC8
+    video.write_bytes(data)
+    _, wrong, reasons = fitting(tmp_path / "sav")
+    assert wrong == 0
+    assert set(reasons) <= {"truncated_file"}
+
+
 def test_a_bad_code_of_another_object_is_passed_over(tmp_path):
     write_video(tmp_path / "sav_000001.mp4", 25)
     frames = [[code_of(true_mask(4 * k)), {"size": None, "counts": "x"}] for k in range(7)]

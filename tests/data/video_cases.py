@@ -211,6 +211,9 @@ CASES = {
     "one frame left out": Case("unknown_step", stamps=lambda numbers: numbers + (numbers > 30)),
     "annotation stops early": Case(masks=6),
     "annotation goes on": Case(change=lambda masks: [*masks, masks[-1]]),
+    "uneven rate, infinite count": Case(
+        "unknown_step", base=Fraction(1, 96), stamps=uneven, more={"video_frame_count": float("inf")}
+    ),
     "every frame annotated": Case("unknown_step", step=1),
     "objects null on some frames": Case(change=lambda masks: [m if k % 4 else [None] for k, m in enumerate(masks)]),
     "frames null": Case(change=lambda masks: [m if k % 4 else None for k, m in enumerate(masks)]),
