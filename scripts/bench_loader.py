@@ -11,7 +11,7 @@ of a turn. Parts:
 ``posix_fadvise``; how cold the disk under it then is, nobody can say), and whole ``load`` calls, warm.
 ``loads``: images a second of the reader with its preparation against the plain pipeline: it opens an image, decodes it
 in full, decodes all its masks with pycocotools, chooses four, and resizes image and masks with PIL.
-``decoder``: the same reader and preparation with simplejpeg against Pillow, at full scale and at the needed one.
+``decoder``: the same reader and preparation with simplejpeg against Pillow, at full scale.
 ``scale``: ``data.decode_scale needed`` against ``full``, with the mean difference of the prepared pixels.
 ``gzip``: distances between the points of a gzip-compressed archive: time of a read, bytes of the points (which are
 held in memory while it is open).
@@ -244,18 +244,16 @@ def measure_decoder(args: argparse.Namespace, sources: dict[str, Any], count: in
         print("simplejpeg is not installed: pip install 'dual-loop[fast]'")
         return {}
 
-    def prepared(decoder: Any, geometry: Any, is_reduced: bool, order: Sequence[int]) -> float:
+    def prepared(decoder: Any, geometry: Any, order: Sequence[int]) -> float:
         with mock.patch.object(images, "simplejpeg", decoder):
-            return our_images(sources["files"], geometry, order, is_reduced)
+            return our_images(sources["files"], geometry, order)
 
     found: dict[str, float] = {}
-    for config, is_reduced in (("sa2va_4b_full", False), ("tiny_demo", False), ("tiny_demo", True)):
-        geometry, name = geometry_of_config(config), f"{config}, {'needed' if is_reduced else 'full'} scale"
+    for config in ("sa2va_4b_full", "tiny_demo"):
         decoders = {"Pillow": None, "simplejpeg": images.simplejpeg}
-        runs: Runs = {
-            kind: functools.partial(prepared, decoder, geometry, is_reduced) for kind, decoder in decoders.items()
-        }
-        found |= compare(runs, count, args.images, args.repeats, "Pillow", f"{name}: prepared images")
+        geometry = geometry_of_config(config)
+        runs: Runs = {kind: functools.partial(prepared, decoder, geometry) for kind, decoder in decoders.items()}
+        found |= compare(runs, count, args.images, args.repeats, "Pillow", f"{config}: prepared images")
     return found
 
 

@@ -88,7 +88,7 @@ def read_picture(
             if min(size[0] // height, size[1] // width) >= 2 and (drafted := image.draft(None, (width, height))):
                 reduction = round(size[1] / drafted[1][2])
         turn = image.getexif().get(0x0112, 1)
-        pixels = None if apply_exif and turn != 1 else _decode_fast(image, size, reduction)
+        pixels = None if reduction > 1 or (apply_exif and turn != 1) else _decode_fast(image)
         if pixels is None:
             image.load()
             if apply_exif:
@@ -98,8 +98,8 @@ def read_picture(
     return Picture(pixels, size, reduction, turn if turn in range(1, 9) else 1)
 
 
-def _decode_fast(image: Image.Image, size: tuple[int, int], reduction: int) -> np.ndarray | None:
-    """Return what Pillow makes of a JPEG, by libjpeg-turbo's own interface (simplejpeg): the same pixels, sooner.
+def _decode_fast(image: Image.Image) -> np.ndarray | None:
+    """Return what Pillow makes of a JPEG at full scale, by libjpeg-turbo's own interface (simplejpeg), a fifth sooner.
 
     None where simplejpeg is not installed, where the image is no grey or RGB JPEG, and for every file that libjpeg only
     warns of: whether it is good is for Pillow to say.
@@ -108,14 +108,13 @@ def _decode_fast(image: Image.Image, size: tuple[int, int], reduction: int) -> n
         return None
     image.fp.seek(0)
     data = image.fp.read(MOST_AT_ONCE)
-    least = {"min_height": -(-size[0] // reduction), "min_width": -(-size[1] // reduction)}
     try:
-        if simplejpeg.decode_jpeg_header(data)[:2] != size:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", **least)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
-    return pixels if pixels.shape[:2] == tuple(least.values()) else None
+    return pixels
 
 
 def to_rgb(image: Image.Image, path: str) -> np.ndarray:

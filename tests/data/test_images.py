@@ -162,7 +162,7 @@ def test_the_fast_decoder_gives_the_pixels_of_pillow(tmp_path, monkeypatch, subs
         assert (both[0].size, both[0].reduction) == (both[1].size, both[1].reduction)
         difference = np.abs(both[0].pixels.astype(int) - both[1].pixels)
         assert difference.max() <= (0 if features.version("libjpeg_turbo") == "3.1.4.1" else 8)
-    assert len(decoded) == 12
+    assert len(decoded) == 3, "at full scale alone: at a smaller one Pillow is as fast"
 
 
 def test_the_fast_decoder_leaves_to_pillow_what_is_not_plain(tmp_path, monkeypatch):
