@@ -22,10 +22,10 @@ from dual_loop.caption_metrics import caption_exact, may_hold
 from dual_loop.config import Config
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.limits import use_limits
-from dual_loop.data.masks import decode_rle
+from dual_loop.data.masks import decode_segmentation
 from dual_loop.data.prepare import batch_from_samples
 from dual_loop.data.refcoco import RefCoco
-from dual_loop.errors import ConfigError, SampleError, explain, shorten
+from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
 from dual_loop.loop.captioner import Captioner, measuring_settings
@@ -444,6 +444,7 @@ def compare_predictions(
 
     Raises:
         ConfigError: a region has more masks than expressions.
+        SampleError: a mask is broken or of another size, without ``faults``.
     """
     regions = blank_regions(sample, data)
     for region, own in zip(regions, sample.segmentation_masks, strict=True):
@@ -451,32 +452,23 @@ def compare_predictions(
         asked = [(text, own, region.sentences) for text in region.references]
         asked += [(text, np.zeros_like(own), region.without_target) for text in sample.no_target if region.own == 0]
         if len(saved) > len(asked):
-            what, fix = "a region has more predictions than expressions", "give one sentence for each, in their order"
-            expected = f"at most {len(asked)}: {shorten([text for text, _, _ in asked])}"
-            raise ConfigError(explain(what, region.name, f"{len(saved)} sentences", expected, fix))
+            what, expected = "a region has more predictions than expressions", f"at most {len(asked)}, in their order"
+            raise ConfigError(explain(what, region.name, f"{len(saved)} sentences", expected))
         for number, (text, target, answers) in enumerate(asked):
-            where = f"{region.name}, sentence {number + 1}"
+            where, is_given = f"{region.name}, sentence {number + 1}", number < len(saved) and saved[number] is not None
+            (height, width), mask = target.shape, np.zeros(target.shape, bool)
             try:
-                mask = _saved_mask(saved, number, target.shape, where)
+                if number >= len(saved):
+                    raise SampleError("missing", explain("a mask is missing", where, f"{len(saved)} sentences"))
+                mask = decode_segmentation(saved[number], height, width, where) if is_given else mask
             except SampleError as error:
                 if faults is not None:
                     faults.append(SkippedRegion(where, error.reason, str(error)))
-                mask = np.full(target.shape, not target.any())
-            is_given = number < len(saved) and saved[number] is not None
+                elif is_given:
+                    raise
+                mask[:] = not target.any()
             answers.append(_segmented(text, int(is_given), mask, target))
     return regions
-
-
-def _saved_mask(saved: Sequence[object], number: int, shape: tuple[int, ...], where: str) -> np.ndarray:
-    if number >= len(saved):
-        raise SampleError("missing", explain("a mask is missing", where, f"{len(saved)} sentences"))
-    if saved[number] is None:
-        return np.zeros(shape, bool)
-    mask = decode_rle(saved[number], where)
-    if mask.shape != shape:
-        message = explain("a saved mask has another size than its image", where, mask.shape, shape)
-        raise SampleError("size_mismatch", message)
-    return mask
 
 
 def resize_logits(logits: torch.Tensor, size: tuple[int, int], batch_side: int) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_a_mask_that_cannot_be_read_never_raises_a_score(
     bad = {
         "broken_rle": {"size": size, "counts": "xx"},
         "size_mismatch": {"size": [9, 9], "counts": [40, 41]},
-        "polygon": [[1, 1, 9, 1, 9, 9]],
+        "no_mapping": "xx",
         "null": None,
         "number": 7,
     }
@@ -184,7 +184,7 @@ def test_a_mask_that_cannot_be_read_never_raises_a_score(
         assert found["sentences"] == count
         assert found["gIoU"]["value"] == pytest.approx((count - 1) / count)
         written = json.loads((out / "evaluation.json").read_text())["masks_that_miss"]
-        reason = {"null": None, "size_mismatch": name}.get(name, "broken_rle")
+        reason = {"null": None, "number": "bad_polygon", "no_mapping": "bad_polygon"}.get(name, name)
         assert written == ({} if reason is None else {reason: 1})
         assert ("count as misses" in message) == (reason is not None)
     code, out = count_again(demo, tmp_path / "missing", as_lines(perfect[1:]))
