@@ -82,6 +82,7 @@ class Layout:
 
 SAM = "grounding_encoder.sam2_model."
 VIDEO = "video memory: single images do not use it"
+COUNTS = "positions and counts: computed, not stored"
 
 COPIES = {
     ("vision_model.embeddings.", "mllm.model.vision_tower.embeddings."): """
@@ -190,6 +191,7 @@ def _canonical_rules() -> Iterator[Rule]:
     yield Rule(f"{prompts}pe_layer.positional_encoding_gaussian_matrix", places)
     rotary = "rotary frequencies: computed, not stored"
     yield Rule("language_model.model.{rest}rotary_emb.inv_freq", dropped=rotary)
+    yield from (Rule("{rest}." + name, dropped=COUNTS) for name in ("position_ids", "num_batches_tracked"))
     yield from (Rule(SAM + part, dropped=VIDEO) for part in VIDEO_PARTS)
 
 
@@ -249,6 +251,7 @@ REFUSED = {
         r"language_model\.(base_model\.model\.)?model\.(tok_embeddings|layers\.\d+\.attention\.wqkv)"
     ),
     "a Qwen-VL model (Sa2VA-Qwen2.5-VL, Sa2VA-Qwen3-VL)": r"(^|\.)visual\.(blocks|patch_embed|merger)",
+    "DoRA adapters (peft's merge_and_unload() makes plain weights of them)": r"\.lora_magnitude_vector",
 }
 """Architectures that share prefixes with ours and would load in part, by a pattern of their keys."""
 
@@ -266,7 +269,8 @@ def find_refused(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def canonical_name(name: str, layout: Layout) -> str:
-    """Rewrite a file's key to the canonical name."""
+    """Rewrite a file's key to the canonical name; an adapter may have any name there."""
+    name = re.sub(r"(\.lora_[AB]\.)\w+(\.weight)$", r"\1default\2", name)
     for before, after in layout.renames:
         name = name.replace(before, after)
     for before, after in layout.prefixes:

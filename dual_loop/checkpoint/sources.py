@@ -1,15 +1,17 @@
 """Files of weights on disk: what they are, which tensors they hold, and reading them one file at a time.
 
 Nothing here runs code from a file: safetensors, or ``torch.load(weights_only=True)``, memory-mapped where the file
-allows it. Names are those of the file; :mod:`dual_loop.checkpoint.key_rules` knows what they mean.
+allows it. DeepSpeed's folders are the one exception, and are refused unless the user says that they are trusted. Names
+are those of the file; :mod:`dual_loop.checkpoint.key_rules` knows what they mean.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
+import os
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +23,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dual_loop.checkpoint.manifest import hash_file
-from dual_loop.errors import CheckpointError, explain
+from dual_loop.config import TRUST_VARIABLE
+from dual_loop.errors import CheckpointError, explain, listed
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which programs put the tensors: mmengine and xtuner, SAM 2, DeepSpeed."""
-DDP_PREFIX = "module."
+WRAPPING = re.compile(
+    r"^(?:module\.|_orig_mod\.|model\.(?=(?:module\.|_orig_mod\.)*(?:mllm|grounding_encoder|text_hidden_fcs)\.))+"
+    r"|(?<=\.)_orig_mod\."
+)
+"""What DDP and DeepSpeed (``module.``), ``torch.compile`` and Lightning (``model.``) put into names."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
@@ -49,7 +56,7 @@ class Checkpoint:
     Attributes:
         path: as the user gave it.
         files: in the order they are read; empty for a DeepSpeed ZeRO folder.
-        tensors: name (without DDP's ``module.``) -> :class:`TensorInfo`.
+        tensors: name (without what :data:`WRAPPING` matches) -> :class:`TensorInfo`.
         loaded: the tensors themselves, of a DeepSpeed ZeRO folder, which has none to read one by one.
     """
 
@@ -74,8 +81,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Find out which files ``path`` means and which tensors they hold.
 
     Accepts a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file; a folder with one such file or with a sharded index
-    (also a folder that is named like a file); an adapter folder of this package; a DeepSpeed ZeRO folder where
-    DeepSpeed is installed.
+    (also a folder that is named like a file); an adapter folder of this package; a DeepSpeed ZeRO folder that the user
+    trusts (``--trust_deepspeed_pickles``), where DeepSpeed is installed.
 
     Raises:
         CheckpointError: there is nothing to load, a file is damaged or holds code, or a tensor is there twice.
@@ -85,13 +92,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         what = "weights not found"
         raise CheckpointError(explain(what, str(path), expected="a file or a folder", fix="check the path"))
     if is_zero_folder(path):
+        if not os.environ.get(TRUST_VARIABLE):
+            what = "a DeepSpeed folder is made of pickles, which can run code, and is refused"
+            raise CheckpointError(explain(what, str(path), expected="one file of weights", fix=_conversion(path)))
         loaded = consolidate_zero(path)
         return Checkpoint(path, [], {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in loaded.items()}, loaded)
     checkpoint = Checkpoint(path, [path] if path.is_file() else _files_of_folder(path))
     if not checkpoint.files:
         expected = f"{', '.join((*INDEX_NAMES, *SINGLE_NAMES))} or one .pth, .pt, .bin or .safetensors file"
-        seen = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "an empty folder"
-        raise CheckpointError(explain("no weights in this folder", str(path), seen, expected, "check the path"))
+        names = sorted(item.name for item in path.iterdir())
+        several = [name for name in names if name.endswith(SUFFIXES)]
+        what = "several files of weights in this folder" if several else "no weights in this folder"
+        fix = f"give the file itself, such as {path / several[-1]}" if several else "check the path"
+        raise CheckpointError(explain(what, str(path), listed(names) or "an empty folder", expected, fix))
     origin: dict[str, str] = {}
     for file in checkpoint.files:
         for name, tensor in _read_file(file):
@@ -141,23 +154,46 @@ def is_zero_folder(path: Path) -> bool:
 
 
 def consolidate_zero(path: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights of a DeepSpeed ZeRO folder through DeepSpeed's own consolidation.
+    """Return the fp32 weights of a DeepSpeed ZeRO folder through DeepSpeed's own consolidation, which runs its pickles.
 
     Raises:
         CheckpointError: DeepSpeed is not installed; the message gives the command that converts the folder.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        command = f"pip install deepspeed && python -m deepspeed.utils.zero_to_fp32 {path} {path}/consolidated"
-        if (path / "zero_to_fp32.py").is_file():
-            command = f"python {path / 'zero_to_fp32.py'} {path} {path}/consolidated"
         what = "a DeepSpeed ZeRO folder has its weights spread over the optimiser's files"
-        seen, fix = "deepspeed is not installed here", f"where it was written, run: {command}"
-        raise CheckpointError(explain(what, str(path), seen, "one consolidated file", fix))
+        seen = "deepspeed is not installed here"
+        raise CheckpointError(explain(what, str(path), seen, "one consolidated file", _conversion(path)))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    root, tag = (path, None) if (path / "latest").is_file() else (path.parent, path.name)
+    root, tag = _root_and_tag(path)
     whole = get_fp32_state_dict_from_zero_checkpoint(str(root), tag)
-    return {name.removeprefix(DDP_PREFIX): tensor for name, tensor in whole.items()}
+    return {WRAPPING.sub("", name): tensor for name, tensor in whole.items()}
+
+
+def _root_and_tag(path: Path) -> tuple[Path, str | None]:
+    """Return what DeepSpeed calls the checkpoint's folder and tag: xtuner's ``iter_N.pth`` is a tag in its parent."""
+    if next(path.glob("*_optim_states.pt"), None) is not None:
+        return path.absolute().parent, path.absolute().name
+    if (path / "latest").is_file():
+        return path, None
+    tags = sorted({file.parent.name for file in path.glob("*/*_optim_states.pt")})
+    if len(tags) > 1:
+        fix = f"give one of them, such as {path / tags[-1]}"
+        raise CheckpointError(explain("several DeepSpeed checkpoints in this folder", str(path), listed(tags), fix=fix))
+    return path, tags[0] if tags else None
+
+
+def _conversion(path: Path) -> str:
+    """Return what to do with a DeepSpeed folder."""
+    root, tag = _root_and_tag(path)
+    script = root / "zero_to_fp32.py"  # DeepSpeed's own copy of the module, of the version that wrote the files
+    program = shlex.quote(str(script)) if script.is_file() else "-m deepspeed.utils.zero_to_fp32"
+    out = root / f"{Path(tag or path.absolute().name).stem}_fp32"
+    command = f"python {program} {shlex.quote(str(root))} {shlex.quote(str(out))}"
+    command += f" --tag {shlex.quote(tag)}" if tag else ""
+    where = "where its code can do no harm (a container without network and secrets; deepspeed installed)"
+    trusted = "or, if you trust whoever wrote it, give --trust_deepspeed_pickles"
+    return f"convert it {where}: {command}; then give {out}; {trusted}"
 
 
 def _files_of_folder(path: Path) -> list[Path]:
@@ -204,15 +240,14 @@ def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the (name, tensor) pairs of one file; nothing of a tensor is in memory until it is used."""
     if file.suffix != ".safetensors":
         for name, tensor in _load_torch_file(file).items():
-            yield name.removeprefix(DDP_PREFIX), tensor
+            yield WRAPPING.sub("", name), tensor
         return
     try:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                yield name.removeprefix(DDP_PREFIX), handle.get_tensor(name)
+                yield WRAPPING.sub("", name), handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        what, expected, fix = "weights cannot be read", "a whole .safetensors file", "copy it again"
-        raise CheckpointError(explain(what, str(file), str(error), expected, fix)) from error
+        raise unreadable(file, error, "a whole .safetensors file") from error
 
 
 def _load_torch_file(file: Path) -> dict[str, Tensor]:
@@ -220,15 +255,8 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
     try:
         # Files of before torch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        seen = found.group(1) if found else str(error).splitlines()[0]
-        what = "the file holds more than tensors and is refused, because loading it could run code"
-        fix = "get the weights as safetensors, or save the bare state dict again where the file is trusted"
-        raise CheckpointError(explain(what, str(file), seen, "tensors, numbers and text", fix)) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        what, seen = "weights cannot be read", str(error).splitlines()[0]
-        raise CheckpointError(explain(what, str(file), seen, "a whole file of torch.save")) from error
+    except Exception as error:  # of torch, pickle, zip: whatever a file can make of them
+        raise unreadable(file, error, "a whole file of torch.save") from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -238,3 +266,47 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
         expected = "names to tensors, bare or under state_dict or model"
         raise CheckpointError(explain("no state dict in this file", str(file), seen, expected))
     return dict(content)
+
+
+BEGINNINGS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the file that it stands for", "fetch it with git lfs pull"),
+    b"<!doctype html": ("an HTML page", "download the file itself, not the page about it"),
+    b"<html": ("an HTML page", "download the file itself, not the page about it"),
+    b"<?xml": ("an XML document, as a refused download leaves it", "download it again"),
+    b"{": ("a JSON document, as a refused download leaves it", "download it again"),
+    b"gguf": ("a GGUF file", "get the weights as safetensors"),
+    b"\x1f\x8b": ("a gzip archive", "unpack it"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+    b"rar!": ("a RAR archive", "unpack it"),
+    b"\x89hdf": ("an HDF5 file", "get the weights as safetensors"),
+    b"\x93numpy": ("a numpy array", "get the weights as safetensors"),
+}
+"""What a file that is no weights begins with, in lower case -> what it is, and what to do."""
+
+
+def unreadable(file: Path, error: Exception, expected: str, what: str = "weights cannot be read") -> CheckpointError:
+    """Say what a file is that cannot be read. Nothing of torch's own message is shown: it advises to run the code."""
+    fix = "copy it again"
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(256)
+    except OSError as unopened:
+        return CheckpointError(explain(what, str(file), unopened, expected, fix))
+    begins = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    seen, fix = next((about for mark, about in BEGINNINGS.items() if begins.startswith(mark)), ("", fix))
+    text = str(error)
+    if not head:
+        seen = "an empty file"
+    elif not seen and head[8:9] == b"{" and file.suffix != ".safetensors":
+        seen, fix = "a safetensors file under another ending", "rename it to .safetensors"
+    elif not seen and file.suffix == ".safetensors":
+        is_zip = zipfile.is_zipfile(file)
+        seen, fix = ("a file of torch.save", "rename it to .pth") if is_zip else (text.splitlines()[0], fix)
+    elif not seen and "TorchScript" in text:
+        seen, fix = "a TorchScript archive", "save its state dict in the program that made it"
+    elif not seen and (found := re.search(r"(?:GLOBAL|global|class) ([\w.]+)", text)):
+        what, seen = "the file holds more than tensors and is refused, because loading it could run code", found[1]
+        expected, fix = "tensors, numbers and text", "get the weights as safetensors"
+    elif not seen and "weights_only" in text:
+        seen = "no file that torch.save wrote, or a damaged one"
+    return CheckpointError(explain(what, str(file), seen or text.partition("\n")[0], expected, fix))

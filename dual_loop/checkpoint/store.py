@@ -51,6 +51,7 @@ from dual_loop.checkpoint.manifest import (
     write_text,
     writing_tensors,
 )
+from dual_loop.checkpoint.sources import unreadable
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain, listed
 
 Plain: TypeAlias = dict[str, Any]
@@ -377,9 +378,9 @@ def _load_plain(path: Path) -> Plain:
         content: Plain = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except Exception as error:  # torch raises pickle, zip and runtime errors alike
-        what = "a state file cannot be read safely"
-        fix = "the file was not written by this package; do not load it from a source that you do not trust"
-        raise CheckpointError(explain(what, str(path), error, fix=fix)) from error
+        raise unreadable(
+            path, error, "a state file that this package wrote", "a state file cannot be read safely"
+        ) from error
 
 
 def _check_plain(value: Any, where: str, for_json: bool = False) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dual_loop.config import Config, DataConfig, add_data_flags, overrides_from
+from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, overrides_from
 from dual_loop.errors import ConfigError, DualLoopError, explain, writing
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def _add_how_it_is_loaded(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model")
     group.add_argument("--weights", choices=("ema", "live"), default="ema", help="of a run: averaged or last")
-    group.add_argument("--config", metavar="FILE|NAME", help="of weights that are no run (default: tiny_cpu)")
+    text = "of weights that are no run (default: tiny_cpu); a Python file is RUN: give none that you do not trust"
+    group.add_argument("--config", metavar="FILE|NAME", help=text)
+    add_trust_flag(group)
     group.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer, for weights without one")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return group

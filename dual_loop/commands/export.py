@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
-from dual_loop.config import Config, load_config
+from dual_loop.config import Config, add_trust_flag, load_config
 from dual_loop.errors import CheckpointError, explain
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as trained")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
     parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
+    add_trust_flag(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
 
 

@@ -5,8 +5,10 @@ from dual_loop.config.derived import listener_paths as listener_paths
 from dual_loop.config.derived import precision as precision
 from dual_loop.config.load import CONFIG_DIR as CONFIG_DIR
 from dual_loop.config.load import DEFAULT_CONFIG as DEFAULT_CONFIG
+from dual_loop.config.load import TRUST_VARIABLE as TRUST_VARIABLE
 from dual_loop.config.load import add_data_flags as add_data_flags
 from dual_loop.config.load import add_training_flags as add_training_flags
+from dual_loop.config.load import add_trust_flag as add_trust_flag
 from dual_loop.config.load import load_config as load_config
 from dual_loop.config.load import overrides_from as overrides_from
 from dual_loop.config.load import resolve_config_path as resolve_config_path

@@ -43,6 +43,9 @@ ORDERED = (
     *(("data", "masks_min_area", "masks_max_area"), ("reward", "min_words", "max_words")),
 )
 """Group, least and most of what a setting bounds on either side."""
+TRUST_VARIABLE = "DUAL_LOOP_TRUST_DEEPSPEED_PICKLES"
+"""Set by ``--trust_deepspeed_pickles``, for this process and those that it starts. It is no setting, so that no file
+can ask for it."""
 
 Tree = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -252,11 +255,12 @@ def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()
 
     Where ``argv``, which will be parsed, asks for ``--help``, the values shown are those of the ``--config`` in it.
     """
-    text = "a Python config, the name of a preset, or the config.json of a run; --help shows its values as defaults "
-    text += "(default: %(default)s)"
+    text = "the name of a preset, the config.json of a run, which is only read, or a Python config, which is RUN: give "
+    text += "none that you do not trust; --help shows its values as defaults (default: %(default)s)"
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE|NAME", help=text)
     text = "build without memory, print what trains, the memory estimate and the effective batch, and stop"
     parser.add_argument("--dry_run", action="store_true", help=text)
+    add_trust_flag(parser)
     config = Config()
     if {"-h", "--help"} & set(argv):
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -266,6 +270,17 @@ def add_training_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()
         except ConfigError as error:
             parser.error(str(error))
     _add_flags(parser, SETTINGS, config)
+
+
+class _Trust(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        os.environ[TRUST_VARIABLE] = "1"
+
+
+def add_trust_flag(parser: argparse._ActionsContainer) -> None:
+    """Add ``--trust_deepspeed_pickles``."""
+    text = "read DeepSpeed folders, whose pickles can run any code (default: refuse, and say how to convert them)"
+    parser.add_argument("--trust_deepspeed_pickles", nargs=0, action=_Trust, default=argparse.SUPPRESS, help=text)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
