@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 MERGED = ("hf-native", "hf-sa2va")
 """Formats without adapters: LoRA is always merged."""
 FILE_SUFFIXES = (".pth", ".pt", ".bin")
+FILE_MARK = "dual_loop_export"
+"""Under ``meta`` of a file that was exported: its format."""
 TABLES = ("mllm.lm_head.", "mllm.model.language_model.embed_tokens.")
 TRIMMED_ORDER = (".lora_", "mllm.model.multi_modal_projector.", "grounding_encoder.mask_decoder.", "text_hidden_fcs.",
                  *TABLES)  # fmt: skip
@@ -104,7 +106,7 @@ def export_weights(
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in exported}
         size = sum(tensor.nbytes for tensor in content.values())
         with writing("the export", out, size), out.open("wb") as stream:  # torch alone would not say why it fails
-            torch.save({"state_dict": content, "meta": {}}, stream)
+            torch.save({"state_dict": content, "meta": {FILE_MARK: file_format}}, stream)
         return len(content)
     out.mkdir(parents=True)
     if file_format == "hf-sa2va":

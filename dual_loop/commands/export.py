@@ -9,9 +9,12 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING
 from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
 from dual_loop.config import Config, add_trust_flag, load_config
-from dual_loop.errors import CheckpointError, explain
+from dual_loop.errors import CheckpointError, explain, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from dual_loop.model.prompts import Prompter
     from dual_loop.model.sa2va import Sa2VA
 
+MARK = "export.json"
+"""In every exported folder: its format and its files, so that nothing else is replaced with them."""
 PROBE_TEXT = "the object on the left"
 PROBE_TOKENS = 16
 TOLERANCE_MERGED = {"float32": 1e-2, "bfloat16": 1.0}
@@ -52,7 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
     parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
     add_trust_flag(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -69,8 +74,11 @@ def _export(args: argparse.Namespace) -> int:
 
     out: Path = args.out
     check_target(out, args.file_format, args.merge_lora)
-    if out.exists() and not args.overwrite:
+    if os.path.lexists(out) and not args.overwrite:
         raise CheckpointError(explain("the target exists", str(out), fix="choose another name or give --overwrite"))
+    failed = out.with_name(f"{out.name}.failed")
+    check_replaceable(out)
+    check_replaceable(failed)
     folder, checkpoint = find_run(args.run)
     config = load_config(folder / "config.json")
     sources = weights_sources(config)
@@ -78,36 +86,66 @@ def _export(args: argparse.Namespace) -> int:
     fill(model, checkpoint, args.weights)
     video = find_video(folder, sources, args.video_weights) if args.file_format in ("original", "hf-sa2va") else {}
     before = probe(model, prompter, config)
-    # The file keeps its suffix: it says what is in it.
-    temporary = out.with_name(f".writing-{out.name}")
-    remove(temporary)
     out.parent.mkdir(parents=True, exist_ok=True)
-    count = export_weights(
-        model,
-        temporary,
-        args.file_format,
-        config,
-        prompter.tokenizer,
-        video=video,
-        merge_lora=args.merge_lora,
-        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        max_shard_bytes=int(args.max_shard_gb * 1e9),
-    )
-    source = f"{args.file_format} from {checkpoint.name} ({args.weights})"
-    print(f"wrote {count:,} tensors as {source}, {len(video)} of them video memory")
-    # One model at a time: two of the real size would not fit.
-    del model
-    gc.collect()
-    # Mask logits may differ where LoRA was folded in or values were cast.
-    may_differ = args.merge_lora or args.file_format in MERGED or args.dtype == "bfloat16"
-    stored = config.model.dtype if args.dtype == "auto" else args.dtype
-    read_back(temporary, args.file_format, config, sources, before, TOLERANCE_MERGED[stored] if may_differ else 0.0)
-    remove(out)
-    temporary.rename(out)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as place:
+        temporary = Path(place) / out.name  # its suffix says what is in it
+        count = export_weights(
+            model,
+            temporary,
+            args.file_format,
+            config,
+            prompter.tokenizer,
+            video=video,
+            merge_lora=args.merge_lora,
+            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            max_shard_bytes=int(args.max_shard_gb * 1e9),
+        )
+        if temporary.is_dir():
+            files = [str(file.relative_to(temporary)) for file in sorted(temporary.rglob("*")) if file.is_file()]
+            (temporary / MARK).write_text(json.dumps({"format": args.file_format, "files": files}, indent=1))
+        source = f"{args.file_format} from {checkpoint.name} ({args.weights})"
+        print(f"wrote {count:,} tensors as {source}, {len(video)} of them video memory")
+        # One model at a time: two of the real size would not fit.
+        del model
+        gc.collect()
+        # Mask logits may differ where LoRA was folded in or values were cast.
+        may_differ = args.merge_lora or args.file_format in MERGED or args.dtype == "bfloat16"
+        stored = config.model.dtype if args.dtype == "auto" else args.dtype
+        allowed = TOLERANCE_MERGED[stored] if may_differ else 0.0
+        read_back(temporary, args.file_format, config, sources, before, allowed, failed)
+        remove(out)
+        temporary.rename(out)
     if args.file_format == "hf-sa2va":
         print("note: the release's own .py files belong beside config.json; copy them from its folder")
     print(f"exported to {out}")
     return 0
+
+
+def check_replaceable(path: Path) -> None:
+    """Look whether ``path`` is free, or an export alone, which another export may replace.
+
+    Raises:
+        CheckpointError: something else is there; the message names it.
+    """
+    import torch
+
+    from dual_loop.checkpoint.exporter import FILE_MARK
+
+    if not os.path.lexists(path):
+        return
+    foreign = "no file that an export wrote"
+    if path.is_dir() and not path.is_symlink():
+        found = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found -= {MARK, *json.loads((path / MARK).read_text(encoding="utf-8"))["files"]}
+        foreign = listed(sorted(found))
+    elif path.is_file() and not path.is_symlink():
+        with suppress(Exception):  # whatever a file can make of torch: it is none of ours then
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            foreign = "" if FILE_MARK in content["meta"] else foreign
+    if foreign:
+        what, fix = "what is there was not written by an export, and is not replaced", "choose another name, or move it"
+        raise CheckpointError(explain(what, str(path), foreign, "an earlier export alone", fix))
 
 
 def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dict[str, Tensor]:
@@ -159,12 +197,12 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
 
 
 def read_back(
-    path: Path, file_format: str, config: Config, sources: Sequence[Path], before: Probe, allowed: float
+    path: Path, file_format: str, config: Config, sources: Sequence[Path], before: Probe, allowed: float, kept: Path
 ) -> None:
     """Import what was written into a new model and compare what it says and draws.
 
     Raises:
-        CheckpointError: the caption differs, or mask logits differ by more than ``allowed``; the files are kept.
+        CheckpointError: the caption differs, or mask logits differ by more than ``allowed``; ``kept`` gets the files.
     """
     from dual_loop.serve.loading import rebuild
 
@@ -178,7 +216,6 @@ def read_back(
     line += f"({before.caption!r}), largest mask logit difference {difference:.2e} (tolerance {allowed:g})"
     print(line)
     if not same or not difference <= allowed:
-        kept = path.with_name(f"{path.name.removeprefix('.writing-')}.failed")
         remove(kept)
         path.rename(kept)
         expected, fix = "the same caption and mask", "do not use these files"

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from dual_loop.config import Config, precision
-from dual_loop.errors import EnvironmentProblem
+from dual_loop.errors import EnvironmentProblem, listed
 from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, choose_device, device_type, why_no_kernel
 from dual_loop.training.memory import GIB, estimate_memory, free_memory
-from dual_loop.training.run_folder import versions
+from dual_loop.training.run_folder import foreign_files, versions
 
 PRESETS = {24: "sa2va_4b_24gb", 48: "sa2va_4b_48gb", 80: "sa2va_4b_80gb"}
 USABLE_SHARE = 0.9
@@ -137,6 +137,9 @@ def check_output(config: Config, meta_model: nn.Module | None = None) -> Iterato
         yield Finding(PROBLEM, "run folder", f"{existing} cannot be written: {error}", "choose another --output_dir")
         return
     yield Finding(OK, "run folder", f"{existing} can be written")
+    if foreign := foreign_files(folder):
+        text = f"{folder} holds files that are no run's: {listed(foreign)}"
+        yield Finding(PROBLEM, "run folder", text, "choose another --output_dir, or an empty one")
     if meta_model is None:
         return
     trained = sum(p.numel() for p in meta_model.parameters() if p.requires_grad)

@@ -36,6 +36,8 @@ from dual_loop.model.shards import place_like
 PACKAGES = ("dual-loop", "torch", "transformers", "peft", "accelerate", "mmengine", "numpy", "pillow", "safetensors")
 RUN_MARKS = ("metrics.jsonl", "checkpoints")
 logger = logging.getLogger(__name__)
+LOG_SUFFIXES = (".log", ".out", ".err")
+"""What launchers write into the folder before a run does."""
 
 
 class Versions(TypedDict):
@@ -89,12 +91,29 @@ class RunFolder:
             raise CheckpointError(explain("a file of the run cannot be read", str(path), str(error))) from error
 
 
+def foreign_files(path: Path) -> list[str]:
+    """Return the names in ``path`` that are no run's, where no run is there; logs and hidden files are left out."""
+    if not path.is_dir() or _is_own_config(path / "config.json"):
+        return []
+    names = sorted(item.name for item in path.iterdir())
+    return [name for name in names if not name.startswith(".") and not name.endswith(LOG_SUFFIXES)]
+
+
 def check_free(path: Path, resuming: bool) -> None:
     """Raise ConfigError when ``path`` holds a run that would be mixed with a new one."""
     marks = [mark for mark in RUN_MARKS if (path / mark).exists()]
     if marks and not resuming:
         seen, fix = " and ".join(marks), "go on with it by --resume auto, or choose another --output_dir"
         raise ConfigError(explain("the run folder already holds a run", str(path), seen, fix=fix))
+
+
+def _is_own_config(path: Path) -> bool:
+    """Tell whether a file is the ``config.json`` of a run: groups of settings, and not that of a model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"data", "loop", "train"} <= content.keys()
 
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,36 @@ def test_video_weights_that_are_gone_are_asked_for(trained, tmp_path, capsys):
     assert cli(arguments) == 0
     found = guess_load_checkpoint(tmp_path / "o.pth")["grounding_encoder.sam2_model.no_obj_ptr"]
     assert torch.equal(found, torch.full((1, 4), 7.0))
+
+
+def test_overwrite_replaces_exports_and_nothing_else(trained, tmp_path, capsys):
+    export = ["export", str(trained), "--overwrite", "--format"]
+    run, others, file, link = tmp_path / "run", tmp_path / "others", tmp_path / "model.pth", tmp_path / "link"
+    shutil.copytree(trained, run)
+    others.mkdir()
+    (others / "thesis.tex").write_text("years of work")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": {}}, file)
+    link.symlink_to(others)
+    for out, file_format, named in [
+        (run, "adapter", "checkpoints/"),
+        (others, "adapter", "thesis.tex"),
+        (link, "adapter", "no file that an export wrote"),
+        (file, "original", "no file that an export wrote"),
+    ]:
+        assert cli([*export, file_format, str(out)]) == 2
+        assert named in (shown := capsys.readouterr().err)
+        assert "is not replaced" in shown
+    assert (others / "thesis.tex").read_text() == "years of work"
+    assert (run / "checkpoints" / "step_00000002" / "manifest.json").is_file()
+    assert list(guess_load_checkpoint(file)) == ["a"]
+    for out, file_format in ((tmp_path / "adapter", "adapter"), (tmp_path / "o.pth", "original-trimmed")):
+        assert cli([*export, file_format, str(out)]) == 0
+        assert cli([*export, file_format, str(out)]) == 0
+        capsys.readouterr()
+    (tmp_path / "adapter" / "modeling.py").write_text("mine = 1")
+    assert cli([*export, "adapter", str(tmp_path / "adapter")]) == 2
+    assert "seen: modeling.py;" in capsys.readouterr().err
+    assert (tmp_path / "adapter" / "modeling.py").is_file()
 
 
 def test_a_file_that_reads_back_differently_fails_and_is_set_aside(trained, tmp_path, capsys, monkeypatch):

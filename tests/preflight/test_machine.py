@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,3 +100,22 @@ def test_a_device_of_another_kind_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert [f for f in machine.check_device(config_of(device="auto")) if f.level == PROBLEM and "mps" in f.what]
     assert not [f for f in machine.check_device(config_of(device="cpu")) if f.level == PROBLEM]
+
+
+def test_a_folder_of_other_things_is_no_run_folder(tmp_path):
+    def levels():
+        return [(f.level, f.what) for f in machine.check_output(config_of(output_dir=str(tmp_path)))][1:]
+
+    (tmp_path / "train.log").write_text("")
+    (tmp_path / ".hidden").write_text("")
+    assert levels() == []
+    model = {"model_type": "sa2va", "architectures": ["Sa2VAChatModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "model.safetensors").write_text("")
+    [(level, what)] = levels()
+    assert level == PROBLEM
+    assert "config.json, model.safetensors" in what
+    (tmp_path / "config.json").write_text(json.dumps(Config().to_dict()))
+    assert levels() == [], "a run of ours"
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert levels()
