@@ -1,13 +1,15 @@
 """An optional judge of captions behind an OpenAI-compatible endpoint, on this machine or any other.
 
-Nothing here may hold a training step for long: an answer has a time limit, all answers of a step have one together,
-and the threads that wait are left behind when it has passed.
+Its answers are not trusted: whatever comes back is a mark or a counted failure, and no redirection is followed, so that
+the key and the captions go to the configured address alone. Nothing here may hold a training step for long: an answer
+has a time limit, all answers of a step have one together, and the threads that wait are left behind when it has passed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -16,7 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dual_loop.config import RewardConfig
@@ -29,12 +31,29 @@ REST_AFTER, REST_CALLS = 3, 50
 """After so many calls in a row without any answer the judge is left alone for so many calls."""
 BACK_OFF_SECONDS = 0.2
 HIGHEST_MARK = 10.0
+ANSWER_TOKENS = 32
+MARK_SCHEMA = {
+    "type": "object",
+    "properties": {"mark": {"type": "number", "minimum": 0, "maximum": HIGHEST_MARK}},
+    "required": ["mark"],
+    "additionalProperties": False,
+}
+STRUCTURED = {"response_format": {"type": "json_schema", "json_schema": {"name": "mark", "schema": MARK_SCHEMA}}}
+REFUSED_REQUEST = (400, 404, 415, 422, 501)
+"""How servers answer a ``response_format`` that they do not know; the question is then asked without it, for good."""
 
 PROMPT = (
     "Two people describe the same object of a picture. Reference: {references}. Other: {generated}. "
     "How well does the other description fit the same object? Answer with one number from 0 (another object) to 10 "
     "(certainly the same object), and nothing else."
 )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes an error of every redirection."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 class JudgeError(DualLoopError):
@@ -75,7 +94,8 @@ class Judge:
             self._headers["Authorization"] = f"Bearer {key}"
         self.counters = dict.fromkeys(("judge/asked", "judge/answered", "judge/failed", "judge/skipped"), 0)
         self._failed_in_a_row, self._resting = 0, 0
-        self._has_warned = False
+        self._has_warned, self._is_structured = False, True
+        self._open = urllib.request.build_opener(_NoRedirect).open
 
     def check(self) -> None:
         """Ask one question, so that a wrong address shows before training does.
@@ -141,30 +161,39 @@ class Judge:
     def _ask_one(self, question: JudgeQuestion, deadline: float) -> tuple[float | None, str | None]:
         content = PROMPT.format(references=" | ".join(question.references), generated=question.generated)
         messages = [{"role": "user", "content": content}]
-        settings = {"model": self.config.judge_model, "temperature": 0, "max_tokens": 8}
-        body = json.dumps({**settings, "messages": messages}).encode()
+        settings = {"model": self.config.judge_model, "temperature": 0, "max_tokens": ANSWER_TOKENS}
         reason: str | None = None
         for attempt in range(self.config.judge_retries + 1):
             seconds = min(deadline - time.monotonic(), self.config.judge_timeout)
             if seconds <= 0:
                 break
-            limit, answer = time.monotonic() + seconds, b""
             try:
-                request = urllib.request.Request(self.url, body, self._headers)
-                with urllib.request.urlopen(request, timeout=seconds) as response:
-                    # Of bounded size and in bounded time, also from a server that sends a byte now and then.
-                    while chunk := response.read1(65536):
-                        answer += chunk
-                        if len(answer) > MAX_ANSWER_BYTES:
-                            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-                        if time.monotonic() > limit:
-                            raise TimeoutError("the answer took too long")
-                return parse_mark(str(json.loads(answer)["choices"][0]["message"]["content"])), None
-            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                # OSError covers refused connections, HTTP errors and time-outs; the others an answer of another shape.
+                return self._request({**settings, "messages": messages}, seconds), None
+            except Exception as error:
+                # OSError: refused connections, HTTP errors, time-outs; the others are what an answer made of HTTP, JSON
+                # (RecursionError) or the mark. Nothing that a server sends may end a thread.
                 reason = f"{type(error).__name__}: {error}"[:200]
             time.sleep(min(BACK_OFF_SECONDS * 2**attempt, max(0.0, deadline - time.monotonic())))
         return None, reason
+
+    def _request(self, question: Mapping[str, object], seconds: float) -> float:
+        is_structured, limit, answer = self._is_structured, time.monotonic() + seconds, b""
+        body = json.dumps({**question, **(STRUCTURED if is_structured else {})}).encode()
+        try:
+            with self._open(urllib.request.Request(self.url, body, self._headers), timeout=seconds) as response:
+                # Of bounded size and in bounded time, also from a server that sends a byte now and then.
+                while chunk := response.read1(65536):
+                    answer += chunk
+                    if len(answer) > MAX_ANSWER_BYTES:
+                        raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+                    if time.monotonic() > limit:
+                        raise TimeoutError("the answer took too long")
+        except urllib.error.HTTPError as error:
+            if not is_structured or error.code not in REFUSED_REQUEST:
+                raise
+            self._is_structured = False
+            return self._request(question, limit - time.monotonic())
+        return parse_mark(str(json.loads(answer)["choices"][0]["message"]["content"]))
 
     def _fail(self, problem: str) -> None:
         message = explain(
@@ -182,12 +211,14 @@ class Judge:
 
 
 def parse_mark(text: str) -> float:
-    """Return the mark (0..1) in an answer that is one number from 0 to 10, possibly as ``8/10`` or with a full stop.
+    """Return the mark (0..1) in an answer: one number from 0 to 10, also ``8/10``, ``8.`` or ``{"mark": 8}``.
 
     Raises:
         ValueError: the answer is anything else.
     """
-    match = re.fullmatch(r"\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*", text)
-    if match is None or float(match[1]) > HIGHEST_MARK:
+    number = r"(\d{1,2}(?:\.\d+)?)"
+    match = re.fullmatch(rf'\s*(?:{number}\s*(?:/\s*10)?\s*\.?|\{{\s*"mark"\s*:\s*{number}\s*\}})\s*', text)
+    mark = float(match[1] or match[2]) if match else math.inf
+    if mark > HIGHEST_MARK:
         raise ValueError(f"the answer is no number from 0 to 10: {text[:60]!r}")
-    return float(match[1]) / HIGHEST_MARK
+    return mark / HIGHEST_MARK

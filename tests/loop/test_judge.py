@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     mode = "good"
+    raw = b""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -46,13 +47,22 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.server.headers_seen.append(dict(self.headers))
         mode = self.server.mode
+        if mode == "raw":
+            self.wfile.write(self.server.raw)
+            self.close_connection = True
+            return
+        if mode == "plain" and "response_format" in self.server.seen[-1]:
+            self.send_error(400)
+            return
+        if mode == "structured":
+            assert self.server.seen[-1]["response_format"]["type"] == "json_schema"
         if mode == "silent":
             self.server.release.wait(20)
             return
         if mode == "status" or (mode == "flaky" and len(self.server.seen) % 2):
             self.send_error(500)
             return
-        content = {"rubbish": "I cannot tell", "high": "42"}.get(mode, "8")
+        content = {"rubbish": "I cannot tell", "high": "42", "structured": '{"mark": 8}'}.get(mode, "8")
         body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
         if mode == "shape":
             body = b'{"error": "none"}'
@@ -153,6 +163,64 @@ def test_nobody_there():
         Judge(dataclasses.replace(config, judge_failure="error")).check()
 
 
+ANSWERS = {
+    "nested": b'{"choices": ' + b"[" * 200_000,
+    "nested message": b'{"choices": [{"message": {"content": "' + b"[" * 200_000 + b'"}}]}',
+    "null": b"null",
+    "number": b"9" * 5000,
+    "surrogate": b'{"choices": [{"message": {"content": "\\ud800"}}]}',
+    "not text": b"\xff\xfe\x00",
+}
+RAW = {
+    "no http": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "bad length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n8",
+    "cut": b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n8",
+    "bad chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n8",
+    "long line": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("name", [*ANSWERS, *RAW])
+def test_garbage_is_counted_at_once(server, name):
+    server.mode, content = "raw", ANSWERS.get(name, b"")
+    server.raw = RAW.get(name) or b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+    asked = judge(server, judge_timeout=20.0, judge_deadline=24.0)
+    started = time.monotonic()
+    assert asked.ask(QUESTIONS) == [None, None]
+    assert time.monotonic() - started < 5
+    assert asked.counters["judge/failed"] == 2
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_no_redirection_is_followed(server, monkeypatch, code):
+    other = Server()
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MY_KEY", "secret")
+    server.mode, target = "raw", other.url.encode()
+    server.raw = b"HTTP/1.1 %d Moved\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % (code, target)
+    other.do_GET_seen = []
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: self.server.do_GET_seen.append(dict(self.headers)), raising=False
+    )
+    try:
+        assert judge(server, judge_key_variable="MY_KEY").ask(QUESTIONS[:1]) == [None]
+        assert other.headers_seen + other.do_GET_seen == []
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_mark_is_asked_for_by_schema_where_the_server_takes_it(server):
+    server.mode = "structured"
+    assert judge(server).ask(QUESTIONS) == [0.8, 0.8]
+    server.mode, asked = "plain", judge(server, judge_workers=1)
+    assert asked.ask(QUESTIONS[:1]) == [0.8]
+    server.seen.clear()
+    assert asked.ask(QUESTIONS) == [0.8, 0.8]
+    assert not any("response_format" in request for request in server.seen)
+
+
 def test_addresses_and_keys(server, monkeypatch):
     for url in (None, "file:///etc/passwd", "ftp://host/v1", "localhost"):
         with pytest.raises(ConfigError, match="URL"):
@@ -169,12 +237,17 @@ def test_addresses_and_keys(server, monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "mark"), [("8", 0.8), (" 10.", 1.0), ("7.5/10", 0.75), ("0", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "mark"), [("8", 0.8), (" 10.", 1.0), ("7.5/10", 0.75), ("0", 0.0), ('{"mark": 7}', 0.7)]
+)
 def test_marks(text, mark):
     assert parse_mark(text) == mark
 
 
-@pytest.mark.parametrize("text", ["", "eleven", "11", "-3", "8 out of ten thousand", "nan", "8 9"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "eleven", "11", "-3", "8 out of ten thousand", "nan", "8 9", '{"mark": 11}', '{"mark": "8"}', '{"x": 8}'],
+)
 def test_rubbish_is_no_mark(text):
     with pytest.raises(ValueError, match="no number"):
         parse_mark(text)
