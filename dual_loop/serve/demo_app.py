@@ -6,15 +6,21 @@ elsewhere: fonts and scripts are gradio's own.
 
 from __future__ import annotations
 
+import atexit
 import html
 import importlib
+import ipaddress
 import os
+import shutil
 import socket
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict
+from typing import Any, TypedDict
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -30,6 +36,11 @@ SAME_IMAGE = 4.0
 """Mean difference of two images, in 0..255, below which they are the same picture encoded twice."""
 MAX_REGIONS = 8
 MAX_UPLOAD = "20mb"
+MAX_QUEUE = 32
+MAX_SESSIONS = 200
+"""Visitors whose regions are kept; the oldest go."""
+KEEP_SECONDS = 600
+"""Uploaded and drawn files are removed that long after they came; mask files as soon as they are read."""
 EXAMPLE_SEEDS = (1003, 1002, 1011)
 START_TEXT = "Open an image, draw over an object with the brush, and press **Caption what I drew**."
 CSS = """
@@ -216,9 +227,9 @@ class DemoPage:
 
     def __init__(self, gr: ModuleType, predictor: Predictor, title: str) -> None:
         self.gr, self.logic = gr, DemoLogic(predictor)
-        with gr.Blocks(title="dual_loop", analytics_enabled=False) as self.app:
+        with gr.Blocks(title="dual_loop", analytics_enabled=False, delete_cache=(60, KEEP_SECONDS)) as self.app:
             gr.Markdown(f"# dual_loop\nmask → caption → mask: does the caption lead back? &nbsp; *{title}*")
-            session = gr.State(Session())
+            session = gr.State(Session(), time_to_live=6 * KEEP_SECONDS)
             with gr.Row():
                 with gr.Column(scale=1):
                     editor = gr.ImageEditor(
@@ -278,7 +289,10 @@ class DemoPage:
                 session = self.logic.add_drawing(session, image, drawn)
                 text = "Draw the next region, or edit the caption. The thin outline is the given mask."
             else:
-                regions = read_uploads(files)
+                try:
+                    regions = read_uploads(files)
+                finally:
+                    _remove_uploads(files)
                 session = self.logic.add_regions(session, image, regions)
                 text = f"{len(regions)} region(s) added."
         except DualLoopError as error:
@@ -303,18 +317,89 @@ class DemoPage:
         return [session.regions[place].caption if place >= 0 else "", iou, given, back]
 
 
+def _remove_uploads(paths: Sequence[str]) -> None:
+    """Remove files that a visitor sent; nothing outside of the server's own folder."""
+    own = os.environ.get("GRADIO_TEMP_DIR")
+    for path in map(Path, paths) if own else ():
+        if path.resolve().is_relative_to(Path(str(own)).resolve()):
+            path.unlink(missing_ok=True)
+
+
 def _error(error: Exception) -> str:
     return f"**Error:** {html.escape(str(error))}"
 
 
-def serve(predictor: Predictor, host: str, port: int, title: str) -> None:
+Message = MutableMapping[str, Any]
+"""Of the ASGI protocol."""
+
+
+@dataclass(frozen=True)
+class HostCheck:
+    """ASGI middleware that refuses requests for any name but the server's own.
+
+    A page on another site can point its own name at this machine (DNS rebinding); the browser then sends that name in
+    ``Host``. An address in digits cannot be rebound and always passes.
+    """
+
+    app: Callable[..., Awaitable[None]]
+    names: frozenset[str]
+
+    async def __call__(
+        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        headers = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"]
+        if scope["type"] == "lifespan" or (len(headers) == 1 and is_own_host(headers[0], self.names)):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            text = b"this server does not have that name; start it with --allow_host NAME if it should\n"
+            await send({"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": text})
+
+
+def is_own_host(header: str, names: frozenset[str]) -> bool:
+    """Tell whether a ``Host`` header holds an address in digits, ``localhost`` or one of ``names`` (lower case)."""
+    try:
+        name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if set("/@?#") & set(header):
+        return False
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name in {"localhost", *names}
+
+
+def serve(
+    predictor: Predictor,
+    host: str,
+    port: int,
+    title: str,
+    *,
+    auth: tuple[str, str] | None = None,
+    max_queue: int = MAX_QUEUE,
+    allow_host: Sequence[str] = (),
+) -> None:
     """Run the server until it is stopped.
+
+    Args:
+        auth: name and password that visitors have to give.
+        max_queue: questions that wait at most; more are refused.
+        allow_host: names of this server, beside localhost, its addresses, ``host`` and, where others may come, the
+            machine's own.
 
     Raises:
         EnvironmentProblem: gradio is not installed.
     """
     gr = import_gradio()
-    DemoPage(gr, predictor, title).app.launch(
+    own = [host, *allow_host, *([] if host in ("127.0.0.1", "localhost") else [socket.gethostname(), socket.getfqdn()])]
+    names = frozenset(name.lower() for name in own)
+    DemoPage(gr, predictor, title).app.queue(max_size=max_queue, api_open=False).launch(
+        auth=auth,
+        app_kwargs={"middleware": [(HostCheck, (), {"names": names})]},
+        state_session_capacity=MAX_SESSIONS,
         server_name=host,
         server_port=port,
         share=False,
@@ -350,6 +435,9 @@ def import_gradio() -> ModuleType:
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "GRADIO_TEMP_DIR" not in os.environ:  # read when gradio is imported
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="dual_loop_serve_")
+        atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
     try:
         return importlib.import_module("gradio")
     except ImportError as error:

@@ -8,6 +8,7 @@ predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -73,6 +74,8 @@ class LoopResult:
 class Predictor:
     """A loaded model with the three questions that the package is about.
 
+    Threads may share it: one is answered at a time.
+
     Args:
         loaded: model, prompter and configuration.
     """
@@ -83,6 +86,7 @@ class Predictor:
         self.loaded = loaded
         self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
         self.geometry = geometry(self.config)
+        self._lock = threading.Lock()  # the model's modes and caches are its own
 
     @classmethod
     def load(
@@ -185,7 +189,7 @@ class Predictor:
             logits: Iterator[torch.Tensor] = iter(())
             if samples:
                 batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
-                with evaluating(self.model), self.loaded.autocast():
+                with self._lock, evaluating(self.model), self.loaded.autocast():
                     logits = iter(scorer.segment(batch, self.model.see(batch), asked, generated=generated))
             found += [[self._united(text, next(logits), pixels.shape) for text in texts] for pixels, texts in chunk]
         return found
@@ -208,7 +212,8 @@ class Predictor:
         protocol = Protocol(question=self.config.loop.segment_question)
         meter = RegionMeter(self.model, self.prompter, self.config, protocol, (task,), self.loaded.autocast())
         samples = [region_sample(*item) for item in items]
-        regions = iter(meter.measure(samples, "given"))
+        with self._lock:
+            regions = iter(meter.measure(samples, "given"))
         return [list(islice(regions, sample.num_regions)) for sample in samples]
 
     def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
@@ -232,7 +237,7 @@ class Predictor:
         sample = region_sample(pixels, np.ones(pixels.shape[:2], bool))
         batch = batch_from_samples([sample], self.geometry).to(self.model.device)
         grounding = self.model.grounding
-        with evaluating(self.model), self.loaded.autocast():
+        with self._lock, evaluating(self.model), self.loaded.autocast():
             levels = grounding.finish(self.model.encode_grounding(batch.g_pixel_values))
             sparse = grounding.point_prompts(scaled) if prompt.shape[1] == 2 else grounding.box_prompts(scaled)
             index = torch.zeros(1, dtype=torch.long, device=self.model.device)
