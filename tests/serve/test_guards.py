@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,3 +159,25 @@ def test_threads_get_their_own_answers(predictor: Predictor) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+def test_one_thread_at_a_time_is_in_the_model(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    see, inside, most, scene = predictor.model.see, [], [], generate_scene(1003)
+
+    def slow_see(batch):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        try:
+            return see(batch)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(predictor.model, "see", slow_see)
+    asks = [lambda: predictor.caption(scene.image, scene.masks[0]), lambda: predictor.segment(scene.image, "a star")]
+    threads = [threading.Thread(target=ask) for ask in asks * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
