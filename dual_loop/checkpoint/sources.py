@@ -284,14 +284,14 @@ BEGINNINGS = {
 """What a file that is no weights begins with, in lower case -> what it is, and what to do."""
 
 
-def unreadable(file: Path, error: Exception, expected: str, what: str = "weights cannot be read") -> CheckpointError:
+def unreadable(file: Path, error: Exception, expected: str, what: str = "") -> CheckpointError:
     """Say what a file is that cannot be read. Nothing of torch's own message is shown: it advises to run the code."""
-    fix = "copy it again"
+    title, fix = what or "weights cannot be read", "copy it again"
     try:
         with file.open("rb") as stream:
             head = stream.read(256)
     except OSError as unopened:
-        return CheckpointError(explain(what, str(file), unopened, expected, fix))
+        return CheckpointError(explain(title, str(file), unopened, expected, fix))
     begins = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     seen, fix = next((about for mark, about in BEGINNINGS.items() if begins.startswith(mark)), ("", fix))
     text = str(error)
@@ -305,8 +305,9 @@ def unreadable(file: Path, error: Exception, expected: str, what: str = "weights
     elif not seen and "TorchScript" in text:
         seen, fix = "a TorchScript archive", "save its state dict in the program that made it"
     elif not seen and (found := re.search(r"(?:GLOBAL|global|class) ([\w.]+)", text)):
-        what, seen = "the file holds more than tensors and is refused, because loading it could run code", found[1]
+        title = what or "the file holds more than tensors and is refused, because loading it could run code"
+        seen = found[1]
         expected, fix = "tensors, numbers and text", "get the weights as safetensors"
     elif not seen and "weights_only" in text:
         seen = "no file that torch.save wrote, or a damaged one"
-    return CheckpointError(explain(what, str(file), seen or text.partition("\n")[0], expected, fix))
+    return CheckpointError(explain(title, str(file), seen or text.partition("\n")[0], expected, fix))
