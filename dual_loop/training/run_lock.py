@@ -78,6 +78,7 @@ def holding(folder: str | Path, waits: bool) -> Iterator[None]:
     """
     path = Path(folder) / LOCK_NAME
     own = Holder(socket.gethostname(), _place(), os.getpid(), _started(os.getpid()), uuid.uuid4().hex)
+    was_there = path.parent.exists()
     try:
         _take(path, own, waits)
     except OSError as error:
@@ -92,6 +93,8 @@ def holding(folder: str | Path, waits: bool) -> Iterator[None]:
         with suppress(OSError):
             if _read(path)[0] == own:
                 path.unlink()
+            if not was_there:
+                path.parent.rmdir()  # only where a start that was refused left it empty
 
 
 def _take(path: Path, own: Holder, waits: bool) -> None:

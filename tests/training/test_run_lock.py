@@ -151,3 +151,11 @@ def test_a_holder_whose_lock_was_taken_ends(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 2
     assert "another process took over" in errors
+
+
+def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
+    for is_used in (False, True):
+        with holding(tmp_path / "run", False):
+            if is_used:
+                (tmp_path / "run/config.json").touch()
+        assert os.listdir(tmp_path) == (["run"] if is_used else [])
