@@ -32,6 +32,7 @@ from dual_loop.checkpoint.store import CHECKPOINT_DIR, newest_whole
 from dual_loop.data.index_file import replacing
 from dual_loop.errors import CheckpointError, ConfigError, explain, shorten, writing
 from dual_loop.model.shards import place_like
+from dual_loop.training.run_lock import LOCK_NAME
 
 PACKAGES = ("dual-loop", "torch", "transformers", "peft", "accelerate", "mmengine", "numpy", "pillow", "safetensors")
 RUN_MARKS = ("metrics.jsonl", "checkpoints")
@@ -92,11 +93,14 @@ class RunFolder:
 
 
 def foreign_files(path: Path) -> list[str]:
-    """Return the names in ``path`` that are no run's, where no run is there; logs and hidden files are left out."""
+    """Return the names in ``path`` that are no run's, where no run is there; logs and hidden files are left out.
+
+    So is the lock: another rank of the same start may have it.
+    """
     if not path.is_dir() or _is_own_config(path / "config.json"):
         return []
     names = sorted(item.name for item in path.iterdir())
-    return [name for name in names if not name.startswith(".") and not name.endswith(LOG_SUFFIXES)]
+    return [name for name in names if not (name == LOCK_NAME or name.startswith(".") or name.endswith(LOG_SUFFIXES))]
 
 
 def check_free(path: Path, resuming: bool) -> None:

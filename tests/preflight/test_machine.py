@@ -108,6 +108,7 @@ def test_a_folder_of_other_things_is_no_run_folder(tmp_path):
 
     (tmp_path / "train.log").write_text("")
     (tmp_path / ".hidden").write_text("")
+    (tmp_path / "run.lock").write_text("of another rank")
     assert levels() == []
     model = {"model_type": "sa2va", "architectures": ["Sa2VAChatModel"]}
     (tmp_path / "config.json").write_text(json.dumps(model))
