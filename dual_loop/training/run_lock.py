@@ -115,7 +115,7 @@ def _take(path: Path, own: Holder, waits: bool) -> None:
                 last, touched_at = (holder, touched), now
             elsewhere = holder is None or holder.place != own.place
             if (holder is not None and holder.is_gone()) or (elsewhere and now - touched_at > SILENT_SECONDS):
-                _remove_stale(path, holder, own)
+                _remove_stale(path, holder)
                 continue
             is_alive = not elsewhere or touched_at > start + BEAT_SECONDS / 2
             if is_alive and (not waits or now - start > SILENT_SECONDS):
@@ -142,17 +142,24 @@ def _read(path: Path) -> tuple[Holder | None, float]:
         return None, path.stat().st_mtime if path.exists() else 0.0
 
 
-def _remove_stale(path: Path, holder: Holder | None, own: Holder) -> None:
-    """Take a stale lock away; where another start has replaced it in the meantime, that one's is put back."""
-    grave = path.with_name(f".{LOCK_NAME}.stale-{own.token}")
-    with suppress(FileNotFoundError):
-        os.rename(path, grave)
-        if _read(grave)[0] != holder:
-            with suppress(FileExistsError):
-                os.link(grave, path)
-        elif holder:
-            print(f"took over {path} of process {holder.pid} on {holder.host}, which is gone", file=sys.stderr)
-        grave.unlink()
+def _remove_stale(path: Path, holder: Holder | None) -> None:
+    """Take a stale lock away, if it is still there; one start at a time may, or one would take a new lock away."""
+    claim = path.with_name(f".{LOCK_NAME}.removing")
+    try:
+        claim.mkdir()
+    except FileExistsError:
+        with suppress(OSError):
+            if time.time() - claim.stat().st_mtime > SILENT_SECONDS:
+                claim.rmdir()  # of a start that was killed right here
+        time.sleep(0.05)
+        return
+    try:
+        if path.exists() and _read(path)[0] == holder:
+            path.unlink()
+            if holder:
+                print(f"took over {path} of process {holder.pid} on {holder.host}, which is gone", file=sys.stderr)
+    finally:
+        claim.rmdir()
 
 
 def _beat(path: Path, own: Holder, closing: threading.Event) -> None:
