@@ -403,6 +403,17 @@ def test_values_that_would_not_come_back_are_refused_before_writing(tmp_path: Pa
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_loader_that_dies_while_tensors_are_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Torch raises in the main process, wherever that is, when a loader's process dies."""
+
+    def save_file(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("dual_loop.checkpoint.store.save_file", save_file)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        _save(tmp_path, 1)
+
+
 def test_tensors_that_share_memory_are_refused(tmp_path: Path):
     shared = torch.zeros(4)
     with pytest.raises(CheckpointError, match="tensors cannot be saved"):
