@@ -66,6 +66,11 @@ class Manifest:
     world_size: int
     files: Mapping[str, FileEntry]
 
+    def verify(self, folder: Path) -> None:
+        """Compare every file in ``folder`` with its entry; raises as :meth:`FileEntry.verify`."""
+        for name, entry in self.files.items():
+            entry.verify(folder / name)
+
 
 def rng_name(rank: int) -> str:
     """Return the name of the file with the random states of ``rank``."""

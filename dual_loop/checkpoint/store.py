@@ -65,6 +65,7 @@ _REPLACED_PREFIX = ".replaced-"
 _STEP_PATTERN = re.compile(r"(?:\.replaced-)?step_(\d{8,})")
 # Headers, manifest, zip directories and file-system blocks, which the tensor sizes do not cover.
 _OVERHEAD_BYTES = 1024 * 1024
+_TAKE_ANOTHER = "take an earlier checkpoint, by its path"
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,7 @@ def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
     passed_over = []
     for _, path in reversed(_list_steps(Path(root) / CHECKPOINT_DIR)):
         try:
-            for name, entry in read_manifest(path).files.items():
-                entry.verify(path / name)
+            read_manifest(path).verify(path)
         except (CheckpointError, OSError) as error:
             passed_over.append(f"{path.name}: {error}")
         else:
@@ -190,11 +190,14 @@ def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) -> RunCheckpoint:
-    """Read and verify the checkpoint folder ``path`` (as :func:`find_latest` returns it) for one rank.
+def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1, *, verify: bool = True) -> RunCheckpoint:
+    """Read the checkpoint folder ``path`` for one rank.
 
     Random states of a run with another number of ranks than ``world_size`` do not fit: they are None then, with a
     warning, and all else is loaded.
+
+    Args:
+        verify: compare every file with its SHA-256 first; False where :func:`newest_whole` just did.
 
     Raises:
         CheckpointError: the folder is missing, half-written or of another format, a file is missing or differs from
@@ -206,20 +209,15 @@ def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1) ->
     if not fits:
         text = f"{path.name} was saved by {manifest.world_size} rank(s) and is read by rank {rank} of {world_size}: "
         warnings.warn(f"{text}random states are not restored, so the run is not bit-identical", stacklevel=2)
-    for name, entry in manifest.files.items():
-        if not name.startswith("rng_") or (fits and name == rng_name(rank)):
-            entry.verify(path / name)
-    parts = {
-        MODEL_NAME: _load_tensors(path / MODEL_NAME),
-        EMA_NAME: _load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
-        OPTIMIZER_NAME: _load_plain(path / OPTIMIZER_NAME),
-    }
-    _refuse_not_finite(parts, str(path), "take an earlier checkpoint, by its path")
+    if verify:
+        manifest.verify(path)
+    optimizer_state = _load_plain(path / OPTIMIZER_NAME)
+    _refuse_not_finite({OPTIMIZER_NAME: optimizer_state}, str(path), _TAKE_ANOTHER)
     return RunCheckpoint(
         step=manifest.step,
-        model_tensors=parts[MODEL_NAME] or {},
-        ema_tensors=parts[EMA_NAME],
-        optimizer_state=parts[OPTIMIZER_NAME] or {},
+        model_tensors=load_tensors(path / MODEL_NAME),
+        ema_tensors=load_tensors(path / EMA_NAME) if EMA_NAME in manifest.files else None,
+        optimizer_state=optimizer_state,
         state=json.loads((path / STATE_NAME).read_text(encoding="utf-8")),
         rng_states=_load_plain(path / rng_name(rank)) if fits else None,
     )
@@ -362,11 +360,18 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     sync_to_disk(path)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return what :data:`MODEL_NAME` or :data:`EMA_NAME` of a verified checkpoint holds, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds values that are not finite.
+    """
     try:
-        return load_file(path, device="cpu")
+        tensors = load_file(path, device="cpu")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(explain("tensors cannot be read", str(path), str(error))) from error
+    _refuse_not_finite({path.name: tensors}, str(path.parent), _TAKE_ANOTHER)
+    return tensors
 
 
 def _save_plain(value: Plain, path: Path) -> None:

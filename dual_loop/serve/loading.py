@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
-from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file
-from dual_loop.checkpoint.store import load_run_checkpoint
+from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file, read_manifest
+from dual_loop.checkpoint.store import load_tensors
 from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
@@ -67,12 +67,11 @@ class Trained:
         """
         choose_arithmetic(self.config, device.type)
         model, prompter = rebuild(self.config, self.sources, device)
-        if self.saved is None:
-            file = self.sources[-1]
-        else:
-            fill(model, self.saved, self.weights)
-            file = self.saved / (EMA_NAME if self.weights == "ema" else MODEL_NAME)
-        origin = {**self.origin, "sha256": hash_file(file)} if file.is_file() else self.origin
+        origin = dict(self.origin)
+        if self.saved is not None:
+            origin["sha256"] = fill(model, self.saved, self.weights)
+        elif self.sources[-1].is_file():
+            origin["sha256"] = hash_file(self.sources[-1])
         return LoadedModel(model.eval(), prompter, self.config, origin)
 
 
@@ -127,10 +126,18 @@ def rebuild(
     return model.to(device), build_prompter(config, tokenizer)
 
 
-def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> None:
-    """Put the trained parameters of a run checkpoint, or their averages, into ``model``."""
-    content = load_run_checkpoint(checkpoint)
-    tensors = content.ema_tensors if weights == "ema" else content.model_tensors
-    if tensors is None:
+def fill(model: VideoLLaVASAMModel, checkpoint: Path, weights: str) -> str:
+    """Put the trained parameters of a run checkpoint (``live``), or their averages (``ema``), into ``model``.
+
+    Args:
+        checkpoint: as :func:`find_run` returns it; its hashes are not looked at again.
+
+    Returns:
+        The SHA-256 of the file that holds them.
+    """
+    name = EMA_NAME if weights == "ema" else MODEL_NAME
+    entry = read_manifest(checkpoint).files.get(name)
+    if entry is None:
         raise CheckpointError(explain("no averages were saved", str(checkpoint), fix="use --weights live"))
-    fill_parameters(trainable_parameters(model), tensors)
+    fill_parameters(trainable_parameters(model), load_tensors(checkpoint / name))
+    return entry.sha256

@@ -27,7 +27,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from dual_loop.checkpoint.manifest import MANIFEST_NAME, write_text
+from dual_loop.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_text
 from dual_loop.checkpoint.store import CHECKPOINT_DIR, newest_whole
 from dual_loop.data.index_file import replacing
 from dual_loop.errors import CheckpointError, ConfigError, explain, shorten, writing
@@ -121,12 +121,11 @@ def _is_own_config(path: Path) -> bool:
 
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
-    """Return the checkpoint that ``--resume`` means, None for a fresh start.
+    """Return the checkpoint that ``--resume`` means, verified by its hashes; None for a fresh start.
 
     Args:
         resume: None, ``"auto"`` (the newest whole one in ``output_dir``, None if no run left anything there), or a path
-            of a checkpoint or of a run folder. Whole means that every file has its hash; newer ones that are passed
-            over are warned about.
+            of a checkpoint or of a run folder. Newer ones that are passed over are warned about.
 
     Raises:
         CheckpointError: a path was given, or ``output_dir`` holds records or checkpoints, and none is whole.
@@ -135,6 +134,7 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
         return None
     path = Path(output_dir if resume == "auto" else resume)
     if (path / MANIFEST_NAME).is_file():
+        read_manifest(path).verify(path)
         return path
     found, passed_over = newest_whole(path)
     if found is None and resume == "auto" and not passed_over and not (path / "metrics.jsonl").exists():

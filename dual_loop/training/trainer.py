@@ -360,7 +360,10 @@ class Trainer:
         return str(path)
 
     def restore(self, path: Path | None = None) -> bool:
-        """Continue from the checkpoint ``path``, by default what ``train.resume`` means; return whether there was one.
+        """Continue from a checkpoint, by default what ``train.resume`` means; return whether there was one.
+
+        Args:
+            path: as :func:`find_checkpoint` returned it; its hashes are not looked at again.
 
         Raises:
             CheckpointError: it does not fit this run.
@@ -368,7 +371,8 @@ class Trainer:
         path = path or find_checkpoint(self.config.train.resume, self.folder.path)
         if path is None:
             return False
-        saved = load_run_checkpoint(path, self.accelerator.process_index, self.accelerator.num_processes)
+        accelerator = self.accelerator
+        saved = load_run_checkpoint(path, accelerator.process_index, accelerator.num_processes, verify=False)
         if saved.ema_tensors is None:
             raise CheckpointError(explain("the checkpoint has no weight average", str(path)))
         fill_parameters(self.parameters, saved.model_tensors)

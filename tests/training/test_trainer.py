@@ -14,6 +14,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from dual_loop.checkpoint import manifest
+from dual_loop.checkpoint.manifest import hash_file
 from dual_loop.config import GATES
 from dual_loop.errors import CheckpointError, EnvironmentProblem
 from dual_loop.training.metrics_log import StepRecord
@@ -184,6 +186,15 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     assert first.sources == second.sources
     assert first.counters == second.counters
     assert "at step 3" in lines[0]
+
+
+def test_resume_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path, max_steps=2).fit()
+    resumed, hashed = make_trainer(tmp_path, max_steps=2, resume="auto"), []
+    monkeypatch.setattr(manifest, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    assert resumed.restore()
+    names = ["ema.safetensors", "model.safetensors", "optimizer.pt", "rng_0.pt", "state.json"]
+    assert sorted(hashed) == names
 
 
 def test_auto_resume_without_a_checkpoint_starts_afresh(tmp_path: Path) -> None:
