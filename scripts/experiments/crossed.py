@@ -52,7 +52,7 @@ def read_arms(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
         groups = result.get("groups", {})
         for name, columns in groups.items() if groups else [("", result["regions"])]:
             arm = f"{result['arm']}, {name}" if name else result["arm"]
-            arms.setdefault(arm, {})[result["seed"]] = {**result, "regions": columns}
+            arms.setdefault(arm, {})[int(path.stem.rsplit("_s", 1)[1])] = {**result, "regions": columns}
     return arms
 
 

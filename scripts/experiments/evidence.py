@@ -215,7 +215,7 @@ def do(run: Run, work: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     write_result(
         {
-            **{key: value for key, value in asdict(run).items() if value not in ((), False)},
+            **{key: value for key, value in asdict(run).items() if value is not False and value != ()},
             "commit": head.stdout.strip(),
             "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread",
             "seconds": round(time.time() - started),

@@ -80,6 +80,7 @@ def core() -> list[Run]:
         replace(true, arm="true_nearest", settings=NEAREST),
         replace(true, arm="true_1050", steps=1050),
         replace(true, arm="true_1050_nearest", steps=1050, settings=NEAREST),
+        replace(loop, arm="loop_1050", steps=1050),
     ]
     return [replace(run, seed=seed) for seed in SEEDS for run in arms]
 
