@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.plans import TABLES
+
 COLUMNS = {"iou": "gIoU", "picks": "right object", "cycle": "cycle", "independent": "independent", "exact": "exact"}
-BASELINES = {
-    "core": "captioned",
-    "rewards": "plain",
-    "composition": "start",
-    "scaling": "150x20_450",
-    "codes": "gates_150",
-    "tuning": "loop_0.0004",
-}
+START = "starting weights"
+DIFFERENCES = {
+    "core": (
+        ("captioned", START), ("loop", START), ("loop", "captioned"), ("loop", "constant"), ("loop", "start"),
+        ("true", "loop"), ("true_1050", "true"), ("loop_1050", "loop"), ("loop_1050", "captioned_1050"),
+        ("true_1050", "loop_1050"), ("loop", "loop_nearest"), ("true", "true_nearest"),
+        ("true_1050", "true_1050_nearest"),
+    ),
+    "rewards": (
+        ("unsupervised", START), ("unsupervised", "plain"), ("kl", "plain"), ("grpo_own", "plain"),
+        ("grpo_own", "unsupervised"), ("grpo_independent", "unsupervised"), ("grpo_independent", "grpo_own"),
+    ),
+    "composition": tuple(
+        (f"{arm}, {group}", f"{other}, {group}")
+        for group in ("named pairs", "unnamed pairs", "shape", "negation", "relation")
+        for arm, other in (("captioned", "start"), ("loop", "start"), ("loop", "captioned"), ("loop_no_target", "loop"))
+    ),
+    "scaling": (
+        ("450x60_450", "150x60_450"), ("1800x60_450", "450x60_450"), ("1800x300_450", "1800x20_450"),
+        ("150x300_450", "150x20_450"), ("150x20_1050", "150x20_450"), ("1800x300_1050", "1800x300_450"),
+    ),
+    "codes": (
+        ("gates_900", "gates_150"), ("no_gates_900", "no_gates_150"), ("no_gates_900", "gates_900"),
+    ),
+}  # fmt: skip
+"""Of each table, whose figures are subtracted from whose, on the seeds that both have."""
 RESAMPLES = 4000
 
 
@@ -29,16 +50,21 @@ def sums_by_image(result: Mapping[str, Any], column: str) -> tuple[np.ndarray, n
     return np.bincount(images, values * scale), np.bincount(images).astype(float)
 
 
+@cache
+def _draws(num_seeds: int, num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each seed (draws, seeds) and each image (draws, images) is drawn."""
+    rng = np.random.default_rng(seed)
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES).astype(float)
+    return seeds, rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES).astype(float)
+
+
 def crossed_interval(numerators: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Return the mean and its 95 % interval: seeds and images are drawn anew, each by itself (Owen 2007).
 
     Args:
         numerators: (seeds, images), sums of the regions' values. counts: the same shape, how many these are.
     """
-    rng = np.random.default_rng(seed)
-    num_seeds, num_images = numerators.shape
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES).astype(float)
-    images = rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES).astype(float)
+    seeds, images = _draws(*numerators.shape, seed)
     drawn = ((seeds @ numerators) * images).sum(1) / ((seeds @ counts) * images).sum(1)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(numerators.sum() / counts.sum()), float(low), float(high)
@@ -57,36 +83,43 @@ def read_arms(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def markdown(results: Path, tables: Sequence[str]) -> str:
-    """Return the tables: means in per cent with crossed intervals; differences from the baseline on shared seeds."""
+    """Return the tables: means in per cent with crossed intervals, and differences on shared seeds."""
+    start = json.loads((results / "start.json").read_text(encoding="utf-8"))
     parts = []
-    for table in tables:
+    for table, planned in ((name, {run.arm: None for run in TABLES[name]()}) for name in tables):
         arms = read_arms(results / table)
         if not arms:
             continue
-        first = next(iter(next(iter(arms.values())).values()))
-        columns = [name for name in COLUMNS if name in first["regions"]]
-        titles = " | ".join(COLUMNS[name] for name in columns)
-        lines = [f"| arm | seeds | {titles} | gIoU minus `{BASELINES.get(table, '')}` |"]
-        lines.append("| --- | --- |" + " --- |" * (len(columns) + 1))
-        for arm, own in arms.items():
-            base = BASELINES.get(table, "") + (f", {arm.split(', ')[1]}" if ", " in arm else "")
-            cells = [_cell(list(own.values()), name) for name in columns if name in next(iter(own.values()))["regions"]]
-            shared = sorted(set(own) & set(arms.get(base, {})))
-            cells.append(_difference([own[s] for s in shared], [arms[base][s] for s in shared]) if shared else "-")
-            lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} |")
-        commits = sorted({str(run["commit"])[:7] for own in arms.values() for run in own.values()})
-        parts.append(f"## {table}\n\ncommits {', '.join(commits)}\n\n" + "\n".join(lines))
+        seeds = sorted({seed for own in arms.values() for seed in own})
+        places = {name: place for place, name in enumerate(planned)}
+        names = sorted(arms, key=lambda name: (places[name.split(", ")[0]], name))
+        rows = {f"| {name} | {len(arms[name])}": [[run] for run in arms[name].values()] for name in names}
+        if table not in ("tuning", "composition"):  # measured on other scenes, from another start
+            rows = {f"| {START} | -": [[start]], **rows}
+            arms[START] = dict.fromkeys(seeds, start)
+        commits = sorted({str(run["commit"])[:7] for own in arms.values() for run in own.values() if "commit" in run})
+        parts += [f"## {table}", f"commits {', '.join(commits)}", _rows("arm | seeds", rows)]
+        pairs = [(a, b, sorted(set(arms.get(a, ())) & set(arms.get(b, ())))) for a, b in DIFFERENCES.get(table, ())]
+        rows = {f"| {a} - {b} | {len(both)}": [[arms[a][s], arms[b][s]] for s in both] for a, b, both in pairs if both}
+        if rows:
+            parts.append(_rows("difference | seeds", rows))
     return "\n\n".join(parts)
 
 
-def _cell(results: Sequence[Mapping[str, Any]], column: str) -> str:
-    pairs = [sums_by_image(result, column) for result in results]
-    mean, low, high = crossed_interval(np.stack([own for own, _ in pairs]), np.stack([count for _, count in pairs]))
-    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+def _rows(title: str, rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+    """Return a table. A row is one result a seed, or two, whose difference is meant."""
+    columns = [c for c in COLUMNS if any(c in result["regions"] for own in rows.values() for result in own[0])]
+    lines = [f"| {title} | {' | '.join(COLUMNS[name] for name in columns)} |", "| --- " * (2 + len(columns)) + "|"]
+    lines += [" | ".join([head, *(_cell(own, name) for name in columns)]) + " |" for head, own in rows.items()]
+    return "\n".join(lines)
 
 
-def _difference(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
-    pairs = [(sums_by_image(a, "iou"), sums_by_image(b, "iou")) for a, b in zip(own, base, strict=True)]
-    differences = np.stack([a - b for (a, _), (b, _) in pairs])
-    mean, low, high = crossed_interval(differences, np.stack([count for (_, count), _ in pairs]))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+def _cell(results: Sequence[Sequence[Mapping[str, Any]]], column: str) -> str:
+    if not all(column in result["regions"] for own in results for result in own):
+        return "-"
+    found = [[sums_by_image(result, column) for result in own] for own in results]
+    counts = np.stack([own[0][1] for own in found])
+    sums = np.stack([own[0][0] - sum(other for other, _ in own[1:]) for own in found])
+    mean, low, high = crossed_interval(sums, counts)
+    sign = "+" if len(results[0]) > 1 else ""
+    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"

@@ -138,15 +138,23 @@ def test_intervals_draw_seeds_and_images() -> None:
 
 
 def test_table_of_results(tmp_path: Path) -> None:
-    for arm, seed, value in (("loop", 0, 600), ("loop", 1, 640), ("captioned", 0, 500)):
-        path = tmp_path / "core" / f"{arm}_s{seed}.json"
+    def write(name: str, value: int) -> None:
+        path = tmp_path / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         regions = {"image": [0, 0, 1], "iou": [value] * 3, "picks": [1, 0, 1]}
-        path.write_text(json.dumps({"arm": arm, "seed": seed, "commit": "abcdef012", "regions": regions}))
+        path.write_text(json.dumps({"arm": path.stem.split("_")[0], "commit": "abcdef012", "regions": regions}))
+
+    for name, value in (("start", 450), ("core/loop_s0", 600), ("core/loop_s1", 640), ("core/captioned_s0", 500)):
+        write(name, value)
     text = crossed.markdown(tmp_path, ["core", "rewards"])
     assert "commits abcdef0" in text
-    [row] = [line for line in text.splitlines() if line.startswith("| loop ")]
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[1] == "2"
-    assert cells[2].startswith("62.0 (60.0 to 64.0)")
-    assert cells[4] == "+10.0 (+10.0 to +10.0)"
+    cells = {line.split("|")[1].strip(): line.split("|")[2:5] for line in text.splitlines() if line.startswith("|")}
+    assert [cell.strip() for cell in cells["loop"]] == ["2", "62.0 (60.0 to 64.0)", "66.7 (50.0 to 100.0)"]
+    assert cells["loop - captioned"][:2] == [" 1 ", " +10.0 (+10.0 to +10.0) "]
+    assert cells[f"loop - {crossed.START}"][:2] == [" 2 ", " +17.0 (+15.0 to +19.0) "]
+    assert list(cells).index("loop") < list(cells).index("captioned")
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results() -> None:
+    shown = evidence.RESULTS.with_name("tables.md").read_text(encoding="utf-8")
+    assert shown == evidence.tables(list(plans.TABLES)) + "\n", "write it anew: evidence.py --print"
