@@ -318,8 +318,8 @@ def tables(names: Sequence[str]) -> str:
     head = """# Tables of the evidence
 
 Written by `python scripts/experiments/evidence.py --print`; what they say stands in
-[experiments.md](../experiments.md). Per cent, 200 held-out scenes (tuning: 100 others), means over seeds; in brackets 95 % intervals over data seeds and
-images."""
+[experiments.md](../experiments.md). Per cent, 200 held-out scenes (tuning: 100 others),
+means over seeds; in brackets 95 % intervals over data seeds and images."""
     return f"{head}\n\n{markdown(RESULTS, names)}"
 
 
