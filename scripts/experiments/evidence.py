@@ -140,18 +140,20 @@ def training_arguments(run: Run, work: Path) -> list[str]:
     flags = [part.replace("{listener}", str(work / "runs" / "listener" / "true_s77")) for part in run.flags]
     settings = ["train.num_threads=1", *run.settings, "data.refcoco_repeats=1", "data.sa1b_repeats=1"]
     # Whose captions people gave, and who has masks alone or captions of another kind.
-    captioned, masks = ("masks", "sa1b") if run.without_pairs else ("refcoco", "masks")
+    captioned = {"masks" if run.without_pairs else "refcoco": run.captioned}
+    masks = "sa1b" if run.without_pairs or run.everything else "masks"
     places = {"refcoco": folder / "ref_seg", "sa1b": folder / "sa1b", "masks": folder / f"masks_{run.captions}.jsonl"}
-    weights: dict[str, float | None] = dict.fromkeys(("sav", "sa1b", "openimage", "refcoco"))
-    samples = {captioned: run.captioned}
-    if run.captions != "none":
-        weights |= {captioned: 0.25, masks: 0.75}
-        samples[masks] = run.scenes
     if run.without_pairs:
         places["masks"] = folder / "named.jsonl"
         settings.append(f"train.pretrained_pth={work / 'start_without_pairs'}")
     elif run.everything:
-        places["masks"], samples["masks"] = work / "data" / "start" / "masks.jsonl", START_SCENES
+        places["masks"] = work / "data" / "start" / "masks.jsonl"
+        captioned["masks"] = START_SCENES
+    samples, weights = captioned, dict.fromkeys(("sav", "sa1b", "openimage", "refcoco", "masks"))
+    if run.captions != "none":
+        samples = {**captioned, masks: run.scenes}
+        total = sum(captioned.values())
+        weights |= {name: 0.25 * number / total for name, number in captioned.items()} | {masks: 0.75}
     settings += [f"data.{name}_weight={value}" for name, value in weights.items()]
     settings += [f"data.{name}_max_samples={value}" for name, value in samples.items()]
     options = {"refcoco": "--refcoco_dir", "sa1b": "--sa1b_dir", "masks": "--masks_dir"}

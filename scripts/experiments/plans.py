@@ -81,6 +81,8 @@ def core() -> list[Run]:
         replace(true, arm="true_1050", steps=1050),
         replace(true, arm="true_1050_nearest", steps=1050, settings=NEAREST),
         replace(loop, arm="loop_1050", steps=1050),
+        replace(loop, arm="loop_everything", everything=True),
+        replace(loop, arm="loop_everything_1050", everything=True, steps=1050),
     ]
     return [replace(run, seed=seed) for seed in SEEDS for run in arms]
 
