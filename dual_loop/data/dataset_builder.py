@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset import DualLoopDataset
 from dual_loop.data.index import CHECKED
 from dual_loop.data.leakage import guard
-from dual_loop.data.limits import use_limits
+from dual_loop.data.limits import limits_in_use, use_limits
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawStream, WindowedBatchSampler
 from dual_loop.data.open_images import OpenImages
@@ -233,20 +234,21 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=partial(prepare_worker, limits=limits_in_use()),
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=num_workers > 0,
     )
 
 
-def prepare_worker(worker_id: int) -> None:
-    """Set up a loader worker: one thread, and no end by a signal that is sent to the whole group of processes.
+def prepare_worker(worker_id: int, limits: DataConfig) -> None:
+    """Set up a loader worker: the main process's limits, one thread, no end by a signal to the whole group.
 
     The terminal and SLURM send SIGINT and SIGTERM to everybody. The main process handles them: it finishes its step,
     saves, and then ends its workers; a worker that died first would turn a clean stop into a crash. SIGTERM from the
     main process itself does end a worker: Python and torch need that where a loader was not shut down in order.
     Workers whose main process is gone end by themselves.
     """
+    use_limits(limits)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere the sender is unknown, and SIGTERM keeps ending the worker

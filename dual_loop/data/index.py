@@ -32,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dual_loop.data.index_file import ANY_SIZE, WATCHED_STATES, is_current, read_arrays, watched_arrays, write_arrays
+from dual_loop.data.limits import limits_in_use, use_limits
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
 
@@ -230,7 +231,11 @@ def _built_parts(
     wanted = min(wanted, len(pending))
     # A forked child of a process that has threads (torch, CUDA) may hang; a spawned one starts clean.
     spawn = multiprocessing.get_context("spawn")
-    pool = ThreadPoolExecutor(wanted) if threads else ProcessPoolExecutor(wanted, mp_context=spawn)
+    pool = (
+        ThreadPoolExecutor(wanted)
+        if threads
+        else ProcessPoolExecutor(wanted, spawn, initializer=use_limits, initargs=(limits_in_use(),))
+    )
     try:
         futures = {pool.submit(_make_part, build_part, part, *places[part]): part for part in reversed(pending)}
         for future in as_completed(futures):

@@ -30,8 +30,8 @@ SAMPLE_BYTES = 1 << 25
 _ARRAY_HEADER = 10_000
 """Most bytes of the header of a ``.npy``, numpy's own limit."""
 
+_in_use = DataConfig()
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-_VARIABLE = "DUAL_LOOP_MAX_"
 
 
 class RefusedFile(OSError):
@@ -39,18 +39,24 @@ class RefusedFile(OSError):
 
 
 def use_limits(data: DataConfig) -> None:
-    """Set the limits of this process and, by the environment, of every process that it starts in any way."""
-    os.environ[f"{_VARIABLE}PIXELS"], os.environ[f"{_VARIABLE}FILE_MB"] = str(data.max_pixels), str(data.max_file_mb)
+    """Take the limits of ``data`` in this process; one that it starts is handed :func:`limits_in_use`."""
+    global _in_use
+    _in_use = data
+
+
+def limits_in_use() -> DataConfig:
+    """Return the settings that this process takes its limits from."""
+    return _in_use
 
 
 def max_pixels() -> int:
     """Return ``data.max_pixels``."""
-    return int(os.environ.get(f"{_VARIABLE}PIXELS", DataConfig.max_pixels))
+    return _in_use.max_pixels
 
 
 def max_file_bytes() -> int:
     """Return ``data.max_file_mb`` in bytes."""
-    return int(os.environ.get(f"{_VARIABLE}FILE_MB", DataConfig.max_file_mb)) << 20
+    return _in_use.max_file_mb << 20
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

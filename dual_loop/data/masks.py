@@ -203,6 +203,13 @@ def check_mask(mask: np.ndarray, where: str) -> None:
         raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
 
 
+def target_vanished(mask: np.ndarray, where: str) -> SampleError:
+    """Return the error for a mask (H, W) of which nothing is left in what the model learns from."""
+    seen = f"{np.count_nonzero(mask)} pixels of {mask.shape[0]} x {mask.shape[1]} (H x W)"
+    what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
+    return SampleError("target_vanished", explain(what, where, seen, "a larger object", fix))
+
+
 def _size_mismatch(seen: Sequence[int], expected: Sequence[int], where: str, tolerance: int) -> SampleError:
     allowed = f"{tuple(expected)} (H, W)" + (f", {tolerance} pixels more or less" if tolerance else "")
     fix = "the image was resized or belongs to another mask: use the original file"

@@ -31,6 +31,7 @@ Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import posixpath
@@ -55,7 +56,7 @@ from dual_loop.data.own_lists import Listing, Region, parse_line, read_coco, rea
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain, listed, shorten
-from dual_loop.types import NeededSize, RegionSample, SkippedRegion
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/images/<name>.jpg                   root/images/...            root/images/...
@@ -212,43 +213,34 @@ class MasksDir(Reader):
         start, stop = self._starts[row : row + 2].tolist()
         path = self.image_path(index)
         picture = read_picture(path, self.exif == "apply", needed=needed)
-        found: dict[int, tuple[Region, tuple[str, ...]]] = {}
+        texts: dict[int, tuple[str, ...]] = {}
         files: dict[str, MaskFile] = {}
 
+        @functools.cache
+        def region_of(number: int) -> Region:
+            return self._region(start + number)
+
         def name(number: int) -> str:
-            return str(self._region(start + number).get("id", f"at{number}"))
+            return str(region_of(number).get("id", f"at{number}"))
 
         def decode(number: int) -> np.ndarray:
             nonlocal picture
-            region = self._region(start + number)
-            where = f"{self.file or self.root}: {region.get('id', f'at{number}')} of {path.name}"
-            texts = _texts(region, where)
-            check_captions(texts, where)
-            mask = self._mask(region, picture.size, where, files)
-            if not found:
+            where = f"{self.file or self.root}: {name(number)} of {path.name}"
+            own = _texts(region_of(number), where)
+            check_captions(own, where)
+            mask = self._mask(region_of(number), picture.size, where, files)
+            if not texts:
                 picture = self._turned_to_fit(picture, mask, path)
-            mask = fit_mask(mask, picture.size, where)
-            found[number] = region, texts
+            mask, texts[number] = fit_mask(mask, picture.size, where), own
             return mask
 
-        is_hard = self.region_choice == "hard"
-        classes = [self._region(row).get("category_id") for row in range(start, stop)] if is_hard else []
-        passed: list[SkippedRegion] = []
-        drawn, masks = self._draw(
-            rng,
-            stop - start,
-            decode,
-            str(path),
-            picture=lambda: picture,
-            classes=classes,
-            passed_over=passed,
-            region_id=name,
-        )
-        regions, captions = [found[number][0] for number in drawn], [found[number][1] for number in drawn]
-        ids = [str(region.get("id", f"at{number}")) for region, number in zip(regions, drawn, strict=True)]
+        is_hard, count = self.region_choice == "hard", stop - start
+        classes = [region_of(number).get("category_id") for number in range(count)] if is_hard else []
+        drawn = self._draw(rng, count, decode, str(path), region_id=name, picture=lambda: picture, classes=classes)
+        ids = [name(number) for number in drawn.numbers]
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
-        named = [region.get("class_name") for region in regions]
-        return self._sample(index, picture, masks, ids, captions, passed, named)
+        named = [region_of(number).get("class_name") for number in drawn.numbers]
+        return self._sample(index, picture, drawn, ids, [texts[number] for number in drawn.numbers], named)
 
     def _turned_to_fit(self, picture: Picture, mask: np.ndarray, path: Path) -> Picture:
         """Return the picture as ``data.exif`` says, or in the other orientation where the mask fits only that."""

@@ -38,7 +38,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
-from dual_loop.types import NeededSize, RegionSample, SkippedRegion
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/
@@ -267,21 +267,11 @@ class OpenImages(Reader):
         ids = [name.rsplit("/", 1)[-1].removesuffix(".png").removeprefix(f"{image_id}_") for name in names]
         labels = [name.rpartition("_")[0] for name in ids]
         where = f"{self.csv_path}: {image_id}"
-        passed: list[SkippedRegion] = []
-        drawn, masks = self._draw(
-            rng,
-            len(names),
-            decode,
-            where,
-            picture=lambda: picture,
-            classes=labels,
-            passed_over=passed,
-            region_id=ids.__getitem__,
+        drawn = self._draw(
+            rng, len(names), decode, where, region_id=ids.__getitem__, picture=lambda: picture, classes=labels
         )
-        classes = [self._class_names.get(labels[number]) for number in drawn]
-        return self._sample(
-            index, picture, masks, [ids[number] for number in drawn], passed_over=passed, class_names=classes
-        )
+        classes = [self._class_names.get(labels[number]) for number in drawn.numbers]
+        return self._sample(index, picture, drawn, [ids[number] for number in drawn.numbers], class_names=classes)
 
 
 def _rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:

@@ -18,7 +18,7 @@ import torch
 
 from dual_loop.data.captions import check_captions
 from dual_loop.data.images import Picture
-from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid, resize_mask
+from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid, resize_mask, target_vanished
 from dual_loop.data.mixture import stable_hash
 from dual_loop.errors import SampleError, explain
 from dual_loop.types import Batch, LaterFrame, RegionSample, SkippedRegion, SkippedSample
@@ -231,10 +231,7 @@ def _unusable(sample: RegionSample, target_masks: list[torch.Tensor], where: str
         try:
             check_captions(texts, name)
             if lost[place]:
-                what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
-                seen = f"{int(sample.segmentation_masks[place].sum())} pixels of {sample.segmentation_masks.shape[1:]}"
-                expected = f"1 pixel or more at {target_masks[0].shape[-2]} x {target_masks[0].shape[-1]}"
-                raise SampleError("target_vanished", explain(what, name, seen, expected, fix))
+                raise target_vanished(sample.segmentation_masks[place], name)
         except SampleError as error:
             found[place] = SkippedRegion(region_id, error.reason, str(error))
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from dual_loop.data.captions import check_text
 from dual_loop.data.images import Picture
 from dual_loop.data.layout import check_root
 from dual_loop.data.limits import SAMPLE_BYTES, parse_json, read_file
-from dual_loop.data.masks import check_mask
+from dual_loop.data.masks import check_mask, target_vanished
 from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import SampleError, explain, printable
@@ -20,6 +21,14 @@ from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 CANDIDATES = 4
 """Regions that are looked at for each that is kept, under ``data.region_choice = hard``."""
+
+
+class Drawn(NamedTuple):
+    """Regions of an image: their numbers, the mask (H, W) bool of each, and the tried ones that cannot be used."""
+
+    numbers: list[int]
+    masks: list[np.ndarray]
+    passed_over: list[SkippedRegion]
 
 
 class Reader:
@@ -131,62 +140,46 @@ class Reader:
         count: int,
         decode: Callable[[int], np.ndarray],
         where: str,
+        *,
+        region_id: Callable[[int], str] = str,
         limits: str = "",
         picture: Callable[[], Picture | None] = lambda: None,
         classes: Sequence[object] = (),
-        passed_over: list[SkippedRegion] | None = None,
-        region_id: Callable[[int], str] = str,
-    ) -> tuple[list[int], np.ndarray]:
-        """Draw regions of an image until ``regions_per_image`` pass the limits on the area.
+    ) -> Drawn:
+        """Draw regions of an image, one or more, until ``regions_per_image`` pass the limits on the area.
 
-        Only drawn regions are decoded; one that cannot be used is passed over, and the sample is bad where none is
-        left. Under ``region_choice = hard`` the first is drawn as ever, then four times as many as are wanted, those of
-        its class before all others, and the ones that look most like it are kept (:func:`most_alike`).
+        Only drawn regions are decoded. Under ``region_choice = hard`` the first is drawn as ever, then four times as
+        many as are wanted, those of its class before all others, and the ones that look most like it are kept
+        (:func:`most_alike`).
 
         Args:
             count: regions of the image.
-            decode: from the number of a region to its mask (H, W) bool; a ``SampleError`` passes the region over.
+            decode: see :func:`take_regions`; an empty mask, and one that vanishes in training, is passed over too.
             where, limits: for the message: the image, and what a region had to pass before.
             picture: returns the image, once a mask is decoded. classes: of the regions, where they are known.
-            passed_over: gets the regions that were drawn and cannot be used, under their ``region_id``.
-
-        Returns:
-            the numbers of n regions, n >= 1, and their masks (n, H, W) bool.
 
         Raises:
             SampleError: ``no_region_left``; the reason of the first region where none can be decoded.
         """
-        numbers: list[int] = []
-        masks: list[np.ndarray] = []
-        passed = [] if passed_over is None else passed_over
         order, most = rng.permutation(count).tolist(), self.regions_per_image
         is_hard = self.region_choice == "hard" and most > 1 and count > 0
         if is_hard:
             first, most = order[0], most * CANDIDATES
             classes = classes or [None] * count
             order.sort(key=lambda number: classes[number] != classes[first])
-        for number in order:
-            try:
-                mask = decode(number)
-                check_mask(mask, f"{where}: {region_id(number)}")
-                area = np.count_nonzero(mask) / mask.size
-                if not self.min_area <= area <= self.max_area:
-                    continue
-                if self.vanishes is not None and self.vanishes(mask):
-                    seen = f"{np.count_nonzero(mask)} pixels of an image of {mask.shape} (H, W)"
-                    what, expected = "a region has no pixel left in its target", "a larger object"
-                    fix = "let it be passed over, or raise the minimum area of the data set"
-                    message = explain(what, f"{where}: {region_id(number)}", seen, expected, fix)
-                    raise SampleError("target_vanished", message)
-            except SampleError as error:
-                passed.append(SkippedRegion(region_id(number), error.reason, str(error)))
-                continue
-            numbers.append(number)
-            masks.append(mask)
-            if len(numbers) == most:
-                break
-        if not numbers:
-            broken = [region for region in passed if region.reason != "empty_mask"]
+
+        def passing(number: int) -> np.ndarray | None:
+            mask, place = decode(number), f"{where}: {region_id(number)}"
+            check_mask(mask, place)
+            if not self.min_area <= np.count_nonzero(mask) / mask.size <= self.max_area:
+                return None
+            if self.vanishes is not None and self.vanishes(mask):
+                raise target_vanished(mask, place)
+            return mask
+
+        drawn = take_regions(order, passing, region_id, most)
+        if not drawn.numbers:
+            broken = [region for region in drawn.passed_over if region.reason != "empty_mask"]
             expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
             fix = f"widen the limits of {self.name}, or let the sample be skipped"
             seen = f"{count} masks, {len(broken)} of them unusable, {count - len(broken)} outside the limits"
@@ -194,22 +187,22 @@ class Reader:
             reason = broken[0].reason if broken and len(broken) == count else "no_region_left"
             raise SampleError(reason, explain("no region of an image is left", where, seen, expected, fix))
         image = picture()
-        if is_hard and image is not None:
-            kept = most_alike(masks, image.pixels, [classes[number] for number in numbers])[: self.regions_per_image]
-            numbers, masks = [numbers[place] for place in kept], [masks[place] for place in kept]
-        return numbers, np.stack(masks)
+        if not is_hard or image is None:
+            return drawn
+        kept = most_alike(drawn.masks, image.pixels, [classes[number] for number in drawn.numbers])
+        kept = kept[: self.regions_per_image]
+        return Drawn([drawn.numbers[k] for k in kept], [drawn.masks[k] for k in kept], drawn.passed_over)
 
     def _sample(
         self,
         index: int,
         picture: Picture,
-        masks: np.ndarray,
+        drawn: Drawn,
         ids: Sequence[str],
         captions: Sequence[tuple[str, ...]] | None = None,
-        passed_over: Sequence[SkippedRegion] = (),
         class_names: Sequence[str | None] = (),
     ) -> RegionSample:
-        """Return the regions of one image as a sample; without ``captions`` it has no text.
+        """Return the drawn regions of one image as a sample; without ``captions`` it has no text.
 
         ``class_names`` of the regions, where they are known, serve as ``class_captions`` says, below any caption.
         """
@@ -222,13 +215,39 @@ class Reader:
             source=self.name,
             sample_id=self.entry_id(index),
             image=picture.pixels,
-            masks=masks,
+            masks=np.stack(drawn.masks),
             region_ids=tuple(map(printable, ids)),
             captions=tuple(texts),
             image_reduction=picture.reduction,
-            passed_over=tuple(passed_over),
+            passed_over=tuple(drawn.passed_over),
             fallbacks=tuple(class_names) if self.class_captions == "fallback" else (),
         )
+
+
+def take_regions(
+    order: Iterable[int],
+    decode: Callable[[int], np.ndarray | None],
+    region_id: Callable[[int], str],
+    most: int | None = None,
+) -> Drawn:
+    """Decode the regions of an image in ``order`` until ``most`` can be used; None takes all of them.
+
+    ``decode`` returns the mask (H, W) bool of the region of a number, None for one that is not wanted; one for which it
+    raises a ``SampleError`` is passed over.
+    """
+    taken = Drawn([], [], [])
+    for number in order:
+        try:
+            mask = decode(number)
+        except SampleError as error:
+            taken.passed_over.append(SkippedRegion(region_id(number), error.reason, str(error)))
+            continue
+        if mask is not None:
+            taken.numbers.append(number)
+            taken.masks.append(mask)
+            if len(taken.numbers) == most:
+                break
+    return taken
 
 
 def most_alike(masks: Sequence[np.ndarray], image: np.ndarray, classes: Sequence[object]) -> list[int]:

@@ -26,10 +26,10 @@ from dual_loop.data.coco_masks import mend_polygons
 from dual_loop.data.images import read_picture
 from dual_loop.data.limits import RefusedFile, check_file, max_file_bytes, of_content, parse_json
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
-from dual_loop.data.reader import Reader
+from dual_loop.data.reader import Reader, take_regions
 from dual_loop.data.refcoco import find_coco_image
 from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain, shorten
-from dual_loop.types import RegionSample, SkippedRegion
+from dual_loop.types import RegionSample
 
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
 LMMS_COLUMNS = {"image", "answer", "segmentation"}
@@ -107,23 +107,21 @@ class RefParquet(Reader):
         names = [f"ref{record.get('ref_id', row)}" for row, record in zip(rows, records, strict=True)]
         if len(set(names)) < len(names):
             names = [f"{name}_{row}" for name, row in zip(names, rows, strict=True)]
-        masks, ids, captions, passed = [], [], [], list[SkippedRegion]()
-        for row, name, record in zip(rows, names, records, strict=True):
-            where = f"{self.path}, row {row}"
-            try:
-                with of_content(where):
-                    mask, texts = self._mask(record, picture.size, where), _expressions(record, where)
-                check_mask(mask, where)
-                check_captions(texts, where)
-            except SampleError as error:
-                passed.append(SkippedRegion(name, error.reason, str(error)))
-                continue
-            masks.append(mask)
-            ids.append(name)
-            captions.append(texts)
-        if not masks:
-            raise SampleError(passed[0].reason, passed[0].message)
-        return self._sample(index, picture, np.stack(masks), ids, captions, passed)
+        captions: dict[int, tuple[str, ...]] = {}
+
+        def decode(number: int) -> np.ndarray:
+            record, where = records[number], f"{self.path}, row {rows[number]}"
+            with of_content(where):
+                mask, captions[number] = self._mask(record, picture.size, where), _expressions(record, where)
+            check_mask(mask, where)
+            check_captions(captions[number], where)
+            return mask
+
+        taken = take_regions(range(len(rows)), decode, names.__getitem__)
+        if not taken.numbers:
+            raise SampleError(taken.passed_over[0].reason, taken.passed_over[0].message)
+        ids, texts = [names[number] for number in taken.numbers], [captions[number] for number in taken.numbers]
+        return self._sample(index, picture, taken, ids, texts)
 
     def _record(self, row: int) -> Row:
         return dict(self._table.slice(row, 1).to_pylist()[0])

@@ -31,11 +31,11 @@ from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, safe_join
-from dual_loop.data.reader import Reader
+from dual_loop.data.reader import Drawn, Reader, take_regions
 from dual_loop.data.refcoco_index import build_index, coco_names
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.types import NeededSize, RegionSample, SkippedRegion
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/
@@ -146,19 +146,16 @@ class RefCoco(Reader):
             check_captions(part.sentences(rows[number]), f"{part.folder}: {part.ref_names[rows[number]]}")
             return self._mask(part, image, rows[number], picture.size)
 
-        where, classes = f"{self.root}: {self.entry_id(index)}", part.classes[rows].tolist()
-        passed: list[SkippedRegion] = []
-        drawn, masks = self._draw(
+        drawn = self._draw(
             rng,
             len(rows),
             decode,
-            where,
-            picture=lambda: picture,
-            classes=classes,
-            passed_over=passed,
+            f"{self.root}: {self.entry_id(index)}",
             region_id=lambda number: part.ref_names[rows[number]],
+            picture=lambda: picture,
+            classes=part.classes[rows].tolist(),
         )
-        return self._with_texts(index, picture, masks, [rows[number] for number in drawn], passed)
+        return self._with_texts(index, picture, drawn._replace(numbers=[rows[number] for number in drawn.numbers]))
 
     def load_all(self, index: int) -> RegionSample:
         """Read entry ``index`` with all its references of the split, in the order of their ids (for evaluation).
@@ -170,35 +167,31 @@ class RefCoco(Reader):
         """
         part, image, rows = self._entry(index)
         picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply")
-        good: dict[int, np.ndarray] = {}
-        passed: list[SkippedRegion] = []
-        for row in rows:
-            name = part.ref_names[row]
-            try:
-                mask = self._mask(part, image, row, picture.size)
-                check_mask(mask, f"{part.folder}: {name}")
-                check_captions(part.sentences(row), f"{part.folder}: {name}")
-            except SampleError as error:
-                passed.append(SkippedRegion(name, error.reason, str(error)))
-            else:
-                good[row] = mask
-        if not good:
+
+        def decode(row: int) -> np.ndarray:
+            mask = self._mask(part, image, row, picture.size)
+            check_mask(mask, f"{part.folder}: {part.ref_names[row]}")
+            check_captions(part.sentences(row), f"{part.folder}: {part.ref_names[row]}")
+            return mask
+
+        taken = take_regions(rows, decode, part.ref_names.__getitem__)
+        if not taken.numbers:
+            passed = taken.passed_over
             what, seen = "no region of an image is left", passed[0].message if passed else "no reference with a target"
             message = explain(what, f"{self.root}: {self.entry_id(index)}", seen)
             raise SampleError(passed[0].reason if passed else "no_region_left", message)
-        return self._with_texts(index, picture, np.stack([*good.values()]), [*good], passed)
+        return self._with_texts(index, picture, taken)
 
-    def _with_texts(
-        self, index: int, picture: Picture, masks: np.ndarray, rows: list[int], passed: list[SkippedRegion]
-    ) -> RegionSample:
-        """Return the references in ``rows`` as regions, beside all that is said of the image."""
+    def _with_texts(self, index: int, picture: Picture, taken: Drawn) -> RegionSample:
+        """Return the references of the rows that were taken as regions, beside all that is said of the image."""
         number, _, start, stop = self._entries[index].tolist()
         part, own = self._parts[number], self._split_rows[number][start:stop].tolist()
-        ids, captions = [part.ref_names[row] for row in rows], [part.sentences(row) for row in rows]
-        rest = {row: part.sentences(row) for row in own if row not in rows}
+        ids = [part.ref_names[row] for row in taken.numbers]
+        captions = [part.sentences(row) for row in taken.numbers]
+        rest = {row: part.sentences(row) for row in own if row not in taken.numbers}
         none = [text for row, texts in rest.items() if part.no_target[row] for text in texts if is_plain(text)]
         undrawn = [text for row, texts in rest.items() if not part.no_target[row] for text in texts]
-        sample = self._sample(index, picture, masks, ids, captions, passed)
+        sample = self._sample(index, picture, taken, ids, captions)
         return replace(sample, no_target=tuple(none), undrawn_captions=tuple(undrawn))
 
     def _mask(self, part: _DatasetPart, image: int, row: int, size: tuple[int, int]) -> np.ndarray:

@@ -30,7 +30,7 @@ from dual_loop.data.sa1b_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TarShelf
 from dual_loop.errors import SampleError, explain
-from dual_loop.types import NeededSize, RegionSample, SkippedRegion
+from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
   root/                        or root/
@@ -150,11 +150,9 @@ class Sa1b(Reader):
         ids = [annotation.get("id") for annotation in annotations]
         is_own = all(isinstance(value, (int, str)) for value in ids) and len({str(value) for value in ids}) == len(ids)
         names = [str(ids[number]) if is_own else f"at{number}" for number in passing]
-        passed: list[SkippedRegion] = []
-        drawn, masks = self._draw(
-            rng, len(passing), decode, where, needs, lambda: picture, passed_over=passed, region_id=names.__getitem__
-        )
-        return self._sample(index, picture, masks, [names[position] for position in drawn], passed_over=passed)
+        name_of, picture_of = names.__getitem__, lambda: picture
+        drawn = self._draw(rng, len(passing), decode, where, region_id=name_of, limits=needs, picture=picture_of)
+        return self._sample(index, picture, drawn, [names[position] for position in drawn.numbers])
 
 
 def _stored_size(record: object, size: tuple[int, int]) -> tuple[int, int]:

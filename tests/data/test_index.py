@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dual_loop.config import DataConfig
 from dual_loop.data import index
 from dual_loop.data.index import build_in_parts, join_parts, list_tree, load_or_build, partial_folder
 from dual_loop.data.index_file import StoredArray, watch_files
+from dual_loop.data.limits import max_pixels
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem
 
@@ -295,7 +297,8 @@ def read_lines(part: str) -> Arrays:
         raise ConfigError(f"{part} is refused")
     if "die" in lines:
         os.kill(os.getpid(), signal.SIGKILL)
-    return {**StringTable.from_strings(lines).to_arrays("line"), "length": np.array([len(n) for n in lines]), **watched}
+    lengths, limit = np.array([len(line) for line in lines]), np.array([max_pixels()])
+    return {**StringTable.from_strings(lines).to_arrays("line"), "length": lengths, "limit": limit, **watched}
 
 
 def read_slowly(part: str) -> Arrays:
@@ -323,12 +326,16 @@ def builders(part: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(None, False), (1, False), (2, False), (3, True)])
-def test_parts_come_in_order_and_are_built_once(tmp_path: Path, workers: int | None, threads: bool) -> None:
+def test_parts_come_in_order_and_are_built_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, threads: bool
+) -> None:
+    monkeypatch.setattr("dual_loop.data.limits._in_use", DataConfig(max_pixels=4321))
     parts = write_parts(tmp_path / "data", 5)
     for _ in range(2):
         found = build_in_parts(parts, read_lines, tmp_path / "cache", KEY, workers=workers, threads=threads)
         assert [len(lines_of(arrays)) for arrays in found] == [0, 1, 2, 3, 4]
         assert all(isinstance(arrays["length"], StoredArray) for arrays in found[1:]), "finished parts stay on disk"
+    assert {int(arrays["limit"][0]) for arrays in found} == {4321}, "other processes are handed the limits"
     assert [len(builders(part)) for part in parts] == [1] * 5
     in_other_processes = {pid for part in parts for pid in builders(part)} - {os.getpid()}
     assert bool(in_other_processes) == (workers == 2)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dual_loop.config import DataConfig
 from dual_loop.data.images import open_image_file, read_picture
-from dual_loop.data.limits import RefusedFile, open_file, parse_json, read_file, read_lines, use_limits
+from dual_loop.data.limits import RefusedFile, open_file, parse_json, read_file, read_lines
 from dual_loop.data.masks import decode_rle, decode_segmentation
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.refcoco_index import load_refs
@@ -39,9 +39,7 @@ def refused(call) -> SampleError:
 
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PIXELS", "FILE_MB"):
-        monkeypatch.setenv(f"DUAL_LOOP_MAX_{name}", "1")  # so that what use_limits sets goes behind the test
-    use_limits(DataConfig(max_pixels=1000, max_file_mb=1))
+    monkeypatch.setattr("dual_loop.data.limits._in_use", DataConfig(max_pixels=1000, max_file_mb=1))
 
 
 # --- which files are opened ------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_a_target_without_a_pixel_is_passed_over_in_training_and_kept_in_evaluat
     assert [(one.region_id, one.reason) for one in batch.passed_over] == [("r1", "target_vanished")]
     lost = lost_region()
     alone = dataclasses.replace(lost, masks=lost.masks[1:], region_ids=("r1",), captions=lost.captions[1:])
-    with pytest.raises(SampleError, match=r"fake/a#r1.*1 pixels.*8 x 8") as caught:
+    with pytest.raises(SampleError, match=r"fake/a#r1.*1 pixels of 40 x 60") as caught:
         prepare(alone)
     assert caught.value.reason == "target_vanished"
     batch = batch_from_samples([lost_region()], SMALL)

@@ -13,11 +13,10 @@ from dual_loop.config import Config, DataConfig
 from dual_loop.data.dataset_builder import build_dataset, open_source
 from dual_loop.data.images import Picture
 from dual_loop.data.prepare import Geometry
-from dual_loop.data.reader import Reader, most_alike
+from dual_loop.data.reader import Drawn, Reader, most_alike
 from dual_loop.errors import SampleError
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.testing.scenes import COLOURS
-from dual_loop.types import SkippedRegion
 
 
 def test_regions_are_drawn_until_enough_pass_the_limits(tmp_path: Path) -> None:
@@ -33,9 +32,10 @@ def test_regions_are_drawn_until_enough_pass_the_limits(tmp_path: Path) -> None:
 
     for seed in range(20):
         decoded.clear()
-        numbers, drawn = reader._draw(np.random.default_rng(seed), 6, decode, "image")
+        numbers, drawn, passed_over = reader._draw(np.random.default_rng(seed), 6, decode, "image")
         assert set(numbers) < {1, 2, 3}
         assert len(numbers) == 2
+        assert {region.reason for region in passed_over} <= {"empty_mask"}
         assert np.array_equal(drawn, masks[numbers])
         assert decoded[-1] == numbers[-1], "nothing is decoded once there are enough"
         assert [number for number in decoded if number in numbers] == numbers
@@ -53,8 +53,8 @@ def test_class_names_are_captions_of_the_lowest_rank(tmp_path: Path) -> None:
     found = {}
     for choice in ("off", "reference", "fallback"):
         reader.class_captions = choice
-        masks, captions = np.ones((3, 4, 4), bool), [("a tabby",), (), ()]
-        sample = reader._sample(0, picture, masks, ["0", "1", "2"], captions, class_names=["cat", "dog", None])
+        drawn, captions = Drawn([0, 1, 2], [np.ones((4, 4), bool)] * 3, []), [("a tabby",), (), ()]
+        sample = reader._sample(0, picture, drawn, ["0", "1", "2"], captions, class_names=["cat", "dog", None])
         found[choice] = (sample.captions, sample.fallbacks)
     assert found == {
         "off": ((("a tabby",), (), ()), ()),
@@ -74,9 +74,8 @@ def test_a_region_that_cannot_be_used_is_passed_over(tmp_path: Path) -> None:
         mask.flat[: (0, 2, 40, 50)[number - 2]] = True
         return mask
 
-    passed: list[SkippedRegion] = []
-    numbers, masks = reader._draw(
-        np.random.default_rng(0), 6, decode, "image", passed_over=passed, region_id=lambda number: f"r{number}"
+    numbers, masks, passed = reader._draw(
+        np.random.default_rng(0), 6, decode, "image", region_id=lambda number: f"r{number}"
     )
     assert sorted(numbers) == [4, 5]
     assert len(masks) == 2
