@@ -396,7 +396,8 @@ def serve(
     gr = import_gradio()
     own = [host, *allow_host, *([] if host in ("127.0.0.1", "localhost") else [socket.gethostname(), socket.getfqdn()])]
     names = frozenset(name.lower() for name in own)
-    DemoPage(gr, predictor, title).app.queue(max_size=max_queue, api_open=False).launch(
+    page = DemoPage(gr, predictor, title).app
+    page.queue(max_size=max_queue, api_open=False, default_concurrency_limit=predictor.images_at_once).launch(
         auth=auth,
         app_kwargs={"middleware": [(HostCheck, (), {"names": names})]},
         state_session_capacity=MAX_SESSIONS,

@@ -9,8 +9,9 @@ predictor.loop(image, masks)               -> LoopResult(captions, masks, ious, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,10 +72,20 @@ class LoopResult:
     matrix: np.ndarray
 
 
+@dataclass(eq=False)
+class _Request:
+    """Images that a thread asks about; those of one ``task`` may be answered in one call of the model."""
+
+    task: str
+    images: list[Any]
+    answers: Future[list[Any]] = field(default_factory=Future)
+
+
 class Predictor:
     """A loaded model with the three questions that the package is about.
 
-    Threads may share it: one is answered at a time.
+    Threads may share it: one is in the model at a time, and answers all that wait with the same question, up to
+    ``images_at_once`` images.
 
     Args:
         loaded: model, prompter and configuration.
@@ -87,6 +98,7 @@ class Predictor:
         self.model, self.prompter, self.config = loaded.model, loaded.prompter, loaded.config
         self.geometry = geometry(self.config)
         self._lock = threading.Lock()  # the model's modes and caches are its own
+        self._waiting: list[_Request] = []
 
     @classmethod
     def load(
@@ -175,24 +187,18 @@ class Predictor:
         # The words themselves, also where step 2 could not read them.
         return [[region.caption for region in regions] for regions in self._measure(items, "captioning")]
 
-    @torch.no_grad()
     def segment_many(
         self, items: Sequence[tuple[ImageLike, Sequence[str]]], *, generated: bool = False
     ) -> list[list[SegmentedText]]:
         """:meth:`segment` for many images, eight at a time."""
-        found: list[list[SegmentedText]] = []
-        scorer = Scorer(self.model, self.prompter, measuring_settings(self.config.loop))
-        for chunk in in_chunks([(to_array(image), texts_of(texts)) for image, texts in items], self.images_at_once):
-            asked = list(enumerate(text for _, texts in chunk for text in texts))
-            # A text needs no region; a whole image stands in for one, so that one path serves all.
-            samples = [region_sample(p, np.ones((len(texts), *p.shape[:2]), bool)) for p, texts in chunk if texts]
-            logits: Iterator[torch.Tensor] = iter(())
-            if samples:
-                batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
-                with self._lock, evaluating(self.model), self.loaded.autocast():
-                    logits = iter(scorer.segment(batch, self.model.see(batch), asked, generated=generated))
-            found += [[self._united(text, next(logits), pixels.shape) for text in texts] for pixels, texts in chunk]
-        return found
+        asked = [(to_array(image), texts_of(texts)) for image, texts in items]
+        task = "segment, generated" if generated else "segment"
+        answers = iter(self._ask(task, [(pixels, texts) for pixels, texts in asked if texts]))
+        found = [(pixels, texts, next(answers) if texts else ()) for pixels, texts in asked]
+        return [
+            [self._united(text, one, pixels.shape) for text, one in zip(texts, logits, strict=True)]
+            for pixels, texts, logits in found
+        ]
 
     def loop_many(self, items: Sequence[tuple[ImageLike, np.ndarray]]) -> list[LoopResult]:
         """:meth:`loop` for many images, eight at a time."""
@@ -209,12 +215,59 @@ class Predictor:
 
     def _measure(self, items: Sequence[tuple[ImageLike, np.ndarray]], task: str) -> list[list[MeasuredRegion]]:
         """Return the measured regions of every image."""
-        protocol = Protocol(question=self.config.loop.segment_question)
-        meter = RegionMeter(self.model, self.prompter, self.config, protocol, (task,), self.loaded.autocast())
-        samples = [region_sample(*item) for item in items]
-        with self._lock:
-            regions = iter(meter.measure(samples, "given"))
-        return [list(islice(regions, sample.num_regions)) for sample in samples]
+        return self._ask(task, [region_sample(*item) for item in items])
+
+    def _ask(self, task: str, images: Sequence[Any]) -> list[Any]:
+        """Return the answers to ``images``, ``images_at_once`` at a time, as :meth:`_call_model` gives them."""
+        answers: list[Any] = []
+        for chunk in in_chunks(images, self.images_at_once):
+            request = _Request(task, list(chunk))
+            self._waiting.append(request)
+            try:
+                with self._lock:
+                    if not request.answers.done():  # by the thread that was in the model before
+                        self._answer(self._with_others(request))
+            finally:
+                self._waiting.remove(request)
+            answers += request.answers.result()
+        return answers
+
+    def _with_others(self, request: _Request) -> list[_Request]:
+        group = [request]
+        for other in tuple(self._waiting):
+            fits = len(other.images) + sum(len(one.images) for one in group) <= self.images_at_once
+            if fits and other is not request and other.task == request.task and not other.answers.done():
+                group.append(other)
+        return group
+
+    def _answer(self, group: Sequence[_Request]) -> None:
+        try:
+            answers = iter(self._call_model(group[0].task, [image for request in group for image in request.images]))
+            for request in group:
+                request.answers.set_result(list(islice(answers, len(request.images))))
+        except Exception as error:
+            if len(group) == 1:
+                group[0].answers.set_exception(error)
+            else:  # the fault of one is not the others'
+                for request in group:
+                    self._answer([request])
+
+    @torch.no_grad()
+    def _call_model(self, task: str, images: Sequence[Any]) -> list[Any]:
+        """Return for each (pixels, texts) the mask logits of every text, or for each sample its measured regions."""
+        if not task.startswith("segment"):
+            protocol = Protocol(question=self.config.loop.segment_question)
+            meter = RegionMeter(self.model, self.prompter, self.config, protocol, (task,), self.loaded.autocast())
+            regions = iter(meter.measure(images, "given"))
+            return [list(islice(regions, sample.num_regions)) for sample in images]
+        scorer = Scorer(self.model, self.prompter, measuring_settings(self.config.loop))
+        asked = list(enumerate(text for _, texts in images for text in texts))
+        # A text needs no region; a whole image stands in for one, so that one path serves all.
+        samples = [region_sample(pixels, np.ones((len(texts), *pixels.shape[:2]), bool)) for pixels, texts in images]
+        batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
+        with evaluating(self.model), self.loaded.autocast():
+            logits = iter(scorer.segment(batch, self.model.see(batch), asked, generated="generated" in task))
+        return [list(islice(logits, len(texts))) for _, texts in images]
 
     def _at_size(self, logits: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
         size = (int(shape[0]), int(shape[1]))

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.commands.serve import read_auth
-from dual_loop.errors import ConfigError
+from dual_loop.errors import ConfigError, PromptError
 from dual_loop.serve import demo_app
 from dual_loop.serve.demo_app import DemoPage, Session, import_gradio, is_own_host, serve
 from dual_loop.serve.predictor import Predictor
@@ -46,6 +47,7 @@ def address(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
         port = probe.getsockname()[1]
     serve(predictor, "127.0.0.1", port, "tiny", auth=("me", "word"), max_queue=3, allow_host=["demo.example.org"])
     assert started[0]._queue.max_size == 3
+    assert started[0]._queue.default_concurrency_limit == predictor.images_at_once
     yield "127.0.0.1", port
     started[0].close()
 
@@ -159,6 +161,44 @@ def test_threads_get_their_own_answers(predictor: Predictor) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+def test_questions_that_wait_are_answered_together_and_never_swapped(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [generate_scene(1000 + number) for number in range(5)]
+    texts = [scene.captions[0] for scene in scenes]
+    segmented = [predictor.segment(scene.image, text)[0].mask for scene, text in zip(scenes, texts, strict=True)]
+    texts[3] = "[SEG]"  # a fault of this one alone
+    del segmented[3]
+    captions = [predictor.caption(scene.image, np.asarray(scene.masks)) for scene in scenes]
+    see, sizes, first_is_in, go = predictor.model.see, [], threading.Event(), threading.Event()
+
+    def see_when_all_wait(batch):
+        sizes.append(batch.num_images)
+        first_is_in.set()
+        go.wait(20)
+        return see(batch)
+
+    monkeypatch.setattr(predictor.model, "see", see_when_all_wait)
+    with ThreadPoolExecutor(20) as pool:
+        first = pool.submit(predictor.caption, scenes[0].image, np.asarray(scenes[0].masks))
+        first_is_in.wait(20)
+        asked = [pool.submit(predictor.caption, scene.image, np.asarray(scene.masks)) for scene in scenes]
+        told = [pool.submit(predictor.segment, scene.image, text) for scene, text in zip(scenes, texts, strict=True)]
+        while len(predictor._waiting) < 11:
+            time.sleep(0.001)
+        go.set()
+        assert first.result() == captions[0]
+        assert [one.result() for one in asked] == captions
+        with pytest.raises(PromptError):
+            told.pop(3).result()
+        for found, expected in zip(told, segmented, strict=True):
+            assert np.array_equal(found.result()[0].mask, expected)
+    # One alone; five captions; five texts, of which one is at fault, and then each of them alone.
+    assert sorted(sizes) == [1] * sizes.count(1) + [5, 5]
+    assert sizes.count(1) == 1 + 5
+    assert predictor._waiting == []
 
 
 def test_one_thread_at_a_time_is_in_the_model(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
