@@ -36,7 +36,6 @@ import json
 import os
 import posixpath
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -45,7 +44,7 @@ import numpy as np
 
 from dual_loop.data.captions import check_captions
 from dual_loop.data.coco_masks import mend_polygons
-from dual_loop.data.images import Picture, read_picture
+from dual_loop.data.images import read_picture
 from dual_loop.data.index import Key, join_parts, list_tree, load_or_build
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import check_root, layout_error
@@ -121,7 +120,6 @@ class MasksDir(Reader):
             raise layout_error("the folder holds no image with a mask", self.root, seen, LAYOUT)
         self.contents = f"{len(self._images):,} images, {len(self._regions):,} regions, {self.num_captioned:,} of them "
         self.contents += f"with captions ({self.kind})"
-        self._has_warned = False
         self._set_entries(np.arange(len(self._images)), max_samples, "masks_max_samples", self._images)
 
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
@@ -230,7 +228,7 @@ class MasksDir(Reader):
             check_captions(own, where)
             mask = self._mask(region_of(number), picture.size, where, files)
             if not texts:
-                picture = self._turned_to_fit(picture, mask, path)
+                picture = self._turned_to_fit(picture, path, lambda size: _fits(mask, size))
             mask, texts[number] = fit_mask(mask, picture.size, where), own
             return mask
 
@@ -241,20 +239,6 @@ class MasksDir(Reader):
         ids = ids if len(set(ids)) == len(ids) else [f"{name}_{k}" for k, name in enumerate(ids)]
         named = [region_of(number).get("class_name") for number in drawn.numbers]
         return self._sample(index, picture, drawn, ids, [texts[number] for number in drawn.numbers], named)
-
-    def _turned_to_fit(self, picture: Picture, mask: np.ndarray, path: Path) -> Picture:
-        """Return the picture as ``data.exif`` says, or in the other orientation where the mask fits only that."""
-        if picture.orientation == 1:
-            return picture
-        if not _fits(mask, picture.size):
-            other = read_picture(path, apply_exif=self.exif != "apply")
-            return other if _fits(mask, other.size) else picture
-        if (picture.orientation < 5 or picture.size[0] == picture.size[1]) and not self._has_warned:
-            self._has_warned = True
-            what = "a photograph has an EXIF orientation, and its masks fit either way"
-            fix = "look at `dual-loop data preview`, and set data.exif to apply where masks lie beside their objects"
-            warnings.warn(explain(what, str(path), f"data.exif = {self.exif}", fix=fix), stacklevel=2)
-        return picture
 
     def _region(self, number: int) -> Region:
         record = json.loads(self._regions[number])

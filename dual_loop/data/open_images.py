@@ -9,9 +9,9 @@ Sizes: a mask is usually stored at another resolution than its image, so it is r
 the aspect ratios disagree by more than 1 %, and by more than the rounding of a side to pixels explains, mask and image
 do not belong together (``aspect_mismatch``).
 
-EXIF policy: the image is taken as stored, as long as the first drawn mask fits its aspect. Where it does not fit, the
-image is turned as its EXIF orientation says, if that makes it fit. So an orientation that keeps the aspect (upside
-down, or a square image) is not applied: nothing in the files tells whether the masks were drawn before or after.
+EXIF policy: ``data.exif`` says whether images are turned; one that the first drawn mask fits only the other way is
+turned that way. Where the aspect fits either way (upside down, or a square image) nothing in the files tells whether
+the masks were drawn before or after, which a warning says.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``unsafe_path``, ``aspect_mismatch``, ``no_region_left``.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dual_loop.data.images import Picture, foreground_of, open_image_file, read_picture
+from dual_loop.data.images import foreground_of, open_image_file, read_picture
 from dual_loop.data.index import join_parts, list_tree, load_or_build, partial_folder, progress_bar
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import find_part, layout_error
@@ -242,20 +242,17 @@ class OpenImages(Reader):
         nested = len(self._mask_folder) > 0
         folders = {self._mask_paths[row]: self._folders[int(self._mask_folder[row])] if nested else "" for row in rows}
         names = list(folders)  # a row may be there twice
-        picture, first_fits = (
-            read_picture(self.image_path(index), apply_exif=self.exif == "apply", needed=needed),
-            False,
-        )
+        image = self.image_path(index)
+        picture, first_fits = read_picture(image, apply_exif=self.exif == "apply", needed=needed), False
 
         def decode(number: int) -> np.ndarray:
             nonlocal picture, first_fits
             name, folder = names[number], folders[names[number]]
             path = safe_join(self.masks, f"{folder}/{name}" if folder and "/" not in name else name)
             mask = foreground_of(open_image_file(path))
-            if not first_fits and not _same_aspect(mask, picture):
-                turned = read_picture(self.image_path(index), apply_exif=True)
-                picture = turned if _same_aspect(mask, turned) else picture
-            if not _same_aspect(mask, picture):
+            if not first_fits:
+                picture = self._turned_to_fit(picture, image, lambda size: _same_aspect(mask, size))
+            if not _same_aspect(mask, picture.size):
                 what = "a mask and its image have different aspect ratios"
                 seen = f"mask {mask.shape[1]} x {mask.shape[0]}, image {picture.size[1]} x {picture.size[0]} (W x H)"
                 expected = f"aspect ratios within {ASPECT_TOLERANCE:.0%}"
@@ -328,12 +325,11 @@ def _read_class_names(path: Path) -> dict[str, str]:
     return names
 
 
-def _same_aspect(mask: np.ndarray, picture: Picture) -> bool:
-    (height, width), (rows, columns) = mask.shape, picture.size
+def _same_aspect(mask: np.ndarray, size: tuple[int, int]) -> bool:
+    (height, width), (rows, columns) = mask.shape, size
     ratio: float = (width * rows) / (height * columns)
     # The rounding of a side to pixels moves the ratio of an image below 25 pixels by up to 2 % and more.
     is_rounded = (
-        min(picture.size) < 25
-        and min(abs(height * columns / width - rows), abs(width * rows / height - columns)) <= 0.5
+        min(size) < 25 and min(abs(height * columns / width - rows), abs(width * rows / height - columns)) <= 0.5
     )
     return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE or is_rounded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dual_loop.data.captions import check_text
-from dual_loop.data.images import Picture
+from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.layout import check_root
 from dual_loop.data.limits import SAMPLE_BYTES, parse_json, read_file
 from dual_loop.data.masks import check_mask, target_vanished
@@ -71,6 +72,7 @@ class Reader:
     """What the files hold or name that is no entry, in words, and how many of each; 0 is not shown."""
     _names: Sequence[StringTable] = ()
     _rows = np.empty(0, np.int64)
+    _has_warned = False
 
     def __init__(
         self,
@@ -192,6 +194,23 @@ class Reader:
         kept = most_alike(drawn.masks, image.pixels, [classes[number] for number in drawn.numbers])
         kept = kept[: self.regions_per_image]
         return Drawn([drawn.numbers[k] for k in kept], [drawn.masks[k] for k in kept], drawn.passed_over)
+
+    def _turned_to_fit(self, picture: Picture, path: Path, fits: Callable[[tuple[int, int]], bool]) -> Picture:
+        """Return the picture as ``data.exif`` says, or in the other orientation where a mask fits only that.
+
+        ``fits``: whether the mask fits an image of (H, W). Where it fits either way, the first time warns.
+        """
+        if picture.orientation == 1:
+            return picture
+        if not fits(picture.size):
+            other = read_picture(path, apply_exif=self.exif != "apply")
+            return other if fits(other.size) else picture
+        if (picture.orientation < 5 or fits(picture.size[::-1])) and not self._has_warned:
+            self._has_warned = True
+            what = "a photograph has an EXIF orientation, and its masks fit either way"
+            fix = "look at `dual-loop data preview`, and set data.exif to apply where masks lie beside their objects"
+            warnings.warn(explain(what, str(path), f"data.exif = {self.exif}", fix=fix), stacklevel=2)
+        return picture
 
     def _sample(
         self,

@@ -42,7 +42,7 @@ LAYOUT = """
     refcoco/     instances.json   refs(unc).p
     refcoco+/    instances.json   refs(unc).p
     refcocog/    instances.json   refs(umd).p
-    grefcoco/    instances.json   grefs(unc).json    (or grefs(unc).p; instances.json may be refcoco's)
+    grefcoco/    instances.json   grefs(unc).json    (or grefs(unc).p; the rest may be refcoco's)
     (each with coco2014/train2014/*.jpg, or root/coco2014/train2014/*.jpg once)
 """
 
@@ -223,13 +223,11 @@ class _DatasetPart:
         self.label, self.folder = label, root / name
         stem = f"{'g' if name == 'grefcoco' else ''}refs({split_by or DEFAULT_SPLIT_BY[name]})"
         refs = _first_file([self.folder / f"{stem}{suffix}" for suffix in (".p", ".json")], label)
-        other = [root / "refcoco/instances.json"] if name == "grefcoco" else []
-        instances = _first_file([self.folder / "instances.json", *other], label)
+        folders = [name, "refcoco"] if name == "grefcoco" else [name]
+        instances = _first_file([root / folder / "instances.json" for folder in folders], label)
         what = "the folder of COCO images is missing (set refcoco_images where it is elsewhere)"
-        is_shared = images is None and not (self.folder / IMAGE_FOLDER).is_dir()
-        self.image_folder = find_part(
-            root, images, IMAGE_FOLDER if is_shared else f"{name}/{IMAGE_FOLDER}", what, LAYOUT
-        )
+        own = [f"{folder}/{IMAGE_FOLDER}" for folder in folders if (root / folder / IMAGE_FOLDER).is_dir()]
+        self.image_folder = find_part(root, images, [*own, IMAGE_FOLDER][0], what, LAYOUT)
         # The number changes where the arrays do: since 3, several targets, and what cannot be used, are among them.
         key = {"kind": "refcoco", "refs": str(refs), "instances": str(instances), "images": str(self.image_folder)}
         arrays = load_or_build(

@@ -44,6 +44,8 @@ LAYOUT = """
     **/sav_<id>_auto.json    (optional)
 """
 
+LEFT_OUT = ("annotation files without a video", "videos without an annotation file")
+
 RECORDS_KEPT = 4
 """Parsed JSON files that a process keeps; one has some megabytes."""
 
@@ -95,13 +97,14 @@ class SavVideos(Reader):
         super().__init__(root, index_dir, regions_per_image, min_area)
         self.min_seconds, self.max_seconds, self.frames = min_seconds, max_seconds, frames
         kinds = ["manual", "auto"] if masklets == "both" else [masklets]
-        key = {"kind": "sav_videos", "root": str(self.root), "masklets": kinds}
+        key = {"kind": "sav_videos", "root": str(self.root), "masklets": kinds, "version": 2}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key, kinds))
         self._videos = StringTable.from_arrays(arrays, "video")
         self._records = StringTable.from_arrays(arrays, "record")
         if not len(arrays["entry"]):
             seen = f"{len(self._videos)} videos with {len(self._records)} annotation files, no masklet seen twice"
             raise layout_error("the SA-V folder holds no video with masklets", self.root, seen, LAYOUT)
+        self.left_out = dict(zip(LEFT_OUT, arrays["left_out"].tolist(), strict=True))
         records, columns = np.asarray(arrays["entry"], np.int64).T
         self._set_entries(np.arange(len(records)), max_samples, "sav_max_samples", self._records)
         self._rows, self._columns = records[self._rows], columns[self._rows]
@@ -109,15 +112,14 @@ class SavVideos(Reader):
 
     def _build_index(self, key: Key, kinds: Sequence[str]) -> dict[str, np.ndarray]:
         files, watched = list_tree(self.root, (".mp4", ".json"), self.index_dir, key)
-        present = set(files)
-        videos: dict[str, str] = {}
+        endings = tuple(f"_{kind}.json" for kind in kinds)
+        videos = {path: path.rpartition("_")[0] + ".mp4" for path in files if path.endswith(endings)}
+        present = {path for path in files if path.endswith(".mp4")}
+        left_out = [sum(video not in present for video in videos.values()), len(present - {*videos.values()})]
+        videos = {path: video for path, video in videos.items() if video in present}
         folders: dict[str, list[str]] = {}
-        for path in files:
-            for kind in kinds:
-                video = path.removesuffix(f"_{kind}.json") + ".mp4"
-                if path.endswith(f"_{kind}.json") and video in present:
-                    videos[path] = video
-                    folders.setdefault(path.rpartition("/")[0], []).append(path)
+        for path in videos:
+            folders.setdefault(path.rpartition("/")[0], []).append(path)
         parts = [json.dumps(folders[folder]) for folder in sorted(folders)] or ["[]"]
         build = functools.partial(count_visible, str(self.root))
         found = join_parts(build_in_parts(parts, build, self.index_dir, key, describe="SA-V masklets"))
@@ -130,6 +132,7 @@ class SavVideos(Reader):
             **StringTable.from_strings(videos.values()).to_arrays("video"),
             **StringTable.from_strings(videos).to_arrays("record"),
             "entry": entries[found["visible"] >= 2].astype(np.int32),
+            "left_out": np.array(left_out, np.int64),
             **watched,
         }
 

@@ -43,8 +43,8 @@ _MAX_POINTS = 2500
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
 _END = 1024
 """Bytes of zeros that end an archive."""
-_RECORD = 10240
-"""Archives are filled up to a multiple of it."""
+_RECORD, _LONGEST_RECORD = 10240, 2**20
+"""Archives are filled up to a multiple of one record: of the first size unless their writer was told another."""
 _HEADER_BYTES = 2**20
 """Most bytes of one read while an archive is listed: a header may claim a name of any length."""
 
@@ -105,7 +105,7 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
                     found.append((name, member.offset_data, member.size))
             end = archive.offset  # type: ignore[attr-defined]
             file.seek(end)
-            return _damaged_end(file.read(2 * _RECORD), end)
+            return _damaged_end(file.read(2 * _LONGEST_RECORD), end)
     except _DAMAGE as error:
         return f"behind byte {end:,}: {type(error).__name__}: {error}" + ("" if end else _first_bytes(file))
 
@@ -117,12 +117,12 @@ def _damaged_end(rest: bytes, end: int) -> str:
     members, or at a header that is none, for the end, and so it does where a download that has all of its size already
     has zeros in place of members.
     """
-    at, most = f"behind byte {end:,}: ", _END + -(end + _END) % _RECORD
+    at, total = f"behind byte {end:,}: ", end + len(rest)
     if not rest.startswith(bytes(_END)):
-        return at + (
-            "it breaks off without the blocks of zeros that end an archive" if len(rest) < _END else "no member"
-        )
-    if len(rest) > most:
+        seen = "it breaks off without the blocks of zeros that end an archive" if len(rest) < _END else "no member"
+        return at + seen
+    record = max(_RECORD, total & -total)  # the largest power of two that the size is a multiple of (``tar -b``)
+    if any(rest) or len(rest) > min(_LONGEST_RECORD, _END + -(end + _END) % record):
         return at + "it goes on where an archive has ended (a download that is not complete, or two archives in one)"
     return ""
 

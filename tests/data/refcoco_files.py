@@ -101,8 +101,6 @@ def write_grefs(root: Path) -> None:
     """Write gRefCOCO beside a RefCOCO in ``root``, whose instances.json and images it shares."""
     (root / "grefcoco").mkdir()
     (root / "grefcoco/grefs(unc).json").write_text(json.dumps(make_grefs()))
-    if not (root / "coco2014").exists():
-        (root / "coco2014").symlink_to(root / "refcoco/coco2014")
 
 
 def source_of(root: Path, datasets: tuple[str, ...] = ("refcoco",), **options: Any) -> RefCoco:

@@ -154,6 +154,20 @@ def test_exif_is_applied_only_where_the_mask_asks_for_it(tree: Tree) -> None:
     assert np.array_equal(upside_down.image, stored.image)
 
 
+@pytest.mark.parametrize("choice", ["ignore", "apply"])
+def test_exif_decides_where_the_shapes_cannot_tell(tree: Tree, choice: str) -> None:
+    tree.add_image("aa", (30, 40), exif=orientation(3))
+    tree.add_mask("aa", "x", make_mask(30, 40))
+    tree.write_csv()
+    source = tree.source()
+    stored = source.load(0, np.random.default_rng(0)).image
+    source = tree.source()
+    source.exif = choice
+    with pytest.warns(UserWarning, match=f"its masks fit either way.*data.exif = {choice}"):
+        sample = source.load(0, np.random.default_rng(0))
+    assert np.array_equal(sample.image, stored if choice == "ignore" else stored[::-1, ::-1])
+
+
 def test_masks_of_both_orientations_are_a_mismatch(tree: Tree) -> None:
     tree.add_image("aa", (30, 40), exif=orientation(6))
     tree.add_mask("aa", "x", make_mask(30, 40))

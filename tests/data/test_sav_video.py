@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_entries_are_masklets_that_are_seen(root, tmp_path):
     assert [name for name in names if "manual" in name] == [manual.entry_id(k) for k in range(len(manual))]
     assert names[0] == "sav_000/sav_train/sav_000/sav_000001_auto#0"
     assert len(opened(root, tmp_path, max_samples=3)) == 3
+
+
+def test_files_without_a_partner_are_counted(root, tmp_path):
+    folder = tmp_path / "sav"
+    shutil.copytree(root, folder)
+    assert not any(opened(folder, tmp_path).left_out.values())
+    below = next(folder.rglob("*.mp4")).parent
+    (below / "sav_000001.mp4").unlink()
+    (below / "sav_000002_manual.json").rename(below / "sav_000003_manual.json")
+    write_masklets(below / "sav_000002_auto.json", 7)
+    (below / "sav_000004.mp4").write_bytes(b"")
+    source = opened(folder, tmp_path)
+    assert [count for count in source.left_out.values() if count] == [3, 1]
+    assert all("sav_000002" in source.entry_id(index) for index in range(len(source)))
 
 
 def test_pairs_show_the_object_on_both_frames_at_the_wanted_distance(root, tmp_path):

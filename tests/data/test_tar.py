@@ -167,9 +167,13 @@ def test_whole_archives_of_any_writer_are_not_damaged(unpacked, tmp_path):
         with tarfile.open(path) as archive:
             last = archive.getmembers()[-1]
         end = last.offset_data + (last.size + 511) // 512 * 512
-        for length in (len(data), end + 1024):  # filled up to a record, or not
-            path.write_bytes(data[:length])
+        # Filled up to a record (``tar -b``: of any power of two), or not.
+        for length in (len(data), end + 1024, *(-(-(end + 1024) // record) * record for record in (2**15, 2**20))):
+            path.write_bytes(data[:length] + bytes(max(0, length - len(data))))
             assert Sa1b(path.parent, index_dir=tmp_path / f"index{count}{length}").damaged_archives == {}
+    path.write_bytes(path.read_bytes()[:-1024] + b"x" * 1024)
+    with pytest.warns(UserWarning, match="damaged.*goes on"):
+        Sa1b(path.parent, index_dir=tmp_path / "index")
 
 
 def test_an_error_page_is_shown(unpacked, tmp_path):
