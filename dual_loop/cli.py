@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dual_loop import __version__
+from dual_loop.errors import did_you_mean
 
 COMMANDS = {
     "doctor": "look at machine, data, weights and settings the way a run would",
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Each command's own arguments are read by its own parser, made after the choice.
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        parser.error(
+            f"unknown command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} (one of {', '.join(COMMANDS)})"
+        )
     command = parser.parse_args(arguments[:1] or ["--help"]).command
     module, name = ("predict", command) if command in OF_PREDICT else (command.replace("-", "_"), "main")
     return int(getattr(import_module(f"dual_loop.commands.{module}"), name)(arguments[1:]))

@@ -6,9 +6,10 @@ Use :func:`explain` to build it, so that no part is forgotten.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 _REPR = reprlib.Repr()
@@ -66,6 +67,49 @@ def listed(values: Sequence[object], most: int = 8) -> str:
     """Return the first ``most`` values with commas between them, and how many more there are."""
     more = len(values) - most
     return ", ".join(map(str, values[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+OTHER_WORDS = {
+    "accumulation": ("gradient_accumulation_steps",),
+    "alpha": ("lora_alpha",),
+    "amp": ("mixed_precision",),
+    "bf16": ("mixed_precision",),
+    "bs": ("batch_size",),
+    "checkpoint": ("pretrained_pth",),
+    "data": ("masks_dir", "sa1b_dir", "sav_dir", "openimage_dir", "refcoco_dir"),
+    "fp16": ("mixed_precision",),
+    "gpu": ("cuda",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "grad_clip": ("max_grad_norm",),
+    "images": ("masks_dir", "sa1b_dir"),
+    "lr": ("learning_rate",),
+    "model": ("model_path", "pretrained_pth"),
+    "out": ("output_dir",),
+    "precision": ("mixed_precision",),
+    "rank": ("lora_r",),
+    "steps": ("max_steps",),
+    "weights": ("pretrained_pth",),
+    "workers": ("num_workers",),
+    **dict.fromkeys(map(str, range(8)), ("cuda",)),
+}
+"""What people say for a name of ours that looks otherwise."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return what an unknown word may have been meant to be, as the end of a message; nothing where none is near."""
+    bare = _bare(word)
+    names: dict[str, str] = {}
+    for name in known:
+        names.setdefault(_bare(name), name)
+    found = [bare] if bare in names else [name for name in OTHER_WORDS.get(bare, ()) if name in names]
+    found += [name for name in names if not found and bare and f"_{bare}_" in f"_{name}_"]
+    found = found or difflib.get_close_matches(bare, names, n=1)
+    return f"; did you mean {' or '.join(names[name] for name in found[:5])}?" if found else ""
+
+
+def _bare(name: str) -> str:
+    """Return a flag without dashes, a setting without its group."""
+    return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
 
 
 def explain(what: str, where: str = "", seen: object = None, expected: object = None, fix: str = "") -> str:

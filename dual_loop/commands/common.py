@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, overrides_from
-from dual_loop.errors import ConfigError, DualLoopError, explain, writing
+from dual_loop.data.names import DEFAULT_SPLIT_BY, SETTING_PREFIX, check_name
+from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
 
 if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
 
 REGIONS_PER_IMAGE = 16
 DEFAULT_CHECKPOINT = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that knows what an unknown flag may have been meant to be."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            flags = [word.partition("=")[0] for word in left if word.startswith("--")]
+            near = "\n  ".join(word + did_you_mean(word, self._option_string_actions) for word in flags)
+            fix = "" if flags else "; numbers that belong together have commas and no spaces between them"
+            self.error(f"unrecognized arguments: {near or ' '.join(left)}{fix}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class Command:
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
-        parser = argparse.ArgumentParser(
+        parser = _Parser(
             allow_abbrev=False,
             prog=f"dual-loop {self.name}",
             usage=self.usage and f"%(prog)s {self.usage}",
@@ -58,8 +72,8 @@ class Command:
             epilog=self.example and f"example: {self.example}",
         )
         self.add_arguments(parser, arguments)
-        args = parser.parse_args(arguments)
         try:
+            args = parser.parse_args(arguments)
             with writing("a file", "", net=True):
                 return self.run(args)
         except DualLoopError as error:
@@ -85,7 +99,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
         "sav, sa1b, openimages, masks (their folders), or a .parquet file of references"
     )
-    parser.add_argument("--data", nargs="+", default=[], metavar="NAME", help=text)
+    parser.add_argument("--data", nargs="+", type=check_name, default=[], metavar="NAME", help=text)
     parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help=f"default: CHECKPOINT/{name}")
     text = "a run or weights that were trained apart from the same start: captions are also heard by these"
@@ -251,17 +265,17 @@ def open_measured(
     Raises:
         ConfigError: a name is unknown, its folder is not given, or nothing is there.
     """
-    from dual_loop.data.dataset_builder import SETTING_PREFIX, open_source
+    from dual_loop.data.dataset_builder import open_source
     from dual_loop.data.limits import use_limits
     from dual_loop.data.ref_parquet import RefParquet
-    from dual_loop.data.refcoco import DEFAULT_SPLIT_BY, RefCoco
+    from dual_loop.data.refcoco import RefCoco
     from dual_loop.evaluation.runner import MeasuredData
 
     use_limits(data)
     fields = {name: f"{prefix}_dir" for name, prefix in SETTING_PREFIX.items() if name != "refcoco"}
 
     def open_one(name: str) -> Reader:
-        dataset, _, split = name.partition(":")
+        dataset, _, split = check_name(name).partition(":")
         if name.endswith(".parquet"):
             return RefParquet(name, data.refcoco_images, polygons)
         if dataset in DEFAULT_SPLIT_BY:
@@ -276,9 +290,6 @@ def open_measured(
                 index_dir=data.index_dir,
                 polygons=polygons,
             )
-        if dataset not in fields or split:
-            expected = ", ".join((*(f"{n}:SPLIT" for n in DEFAULT_SPLIT_BY), *fields, "FILE.parquet"))
-            raise ConfigError(explain("unknown data set", "--data", name, expected))
         if getattr(data, fields[dataset]) is None:
             raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
         return open_source(dataset, replace(data, sav_frames=2, region_choice="random"))

@@ -48,7 +48,9 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
 def _add_arguments(command: str, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("image", type=Path, help="an image, or a folder of images")
     if command == "segment":
-        parser.add_argument("--text", nargs="+", required=True, help="what to segment; several texts, several masks")
+        parser.add_argument(
+            "--text", nargs="+", type=_text, required=True, help="what to segment; several texts, several masks"
+        )
         text = "mask file (PNG), or a folder for several"
         parser.add_argument("--out", type=Path, required=True, metavar="PATH", help=text)
         parser.add_argument("--generated", action="store_true", help="let the model write the answer that holds [SEG]")
@@ -62,6 +64,14 @@ def _add_arguments(command: str, parser: argparse.ArgumentParser, argv: Sequence
         parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the masks that came back")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there instead of printing it")
     add_model_arguments(parser)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ConfigError(
+            explain("an empty text names nothing", "--text", text, fix='say what to segment: --text "the cat"')
+        )
+    return text
 
 
 def _caption(args: argparse.Namespace) -> int:

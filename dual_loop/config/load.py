@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import difflib
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ from typing import Any
 from dual_loop.config.retired import REMOVED, RENAMED
 from dual_loop.config.schema import MOST, SETTINGS, Config
 from dual_loop.config.setting import Setting
-from dual_loop.errors import ConfigError, explain, shorten
+from dual_loop.errors import ConfigError, did_you_mean, explain, shorten
 
 DEFAULT_CONFIG = "tiny_cpu"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -91,8 +90,7 @@ def resolve_config_path(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.stem for path in CONFIG_DIR.glob("*.py") if path.stem != "__init__")
-    close = difflib.get_close_matches(Path(name).stem, known, n=1)
-    fix = f"did you mean {close[0]}?" if close else "check the path given to --config"
+    fix = did_you_mean(Path(name).stem, known).removeprefix("; ") or "check the path given to --config"
     raise ConfigError(explain("config file not found", name, expected=f"one of {', '.join(known)} or a path", fix=fix))
 
 
@@ -140,10 +138,8 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) 
     for key, raw in tree.items():
         hint = hints.get(key)
         if hint is None:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            problems.append(
-                f"unknown key {prefix + str(key)!r}" + (f"; did you mean {prefix}{close[0]}?" if close else "")
-            )
+            near = did_you_mean(str(key), [*(prefix + name for name in hints), *SETTINGS])
+            problems.append(f"unknown key {prefix + str(key)!r}{near}")
         elif is_dataclass(hint) and isinstance(raw, Mapping):
             values[key] = _build(hint, raw, f"{prefix}{key}.", problems)
         elif is_dataclass(hint):
@@ -201,11 +197,9 @@ def _broken_limits(config: Config) -> Iterator[str]:
                 is_number = low is not None and word.isdecimal() and len(word) < 10 and int(word) >= low
                 if word in about.choices or is_number:
                     continue
-                close = difflib.get_close_matches(word, about.choices, n=1)
                 expected = f"{'some' if isinstance(value, tuple) else 'one'} of {', '.join(about.choices)}"
                 number = "" if low is None else f" or a number from {low:g} on"
-                hint = f"; did you mean {close[0]}?" if close else ""
-                yield f"{key}: seen {shorten(value)}, expected {expected}{number}{hint}"
+                yield f"{key}: seen {shorten(value)}, expected {expected}{number}{did_you_mean(word, about.choices)}"
         elif isinstance(value, Mapping):
             for path in _not_finite(value, key):
                 yield f"{path}: expected a finite number"

@@ -29,6 +29,7 @@ from dual_loop.data.leakage import guard
 from dual_loop.data.limits import limits_in_use, use_limits
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.data.mixture import DrawStream, WindowedBatchSampler
+from dual_loop.data.names import SETTING_PREFIX
 from dual_loop.data.open_images import OpenImages
 from dual_loop.data.prepare import Geometry, collate
 from dual_loop.data.reader import Reader
@@ -40,9 +41,6 @@ from dual_loop.data.shares import SourceShare
 from dual_loop.errors import ConfigError, explain
 from dual_loop.iteration import evenly_spread
 from dual_loop.types import Batch
-
-# Source name -> prefix of its settings in DataConfig.
-SETTING_PREFIX = {"sav": "sav", "sa1b": "sa1b", "openimages": "openimage", "refcoco": "refcoco", "masks": "masks"}
 
 # The reader of a source, and its own arguments: each is the setting of that name behind the prefix.
 READERS: dict[str, tuple[Callable[..., Reader], tuple[str, ...]]] = {

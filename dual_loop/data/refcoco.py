@@ -31,6 +31,7 @@ from dual_loop.data.images import Picture, read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, safe_join
+from dual_loop.data.names import DEFAULT_SPLIT_BY
 from dual_loop.data.reader import Drawn, Reader, take_regions
 from dual_loop.data.refcoco_index import build_index, coco_names
 from dual_loop.data.string_table import StringTable
@@ -46,7 +47,6 @@ LAYOUT = """
     (each with coco2014/train2014/*.jpg, or root/coco2014/train2014/*.jpg once)
 """
 
-DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "grefcoco": "unc"}
 IMAGE_FOLDER = "coco2014/train2014"
 
 

@@ -8,16 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dual_loop.config import Config, DataConfig
-from dual_loop.data.dataset_builder import (
-    SETTING_PREFIX,
-    check_costs,
-    given_roots,
-    left_out_of,
-    missing_roots,
-    open_source,
-)
+from dual_loop.data.dataset_builder import check_costs, given_roots, left_out_of, missing_roots, open_source
 from dual_loop.data.leakage import Leak, held_out_of, leaked_by_id, leaked_by_sight
 from dual_loop.data.masks_dir import MasksDir
+from dual_loop.data.names import SETTING_PREFIX
 from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
