@@ -23,6 +23,11 @@ GATES = (
 )
 """What makes a caption earn nothing; see ``loop.gates``."""
 
+CAPTION_QUESTIONS = ("short", "detailed", "refer", "what", "distinct", "any")
+SEGMENT_QUESTIONS = ("segment", "segment_bare", "can_you", "can_you_bare", "respond", "output", "mission", "any")
+SEGMENT_ANSWERS = ("sure", "it_is", "sure_it_is", "result", "bare", "any")
+"""Names in the banks of ``model.prompts``."""
+
 LISTENERS = ("own", "average", "frozen")
 """Weights of the run itself that ``reward.listener`` may name."""
 
@@ -49,12 +54,19 @@ class ModelConfig:
     text_hidden_dim: int | None = setting(
         None, "inner width of text_hidden_fcs; none: the language model's width", at_least=1
     )
-    template: str = setting("phi3_chat", "chat template, a key of model.prompts.TEMPLATES")
+    template: str = setting(
+        "phi3_chat", "chat template", choices=("phi3_chat", "internlm2_chat", "internvl2_5", "qwen_chat")
+    )
     single_mask: bool = setting(False, "use mask candidate 0 instead of the arg-max over three candidates")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16"))
     attn_implementation: str = setting("sdpa", "attention of the vision-language part", choices=("sdpa", "eager"))
     trainable: tuple[str, ...] = setting(
-        ("lora", "mlp1", "mask_decoder", "text_hidden_fcs"), "parameter groups that train, from model.adapters.GROUPS"
+        ("lora", "mlp1", "mask_decoder", "text_hidden_fcs"),
+        "parameter groups that train; see model.adapters.GROUPS",
+        choices=(
+            *("lora", "mlp1", "mask_decoder", "text_hidden_fcs", "new_tokens", "embeddings"),
+            *("language_model", "vision_tower", "sam2_encoder"),
+        ),
     )
     train_embeddings: str = flag(
         "auto",
@@ -209,9 +221,9 @@ class LoopConfig:
     rollout_batch_size: int | None = setting(
         None, "captions that are generated together; none: as many as 1/16 of the memory holds", "CAPTIONS", at_least=1
     )
-    caption_question: str = setting("short", "bank of questions in model.prompts; any: one drawn for each region")
-    segment_question: str = setting("segment", "bank of questions in model.prompts; any: one drawn for each region")
-    segment_answer: str = setting("sure", "bank of answers in model.prompts; any: one drawn for each region")
+    caption_question: str = setting("short", "see model.prompts; any: one drawn a region", choices=CAPTION_QUESTIONS)
+    segment_question: str = setting("segment", "see model.prompts; any: one drawn a region", choices=SEGMENT_QUESTIONS)
+    segment_answer: str = setting("sure", "see model.prompts; any: one drawn a region", choices=SEGMENT_ANSWERS)
     on_rejected: str = flag("fallback", "what to do where a caption fails", choices=("fallback", "drop", "error"))
     fallback_caption: str = setting("the object", "what step 2 reads in place of a caption that failed")
     max_rejected_fraction: float = setting(0.5, "stop where more captions than this fail", "FRACTION", **SHARE)
@@ -428,7 +440,7 @@ class TrainConfig:
     effective_batch: int | None = flag(None, "of a step, all ranks; sets the accumulation", "IMAGES", at_least=1)
     learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0, at_most=1)
     weight_decay: float = flag(0.05, "of AdamW, on matrices only", at_least=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW", **SHARE)
+    betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW, below 1", at_least=0, at_most=0.999999)
     warmup_ratio: float = setting(0.05, "part of the steps over which the learning rate rises", "FRACTION", **SHARE)
     min_lr_ratio: float = setting(0.0, "learning rate at the end, as a part of the peak", "FRACTION", **SHARE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 is off", "NORM", at_least=0)

@@ -79,11 +79,8 @@ def apply_freeze_policy(model: nn.Module, groups: Sequence[str], single_mask: bo
     """Let exactly the parameters of ``groups`` train, in float32, and freeze all others.
 
     Raises:
-        ConfigError: a group has an unknown name or holds no parameter of this model.
+        ConfigError: a group holds no parameter of this model.
     """
-    unknown = [group for group in groups if group not in GROUPS]
-    if unknown:
-        raise ConfigError(explain("unknown parameter group", "model.trainable", unknown, ", ".join(GROUPS)))
     skip = without_mask_gradient(single_mask)
     seen = set()
     for name, parameter in model.named_parameters():

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from dual_loop.config import CONFIG_DIR, SETTINGS, Config, TrainConfig, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError
+from dual_loop.model.adapters import GROUPS
+from dual_loop.model.prompts import ANY, CAPTION_QUESTIONS, SEGMENT_ANSWERS, SEGMENT_QUESTIONS, TEMPLATES
 
 CONFIG_FILES = sorted(CONFIG_DIR.glob("*.py"))
 
@@ -82,6 +84,10 @@ def test_a_misspelt_key_in_a_file_is_refused(tmp_path: Path) -> None:
             {"train.batch_size": 0, "model.dtype": "bfloat61", "train.ema_decay": 2},
             ["train.batch_size: seen 0, expected at least 1", "did you mean bfloat16?", "train.ema_decay: seen 2"],
         ),
+        (
+            {"model.template": "phi3chat", "loop.segment_question": "canyou", "train.betas": [0.9, 1]},
+            ["did you mean phi3_chat?", "did you mean can_you?", "train.betas: seen (0.9, 1.0)"],
+        ),
     ],
 )
 def test_every_problem_is_reported_at_once(overrides: dict[str, object], expected: list[str]) -> None:
@@ -90,12 +96,20 @@ def test_every_problem_is_reported_at_once(overrides: dict[str, object], expecte
     assert [part for part in expected if part not in str(caught.value)] == []
 
 
+def test_the_words_of_prompts_are_those_of_the_settings() -> None:
+    banks = {"caption_question": CAPTION_QUESTIONS, "segment_question": SEGMENT_QUESTIONS}
+    for name, bank in {**banks, "segment_answer": SEGMENT_ANSWERS}.items():
+        assert SETTINGS[f"loop.{name}"].choices == (*bank, ANY)
+    assert SETTINGS["model.template"].choices == tuple(TEMPLATES)
+    assert SETTINGS["model.trainable"].choices == tuple(GROUPS)
+
+
 @pytest.mark.parametrize("dotted", sorted(key for key, about in SETTINGS.items() if about.choices))
 def test_every_choice_is_taken_and_others_refused(dotted: str) -> None:
     group, name = dotted.split(".")
     for value in SETTINGS[dotted].choices:
         read = load_config(overrides={dotted: value}).to_dict()[group][name]
-        assert read == ([value] if dotted == "reward.gates" else value)
+        assert read == ([value] if dotted in ("reward.gates", "model.trainable") else value)
     with pytest.raises(ConfigError, match=dotted):
         load_config(overrides={dotted: "none of these"})
 
@@ -150,7 +164,7 @@ def test_the_defaults_satisfy_their_own_limits() -> None:
         TrainConfig,
         seed=st.integers(0, 2**31),
         learning_rate=st.floats(0, 1),
-        betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+        betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
         max_steps=st.none() | st.integers(1, 10**6),
         output_dir=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1).filter(
             lambda text: text.lower() != "none"
