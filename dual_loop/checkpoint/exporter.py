@@ -37,7 +37,7 @@ from dual_loop.checkpoint.key_rules import (
 from dual_loop.checkpoint.manifest import writing_tensors
 from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
 from dual_loop.config import Config
-from dual_loop.errors import CheckpointError, explain, writing
+from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import LORA_TARGETS
 from dual_loop.model.sa2va import Sa2VA
 
@@ -105,7 +105,10 @@ def export_weights(
     if out.suffix in FILE_SUFFIXES:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in exported}
         size = sum(tensor.nbytes for tensor in content.values())
-        with writing("the export", out, size), out.open("wb") as stream:  # torch alone would not say why it fails
+        with (
+            writing_tensors("the export", out, size),
+            out.open("wb") as stream,
+        ):
             torch.save({"state_dict": content, "meta": {FILE_MARK: file_format}}, stream)
         return len(content)
     out.mkdir(parents=True)

@@ -147,13 +147,15 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing_tensors(what: str, path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Do what :func:`errors.writing` does for safetensors' errors as well."""
+    """Do what :func:`errors.writing` does for the errors of safetensors and of torch's archives as well."""
     with writing(what, path, num_bytes):
         try:
             yield
         except SafetensorError as error:  # says the system's error in words alone
             number = next((number for number in REFUSALS if f"os error {number}" in str(error)), errno.EIO)
             raise OSError(number, str(error)) from error
+        except RuntimeError as error:  # an archive that could not be written cannot be ended either
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error)  # noqa: B904
 
 
 def sync_to_disk(path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
 from dual_loop.config import Config, add_trust_flag, load_config
-from dual_loop.errors import CheckpointError, explain, listed
+from dual_loop.errors import CheckpointError, explain, listed, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,8 @@ def _export(args: argparse.Namespace) -> int:
     video = find_video(folder, sources, args.video_weights) if args.file_format in ("original", "hf-sa2va") else {}
     before = probe(model, prompter, config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as place:
+    hidden = tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent)
+    with writing("the export", out, net=True), hidden as place:
         temporary = Path(place) / out.name  # its suffix says what is in it
         count = export_weights(
             model,

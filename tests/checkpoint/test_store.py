@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import threading
 from collections import namedtuple
@@ -320,6 +321,21 @@ def test_the_newest_whole_one_is_found_by_its_hashes_and_others_are_named(tmp_pa
     assert "SHA-256" in passed_over[1]
     assert "step_00000002/model.safetensors" in passed_over[1]
     assert newest_whole(tmp_path / "never") == (None, [])
+
+
+@pytest.mark.parametrize("limit", [100, 50_000, 500_000])
+def test_a_file_that_may_not_grow_is_named_with_its_cause(tmp_path: Path, limit: int):
+    """The first limit stops random states, the second the weights, the third the optimiser's archive."""
+    _save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    state = {"state": {0: {"exp_avg": torch.zeros(200_000)}}}
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"File too large.*expected: [\d,]+ bytes of space.*to do: raise"):
+            _save(tmp_path, 2, model_tensors={"a": torch.zeros(100_000)}, optimizer_state=state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoints/step_00000001"
 
 
 # --- what is not finite ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -35,6 +36,25 @@ def test_the_run_folder_says_what_it_started_from(trained):
     [source] = report["sources"]
     assert (source["layout"], source["extent"]) == ("native", "full")
     assert all(len(digest) == 64 for digest in source["sha256"].values())
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 2_000_000])
+@pytest.mark.parametrize("file_format", ["original", "original-trimmed", "hf-native", "hf-sa2va", "adapter"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(trained, tmp_path, capsys, file_format, limit):
+    """A limit on the size of files stands for the disk."""
+    name = "o.pth" if file_format == "original" and limit > 20_000 else "o"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        status = cli(["export", str(trained), str(tmp_path / name), "--format", file_format])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = capsys.readouterr().err
+    assert status == 2
+    assert text.count("error: the export cannot be written; where: ") == 1
+    assert str(tmp_path) in text
+    assert "File too large" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

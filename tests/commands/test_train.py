@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from dual_loop import train_dual_loop
 from dual_loop.cli import main as cli
 from dual_loop.commands.train import main
 from dual_loop.config import Config
-from dual_loop.errors import ConfigError
+from dual_loop.errors import ConfigError, EnvironmentProblem
 
 
 def test_a_bug_has_status_one_and_a_traceback(
@@ -35,6 +37,30 @@ def test_a_users_error_has_status_two_and_one_line(
     monkeypatch.setattr(train_dual_loop, "train", refuse)
     assert main([]) == 2
     assert capsys.readouterr().err == "error: not so\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("error", "is_shown"), [(OSError(errno.ENOSPC, "No space left"), False), (KeyError(1), True)])
+def test_what_a_thread_could_not_write_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, is_shown: bool
+) -> None:
+    """TensorBoard's writer is such a thread; the next record that the main thread gives it fails."""
+
+    def write() -> None:
+        raise error
+
+    def fail(config: Any) -> None:
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        raise EnvironmentProblem("the curves cannot be written")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(train_dual_loop, "train", fail)
+    assert main([]) == 2
+    text = capsys.readouterr().err
+    assert text.count("error: the curves cannot be written") == 1
+    assert ("Traceback" in text) == is_shown
 
 
 def test_flags_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
