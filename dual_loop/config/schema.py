@@ -23,10 +23,14 @@ GATES = (
 )
 """What makes a caption earn nothing; see ``loop.gates``."""
 
+TEMPLATES = ("phi3_chat", "internlm2_chat", "internvl2_5", "qwen_chat")
 CAPTION_QUESTIONS = ("short", "detailed", "refer", "what", "distinct", "any")
 SEGMENT_QUESTIONS = ("segment", "segment_bare", "can_you", "can_you_bare", "respond", "output", "mission", "any")
 SEGMENT_ANSWERS = ("sure", "it_is", "sure_it_is", "result", "bare", "any")
 """Names in the banks of ``model.prompts``."""
+
+TRAINED = ("lora", "mlp1", "mask_decoder", "text_hidden_fcs")
+GROUPS = (*TRAINED, "new_tokens", "embeddings", "language_model", "vision_tower", "sam2_encoder")
 
 LISTENERS = ("own", "average", "frozen")
 """Weights of the run itself that ``reward.listener`` may name."""
@@ -51,23 +55,12 @@ class ModelConfig:
         0.5, "pixel-shuffle factor between patches and image tokens (0.5 in InternVL)", at_least=0.01, at_most=1
     )
     sam2: Mapping[str, Any] = setting({}, "image_size, fpn_hidden_size, backbone, mask_decoder; see model.build")
-    text_hidden_dim: int | None = setting(
-        None, "inner width of text_hidden_fcs; none: the language model's width", at_least=1
-    )
-    template: str = setting(
-        "phi3_chat", "chat template", choices=("phi3_chat", "internlm2_chat", "internvl2_5", "qwen_chat")
-    )
+    text_hidden_dim: int | None = setting(None, "width inside text_hidden_fcs; none: the language model's", at_least=1)
+    template: str = setting("phi3_chat", "chat template", choices=TEMPLATES)
     single_mask: bool = setting(False, "use mask candidate 0 instead of the arg-max over three candidates")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16"))
     attn_implementation: str = setting("sdpa", "attention of the vision-language part", choices=("sdpa", "eager"))
-    trainable: tuple[str, ...] = setting(
-        ("lora", "mlp1", "mask_decoder", "text_hidden_fcs"),
-        "parameter groups that train; see model.adapters.GROUPS",
-        choices=(
-            *("lora", "mlp1", "mask_decoder", "text_hidden_fcs", "new_tokens", "embeddings"),
-            *("language_model", "vision_tower", "sam2_encoder"),
-        ),
-    )
+    trainable: tuple[str, ...] = setting(TRAINED, "parameter groups that train; see model.adapters", choices=GROUPS)
     train_embeddings: str = flag(
         "auto",
         "token embeddings that train; auto: none with imported weights, else new_tokens",
