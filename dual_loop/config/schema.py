@@ -37,6 +37,7 @@ LISTENERS = ("own", "average", "frozen")
 
 # Titles of --help.
 WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
 CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"
 
@@ -454,6 +455,7 @@ class TrainConfig:
     )
     resume: str | None = flag(None, "newest whole checkpoint, or this one", "auto|DIR", title=RUN_FOLDER)
     log_interval: int = flag(10, "between two logged steps", "STEPS", title=RUN_FOLDER, at_least=1)
+    report_to: tuple[str, ...] = flag(("tensorboard",), "who shows the records", title=RUN_FOLDER, choices=TRACKERS)
     save_interval: int = flag(500, "between two checkpoints", "STEPS", title=RUN_FOLDER, at_least=1)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept", title=RUN_FOLDER, at_least=1)
     panel_interval: int = flag(200, "between two sets of example panels", "STEPS", title=RUN_FOLDER, at_least=1)

@@ -8,29 +8,28 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from dual_loop.config import GATES
 from dual_loop.drawing import Panel
-from dual_loop.errors import writing
+from dual_loop.errors import EnvironmentProblem, explain, writing
 from dual_loop.metrics import iou, iou_table, mask_overlap, own_and_margin, own_image_only, ratio
 from dual_loop.training import ranks
-from dual_loop.training.run_folder import truncate_metrics
+from dual_loop.training.run_folder import truncate_metrics, write_json
 from dual_loop.types import PackedBatch, RegionSample
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
 
 PHASES = ("data", "rollout", "forward", "backward", "optimiser")
 MAIN_TERMS = ("mask_loss", "dice_loss", "llm_loss")
 METRICS_NAME = "metrics.jsonl"
+PROJECT = "dual_loop"
+"""What trackers file runs under."""
 
 # ---- printed lines ---------------------------------------------------------------------------------------------------
 
@@ -223,51 +222,90 @@ class StepRecord:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one record a logged step, and the same as curves below ``tensorboard/``.
+    """``metrics.jsonl``, one record a logged step, and the same numbers wherever the run is followed.
 
     Args:
         folder: of the run.
         writes: False on all ranks but 0: every method then does nothing.
+        report_to: names of trackers, see ``train.report_to``. Where they keep their numbers is theirs to say (by
+            ``WANDB_MODE``, ``TRACKIO_DIR``, ``MLFLOW_TRACKING_URI``, ...), but for the curves below ``tensorboard/``.
     """
 
-    def __init__(self, folder: Path, writes: bool = True) -> None:
-        self.folder, self.writes = folder, writes
-        self._curves: SummaryWriter | None = None
+    def __init__(self, folder: Path, writes: bool = True, report_to: Sequence[str] = ("tensorboard",)) -> None:
+        self.folder, self.writes, self.report_to = folder, writes, report_to
+        self._trackers: list[GeneralTracker] | None = None
 
-    def open(self, step: int) -> None:
-        """Open the logs after ``step`` steps; records of later steps, which will be done again, are removed."""
+    def open(self, step: int, settings: Mapping[str, object] | None = None) -> None:
+        """Open the logs after ``step`` steps; records of later steps, which will be done again, are removed.
+
+        Args:
+            settings: of the run, which trackers show beside its numbers.
+
+        Raises:
+            EnvironmentProblem: the library of a tracker is missing, or cannot be started.
+        """
         if self.writes:
             truncate_metrics(self.folder / METRICS_NAME, step)
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            with self._writing_curves():
-                self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+            self._trackers = [self._start(name, step, settings or {}) for name in self.report_to if name != "none"]
 
     def write(self, record: StepRecord) -> None:
-        """Append ``record``, and its numbers to the curves."""
-        if self._curves is None:
+        """Append ``record``, and give its numbers to the trackers."""
+        if self._trackers is None:
             return
         document, path = record.to_dict(), self.folder / METRICS_NAME
         line = json.dumps(document) + "\n"
         with writing("a record", path, len(line)), path.open("a", encoding="utf-8") as stream:
             stream.write(line)
-        groups = {name: value for name, value in document.items() if isinstance(value, dict)}
-        numbers = {name: value for name, value in document.items() if name not in ("step", *groups)}
-        numbers |= {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        with self._writing_curves():
-            for name, value in numbers.items():
-                if value is not None:
-                    self._curves.add_scalar(name, value, record.step)
-            self._curves.flush()  # a thread writes, whose errors are met here
+        numbers = {name: value for name, value in _flat(document).items() if name != "step" and value is not None}
+        for tracker in self._trackers:
+            with writing("the curves", self.folder / tracker.name):
+                tracker.log(numbers, step=record.step)
 
     def close(self) -> None:
-        if self._curves is not None:
-            with self._writing_curves():
-                self._curves.close()
-            self._curves = None
+        for tracker in self._trackers or ():
+            with writing("the curves", self.folder / tracker.name):
+                tracker.finish()
+        self._trackers = None
 
-    def _writing_curves(self) -> AbstractContextManager[None]:
-        return writing("the curves", self.folder / "tensorboard")
+    def _start(self, name: str, step: int, settings: Mapping[str, object]) -> GeneralTracker:
+        """Start a tracker, on the run that it followed before where the folder knows of one."""
+        ids, own = self.folder / "trackers.json", self.folder.resolve().name
+        known = json.loads(ids.read_text(encoding="utf-8")) if ids.is_file() else {}
+        common = {"name": own, "resume": "allow"}
+        every: dict[str, dict[str, Any]] = {
+            "tensorboard": {"run_name": name, "logging_dir": self.folder, "purge_step": step + 1},
+            "wandb": {"run_name": PROJECT, "dir": self.folder, "id": known.get(name), **common},
+            "trackio": {"run_name": PROJECT, **common},
+            "mlflow": {"experiment_name": PROJECT, "run_id": known.get(name), "run_name": own},
+        }
+        try:
+            with writing("the curves", self.folder / name):
+                tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**every[name])
+                tracker.start()
+                if name != "tensorboard":  # which would open a second run for them
+                    tracker.store_init_configuration(_flat(settings))
+        except EnvironmentProblem:
+            raise
+        except Exception as error:  # each library has its own types
+            fix = f"pip install {name}" if isinstance(error, ImportError) else f"see {name}'s own settings"
+            what = f"{name} cannot be started"
+            raise EnvironmentProblem(
+                explain(what, "--report_to", error, fix=f"{fix}, or another --report_to")
+            ) from error
+        if name in ("wandb", "mlflow") and name not in known:
+            run = tracker.tracker
+            known[name] = run.id if name == "wandb" else run.info.run_id
+            write_json(ids, known)
+        return tracker
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested mappings under names such as ``group/name``."""
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        flat |= {f"{name}/{key}": one for key, one in inner.items()} if inner else {name: value}
+    return {name: value for name, value in flat.items() if value != {}}
 
 
 # ---- example panels --------------------------------------------------------------------------------------------------

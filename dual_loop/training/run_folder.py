@@ -6,7 +6,7 @@
                versions.json    packages, Python, git commit, command line, device
                import_report.json  which weights the run started from: files, layouts, hashes, what was dropped
                metrics.jsonl    one record a logged step
-               tensorboard/     the same as curves
+               tensorboard/     the same as curves; trackers.json: what other trackers call the run
                panels/          step_000123_0.png: image, mask, caption, mask'
                checkpoints/     see dual_loop.checkpoint.store
                summary.json     totals and the evaluation before and after

@@ -142,7 +142,7 @@ class Trainer:
         self.config, self.task, self.ema, self.data = config, task, average, data
         self.accelerator, self.folder, self.report = accelerator, folder, report
         self.gathered = gathered or nullcontext()
-        self.log = MetricsLog(folder.path, folder.writes)
+        self.log = MetricsLog(folder.path, folder.writes, config.train.report_to)
         self.wrapped = wrap_model(accelerator, task)
         self.parameters = trainable_parameters(task.model)
         self.optimizer = build_optimizer(self.parameters, config.train)
@@ -161,7 +161,7 @@ class Trainer:
         progress, total, per_epoch = self.progress, self.total_steps, self.data.steps_per_epoch
         hides_bar = not (self.accelerator.is_main_process and sys.stderr.isatty())
         self.task.train()
-        self.log.open(progress.step)
+        self.log.open(progress.step, asdict(self.config))
         windows = self.open_windows()
         bar = tqdm(total=total, initial=progress.step, unit="step", disable=hides_bar)
         with StopRequest() as stop, bar:
