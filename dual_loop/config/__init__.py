@@ -12,8 +12,6 @@ from dual_loop.config.load import add_trust_flag as add_trust_flag
 from dual_loop.config.load import load_config as load_config
 from dual_loop.config.load import overrides_from as overrides_from
 from dual_loop.config.load import resolve_config_path as resolve_config_path
-from dual_loop.config.schema import GATES as GATES
-from dual_loop.config.schema import LISTENERS as LISTENERS
 from dual_loop.config.schema import SETTINGS as SETTINGS
 from dual_loop.config.schema import Config as Config
 from dual_loop.config.schema import DataConfig as DataConfig
@@ -24,4 +22,6 @@ from dual_loop.config.schema import PolicyConfig as PolicyConfig
 from dual_loop.config.schema import RewardConfig as RewardConfig
 from dual_loop.config.schema import SpeedConfig as SpeedConfig
 from dual_loop.config.schema import TrainConfig as TrainConfig
+from dual_loop.config.words import GATES as GATES
+from dual_loop.config.words import LISTENERS as LISTENERS
 from dual_loop.errors import ConfigError as ConfigError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dual_loop.config.schema import LISTENERS, Config, PolicyConfig, RewardConfig
+from dual_loop.config.schema import Config, PolicyConfig, RewardConfig
+from dual_loop.config.words import LISTENERS
 
 
 def caption_gradient(policy: PolicyConfig, reward: RewardConfig) -> str:

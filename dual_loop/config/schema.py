@@ -16,30 +16,21 @@ from dual_loop.config.retired import REMOVED as REMOVED
 from dual_loop.config.retired import RENAMED as RENAMED
 from dual_loop.config.setting import MOST as MOST
 from dual_loop.config.setting import Setting, flag, setting
-
-GATES = (
-    *("special_token", "prompt_leak", "coordinates", "script", "unprintable", "gibberish"),
-    *("repetition", "truncated", "empty"),
+from dual_loop.config.words import (
+    CAPTION_QUESTIONS,
+    CAPTIONER,
+    EVALUATION,
+    GATES,
+    GROUPS,
+    RUN_FOLDER,
+    SEGMENT_ANSWERS,
+    SEGMENT_QUESTIONS,
+    SEGMENTER,
+    TEMPLATES,
+    TRACKERS,
+    TRAINED,
+    WEIGHTS,
 )
-"""What makes a caption earn nothing; see ``loop.gates``."""
-
-TEMPLATES = ("phi3_chat", "internlm2_chat", "internvl2_5", "qwen_chat")
-CAPTION_QUESTIONS = ("short", "detailed", "refer", "what", "distinct", "any")
-SEGMENT_QUESTIONS = ("segment", "segment_bare", "can_you", "can_you_bare", "respond", "output", "mission", "any")
-SEGMENT_ANSWERS = ("sure", "it_is", "sure_it_is", "result", "bare", "any")
-"""Names in the banks of ``model.prompts``."""
-
-TRAINED = ("lora", "mlp1", "mask_decoder", "text_hidden_fcs")
-GROUPS = (*TRAINED, "new_tokens", "embeddings", "language_model", "vision_tower", "sam2_encoder")
-
-LISTENERS = ("own", "average", "frozen")
-"""Weights of the run itself that ``reward.listener`` may name."""
-
-# Titles of --help.
-WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
-CAPTIONER = "captioner (what the loop teaches step 1)"
-SEGMENTER = "segmenter (what else the loop teaches step 2)"
 
 SHARE: Mapping[str, Any] = {"at_least": 0, "at_most": 1}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dual_loop.config import SETTINGS, Config, load_config
-from dual_loop.config.schema import EVALUATION, RUN_FOLDER
+from dual_loop.config.words import EVALUATION, RUN_FOLDER
 from dual_loop.errors import ConfigError, explain, shorten
 
 WEIGHT_PATHS = ("train.pretrained_pth", "train.model_path", "train.sam2_path", "model.initial_weights")
