@@ -18,8 +18,9 @@ GROUPS = (*TRAINED, "new_tokens", "embeddings", "language_model", "vision_tower"
 LISTENERS = ("own", "average", "frozen")
 """Weights of the run itself that ``reward.listener`` may name."""
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
+
 # Titles of --help.
 WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
 CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"
