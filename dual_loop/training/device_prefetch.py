@@ -12,9 +12,13 @@ leave it idle; on a CPU one image with a few hundred tokens keeps the products b
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -140,6 +144,14 @@ def end_loaders() -> None:
     """Kill the processes that load data; one that is stopped hears nothing else."""
     for process in multiprocessing.active_children():
         process.kill()
+
+
+@atexit.register
+def wake_loaders() -> None:
+    """Let processes that load data and were stopped go on: multiprocessing would wait at exit for them for ever."""
+    for pid in filter(None, (process.pid for process in multiprocessing.active_children())):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def split_window(window: Sequence[Batch], count: int) -> list[Batch]:

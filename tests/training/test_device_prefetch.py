@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,6 +20,7 @@ from dual_loop.types import Batch
 
 from hollow import HollowData, make_trainer
 from small_model import pair_samples, scene_samples, small_batch, small_config
+from warm_python import warm_python
 
 CPU = torch.device("cpu")
 
@@ -143,3 +145,15 @@ def test_panels_read_the_images_of_their_parts(tmp_path: Path) -> None:
     trainer.data.samples = samples  # type: ignore[method-assign]
     trainer.fit()
     assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_a_process_that_is_stopped_does_not_hold_up_the_end() -> None:
+    """multiprocessing ends its processes by a signal that a stopped one does not hear, and waits for them."""
+    program = """
+import multiprocessing, os, signal, time
+import dual_loop.training.device_prefetch
+loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,), daemon=True)
+loader.start()
+os.kill(loader.pid, signal.SIGSTOP)
+"""
+    assert subprocess.run([warm_python(), "-c", program], timeout=30, check=False).returncode == 0
