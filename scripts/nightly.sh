@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# What takes longer than .ci/run may: ten minutes of faults, and five minutes of load on the page.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export DUAL_LOOP_EXTRAS=dev OMP_NUM_THREADS=1
+source scripts/setup_env.sh
+"$PYTHON" scripts/soak.py --minutes 10 --seed "$(date +%Y%m%d)"
+"$PYTHON" scripts/load_page.py --clients 8 --minutes 5
