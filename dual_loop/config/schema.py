@@ -43,9 +43,7 @@ class ModelConfig:
     tokenizer: str | None = setting(None, "tiny (in the package) or a folder; none: --model_path", "DIR")
     vision: Mapping[str, Any] = setting({}, "keyword arguments of transformers' InternVLVisionConfig")
     text: Mapping[str, Any] = setting({}, "keyword arguments of transformers' Qwen2Config")
-    downsample_ratio: float = setting(
-        0.5, "pixel-shuffle factor between patches and image tokens (0.5 in InternVL)", at_least=0.01, at_most=1
-    )
+    downsample_ratio: float = setting(0.5, "of pixels, from patches to image tokens", at_least=0.01, at_most=1)
     sam2: Mapping[str, Any] = setting({}, "image_size, fpn_hidden_size, backbone, mask_decoder; see model.build")
     text_hidden_dim: int | None = setting(None, "width inside text_hidden_fcs; none: the language model's", at_least=1)
     template: str = setting("phi3_chat", "chat template", choices=TEMPLATES)
