@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import sys
 import threading
 import time
@@ -34,12 +35,13 @@ def predictor() -> Predictor:
 def address(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """A server that asks for a password, as ``serve`` starts it, in this process."""
     pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
-    gr, started = import_gradio(), []
+    gr, started, options = import_gradio(), [], {}
     launch = gr.Blocks.launch
 
-    def without_waiting(self, **options):
+    def without_waiting(self, **given):
         started.append(self)
-        return launch(self, **options, prevent_thread_lock=True)
+        options.update(given)
+        return launch(self, **given, prevent_thread_lock=True)
 
     monkeypatch.setattr(gr.Blocks, "launch", without_waiting)
     with demo_app.socket.socket() as probe:
@@ -50,6 +52,7 @@ def address(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     assert started[0]._queue.default_concurrency_limit == predictor.images_at_once
     yield "127.0.0.1", port
     started[0].close()
+    assert options["max_file_size"] == "20mb"
 
 
 def ask(address: tuple[str, int], host: str, path: str = "/", method: str = "GET") -> int:
@@ -103,15 +106,29 @@ def test_names_and_passwords(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    served: list[dict] = []
+    served: list[tuple[str, dict]] = []
     monkeypatch.setattr(demo_app, "import_gradio", lambda: None)
     monkeypatch.setattr(demo_app, "check_port", lambda host, port: None)
-    monkeypatch.setattr(demo_app, "serve", lambda *arguments, **options: served.append(options))
+    monkeypatch.setattr(demo_app, "serve", lambda *arguments, **options: served.append((arguments[1], options)))
     monkeypatch.setattr(
         Predictor, "load", lambda *a, **b: SimpleNamespace(loaded=SimpleNamespace(origin={"path": "x"}))
     )
     assert main(["serve", "--auth", "me:word", "--max_queue", "5", "--allow_host", "a.org", "b.org"]) == 0
-    assert served == [{"auth": ("me", "word"), "max_queue": 5, "allow_host": ["a.org", "b.org"]}]
+    options = {"auth": ("me", "word"), "max_queue": 5, "allow_host": ["a.org", "b.org"]}
+    assert served == [("127.0.0.1", options)], "this machine alone, unless --host says otherwise"
+
+
+def test_what_visitors_send_is_the_servers_own_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
+    at_exit: list[tuple] = []
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    monkeypatch.setattr(demo_app.atexit, "register", lambda run, *paths, **_: at_exit.append((run, *paths)))
+    import_gradio()
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.stat().st_mode & 0o077 == 0
+    [(remove, path)] = at_exit
+    remove(path)
+    assert not folder.exists()
 
 
 def test_uploads_go_when_they_were_read_and_nothing_else_does(
