@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # before the imports below, so that --help answers without torch
     from dual_loop.commands.train import main
@@ -22,7 +24,7 @@ if __name__ == "__main__":  # before the imports below, so that --help answers w
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.commands.train import main as main
-from dual_loop.config import LISTENERS, Config
+from dual_loop.config import FIGURES, LISTENERS, Config
 from dual_loop.config import load_config as load_config
 from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import missing_roots
@@ -88,7 +90,7 @@ def train(config: Config) -> FitResult:
             trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
             before = evaluator.before(trainer.progress.step)
             evaluator.look_at_references(trainer)
-            result = trainer.fit()
+            result = trainer.fit(partial(evaluator.during, trainer) if config.data.eval_dir else None)
             after = evaluator.after(trainer) if result.stopped_by is None else None
             totals, found = trainer.totals(), evaluation_summary(before, after)
             run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
@@ -145,6 +147,12 @@ class Evaluator:
         with nullcontext() if self.run.config.train.eval_weights == "live" else weights(trainer.ema):
             return self._measure("after", self.frozen)
 
+    def during(self, trainer: Trainer) -> dict[str, float | None]:
+        """Return figures of the weights that :meth:`after` would measure now."""
+        step = trainer.progress.step
+        with nullcontext() if self.run.config.train.eval_weights == "live" else weights(trainer.ema):
+            return self._report(f"after step {step}", self._regions())
+
     def look_at_references(self, trainer: Trainer) -> None:
         """Warn, before the first step, where step 1 is to learn from references vaguer than what it writes."""
         run, placed, accelerator = self.run, self.placed, self.run.accelerator
@@ -161,6 +169,33 @@ class Evaluator:
             run.report(warning)
 
     def _measure(self, name: str, frozen: Listener | None) -> list[MeasuredRegion]:
+        """Measure all regions and write them, with panels of a few."""
+        run = self.run
+        results = self._regions(
+            frozen_listener=frozen,
+            independent_listener=self.independent,
+            hears_samples=name == "before",  # what words cost that no training chose: find_flags
+        )
+        rng = capture_rng()
+        with run.accelerator.autocast(), self.placed.gathered or nullcontext():
+            if run.accelerator.is_main_process:
+                with writing("example panels", run.folder.path / "panels"):
+                    save_panels(self._examples(), run.folder.path / "panels", name)
+        restore_rng(rng)
+        figures = self._report(name, results)
+        # Plain values stand in the file.
+        run.folder.write(f"evaluation_{name}", {"figures": figures, "regions": [region.flat() for region in results]})
+        return results
+
+    def _report(self, name: str, results: Sequence[MeasuredRegion]) -> dict[str, float | None]:
+        figures = plain_figures(results)
+        values = {key: figures[key] for key in FIGURES}
+        shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
+        self.run.report(f"Evaluation {name} ({len(results)} regions): {shown}")
+        return figures
+
+    def _regions(self, **listeners: Any) -> list[MeasuredRegion]:
+        """Return all held-out regions, by name, measured over the ranks with the weights that are in place."""
         run, placed, accelerator = self.run, self.placed, self.run.accelerator
         source = held_out_source(run.config)
         own_part = range(accelerator.process_index, len(source), accelerator.num_processes)
@@ -169,32 +204,17 @@ class Evaluator:
         with accelerator.autocast(), placed.gathered or nullcontext():
             samples = (source.load_all(index) for index in own_part)
             model, prompter = placed.model, placed.prompter
-            meter = RegionMeter(
-                *(model, prompter, run.config),
-                frozen_listener=frozen,
-                independent_listener=self.independent,
-                hears_samples=name == "before",  # what words cost that no training chose: find_flags
-            )
+            meter = RegionMeter(model, prompter, run.config, **listeners)
             own = meter.measure(samples, run.config.data.eval_split)
-            if accelerator.is_main_process:
-                with writing("example panels", run.folder.path / "panels"):
-                    save_panels(self._examples(), run.folder.path / "panels", name)
         restore_rng(rng)
-        # Plain values cross the ranks and stand in the file.
         parts = gather_objects(accelerator, [region.flat() for region in own])
         regions = sorted((region for part in parts for region in part), key=lambda region: str(region["name"]))
-        results = [MeasuredRegion.from_flat(region) for region in regions]
-        if not results:
+        if not regions:
             data = run.config.data
             fix = "check data.eval_split and data.eval_datasets, or leave --eval_dir out"
             where, seen = str(data.eval_dir), f"split {data.eval_split}"
             raise ConfigError(explain("the evaluation set holds no region", where, seen, fix=fix))
-        figures = plain_figures(results)
-        run.folder.write(f"evaluation_{name}", {"figures": figures, "regions": regions})
-        values = {key: figures[key] for key in ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")}
-        shown = ", ".join(f"{key}={'-' if value is None else format(value, '.3f')}" for key, value in values.items())
-        run.report(f"Evaluation {name} ({len(results)} regions): {shown}")
-        return results
+        return [MeasuredRegion.from_flat(region) for region in regions]
 
     def _examples(self) -> list[Panel]:
         """Return panels of a few held-out regions, the same ones before and after."""

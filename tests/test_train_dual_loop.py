@@ -143,8 +143,14 @@ def test_images_of_several_tiles_train_measure_and_are_kept(demo: Path, tmp_path
 
 
 def test_evaluation_does_not_change_training(demo: Path, tmp_path: Path) -> None:
-    for name, evaluate in (("with", True), ("without", False)):
-        assert main(_arguments(demo, tmp_path / name, "--max_steps", "2", evaluate=evaluate)) == 0
+    flags = ("--eval_interval", "1", "--keep_best", "gIoU")
+    for name, more in (("with", flags), ("without", ())):
+        assert main(_arguments(demo, tmp_path / name, "--max_steps", "2", *more, evaluate=name == "with")) == 0
+    records = [record for record in _records(tmp_path / "with") if "evaluation" in record]
+    best = max(records, key=lambda record: record["evaluation"]["gIoU"])
+    found = json.loads((tmp_path / "with/summary.json").read_text())
+    assert found["best"] == {"figure": "gIoU", "value": best["evaluation"]["gIoU"], "step": best["step"]}
+    assert found["after"]["gIoU"] == records[-1]["evaluation"]["gIoU"]
     digests = [_digest(tmp_path / name / "checkpoints/step_00000002/model.safetensors") for name in ("with", "without")]
     assert digests[0] == digests[1]
 

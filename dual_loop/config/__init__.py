@@ -21,7 +21,8 @@ from dual_loop.config.schema import ModelConfig as ModelConfig
 from dual_loop.config.schema import PolicyConfig as PolicyConfig
 from dual_loop.config.schema import RewardConfig as RewardConfig
 from dual_loop.config.schema import SpeedConfig as SpeedConfig
-from dual_loop.config.schema import TrainConfig as TrainConfig
+from dual_loop.config.train import TrainConfig as TrainConfig
+from dual_loop.config.words import FIGURES as FIGURES
 from dual_loop.config.words import GATES as GATES
 from dual_loop.config.words import LISTENERS as LISTENERS
 from dual_loop.errors import ConfigError as ConfigError

@@ -193,7 +193,8 @@ def _broken_limits(config: Config) -> Iterator[str]:
     for key, about in SETTINGS.items():
         value, low, high = _value(config, key), about.at_least, about.at_most
         if about.choices:
-            for word in value if isinstance(value, tuple) else (value,):
+            words = value if isinstance(value, tuple) else () if value is None else (value,)
+            for word in words:
                 is_number = low is not None and word.isdecimal() and len(word) < 10 and int(word) >= low
                 if word in about.choices or is_number:
                     continue
@@ -240,6 +241,13 @@ def _contradictions(config: Config) -> Iterator[str]:
     only_contrast = rewards == ["reward.contrast_weight"] and not reward.cycle_weight
     if only_contrast and config.data.regions_per_image < 2:
         yield "reward.contrast_weight: the only reward, and data.regions_per_image is 1; expected 2 or more to compare"
+    train = config.train
+    if (train.eval_strategy != "ends" or train.eval_interval or train.keep_best) and config.data.eval_dir is None:
+        yield "train.eval_strategy, eval_interval, keep_best: nothing to evaluate; expected data.eval_dir"
+    if train.keep_best and train.eval_strategy == "ends" and train.eval_interval is None:
+        yield "train.keep_best: one evaluation is no choice; expected train.eval_interval, or train.eval_strategy epoch"
+    if train.patience and not train.keep_best:
+        yield "train.patience: counts evaluations that are no better; expected train.keep_best, by which figure"
     if policy.caption_gradient.endswith("grpo") and policy.captions_per_region < 2:
         yield "policy.captions_per_region: seen 1, expected at least 2 with grpo: a group of one has no rest"
 

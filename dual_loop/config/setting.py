@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 MOST = 1e9
 """Limit of a number that states none; the lower one is 0 then."""
+SHARE: Mapping[str, Any] = {"at_least": 0, "at_most": 1}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ LISTENERS = ("own", "average", "frozen")
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
 
+FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
+"""Of an evaluation, what is printed and what a best checkpoint can be named by."""
+
 # Titles of --help.
 WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
 CAPTIONER = "captioner (what the loop teaches step 1)"

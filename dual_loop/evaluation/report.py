@@ -21,6 +21,7 @@ from dual_loop.html import Figure, Page, line_chart
 CHARTS: Mapping[str, tuple[str, ...]] = {
     "Losses": ("loss", "mask_loss", "dice_loss", "llm_loss"),
     "IoU in training": ("cycle_iou", "reference_iou", "uniqueness"),
+    "Held-out set": ("evaluation/gIoU", "evaluation/cycle_gIoU"),
     "Who understands the captions": ("own_cycle_iou", "frozen_cycle_iou", "independent_cycle_iou"),
     "Divergence from the start (KL, nats a token)": ("kl",),
     "Language": ("distinct_1", "distinct_2"),

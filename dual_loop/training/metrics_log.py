@@ -250,16 +250,23 @@ class MetricsLog:
 
     def write(self, record: StepRecord) -> None:
         """Append ``record``, and give its numbers to the trackers."""
+        self._append(record.step, record.to_dict())
+
+    def write_evaluation(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Append what was measured on the held-out set after ``step``."""
+        self._append(step, {"step": step, "evaluation": dict(figures)})
+
+    def _append(self, step: int, document: Mapping[str, object]) -> None:
         if self._trackers is None:
             return
-        document, path = record.to_dict(), self.folder / METRICS_NAME
+        path = self.folder / METRICS_NAME
         line = json.dumps(document) + "\n"
         with writing("a record", path, len(line)), path.open("a", encoding="utf-8") as stream:
             stream.write(line)
         numbers = {name: value for name, value in _flat(document).items() if name != "step" and value is not None}
         for tracker in self._trackers:
             with writing("the curves", self.folder / tracker.name):
-                tracker.log(numbers, step=record.step)
+                tracker.log(numbers, step=step)
 
     def close(self) -> None:
         for tracker in self._trackers or ():

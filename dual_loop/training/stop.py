@@ -19,10 +19,14 @@ class StopRequest:
     """Remembers that SIGINT, SIGTERM or SIGUSR1 came, so that the trainer can finish its step, save and leave.
 
     ``signal_name`` is None as long as none has come. A second one, more than a moment later, ends the process at once.
+
+    Args:
+        minutes: after which it is time to stop without a signal; None: never.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
         self.signal_name: str | None = None
+        self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         self._time = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -34,6 +38,11 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is time to stop; None where it is not."""
+        return self.signal_name or ("max_time" if time.monotonic() > self._deadline else None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is None:

@@ -86,6 +86,7 @@ class Totals:
         world_size: ranks. effective_batch: images of a step, over all ranks.
         sources: samples consumed, by source. counters: of the loop and of skipped samples.
         peak_memory_mb: MiB, of the rank that used most.
+        best: figure, value and step of ``checkpoints/best``; None without ``train.keep_best``.
     """
 
     steps: int
@@ -95,6 +96,7 @@ class Totals:
     sources: dict[str, int]
     counters: dict[str, int]
     peak_memory_mb: float
+    best: dict[str, str | float] | None
 
 
 @dataclass
@@ -106,12 +108,16 @@ class Progress:
         seconds: spent in optimiser steps, over all starts of the run.
         samples: samples consumed by source, over all ranks.
         counters: cumulative counters of the loop.
+        best, best_step: of the evaluations so far, by ``train.keep_best``. worse: evaluations since then.
     """
 
     step: int = 0
     seconds: float = 0.0
     samples: dict[str, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
 
 
 class Trainer:
@@ -154,8 +160,13 @@ class Trainer:
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
-    def fit(self) -> FitResult:
-        """Train to the end, or until a signal; write a checkpoint at the end in both cases."""
+    def fit(self, evaluate: Callable[[], Mapping[str, float | None]] | None = None) -> FitResult:
+        """Train to the end, or until a signal or ``train.max_time``; write a checkpoint at the end in all cases.
+
+        Args:
+            evaluate: measures the held-out set when ``train.eval_strategy`` says so, on all ranks, and returns figures;
+                with ``train.patience`` training ends where they are no longer better.
+        """
         from tqdm import tqdm
 
         progress, total, per_epoch = self.progress, self.total_steps, self.data.steps_per_epoch
@@ -164,7 +175,7 @@ class Trainer:
         self.log.open(progress.step, asdict(self.config))
         windows = self.open_windows()
         bar = tqdm(total=total, initial=progress.step, unit="step", disable=hides_bar)
-        with StopRequest() as stop, bar:
+        with StopRequest(self.config.train.max_time) as stop, bar:
             if self._rng is not None:
                 restore_rng(self._rng)
             while progress.step < total:
@@ -175,12 +186,16 @@ class Trainer:
                 bar.update(1)
                 if is_stopping:
                     break
-                if progress.step % self.config.train.save_interval == 0:
-                    self.save()
+                is_best = evaluate is not None and self._is_evaluated() and self._is_best(evaluate())
+                if is_best or progress.step % self.config.train.save_interval == 0:
+                    self.save(is_best)
+                if progress.worse == self.config.train.patience:
+                    self.report(f"No better {self.config.train.keep_best} since step {progress.best_step}")
+                    total = progress.step
             saved = self._saved[1] if self._saved and self._saved[0] == progress.step else self.save()
         self.log.close()
-        stopped_by = (stop.signal_name or "a signal on another rank") if progress.step < total else None
-        return FitResult(progress.step, stopped_by, saved, stop.signal_name is not None)
+        stopped_by = (stop.reason or "a signal on another rank") if progress.step < total else None
+        return FitResult(progress.step, stopped_by, saved, stop.reason is not None)
 
     def open_windows(self) -> DevicePrefetch:
         """Start the loader at the next step."""
@@ -247,7 +262,7 @@ class Trainer:
         timer.end("optimiser")
 
         # ---- log
-        sums = {STOP: float(stop.signal_name is not None), **norms}
+        sums = {STOP: float(stop.reason is not None), **norms}
         for rows, logits, values in zip(packed, masks, terms, strict=True):
             add_into(sums, values, TERM)
             add_into(sums, step_metrics(rows, logits))
@@ -301,6 +316,8 @@ class Trainer:
         """Return what the run took; every rank must call this."""
         own = peak_memory_mb(self.accelerator.device)
         train, world_size = self.config.train, self.accelerator.num_processes
+        value, step = self.progress.best, self.progress.best_step
+        best: dict[str, str | float] = {"figure": train.keep_best or "", "value": value or 0.0, "step": step}
         return Totals(
             steps=self.progress.step,
             seconds=round(self.progress.seconds, 3),
@@ -308,8 +325,29 @@ class Trainer:
             effective_batch=train.batch_size * train.gradient_accumulation_steps * world_size,
             sources=dict(self.progress.samples),
             counters=self.counters(),
+            best=None if value is None else best,
             peak_memory_mb=round(max(gather_objects(self.accelerator, own)), 1),
         )
+
+    # ---- evaluations on the way --------------------------------------------------------------------------------------
+
+    def _is_evaluated(self) -> bool:
+        train, step = self.config.train, self.progress.step
+        every = train.eval_interval or (train.save_interval if train.eval_strategy == "steps" else None)
+        if train.eval_strategy == "epoch" and step % self.data.steps_per_epoch == 0:
+            return True
+        return every is not None and step % every == 0
+
+    def _is_best(self, figures: Mapping[str, float | None]) -> bool:
+        """Record an evaluation; return whether its figure is the best so far."""
+        progress, name = self.progress, self.config.train.keep_best
+        self.log.write_evaluation(progress.step, figures)
+        value = figures[name] if name is not None else None
+        if value is not None and (progress.best is None or value > progress.best):
+            progress.best, progress.best_step, progress.worse = value, progress.step, 0
+            return True
+        progress.worse += name is not None
+        return False
 
     def _save_panels(
         self, window: Sequence[Batch], packed: Sequence[PackedBatch], masks: Sequence[torch.Tensor]
@@ -334,8 +372,8 @@ class Trainer:
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save(self) -> str:
-        """Write a checkpoint of the current step; every rank must call this."""
+    def save(self, is_best: bool = False) -> str:
+        """Write a checkpoint of the current step, which ``checkpoints/best`` then names; every rank must call this."""
         step = self.progress.step
         ranks.note(f"saves step {step}")
         path = save_run_checkpoint(
@@ -356,6 +394,12 @@ class Trainer:
             barrier=self.accelerator.wait_for_everyone,
             keep=self.config.train.keep_checkpoints,
         )
+        if is_best and self.accelerator.is_main_process:
+            with writing("the link to the best checkpoint", path.parent):
+                link = path.with_name(".best")
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+                link.replace(path.with_name("best"))
         self._saved = (step, str(path))
         return str(path)
 

@@ -171,6 +171,7 @@ def make_trainer(
     task: HollowTask | None = None,
     lines: list[str] | None = None,
     images_at_once: str = "all",
+    eval_dir: str | None = None,
     **train: Any,
 ) -> Trainer:
     """Build a trainer of hollow parts; ``train`` are settings of ``TrainConfig``."""
@@ -179,7 +180,7 @@ def make_trainer(
         **{"max_steps": 4, "learning_rate": 0.05, "log_interval": 1, "save_interval": 100, "panel_interval": 100},
         **train,
     }
-    others = {"model.dtype": "float32", "speed.images_at_once": images_at_once}
+    others = {"model.dtype": "float32", "speed.images_at_once": images_at_once, "data.eval_dir": eval_dir}
     config = load_config(None, {f"train.{key}": value for key, value in settings.items()} | others)
     AcceleratorState._reset_state()
     PartialState._reset_state()

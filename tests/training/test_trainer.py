@@ -347,3 +347,54 @@ def test_out_of_memory_says_which_flags_to_change(error: Exception) -> None:
 def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shape"), memory_errors_explained("step 3"):
         raise RuntimeError("shape")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"eval_interval": 2}, [2, 4, 6, 8]),
+        ({"eval_strategy": "steps", "save_interval": 3}, [3, 6, 9]),
+        ({"eval_strategy": "epoch"}, [4, 8]),
+        ({}, []),
+    ],
+)
+def test_the_held_out_set_is_measured_when_it_was_asked_for(
+    tmp_path: Path, settings: dict[str, Any], expected: list[int]
+) -> None:
+    trainer = make_trainer(tmp_path, eval_dir="held_out", max_steps=9, **settings)
+    seen: list[int] = []
+
+    def evaluate() -> dict[str, float | None]:
+        seen.append(trainer.progress.step)
+        return {"gIoU": 0.5, "cycle_gIoU": None}
+
+    trainer.fit(evaluate)
+    assert seen == expected
+    evaluations = {record["step"]: record["evaluation"] for record in _records(tmp_path) if "evaluation" in record}
+    assert evaluations == {step: {"gIoU": 0.5, "cycle_gIoU": None} for step in expected}
+
+
+def test_the_best_checkpoint_is_kept_and_training_ends_where_nothing_gets_better(tmp_path: Path) -> None:
+    figures = {2: 0.5, 4: None, 6: 0.7, 8: 0.7, 10: 0.6, 12: 0.1, 14: 0.9}
+    lines: list[str] = []
+
+    def make(last: int, **more: str) -> Trainer:
+        own = {"eval_interval": 2, "keep_best": "gIoU", "patience": 3, "keep_checkpoints": 1}
+        return make_trainer(tmp_path, lines=lines, eval_dir="held_out", max_steps=last, **own, **more)
+
+    trainer = make(9)
+    trainer.fit(lambda: {"gIoU": figures[trainer.progress.step]})
+    assert (tmp_path / "checkpoints/best").resolve().name == "step_00000006"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", "step_00000006", "step_00000009"}
+    resumed = make(20, resume="auto")
+    assert resumed.restore(tmp_path / "checkpoints/step_00000009")
+    result = resumed.fit(lambda: {"gIoU": figures[resumed.progress.step]})
+    assert (result.step, result.stopped_by) == (12, None)
+    assert lines[-1] == "No better gIoU since step 6"
+    assert (tmp_path / "checkpoints/best").resolve().name == "step_00000006"
+
+
+def test_a_run_leaves_when_its_time_is_over(tmp_path: Path) -> None:
+    result = make_trainer(tmp_path, max_steps=50, max_time=0.0).fit()
+    assert (result.step, result.stopped_by, result.is_own_signal) == (1, "max_time", True)
+    assert Path(result.checkpoint).name == "step_00000001"
