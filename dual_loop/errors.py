@@ -131,6 +131,13 @@ def explain(what: str, where: str = "", seen: object = None, expected: object = 
     return printable("; ".join(parts))
 
 
+def bad_sample(
+    reason: str, what: str, where: str = "", seen: object = None, expected: object = None, fix: str = ""
+) -> SampleError:
+    """Return the error of a sample that cannot be used, with a message of :func:`explain`."""
+    return SampleError(reason, explain(what, where, seen, expected, fix))
+
+
 def printable(text: str) -> str:
     """Return ``text`` with lone surrogates escaped, which no encoding has: ``\\ud800``."""
     return text.encode("utf-8", "backslashreplace").decode()

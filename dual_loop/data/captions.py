@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dual_loop.errors import SampleError, explain, printable, shorten
+from dual_loop.errors import bad_sample, printable, shorten
 
 MARKERS = (
     *("<img>", "</img>", "<IMG_CONTEXT>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>"),
@@ -23,8 +23,8 @@ def check_captions(texts: Iterable[str], where: str) -> None:
         check_text(text, where)
         if not is_plain(text):
             marker = next(marker for marker in MARKERS if marker in text or marker in text.lower())
-            message = explain("a caption holds a special token", where, f"{marker} in {shorten(text)}", "plain text")
-            raise SampleError("special_token", f"{message}; to do: take it out of the caption")
+            seen, fix = f"{marker} in {shorten(text)}", "take it out of the caption"
+            raise bad_sample("special_token", "a caption holds a special token", where, seen, "plain text", fix)
 
 
 def check_text(text: str, where: str) -> None:
@@ -34,8 +34,7 @@ def check_text(text: str, where: str) -> None:
         SampleError: ``broken_text``.
     """
     if not text.isprintable() and printable(text) != text:
-        message = explain("a caption holds half a character", where, shorten(text), "text", "mend the caption")
-        raise SampleError("broken_text", message)
+        raise bad_sample("broken_text", "a caption holds half a character", where, shorten(text), fix="mend it")
 
 
 def is_plain(text: str) -> bool:

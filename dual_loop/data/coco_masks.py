@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from dual_loop.data.limits import check_pixels
-from dual_loop.errors import SampleError, explain, shorten
+from dual_loop.errors import SampleError, bad_sample, explain, shorten
 
 MAX_OUTLINE = 2_000_000
 """Longest outline of an object in pixels: pycocotools makes five points of 20 bytes of each pixel of it."""
@@ -43,8 +43,7 @@ def mend_polygons(segmentation: object, where: str) -> object:
     kept = [piece.tolist() for piece in pieces if piece.size >= 6]
     if kept and max(map(max, kept)) <= 1:
         fix = "multiply x by the width and y by the height"
-        message = explain("a polygon is in parts of the image", where, shorten(kept[0]), "pixels", fix)
-        raise SampleError("bad_polygon", message)
+        raise bad_sample("bad_polygon", "a polygon is in parts of the image", where, shorten(kept[0]), "pixels", fix)
     return kept or segmentation
 
 
@@ -54,9 +53,8 @@ def decode_polygons(segmentation: object, height: int, width: int, where: str, s
     They have at least 3 points each, finite, near the image: pycocotools takes four numbers for a box and walks along
     every edge, so both a short polygon and a point that is millions of pixels away have to be stopped here.
 
-    They are united. ``summed`` adds them up, as some evaluation code does. The sum is 2 where they overlap, and COCO's
-    encoder starts a new run at every change of value, so inside and outside are exchanged between such runs. Published
-    Sa2VA and LISA figures were counted against these masks.
+    They are united. ``summed`` adds them up, which exchanges inside and outside where they overlap: published Sa2VA and
+    LISA figures were counted against these masks.
 
     Raises:
         SampleError: ``bad_polygon``, ``too_large``.
@@ -64,7 +62,7 @@ def decode_polygons(segmentation: object, height: int, width: int, where: str, s
     check_pixels(height, width, where)
 
     def bad(what: str, seen: str, expected: str) -> SampleError:
-        return SampleError("bad_polygon", explain(what, where, seen, expected, "leave this annotation out or mend it"))
+        return bad_sample("bad_polygon", what, where, seen, expected, "leave this annotation out or mend it")
 
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, (str, bytes)) or not segmentation:
         raise bad("a segmentation is unknown", shorten(segmentation), "polygons or a run-length code")

@@ -28,20 +28,13 @@ class DualLoopDataset(Dataset[Batch]):
     """All sources as one map-style data set over :class:`DrawKey`; what a key gives depends on nothing else.
 
     Args:
-        sources: the readers.
         stream: the draws over these sources; it also says what replaces a bad sample.
-        geometry: sizes of the model.
         seed: of the random choices inside samples.
         decode_scale: ``full``, or ``needed``: JPEGs are decoded at a smaller scale where the model needs no more.
     """
 
     def __init__(
-        self,
-        sources: Sequence[Reader],
-        stream: DrawStream,
-        geometry: Geometry,
-        seed: int,
-        decode_scale: str = "full",
+        self, sources: Sequence[Reader], stream: DrawStream, geometry: Geometry, seed: int, decode_scale: str = "full"
     ) -> None:
         self.sources = tuple(sources)
         for source in self.sources:
@@ -90,11 +83,10 @@ class DualLoopDataset(Dataset[Batch]):
                 prepared.skipped = skipped
                 return sample, prepared
         reasons = Counter(skip.reason for skip in skipped)
-        what = f"{num_tries} samples in a row cannot be used"
-        where = f"{source.name}/{skipped[0].sample_id} and what follows"
+        what, where = f"{num_tries} samples in a row cannot be used", f"{source.name}/{skipped[0].sample_id} and on"
         seen = ", ".join(f"{reason} x {count}" for reason, count in reasons.most_common())
         fix = f"mend the data set or leave it out; the last one: {skipped[-1].message}"
-        raise TooManyBadSamples(explain(what, where, seen, "a good sample", fix))
+        raise TooManyBadSamples(explain(what, where, seen, fix=fix))
 
 
 class SkipLedger:
@@ -122,19 +114,17 @@ class SkipLedger:
         """
         self._good.update(consumed)
         for skip in skipped:
-            if skip.region_id is not None:
-                self._regions[skip.source, skip.reason] += 1
-                name = f"{skip.source}/{skip.sample_id}#{skip.region_id}"
-                if name not in self._distinct_regions:
-                    self._distinct_regions.add(name)
-                    logger.warning("Warning: passed over a region %s (%s): %s", name, skip.reason, skip.message)
-                continue
-            self._events[skip.source, skip.reason] += 1
-            known = self._distinct.setdefault(skip.source, set())
-            if skip.sample_id not in known:
-                known.add(skip.sample_id)
-                name = f"{skip.source}/{skip.sample_id}"
-                logger.warning("Warning: skipped %s (%s): %s", name, skip.reason, skip.message)
+            if skip.region_id is None:
+                events, known = self._events, self._distinct.setdefault(skip.source, set())
+                done, name, own = "skipped", f"{skip.source}/{skip.sample_id}", skip.sample_id
+            else:
+                events, known = self._regions, self._distinct_regions
+                done, own = "passed over a region", f"{skip.source}/{skip.sample_id}#{skip.region_id}"
+                name = own
+            events[skip.source, skip.reason] += 1
+            if own not in known:
+                known.add(own)
+                logger.warning("Warning: %s %s (%s): %s", done, name, skip.reason, skip.message)
         for source in sorted(self._distinct):
             reasons = {reason: count for (name, reason), count in sorted(self._events.items()) if name == source}
             num_bad = sum(reasons.values())
@@ -151,15 +141,13 @@ class SkipLedger:
 
         The same of ``data/bad_regions`` where there were any.
         """
-        num_distinct = sum(len(ids) for ids in self._distinct.values())
-        counters = {"data/bad_samples": self._events.total(), "data/bad_samples_distinct": num_distinct}
-        for (source, reason), count in sorted(self._events.items()):
-            counters[f"data/bad_samples/{source}/{reason}"] = count
+        num_distinct, counters = sum(map(len, self._distinct.values())), dict[str, int]()
+        tallies = [("data/bad_samples", self._events, num_distinct)]
         if self._regions:
-            counters["data/bad_regions"] = self._regions.total()
-            counters["data/bad_regions_distinct"] = len(self._distinct_regions)
-        for (source, reason), count in sorted(self._regions.items()):
-            counters[f"data/bad_regions/{source}/{reason}"] = count
+            tallies.append(("data/bad_regions", self._regions, len(self._distinct_regions)))
+        for label, events, num_different in tallies:
+            counters |= {label: events.total(), f"{label}_distinct": num_different}
+            counters |= {f"{label}/{source}/{reason}": count for (source, reason), count in sorted(events.items())}
         return counters
 
     def state_dict(self) -> dict[str, object]:

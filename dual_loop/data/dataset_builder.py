@@ -5,7 +5,7 @@
     sampler = WindowedBatchSampler(dataset.stream, batch_size, world_size, rank, accumulation)
     for batch in build_loader(dataset, sampler, num_workers=2): ...
 
-A bad sample is never silent: the next entry of the same source takes its place by a fixed rule, the batch carries a
+The next entry of the same source takes the place of a bad sample by a fixed rule, the batch carries a
 :class:`SkippedSample` with the reason, and ``dataset.SkipLedger`` counts, logs and, past a set fraction, stops.
 """
 
@@ -16,7 +16,6 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def build_sources(data: DataConfig) -> list[Reader]:
     Raises:
         ConfigError: no directory is given, or some of them cannot be used; the message lists all of these.
     """
-    # All folders are looked at before any is read: listing a large one can take minutes.
+    # All folders are looked at first: listing a large one can take minutes.
     problems, sources = missing_roots(data), list[Reader]()
     for name in given_roots(data) if not problems else ():
         try:
@@ -100,11 +99,7 @@ def has_root(name: str, path: str) -> bool:
 
 
 def open_source(name: str, data: DataConfig) -> Reader:
-    """Open the one data set called ``name``, whose directory is given.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
+    """Open the one data set called ``name``, whose directory is given; ConfigError where it cannot be used."""
     use_limits(data)
     prefix = SETTING_PREFIX[name]
     path = getattr(data, f"{prefix}_dir")
@@ -138,12 +133,10 @@ def _open_sav(root: str, data: DataConfig) -> Reader:
     try:
         return SavVideos(*arguments, data.index_dir, data.sav_frames)
     except ConfigError as error:
-        found = next(
-            chain.from_iterable(Path(root).expanduser().glob(f"{up}JPEGImages_24fps") for up in ("", "*/")), None
-        )
-        if found is not None:
+        folder = Path(root).expanduser()
+        if any(folder.glob("JPEGImages_24fps")) or any(folder.glob("*/JPEGImages_24fps")):
             what, expected = "the val and test sets of SA-V are not read: they evaluate tracking", "videos of sav_train"
-            raise ConfigError(explain(what, str(root), f"a folder {found.name}", expected, "leave it out")) from None
+            raise ConfigError(explain(what, root, "a folder JPEGImages_24fps", expected, "leave it out")) from None
         raise no_pairs or error from None
 
 
@@ -189,9 +182,12 @@ def check_costs() -> list[str]:
 
 def left_out_of(sources: Sequence[Reader]) -> list[tuple[str, str]]:
     """Return for each source that leaves something out its name, and what and how many."""
-    counts = [(one.name, getattr(one, "left_out", {})) for one in sources]  # a user's own source need not be a Reader
-    texts = [(name, ", ".join(f"{count:,} {what}" for what, count in own.items() if count)) for name, own in counts]
-    return [(name, text) for name, text in texts if text]
+    found = []
+    for source in sources:
+        counts = getattr(source, "left_out", {})  # a user's own source need not be a Reader
+        text = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        found += [(source.name, text)] if text else []
+    return found
 
 
 def build_dataset(config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None) -> DualLoopDataset:
@@ -220,11 +216,8 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Return an endless loader of batches in the sampler's order, whatever the number of workers.
 
-    Args:
-        num_workers: processes that read; 0 reads in this one.
-        pin_memory: copy batches into pinned memory, for faster transfer to a GPU.
-        seed: of the workers' global generators, which nothing here uses. Without it the loader would draw from
-            torch's global generator, and a resumed run would differ from a straight one.
+    ``seed`` is of the workers' global generators, which nothing here uses. Without it the loader would draw from
+    torch's global generator, and a resumed run would differ from a straight one.
     """
     return DataLoader(
         dataset,
@@ -241,10 +234,9 @@ def build_loader(
 def prepare_worker(worker_id: int, limits: DataConfig) -> None:
     """Set up a loader worker: the main process's limits, one thread, no end by a signal to the whole group.
 
-    The terminal and SLURM send SIGINT and SIGTERM to everybody. The main process handles them: it finishes its step,
-    saves, and then ends its workers; a worker that died first would turn a clean stop into a crash. SIGTERM from the
-    main process itself does end a worker: Python and torch need that where a loader was not shut down in order.
-    Workers whose main process is gone end by themselves.
+    The terminal and SLURM send SIGINT and SIGTERM to everybody, and the main process saves on them; a worker that died
+    first would turn a clean stop into a crash. SIGTERM from the main process itself does end a worker: Python and torch
+    need that where a loader was not shut down in order.
     """
     use_limits(limits)
     torch.set_num_threads(1)

@@ -1,13 +1,8 @@
-"""Image files: photographs as RGB, in full or at the scale that is needed, and masks that are stored as images.
-
-Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``missing_file``, ``truncated_file``,
-``not_an_image``, ``too_large``.
-"""
+"""Image files: photographs as RGB, in full or at the scale that is needed, and masks that are stored as images."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dual_loop.data.limits import RefusedFile, check_file, check_pixels, max_pixels
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import SampleError, bad_sample
 from dual_loop.types import NeededSize
 
 try:
@@ -69,8 +64,7 @@ def read_picture(
 
     Args:
         source: the file, or its contents.
-        apply_exif: turn the image as its EXIF orientation says. The masks of a data set decide: COCO's are drawn on
-            the stored pixels.
+        apply_exif: turn the image as its EXIF orientation says.
         where: names it in messages; None takes the path.
         needed: from (H, W) to the size that is needed of such an image. A JPEG is then decoded at the smallest of
             1/1, 1/2, 1/4 and 1/8 that still has that size, unless ``apply_exif``: a turned image is decoded in full.
@@ -127,8 +121,7 @@ def to_rgb(image: Image.Image, path: str) -> np.ndarray:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "F":
-        message = explain("a float image has no known scale", str(path), "mode F", "8 or 16 bits", "convert it")
-        raise SampleError("not_an_image", message)
+        raise bad_sample("not_an_image", "a float image has no known scale", path, "mode F", "8 or 16 bits")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
 
 
@@ -160,14 +153,10 @@ def decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[Image.Image
     """Give the opened image of ``source`` to be decoded; its size is known and within the limits, no pixel is read.
 
     What Pillow raises about it, inside as well, becomes a SampleError; ``path`` names the image there.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``too_large``.
     """
-    fix = "check the data set's folder, or leave this sample out of the index"
     try:
-        if not isinstance(source, io.BytesIO):
-            check_file(source)
+        if not (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else check_file(source)):
+            raise OSError("it is empty")
         image: Image.Image = Image.open(source)
         check_pixels(image.height, image.width, path)
         if image.format not in FORMATS:
@@ -176,20 +165,13 @@ def decoding(source: str | Path | io.BytesIO, path: str) -> Iterator[Image.Image
     except SampleError:
         raise
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("an image file is missing", path, fix=fix)) from error
+        raise bad_sample("missing_file", "an image file is missing", path, fix="copy it to its place") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         expected = f"at most {max_pixels():,} pixels (data.max_pixels)"
-        raise SampleError("too_large", explain("an image is too large", path, str(error), expected, fix)) from error
+        raise bad_sample("too_large", "an image is too large", path, str(error), expected) from error
     except Exception as error:  # damaged files raise nearly anything, depending on the format and on the place
-        if isinstance(error, (UnidentifiedImageError, RefusedFile)) and not _is_empty(source):
-            message = explain("a file is not a usable image", path, str(error), "JPEG, PNG or another image", fix)
-            raise SampleError("not_an_image", message) from error
+        if isinstance(error, (UnidentifiedImageError, RefusedFile)):
+            expected = "JPEG, PNG or another image"
+            raise bad_sample("not_an_image", "a file is not a usable image", path, str(error), expected) from error
         fix = "download or copy the file again"
-        message = explain("an image file is damaged", path, error, "a complete file", fix)
-        raise SampleError("truncated_file", message) from error
-
-
-def _is_empty(source: str | Path | io.BytesIO) -> bool:
-    if isinstance(source, io.BytesIO):
-        return not source.getbuffer().nbytes
-    return os.path.isfile(source) and not os.path.getsize(source)
+        raise bad_sample("truncated_file", "an image file is damaged", path, error, "a complete file", fix) from error

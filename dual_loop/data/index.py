@@ -3,11 +3,9 @@
 An index is a dict of numpy arrays in one file (:mod:`~dual_loop.data.index_file`): a second start asks for a few
 folder times, lists nothing and reads nothing but what it uses.
 
-A long build goes in parts: in parallel, with a progress bar, and resumable. A part is what one call of a function
-reads: an archive, or some folders of a tree. A finished part is stored at once beside the index, in
-``<index>.partial/``; a build that was killed goes on from there. A stored part is used only while the paths that it
-watches (:func:`~dual_loop.data.index_file.watch_files`) are unchanged. :func:`load_or_build` removes the folder once
-the whole index is stored. :mod:`~dual_loop.data.sa1b` shows the whole of it.
+A long build goes in parts (an archive, or some folders of a tree), several at once. A finished part is stored beside
+the index, in ``<index>.partial/``, so that a build that was killed goes on from there; :func:`load_or_build` removes
+this folder. :mod:`~dual_loop.data.sa1b` shows the whole of it.
 """
 
 from __future__ import annotations
@@ -72,16 +70,15 @@ def load_or_build(
 ) -> dict[str, np.ndarray]:
     """Return the stored index for ``key``, or build and store it.
 
-    Several processes may do this at once without a lock: each writes a file of its own and moves it into place, which
-    is atomic, and all of them write the same. The arrays are memory-mapped and read-only, so that any number of
-    processes share one copy; a process that gets them by pickle opens the file itself.
+    Several processes may do this at once: all write the same, and move it into place. The arrays are memory-mapped and
+    read-only, so that processes share one copy.
 
     Args:
         index_dir: folder of the indexes; None takes that of :func:`index_folder`. Where it cannot be written, the index
             is built in memory, with one warning.
         key: reader, absolute root and options, as JSON holds them; the file's name is a hash of it.
-        build: makes the arrays; include those of :func:`list_tree` or :func:`watch_files` in them. An index without
-            watched paths never becomes stale.
+        build: makes the arrays, with those of :func:`list_tree` or :func:`watch_files`, without which an index never
+            becomes stale.
     """
     path, text = index_path(index_dir, key)
     started = time.monotonic()
@@ -138,18 +135,15 @@ def build_in_parts(
 ) -> list[Arrays]:
     """Return what ``build_part`` returns for each part, in the order of ``parts``; stored parts are not built again.
 
-    Several processes may build the same index at once: each takes over the parts that another has finished.
-
     Args:
         parts: names of the parts, each once; all that ``build_part`` needs to know beside its own constants.
-        build_part: makes the arrays of a part; include the watched paths. For processes it must be a function at
-            the top of a module, or a ``functools.partial`` of one.
+        build_part: makes the arrays of a part, with the watched paths. For processes it must be a function at the top
+            of a module, or a ``functools.partial`` of one.
         index_dir, key: those given to :func:`load_or_build`. A folder that cannot be written leaves parts in memory.
-        workers: how many parts are built at once. None takes one until :data:`PATIENCE` is over, then one a core
-            (shared by the ranks of a machine, at most :data:`MAX_WORKERS`). A loader worker always takes one.
+        workers: how many parts are built at once. None takes one until :data:`PATIENCE` is over, then
+            :func:`default_workers`. A loader worker always takes one.
         threads: build in threads, for work that waits for the file system; else in spawned processes.
-        describe: text before the progress bar, which is shown on a terminal by the first process of a run.
-        count: number of entries in the arrays of a part, for the bar.
+        describe, count: text before the progress bar; from the arrays of a part to its number of entries.
 
     Raises:
         ValueError: a part is there twice, or ``workers`` is below 1.
@@ -231,11 +225,7 @@ def _built_parts(
     wanted = min(wanted, len(pending))
     # A forked child of a process that has threads (torch, CUDA) may hang; a spawned one starts clean.
     spawn = multiprocessing.get_context("spawn")
-    pool = (
-        ThreadPoolExecutor(wanted)
-        if threads
-        else ProcessPoolExecutor(wanted, spawn, initializer=use_limits, initargs=(limits_in_use(),))
-    )
+    pool = ThreadPoolExecutor(wanted) if threads else ProcessPoolExecutor(wanted, spawn, use_limits, (limits_in_use(),))
     try:
         futures = {pool.submit(_make_part, build_part, part, *places[part]): part for part in reversed(pending)}
         for future in as_completed(futures):
@@ -275,12 +265,11 @@ def list_tree(
 ) -> tuple[list[str], Arrays]:
     """List the files below ``root``; a wide tree in parts (:func:`build_in_parts`), by threads, as listing waits.
 
-    No file is asked for its state, so a folder of a million files is one listing.
+    No file is asked for its state, so a folder of a million files is one listing. Links to folders are followed, each
+    folder once. Names that begin with a dot are left out (macOS writes a ``._x.jpg`` beside ``x.jpg``).
 
     Args:
-        root: links to folders below it are followed, each folder once.
-        suffixes: lower-case endings of the wanted files, with the dot. Names that begin with a dot are left out
-            (macOS writes a ``._x.jpg`` beside ``x.jpg``).
+        suffixes: lower-case endings of the wanted files, with the dot.
         index_dir, key: those given to :func:`load_or_build`, so that a listing that was killed goes on.
 
     Returns:
@@ -308,7 +297,7 @@ def list_tree(
         highest.setdefault(folder.identity, folder)
     folders = list(highest.values())
     files = sorted(file for folder in folders for file in folder.files)
-    return files, watched_arrays([folder.watched(root) for folder in folders[:MAX_WATCHED]])
+    return files, _watched(root, folders[:MAX_WATCHED])
 
 
 class _Folder(NamedTuple):
@@ -319,18 +308,15 @@ class _Folder(NamedTuple):
     modified: int
     files: list[str]
 
-    def watched(self, root: Path) -> tuple[str, int, int]:
-        return str(root / self.name), self.modified, ANY_SIZE
+
+def _watched(root: Path, folders: Sequence[_Folder]) -> Arrays:
+    return watched_arrays([(str(root / folder.name), folder.modified, ANY_SIZE) for folder in folders])
 
 
 def _walk(
     root: Path, pending: list[str], suffixes: tuple[str, ...], seen: set[tuple[int, int]], limit: int | None = None
 ) -> tuple[list[_Folder], list[str]]:
-    """List folders that are not in ``seen``, level by level, until a level has ``limit``; return that level too.
-
-    Raises:
-        ConfigError: a folder cannot be listed.
-    """
+    """List folders that are not in ``seen``, level by level, until a level has ``limit``; return that level too."""
     found: list[_Folder] = []
     while pending and (limit is None or len(pending) < limit):
         below: list[str] = []
@@ -369,7 +355,7 @@ def _list_group(root: str, seen: frozenset[tuple[int, int]], part: str) -> Array
         **StringTable.from_strings(file for folder in found for file in folder.files).to_arrays("file"),
         "identities": np.array([folder.identity for folder in found], np.uint64).reshape(-1, 2),
         "num_files": np.array([len(folder.files) for folder in found], np.int64),
-        **watched_arrays([folder.watched(Path(root)) for folder in found]),
+        **_watched(Path(root), found),
     }
 
 

@@ -1,14 +1,12 @@
 """Stored arrays of an index: one safetensors file, opened memory-mapped, and the paths whose change makes it stale.
 
 A file holds a dict of numpy arrays and a key in its metadata. It is written under a name of its own and moved into
-place, which is atomic: several processes may write the same file without a lock, and whoever has the old one open
-keeps it. Opening reads the header alone (https://github.com/huggingface/safetensors, "Format"); a page of an array
-is read when it is used, and all processes of a machine share it. A header that does not fit the file, so also a file
-that was cut off, counts as no file. Damage inside the arrays is not looked for: that would read them whole.
+place: several processes may write the same file without a lock, and whoever has the old one open keeps it. Opening
+reads the header alone (https://github.com/huggingface/safetensors, "Format"). A header that does not fit the file, so
+also a file that was cut off, counts as no file. Damage inside the arrays is not looked for.
 
 Some arrays (``watched_*``) hold the folders and files that an index was made from with their modification times; a
-stored index is used only while all of them are unchanged (adding, removing or renaming a file changes the time of its
-folder). Files that an index holds something of are watched themselves, as they may be overwritten in place.
+stored index is used only while all of them are unchanged.
 """
 
 from __future__ import annotations
@@ -71,8 +69,7 @@ def watch_files(paths: Iterable[Path], any_size: bool = False) -> dict[str, np.n
     ``any_size``: they are folders, of which only the time counts.
     """
     states = [(str(path), path.stat()) for path in paths]
-    sizes = [ANY_SIZE if any_size else state.st_size for _, state in states]
-    return watched_arrays([(path, state.st_mtime_ns, size) for (path, state), size in zip(states, sizes, strict=True)])
+    return watched_arrays([(path, s.st_mtime_ns, ANY_SIZE if any_size else s.st_size) for path, s in states])
 
 
 def watched_arrays(watched: Sequence[tuple[str, int, int]]) -> dict[str, np.ndarray]:
@@ -119,8 +116,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None
     """Write ``arrays`` and ``key`` to ``path`` in one step; its folder is made where it is missing.
 
     Raises:
-        OSError: it cannot be written.
-        TypeError: an array's dtype is none of bool, int, uint (8 to 64 bits) and float (16 to 64 bits).
+        OSError: it cannot be written. TypeError: an array's dtype is no bool, integer or float.
     """
     codes = {np.dtype(name): code for code, name in _DTYPES.items()}
     odd = [f"{name}: {values.dtype}" for name, values in arrays.items() if values.dtype not in codes]
@@ -142,10 +138,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> None
 
 
 def read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Return the arrays at ``path``, memory-mapped and read-only.
-
-    None where there is no file, or it is damaged, or it was written with another key.
-    """
+    """Return the arrays at ``path``, mapped read-only; None where there is no whole file that has this key."""
     try:
         with open(path, "rb") as file:
             arrays, stored_key = _map_arrays(path, file)
@@ -160,12 +153,7 @@ def _identity(file: BinaryIO) -> tuple[int, ...]:
 
 
 def _map_arrays(path: Path, file: BinaryIO) -> tuple[dict[str, np.ndarray], str]:
-    """Return the arrays and the key of an open safetensors file.
-
-    Raises:
-        SafetensorError: the header is damaged or does not fit the size of the file.
-        TypeError, KeyError: it has no key, or arrays of another kind.
-    """
+    """Return the arrays and the key of an open safetensors file."""
     with safe_open(path, "np"):  # refuses a header that does not fit the file
         header_size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(header_size))

@@ -4,12 +4,11 @@ The three sets share COCO's photographs but not their splits, and other collecti
 their own. Two ways to find them:
 
 * **by id** (:func:`leaked_by_id`): the COCO id of an image, as RefCOCO states it or as a file name carries it (twelve
-  digits that stand alone, ``COCO_train2014_000000581857.jpg`` or ``000000581857.jpg``). Costs nothing; blind to renamed
-  files.
+  digits that stand alone, ``COCO_train2014_000000581857.jpg`` or ``000000581857.jpg``). Costs nothing.
 * **by sight** (:func:`leaked_by_sight`): 6 x 6 grey values of every image, in all quarter turns and mirrored, are
   correlated with those of 81 crops of each held-out image; likely pairs are compared at 24 x 24 with the crop that fits
   best, and count as the same photograph from 0.95 on. Finds copies that were renamed, resized, compressed again, turned
-  or mirrored, lost up to 10 % on any side, or had their colours changed a little. Reads every image once.
+  or mirrored, or lost up to 10 % on any side. Reads every image once.
 """
 
 from __future__ import annotations
@@ -130,8 +129,7 @@ def leaked_by_id(source: Reader, held_out: Mapping[int, HeldOutImage]) -> list[L
 def _suspect_rows(table: StringTable, held_out: Mapping[int, HeldOutImage]) -> np.ndarray:
     """Return all rows that may hold a held-out id, and a few that do not: the strings have no borders in the search.
 
-    A run of digits longer than twelve may be made of the end of one string and the beginning of the next, so every
-    string that it touches is suspect. A run of twelve over a border is no id in either.
+    So every string is suspect that a run of more than twelve digits touches; of twelve over a border neither has an id.
     """
     found = [
         match.span()
@@ -186,31 +184,18 @@ def leaked_by_sight(
     return leaks, looked_at
 
 
-def fingerprint(image: Path | np.ndarray | None) -> np.ndarray | None:
-    """Return 24 x 24 grey values of an image, centred and of length 1: (576,) float32; None where it is unreadable.
-
-    The product of two fingerprints is their correlation. An image of one grey value has none.
-    """
-    small = thumbnail(image)
-    return None if small is None else _turned(small, FINE)[0]
-
-
 def thumbnail(image: Path | np.ndarray | None) -> np.ndarray | None:
     """Return an image as (96, 96) grey values 0..255, float32; None where it is unreadable or of one grey value."""
     if image is None:
         return None
-    opened: contextlib.AbstractContextManager[Image.Image]
-    if isinstance(image, np.ndarray):
-        opened = contextlib.nullcontext(Image.fromarray(image))
-    else:
-        opened = decoding(image, str(image))
+    in_memory = contextlib.nullcontext(Image.fromarray(image)) if isinstance(image, np.ndarray) else None
     try:
-        with opened as picture:
+        with in_memory or decoding(str(image), str(image)) as picture:
             picture.draft("L", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))  # lets a JPEG decode at an eighth of its size
             small = picture.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     except SampleError:
         return None
-    values: np.ndarray = np.asarray(small, np.float32)
+    values = np.asarray(small, np.float32)
     return values if _pooled(values, FINE).std() * FINE > 1.0 else None
 
 
@@ -230,15 +215,13 @@ def _turned(small: np.ndarray, side: int) -> np.ndarray:
 
 def _pooled(small: np.ndarray, side: int) -> np.ndarray:
     size = THUMBNAIL_SIDE // side
-    pooled: np.ndarray = small.reshape(side, size, side, size).mean(axis=(1, 3))
-    return pooled
+    return np.asarray(small.reshape(side, size, side, size).mean(axis=(1, 3)))
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
     flat = values.reshape(len(values), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
-    normalised: np.ndarray = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    return normalised
+    return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6))
 
 
 def guard(sources: Sequence[Reader], data: DataConfig) -> list[Reader]:
@@ -270,10 +253,7 @@ def guard(sources: Sequence[Reader], data: DataConfig) -> list[Reader]:
 
 
 class Subset(Reader):
-    """Some entries of a reader, as a source of the same name.
-
-    ``kept`` holds their indices in ``source``.
-    """
+    """Some entries of a reader, as a source of the same name; ``kept`` holds their indices in ``source``."""
 
     def __init__(self, source: Reader, kept: np.ndarray) -> None:
         self.source, self.name, self.left_out, self._rows = source, source.name, source.left_out, kept

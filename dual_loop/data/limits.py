@@ -1,8 +1,7 @@
 """What a file of a data set may ask of this process: which files are opened, how much of them is read or drawn.
 
-A few bytes can claim any size: a header of an image, the ``size`` of a run-length code, the shape of an array. Readers
-therefore open files by :func:`open_file` (or ask :func:`check_file` where a library opens by name) and compare sizes
-with the limits of the settings before anything is decoded, drawn or allocated.
+A few bytes can claim any size: readers therefore open files by :func:`open_file` (or ask :func:`check_file` where a
+library opens by name) and compare sizes with the limits before anything is decoded, drawn or allocated.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import IO, Any, AnyStr, BinaryIO
 import numpy as np
 
 from dual_loop.config import DataConfig
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import bad_sample
 
 MAX_SIDE = 65_535
 """Longest side of an image or mask in pixels (JPEG's own limit): filters and codes take memory by the side as well."""
@@ -66,8 +65,7 @@ def check_file(path: str | Path) -> int:
     """Return the size of a regular file in bytes; links are followed.
 
     Raises:
-        RefusedFile: it is a FIFO, a device, a socket or a folder (reading the first two may never end), or no file can
-            have the name.
+        RefusedFile: it is no regular file (reading a FIFO or a device may never end), or no file can have the name.
         OSError: it is not there, or must not be looked at.
     """
     try:
@@ -80,21 +78,13 @@ def check_file(path: str | Path) -> int:
 
 
 def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file for reading.
-
-    Raises:
-        OSError: see :func:`check_file`.
-    """
+    """Open a regular file for reading; errors are those of :func:`check_file`."""
     check_file(path)
     return open(path, "rb", buffering)  # type: ignore[return-value]
 
 
 def read_file(path: str | Path, most: int | None = None) -> bytes:
-    """Return the contents of a file of at most ``most`` bytes; None takes ``data.max_file_mb``.
-
-    Raises:
-        RefusedFile: it is larger. OSError: see :func:`check_file`.
-    """
+    """Return the contents of a file of at most ``most`` bytes (None: ``data.max_file_mb``), else raise RefusedFile."""
     limit = max_file_bytes() if most is None else most
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
@@ -104,11 +94,7 @@ def read_file(path: str | Path, most: int | None = None) -> bytes:
 
 
 def read_lines(file: IO[AnyStr], most: int = SAMPLE_BYTES) -> Iterator[AnyStr]:
-    """Yield the lines of an open file, with their ends.
-
-    Raises:
-        RefusedFile: a line has more than ``most`` bytes, or characters where the file is text.
-    """
+    """Yield the lines of an open file, with their ends; one of more than ``most`` bytes or characters is refused."""
     while line := file.readline(most + 1):
         if len(line) > most:
             raise RefusedFile(f"a line of more than {most:,} bytes")
@@ -116,12 +102,7 @@ def read_lines(file: IO[AnyStr], most: int = SAMPLE_BYTES) -> Iterator[AnyStr]:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return what JSON holds; a byte order mark is passed over.
-
-    Raises:
-        ValueError: for every fault of it: other text, another encoding, lists too deep in each other, digits without
-            end.
-    """
+    """Return what JSON holds, a byte order mark passed over; every fault of it is a ValueError."""
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (RecursionError, MemoryError) as error:
@@ -137,16 +118,13 @@ def of_content(where: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        message = explain("a record holds another kind of value than it should", where, error, fix="mend or replace it")
-        raise SampleError("broken_json", message) from error
+        raise bad_sample(
+            "broken_json", "a record holds another kind of value than it should", where, error, fix="mend or replace it"
+        ) from error
 
 
 def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and the dtype that the header of a ``.npy`` claims; nothing else of the array is read.
-
-    Raises:
-        ValueError: for every fault of the header.
-    """
+    """Return the shape and the dtype that the header of a ``.npy`` claims; every fault of it is a ValueError."""
     version = np.lib.format.read_magic(file)
     length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
     if length > _ARRAY_HEADER:
@@ -169,4 +147,4 @@ def check_pixels(height: int, width: int, where: str, reason: str = "too_large")
         seen = f"{width} x {height} pixels (W x H)"
         expected = f"1 to {MAX_SIDE:,} pixels a side, at most {limit:,} in all"
         fix = "leave it out, make it smaller, or raise data.max_pixels"
-        raise SampleError(reason, explain("the size of an image or mask is out of bounds", where, seen, expected, fix))
+        raise bad_sample(reason, "the size of an image or mask is out of bounds", where, seen, expected, fix)

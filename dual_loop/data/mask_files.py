@@ -28,7 +28,7 @@ from PIL import Image
 
 from dual_loop.data.images import open_image_file
 from dual_loop.data.limits import array_header, check_file, check_pixels, max_file_bytes, max_pixels, open_file
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import SampleError, bad_sample
 
 MASK_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy")
 MAX_LABELS = 4096
@@ -85,9 +85,7 @@ def read_mask(path: Path, void: int | None = 255) -> MaskFile:
 
 
 def _ambiguous(path: Path, seen: str, expected: str, fix: str) -> SampleError:
-    return SampleError(
-        "ambiguous_mask", explain("a mask is neither one object nor labels", str(path), seen, expected, fix)
-    )
+    return bad_sample("ambiguous_mask", "a mask is neither one object nor labels", str(path), seen, expected, fix)
 
 
 def _numbers(values: np.ndarray, void: int | None, path: Path) -> MaskFile:
@@ -130,18 +128,15 @@ def _inner(values: np.ndarray) -> np.ndarray:
     """Return where a pixel has the value of its four neighbours, as far as there are any: (H, W) bool."""
     padded = np.pad(values, 1, mode="edge")
     shifted = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    is_same: np.ndarray = np.logical_and.reduce([values == other for other in shifted])
-    return is_same
+    return np.asarray(np.logical_and.reduce([values == other for other in shifted]))
 
 
 def _colours(channels: np.ndarray, is_lossy: bool, void: int | None, path: Path) -> MaskFile:
     codes = channels[:, :, 0] << 16 | channels[:, :, 1] << 8 | channels[:, :, 2]
     found = [int(code) for code in np.unique(codes) if code and not (code == _VOC_VOID and void is not None)]
     if is_lossy or len(found) > MAX_LABELS or (len(found) > 1 and _inner(codes)[codes > 0].mean() < 0.4):
-        seen = f"{len(found):,} colours{' in a JPEG' * is_lossy}"
-        raise _ambiguous(
-            path, seen, "one colour an object, without soft edges", "save colour maps as PNG, or as labels"
-        )
+        seen, fix = f"{len(found):,} colours{' in a JPEG' * is_lossy}", "save colour maps as PNG, or as labels"
+        raise _ambiguous(path, seen, "one colour an object, without soft edges", fix)
     names = {f"{code:06x}": code for code in found}
     return MaskFile(codes, names if len(found) > 1 else {"": found[0] if found else 0})
 
@@ -183,9 +178,9 @@ def _load_array(path: Path) -> np.ndarray:
             raise ValueError(f"{stored.size:,} values, more than data.max_pixels")
         values = np.array(stored).reshape(shape)
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("a mask is missing", str(path))) from error
+        raise bad_sample("missing_file", "a mask is missing", str(path)) from error
     except (OSError, ValueError, TypeError, AttributeError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
-        raise SampleError("not_an_image", explain("an array is not a mask", str(path), str(error), expected)) from error
+        raise bad_sample("not_an_image", "an array is not a mask", str(path), str(error), expected) from error
     if len(shape) == 2 or has_colours:
         return values
     return values > (0.5 if values.dtype.kind == "f" else 0)

@@ -1,8 +1,4 @@
-"""Masks: run-length codes, polygons, resizing, pooling to the prompt grid; safe paths.
-
-Reasons of the :class:`~dual_loop.errors.SampleError` raised here: ``broken_rle``, ``bad_polygon``, ``empty_mask``,
-``size_mismatch``, ``unsafe_path``.
-"""
+"""Masks: run-length codes, polygons, resizing, pooling to the prompt grid; safe paths."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import numpy as np
 
 from dual_loop.data.coco_masks import decode_polygons
 from dual_loop.data.limits import check_pixels
-from dual_loop.errors import ConfigError, SampleError, explain, shorten
+from dual_loop.errors import ConfigError, SampleError, bad_sample, explain, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -38,17 +34,10 @@ SIZE_TOLERANCE = 2
 
 
 def decode_rle(rle: object, where: str) -> np.ndarray:
-    """Decode a COCO run-length code ``{"size": [H, W], "counts": str | bytes | list of int}``.
+    """Decode a COCO run-length code ``{"size": [H, W], "counts": str | bytes | list of int}``: (H, W) bool.
 
     Runs alternate background, foreground, ... in column-major order. The code is checked completely before a mask is
     made (pycocotools reads out of bounds on a damaged string): every run is non-negative and they sum to H*W.
-
-    Args:
-        rle: the code, compressed (COCO's string) or not (a list of run lengths).
-        where: file and annotation, for the message.
-
-    Returns:
-        (H, W) bool.
 
     Raises:
         SampleError: reason ``broken_rle``.
@@ -115,20 +104,13 @@ def _parse_rle_string(counts: str | bytes, where: str) -> np.ndarray:
 
 
 def _broken_rle(what: str, where: str, seen: object, expected: object) -> SampleError:
-    return SampleError("broken_rle", explain(what, where, seen, expected, "download or convert this file again"))
+    return bad_sample("broken_rle", what, where, seen, expected, "download or convert this file again")
 
 
 def decode_segmentation(segmentation: object, height: int, width: int, where: str, summed: bool = False) -> np.ndarray:
-    """Decode a COCO ``segmentation``: polygons, uncompressed or compressed run-length code.
+    """Decode a COCO ``segmentation`` (a run-length code, or polygons in pixels) of an image of that size: (H, W) bool.
 
-    Args:
-        segmentation: list of polygons ``[x1, y1, x2, y2, ...]`` in pixels, or a run-length mapping.
-        height, width: size of the image in pixels.
-        where: file and annotation, for the message.
-        summed: how polygons are joined, see :func:`~dual_loop.data.coco_masks.decode_polygons`.
-
-    Returns:
-        (H, W) bool.
+    ``summed``: see :func:`~dual_loop.data.coco_masks.decode_polygons`.
 
     Raises:
         SampleError: ``bad_polygon``, ``broken_rle``, or ``size_mismatch`` where a code has another size.
@@ -158,7 +140,7 @@ def safe_join(root: str | Path, relative: str) -> Path:
     if not text or "\0" in text or text.startswith("/") or has_drive or normal.split("/")[0] in ("..", "."):
         what, fix = "a data file names a path outside its folder", "do not use this file unless you know who wrote it"
         expected = "a relative path below the folder"
-        raise SampleError("unsafe_path", explain(what, str(root), shorten(relative), expected, fix))
+        raise bad_sample("unsafe_path", what, str(root), shorten(relative), expected, fix)
     return Path(root) / normal
 
 
@@ -170,10 +152,6 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Output row ``i`` takes input row ``floor((i + 0.5) * H / H2)``, likewise for columns, computed in integers (the
     rule of Pillow's NEAREST; torch's ``mode="nearest"`` takes ``floor(i * H / H2)`` instead).
-
-    Args:
-        mask: (..., H, W) any dtype.
-        size: (H2, W2) in pixels.
     """
     height, width = mask.shape[-2:]
     rows = (2 * np.arange(size[0]) + 1) * height // (2 * size[0])
@@ -183,9 +161,6 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
     """Return ``mask`` (H, W) at the image's ``size``: as it is, or resized where it differs by at most 2 pixels a side.
-
-    Some released masks are one or two pixels smaller than their image (video codecs pad the last column). Any larger
-    difference means that mask and image do not belong together.
 
     Raises:
         SampleError: ``size_mismatch``.
@@ -200,21 +175,20 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
 def check_mask(mask: np.ndarray, where: str) -> None:
     """Raise ``SampleError`` (``empty_mask``) where ``mask`` (H, W) has no pixel."""
     if not mask.any():
-        raise SampleError("empty_mask", explain("a mask is empty", where, "0 pixels", "1 pixel or more"))
+        raise bad_sample("empty_mask", "a mask is empty", where, "0 pixels", "1 pixel or more")
 
 
 def target_vanished(mask: np.ndarray, where: str) -> SampleError:
     """Return the error for a mask (H, W) of which nothing is left in what the model learns from."""
     seen = f"{np.count_nonzero(mask)} pixels of {mask.shape[0]} x {mask.shape[1]} (H x W)"
     what, fix = "a region has no pixel left in its target", "raise the minimum area of the data set"
-    return SampleError("target_vanished", explain(what, where, seen, "a larger object", fix))
+    return bad_sample("target_vanished", what, where, seen, "a larger object", fix)
 
 
 def _size_mismatch(seen: Sequence[int], expected: Sequence[int], where: str, tolerance: int) -> SampleError:
     allowed = f"{tuple(expected)} (H, W)" + (f", {tolerance} pixels more or less" if tolerance else "")
-    fix = "the image was resized or belongs to another mask: use the original file"
-    message = explain("a mask and its image differ in size", where, f"{tuple(seen)} (H, W)", allowed, fix)
-    return SampleError("size_mismatch", message)
+    what, fix = "a mask and its image differ in size", "use the original image: this one is resized or of another mask"
+    return bad_sample("size_mismatch", what, where, f"{tuple(seen)} (H, W)", allowed, fix)
 
 
 # --- the prompt grid -------------------------------------------------------------------------------------------------
@@ -225,17 +199,14 @@ def pool_mask_to_grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pool masks to the G x G grid of image tokens; no mask is left without a cell.
 
-    ``area`` keeps the cells that the mask covers by at least ``threshold``; coverage is exact (cells of a size that G
-    does not divide share pixels by area) and computed in integers, so a cell that is exactly half covered is kept.
-    ``nearest`` is ``torch.nn.functional.interpolate(mode="nearest")`` to (G, G), as Sa2VA trains. In both modes the
-    best-covered cell (the first in row-major order on ties) is kept where no cell would be left: small masks vanish
-    from the grid otherwise, and a region without a token cannot be captioned.
+    ``area`` keeps the cells that the mask covers by at least ``threshold`` (in (0, 1]); coverage is exact, so a cell
+    that is exactly half covered is kept. ``nearest`` is ``torch.nn.functional.interpolate(mode="nearest")`` to (G, G),
+    as Sa2VA trains. In both modes the best-covered cell (the first in row-major order on ties) is kept where no cell
+    would be left: a region without a token cannot be captioned.
 
     Args:
         masks: (N, H, W) bool, integer or float, foreground where > 0; torch or numpy.
         grid_size: G.
-        threshold: least coverage of a kept cell, in (0, 1]; ``area`` only.
-        mode: ``"area"`` or ``"nearest"``.
 
     Returns:
         (N, G, G) bool, and (N,) bool that is True where the best-covered cell had to be kept; both on ``masks.device``.
@@ -272,13 +243,7 @@ def pool_mask_to_grid(
 
 
 def area_fractions(masks: np.ndarray, size: int) -> torch.Tensor:
-    """Return the part of each cell of a Q x Q grid that a mask covers, exact up to the last rounding.
-
-    Args:
-        masks: (N, H, W) bool. size: Q.
-
-    Returns:
-        (N, Q, Q) float32 in 0..1. A cut at 0.5 is the nearest to the mask that Q x Q can show.
+    """Return the part of each cell of a Q x Q grid that masks (N, H, W) bool cover: (N, Q, Q) float32 in 0..1.
 
     Raises:
         SampleError: ``empty_mask`` where a mask has no foreground pixel.
@@ -296,7 +261,7 @@ def _covered_area(foreground: torch.Tensor, grid_size: int, where: str) -> torch
 
     rows = torch.nonzero(foreground.any(dim=1)).flatten()
     if rows.numel() == 0:
-        raise SampleError("empty_mask", explain("a mask to pool is empty", where, "0 pixels", "1 pixel or more"))
+        raise bad_sample("empty_mask", "a mask to pool is empty", where, "0 pixels", "1 pixel or more")
     columns = torch.nonzero(foreground.any(dim=0)).flatten()
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     left, right = int(columns[0]), int(columns[-1]) + 1

@@ -18,11 +18,8 @@ itself. Names of images are looked up below ``images`` where that is given, else
 ``images/``, and in folders called like the split. The lines that ``dual-loop audit`` writes are read back this way.
 
 What is there and is no entry is counted in ``left_out``. Images that are listed and not there are left out as long as
-others are there.
-
-Masks are drawn on the stored pixels; where they fit only the image turned as its EXIF says, it is turned; where both
-fit, ``data.exif`` decides, with a warning. Masks may differ from their image by 2 pixels a side
-(:func:`~dual_loop.data.masks.fit_mask`).
+others are there. An image that its masks fit only as its EXIF turns it is turned; where both fit, ``data.exif``
+decides, with a warning. Masks may differ from their image by 2 pixels a side.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``too_large``, ``unsafe_path``, ``ambiguous_mask``, ``bad_polygon``, ``broken_rle``, ``broken_json``,
@@ -37,6 +34,8 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -54,7 +53,7 @@ from dual_loop.data.masks import SIZE_TOLERANCE, check_mask, decode_rle, decode_
 from dual_loop.data.own_lists import Listing, Region, parse_line, read_coco, read_jsonl, read_labelme, read_yolo
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain, listed, shorten
+from dual_loop.errors import ConfigError, SampleError, bad_sample, explain, listed, shorten
 from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
@@ -102,13 +101,9 @@ class MasksDir(Reader):
         self.image_root = self.root if images is None else check_root(images, "images", LAYOUT)
         self.void, self.crowds, self.allow_absolute_paths = void, crowds, allow_absolute_paths
         # The number changes where the arrays do: since 4, an index counts what it leaves out.
-        key: dict[str, object] = {
-            "kind": "masks",
-            "root": str(self.root),
-            "file": self.file and str(self.file),
-            "version": 4,
-        }
-        key |= {"images": str(self.image_root), "options": [self.kind, void, crowds, allow_absolute_paths]}
+        key: dict[str, object] = {"kind": "masks", "root": str(self.root), "file": self.file and str(self.file)}
+        options = [self.kind, void, crowds, allow_absolute_paths]
+        key |= {"version": 4, "images": str(self.image_root), "options": options}
         arrays = load_or_build(index_dir, key, lambda: self._build_index(key))
         self._images = StringTable.from_arrays(arrays, "image")
         self._regions = StringTable.from_arrays(arrays, "region")
@@ -133,15 +128,13 @@ class MasksDir(Reader):
             watched = watch_files([self.file])
             listing = read_coco(self.file, self.crowds) if self.kind == COCO else read_jsonl(self.file)
             watched = join_parts([watched, watch_files(self._leave_out_missing(listing), any_size=True)])
-        names = sorted(listing.regions)
-        left_out = {what: count for what, count in listing.left_out.items() if count}
+        names, left_out = sorted(listing.regions), {what: n for what, n in listing.left_out.items() if n}
+        regions = [listing.regions[name] for name in names]
         return {
             **StringTable.from_strings(names).to_arrays("image"),
-            **StringTable.from_strings(region for name in names for region in listing.regions[name]).to_arrays(
-                "region"
-            ),
+            **StringTable.from_strings(chain.from_iterable(regions)).to_arrays("region"),
             **StringTable.from_strings([json.dumps(left_out)]).to_arrays("left_out"),
-            "starts": np.cumsum([0, *(len(listing.regions[name]) for name in names)], dtype=np.int64),
+            "starts": np.cumsum([0, *map(len, regions)], dtype=np.int64),
             "counts": np.array([listing.num_captioned, listing.num_named]),
             **watched,
         }
@@ -179,18 +172,14 @@ class MasksDir(Reader):
         return self._images[int(self._rows[index])].rsplit(".", 1)[0].removeprefix("images/")
 
     def image_path(self, index: int) -> Path:
-        """Return the image file of entry ``index``.
-
-        Raises:
-            SampleError: ``unsafe_path`` or ``missing_file``.
-        """
+        """Return the image file of entry ``index``."""
         return self._find_image(self._images[int(self._rows[index])])
 
     def _find_image(self, name: str) -> Path:
         if os.path.isabs(name):
             if not self.allow_absolute_paths:
                 fix = "give --allow_absolute_paths where you trust the file, or --masks_images with relative names"
-                raise SampleError("unsafe_path", explain("an image is listed by absolute path", name, fix=fix))
+                raise bad_sample("unsafe_path", "an image is listed by absolute path", name, fix=fix)
             paths = [Path(name)]
         else:
             split = self.file.stem.removeprefix("instances_") if self.file and self.kind == COCO else "images"
@@ -200,13 +189,10 @@ class MasksDir(Reader):
             if os.path.isfile(path):  # also of names that no file can have
                 return path
         expected, fix = " or ".join(map(str, paths[:2])), "set --masks_images"
-        raise SampleError("missing_file", explain("an image is missing", name, "nothing there", expected, fix))
+        raise bad_sample("missing_file", "an image is missing", name, "nothing there", expected, fix)
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
-
-        Objects that are empty, outside the limits or unusable are passed over.
-        """
+        """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``."""
         row = int(self._rows[index])
         start, stop = self._starts[row : row + 2].tolist()
         path = self.image_path(index)
@@ -270,11 +256,7 @@ class MasksDir(Reader):
 
 
 def _find_layout(root: Path) -> tuple[Path, Path | None, str]:
-    """Return the folder, the ``.json`` or ``.jsonl`` file that lists the masks (None: other files do), and the layout.
-
-    Raises:
-        ConfigError: none of the layouts is there, or more than one could be meant.
-    """
+    """Return the folder, the one file that lists the masks (None: other files do), and the layout."""
     if root.is_file():
         if root.suffix.lower() not in (".json", ".jsonl"):
             raise layout_error("a file of masks has an unknown kind", root, root.suffix or "no suffix", LAYOUT)
@@ -303,12 +285,8 @@ def _find_layout(root: Path) -> tuple[Path, Path | None, str]:
 
 
 def _lists_in(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(
-        path
-        for path in found
-        if path.suffix.lower() in (".json", ".jsonl") and path.name != CAPTIONS_NAME and not path.name.startswith(".")
-    )
+    found = [path for path in folder.glob("[!.]*") if path.suffix.lower() in (".json", ".jsonl")]
+    return sorted(path for path in found if path.name != CAPTIONS_NAME)
 
 
 def _kind_of(file: Path) -> str:
@@ -316,20 +294,16 @@ def _kind_of(file: Path) -> str:
 
 
 def _is_labelme(file: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError):
         tree = parse_json(read_file(file, SAMPLE_BYTES))
-    except (OSError, ValueError):
-        return False
-    return isinstance(tree, dict) and "shapes" in tree
+        return isinstance(tree, dict) and "shapes" in tree
+    return False
 
 
 def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Listing, list[str]]:
     """Return the regions of images that have masks, and the files that were read.
 
     Names are compared in Unicode's composed form: file systems and archives of a Mac write the other one.
-
-    Raises:
-        ConfigError: captions cannot be read, or belong to no mask at all.
     """
     listing, captions = Listing(), _read_captions(root / CAPTIONS_NAME)
     left_out: dict[str, list[str]] = {}
@@ -370,10 +344,9 @@ def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Li
     left_out["images without a mask of their name"] = [file for stem, file in images.items() if stem not in used_images]
     left_out["captions without a mask"] = sorted(unused)
     if captions and len(unused) == len(captions):
-        seen = f"{len(unused)} names without a mask: {', '.join(sorted(unused)[:3])}"
+        seen = f"{len(unused)} names without a mask: {listed(sorted(unused), 3)}"
         expected = "names of mask files below masks/, without .png (of a map of labels: name#label)"
-        fix = "rename them, or remove them"
-        raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected, fix))
+        raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected))
     for what, found in left_out.items():
         if found:
             listing.left_out[f"{what} (the first: {found[0].rpartition('/')[2]})"] = len(found)
@@ -386,10 +359,10 @@ def _stem_of(file: str) -> str:
 
 
 def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:
-    """Return the objects of a mask file: (name, (H, W) bool) each, one for a mask, one a label for a map of labels.
+    """Return the objects of a mask file, one or more: (name, (H, W) bool) each.
 
     Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``ambiguous_mask``, ``empty_mask``.
+        SampleError: see :func:`~dual_loop.data.mask_files.read_mask`; ``empty_mask``.
     """
     found = read_mask(path)
     check_mask(found.values != 0, str(path))
@@ -414,13 +387,9 @@ def _is_caption(value: object) -> bool:
 
 
 def _texts(region: Region, where: str) -> tuple[str, ...]:
-    given = region.get("captions")
-    given = region.get("caption") if given is None else given
-    if given is None:
-        return ()
+    given = next((text for text in (region.get("captions"), region.get("caption")) if text is not None), [])
     if not _is_caption(given):
-        expected = "text, or a list of texts"
-        raise SampleError("broken_json", explain("a caption is no text", where, shorten(given), expected))
+        raise bad_sample("broken_json", "a caption is no text", where, shorten(given), "text, or a list of texts")
     texts: Sequence[str] = [given] if isinstance(given, str) else given
     return tuple(text.strip() for text in texts if text.strip())
 

@@ -4,16 +4,12 @@ The stream is numbered by *slots*, 0-based over the whole run. An epoch has E sl
 q_i; a keyed permutation of the epoch's slots mixes the sources. The draws of a source are numbered over the whole
 run, d = epoch * q_i + k with k in 0..q_i-1, and draw d takes entry ``d mod n_i`` of a permutation that belongs to
 pass ``d // n_i`` over the n_i entries. So after any number of whole epochs the entries of a source have been drawn
-equally often, give or take one, whatever the repeats or weights: with repeats 0.5 two epochs see everything once,
-and an epoch of repeats 2.5 sees everything twice and half of it once more. (Inside one epoch the order of the slots
-is mixed, so with repeats above 1 an entry may come a second time before another comes first.)
+equally often, give or take one, whatever the repeats or weights.
 
-Nothing is stored but the position, and ranks, micro-batches and workers only divide the slots of an optimiser step.
-
-The order is computed: a shuffled index list of 11 million images is neither small nor cheap to rebuild at a resume. It
-is a keyed bijection of 0..length-1, a balanced Feistel network (Luby and Rackoff, 1988) over the next even power of
-two, and values outside the range are sent through again until they fall inside ("cycle walking": Black and Rogaway,
-2002).
+Nothing is stored but the position, and ranks, micro-batches and workers only divide the slots of an optimiser step. The
+order is computed, as a shuffled list of 11 million images is not cheap to rebuild at a resume: a balanced Feistel
+network (Luby and Rackoff, 1988) over the next even power of two, where values outside the range are sent through again
+("cycle walking": Black and Rogaway, 2002).
 """
 
 from __future__ import annotations
@@ -34,11 +30,7 @@ MAX_LENGTH = 1 << 62
 
 
 def stable_hash(*parts: int | str) -> int:
-    """Return a hash of ``parts`` in 0..2**63-1 that is the same on every machine and in every process.
-
-    Python's own ``hash`` is salted per process. Parts are told apart by type and length, so ``("a", "b")`` and
-    ``("ab",)`` differ, and so do ``1`` and ``"1"``.
-    """
+    """Return a hash of ``parts`` in 0..2**63-1, the same in every process; ``1`` and ``"1"`` are different parts."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         encoded = f"{'s' if isinstance(part, str) else 'i'}{part}".encode()
@@ -49,15 +41,7 @@ def stable_hash(*parts: int | str) -> int:
 class Permutation:
     """A pseudo-random bijection of 0..length-1, chosen by ``seed`` and any further ``stream`` numbers or names.
 
-    ``permutation[i]`` takes about ten microseconds and no memory, whatever the length.
-
-    Args:
-        length: 1..2**62.
-        seed: chooses the bijection.
-        stream: further parts of the key, for example an epoch.
-
-    Raises:
-        ValueError: ``length`` out of range.
+    ``permutation[i]`` takes about ten microseconds and no memory, whatever the length (1..2**62, else ValueError).
     """
 
     def __init__(self, length: int, seed: int, *stream: int | str) -> None:
@@ -113,11 +97,7 @@ class DrawKey(NamedTuple):
 
 
 class DrawStream:
-    """The draws of a run, by slot.
-
-    Args:
-        shares: the sources, in the order of ``source_index``.
-        seed: of the order.
+    """The draws of a run, by slot: ``shares`` are the sources, in the order of ``source_index``.
 
     Raises:
         ConfigError: see :func:`compute_quotas`.
@@ -170,17 +150,15 @@ class WindowedBatchSampler:
     ``((t * accumulation + m) * world_size + r) * batch_size + j``. So a step takes the same slots for 2 ranks x 1 as
     for 1 rank x 2, and for batch 2 x accumulation 1 as for 1 x 2.
 
-    The position is the number of optimiser steps completed. It is the trainer's number: loader workers fetch ahead,
-    so what was handed out says nothing about what was trained on.
+    The position is the trainer's number of completed optimiser steps: loader workers fetch ahead, so what was handed
+    out says nothing about what was trained on.
 
     Args:
-        stream: the draws of the run.
         batch_size: images in one micro-batch of one rank.
-        world_size, rank: number of processes, and which one this is.
         accumulation: micro-batches of one rank in an optimiser step.
 
     Attributes:
-        start_step: optimiser steps completed before iteration starts, 0 unless it is set.
+        start_step: optimiser steps completed before iteration starts.
 
     Raises:
         ValueError: a size below 1, or a rank outside the world.
@@ -236,9 +214,11 @@ class WindowedBatchSampler:
             what = "the run cannot be continued on this data: its position means other samples here"
             where = "data position of the checkpoint: " + (", ".join(wrong) or "step")
             seen = f"seed {state.get('seed')}, fingerprint {state.get('fingerprint')}, step {step}"
-            size = f"entries x draws an epoch: {described}; {self.slots_per_step} images an optimiser step"
-            expected = f"seed {own['seed']}, fingerprint {own['fingerprint']} ({size})"
-            same = "data folders, caps, repeats, weights, seed, images a step (processes x batch size x accumulation)"
-            fix = f"resume with the same {same}, or start a new run from the weights"
+            expected = f"seed {own['seed']}, fingerprint {own['fingerprint']} (entries x draws an epoch: {described}; "
+            expected += f"{self.slots_per_step} images an optimiser step)"
+            fix = (
+                "resume with the same data folders, caps, repeats, weights, seed and images a step (processes x batch "
+            )
+            fix += "size x accumulation), or start a new run from the weights"
             raise CheckpointError(explain(what, where, seen, expected, fix))
         self.start_step = step

@@ -5,9 +5,8 @@ Format: Benenson et al. 2019, arXiv 1903.10830 (:data:`LAYOUT`; each part can be
 Partial downloads: an entry is an image that is there, with its masks that are there; ``left_out`` counts the others.
 Where nothing is there everything stays an entry, and reading one says what is missing.
 
-Sizes: a mask is usually stored at another resolution than its image, so it is resized (nearest) to the image. Where
-the aspect ratios disagree by more than 1 %, and by more than the rounding of a side to pixels explains, mask and image
-do not belong together (``aspect_mismatch``).
+A mask is usually stored at another resolution than its image, so it is resized (nearest) to the image. Where the aspect
+ratios differ by more than 1 %, and by more than the rounding of a side explains, they do not belong together.
 
 EXIF policy: ``data.exif`` says whether images are turned; one that the first drawn mask fits only the other way is
 turned that way. Where the aspect fits either way (upside down, or a square image) nothing in the files tells whether
@@ -36,7 +35,7 @@ from dual_loop.data.limits import open_file, read_file, read_lines
 from dual_loop.data.masks import resize_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, bad_sample, explain, shorten
 from dual_loop.iteration import in_chunks
 from dual_loop.types import NeededSize, RegionSample
 
@@ -124,11 +123,7 @@ class OpenImages(Reader):
         self._class_names = _read_class_names(path)
 
     def _build_index(self) -> dict[str, np.ndarray]:
-        """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image.
-
-        The ids of all rows are one array of fixed width, so that sorting it groups the rows; no row becomes an object
-        that stays.
-        """
+        """Stream the CSV (2.7 million rows in the release) into arrays, rows grouped by image."""
         watched, listed, num_zips = [watch_files([self.csv_path])], list[list[str]](), 0
         for folder, suffixes in ((self.masks, (".png", ".zip")), (self.images, (".jpg", ".jpeg", ".png", ".zip"))):
             part = {**self._key, "listing": str(folder)}
@@ -188,11 +183,7 @@ class OpenImages(Reader):
         }
 
     def _read_valid_rows(self) -> Iterator[tuple[str, bytes]]:
-        """Yield (mask path, ImageID in UTF-8) of each row.
-
-        Raises:
-            ConfigError: the file cannot be read as UTF-8 CSV, has another header, or a broken row.
-        """
+        """Yield (mask path, ImageID in UTF-8) of each row."""
         path = str(self.csv_path)
         fix = "the file is damaged or incomplete: download it again"
         try:
@@ -200,17 +191,15 @@ class OpenImages(Reader):
                 numbered = _rows(read_lines(file))
                 header = next((row for _, row in numbered), [])
                 if "MaskPath" not in header or "ImageID" not in header:
-                    expected = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
-                    seen = ",".join(header) or "an empty file"
+                    what, seen = "the Open Images CSV has another header", ",".join(header) or "an empty file"
                     fix = "give the annotations-object-segmentation CSV of Open Images V5 to V7"
-                    raise ConfigError(explain("the Open Images CSV has another header", path, seen, expected, fix))
+                    raise ConfigError(explain(what, path, seen, "MaskPath,ImageID,LabelName,BoxID,...", fix))
                 path_column, id_column = header.index("MaskPath"), header.index("ImageID")
                 for number, row in numbered:
                     image_id = row[id_column].encode() if len(row) == len(header) else b""
                     if not image_id or len(image_id) > _MAX_ID_BYTES or b"\0" in image_id or not row[path_column]:
                         where, seen = f"{path}, line {number}", ",".join(row)[:80]
-                        expected = f"{len(header)} columns, MaskPath and ImageID filled, an ImageID of at most "
-                        expected += f"{_MAX_ID_BYTES} bytes, without NUL"
+                        expected = f"{len(header)} columns, MaskPath, ImageID to {_MAX_ID_BYTES} bytes without NUL"
                         raise ConfigError(explain("a CSV row is broken", where, seen, expected, fix))
                     yield row[path_column], image_id
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -221,11 +210,7 @@ class OpenImages(Reader):
         return self._image_ids[int(self._rows[index])]
 
     def image_path(self, index: int) -> Path:
-        """Return where the image is, or should be.
-
-        Raises:
-            SampleError: ``unsafe_path``.
-        """
+        """Return where the image is, or should be."""
         row = int(self._rows[index])
         return safe_join(
             self.images, self._image_files[row] if len(self._image_files) else f"{self._image_ids[row]}.jpg"
@@ -234,8 +219,7 @@ class OpenImages(Reader):
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
         """Read image ``index`` with up to ``regions_per_image`` objects drawn by ``rng``.
 
-        A mask that is empty or cannot be used is replaced by the next drawn. A region's id is its mask's name without
-        ImageID and ``.png``, ``<label without slashes>_<BoxID>``.
+        A region's id is its mask's name without ImageID and ``.png``, ``<label without slashes>_<BoxID>``.
         """
         entry, image_id = int(self._rows[index]), self.entry_id(index)
         rows = self._masks_by_image[self._starts[entry] : self._starts[entry + 1]].tolist()
@@ -257,7 +241,7 @@ class OpenImages(Reader):
                 seen = f"mask {mask.shape[1]} x {mask.shape[0]}, image {picture.size[1]} x {picture.size[0]} (W x H)"
                 expected = f"aspect ratios within {ASPECT_TOLERANCE:.0%}"
                 fix = "the image is another rendition or was turned: download the original"
-                raise SampleError("aspect_mismatch", explain(what, str(path), seen, expected, fix))
+                raise bad_sample("aspect_mismatch", what, str(path), seen, expected, fix)
             first_fits = True
             return resize_mask(mask, picture.size)
 
@@ -289,8 +273,7 @@ def _places(files: list[str], hashes: np.ndarray, stems: bool = False) -> np.nda
     """Return which of ``files`` each name is that has one of ``hashes``, -1 where none is: (n,) int64.
 
     A file is called by its path below the listed folder, else by its last part; with ``stems`` by this without suffix.
-    Hashes of 64 bits, since millions of names in a dict would take gigabytes; of two files of one hash the wrong one
-    would be a bad sample.
+    Hashes of 64 bits, since millions of names in a dict would take gigabytes.
     """
     found = np.full(len(hashes), -1, np.int64)
     last = (path[path.rfind("/") + 1 :] for path in files)
@@ -305,23 +288,15 @@ def _places(files: list[str], hashes: np.ndarray, stems: bool = False) -> np.nda
 
 
 def _read_class_names(path: Path) -> dict[str, str]:
-    """Return the names of the classes by label without slashes, of descriptions with a header (V7) or without (V5).
-
-    Raises:
-        ConfigError: it holds none.
-    """
+    """Return the names of the classes by label without slashes, of descriptions with a header (V7) or without (V5)."""
     try:
         rows = list(csv.reader(read_file(path).decode("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(explain("class descriptions cannot be read", str(path), error, "UTF-8 CSV")) from error
     names = {row[0].replace("/", ""): row[1].strip() for row in rows if len(row) > 1 and row[0].startswith("/")}
     if not names:
-        seen, expected = (
-            f"{len(rows)} lines, the first: {','.join(rows[0])[:60] if rows else ''}",
-            "/m/0abc,Name in each",
-        )
-        fix = "give oidv7-class-descriptions.csv or class-descriptions-boxable.csv"
-        raise ConfigError(explain("class descriptions hold no class", str(path), seen, expected, fix))
+        seen, fix = shorten(rows[0] if rows else ""), "give oidv7-class-descriptions.csv"
+        raise ConfigError(explain("class descriptions hold no class", str(path), seen, "/m/0abc,Name in each", fix))
     return names
 
 
@@ -329,7 +304,5 @@ def _same_aspect(mask: np.ndarray, size: tuple[int, int]) -> bool:
     (height, width), (rows, columns) = mask.shape, size
     ratio: float = (width * rows) / (height * columns)
     # The rounding of a side to pixels moves the ratio of an image below 25 pixels by up to 2 % and more.
-    is_rounded = (
-        min(size) < 25 and min(abs(height * columns / width - rows), abs(width * rows / height - columns)) <= 0.5
-    )
-    return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE or is_rounded
+    off = min(abs(height * columns / width - rows), abs(width * rows / height - columns))
+    return max(ratio, 1 / ratio) <= 1 + ASPECT_TOLERANCE or (min(size) < 25 and off <= 0.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from dual_loop.data.limits import SAMPLE_BYTES, open_file, parse_json, read_file, read_lines
-from dual_loop.errors import ConfigError, SampleError, explain, listed, shorten
+from dual_loop.errors import ConfigError, SampleError, bad_sample, explain, listed, shorten
 
 LINE_EXPECTED = '{"image": "images/a.jpg", "segmentation": {...} or [[...]], "caption": "..."}'
 _COCO_EXPECTED = "images with id and file_name; annotations with id, image_id, segmentation"
@@ -42,8 +42,8 @@ class Listing:
 
     Attributes:
         regions: of each image, by the name it is looked up by: a region as JSON, or the place of its line.
-        left_out: what is no region, in words, and how many. num_captioned, num_named: regions with a caption of their
-            own, with the name of a class.
+        left_out: what is no region, in words, and how many.
+        num_captioned, num_named: regions with a caption of their own, with the name of a class.
     """
 
     regions: dict[str, list[str]] = field(default_factory=dict)
@@ -60,11 +60,7 @@ class Listing:
 
 
 def read_coco(path: Path, crowds: bool) -> Listing:
-    """Read a COCO file. An annotation that belongs to no image is left out and counted; the file lives on.
-
-    Raises:
-        ConfigError: it is none, or no annotation of it has an image.
-    """
+    """Read a COCO file; without any annotation that belongs to an image it is refused (ConfigError)."""
     try:
         tree = parse_json(read_file(path))
         if not isinstance(tree["images"], list) or not isinstance(tree["annotations"], list):
@@ -124,11 +120,7 @@ def _id(value: object) -> int | str | None:
 
 
 def read_jsonl(path: Path) -> Listing:
-    """Read lines of JSON; a region is kept as the place of its line (offset, length). A line that is none is left out.
-
-    Raises:
-        ConfigError: the file cannot be read, or every line of it is broken.
-    """
+    """Read lines of JSON; a region is kept as the place of its line (offset, length). All broken is a ConfigError."""
     listing, offset, first = Listing(), 0, ""
     try:
         with open_file(path) as stream:
@@ -149,18 +141,14 @@ def read_jsonl(path: Path) -> Listing:
 
 
 def parse_line(raw: bytes, where: str) -> Region:
-    """Return the region of a line.
-
-    Raises:
-        SampleError: ``broken_json``.
-    """
+    """Return the region of a line; one that is none is ``broken_json``."""
     try:
         record = parse_json(raw)
     except ValueError as error:
-        raise SampleError("broken_json", explain("a line is not JSON", where, str(error), LINE_EXPECTED)) from error
+        raise bad_sample("broken_json", "a line is not JSON", where, str(error), LINE_EXPECTED) from error
     if not isinstance(record, dict) or not isinstance(record.get("image"), str) or "segmentation" not in record:
         seen = raw[:80].decode("utf-8", "replace")
-        raise SampleError("broken_json", explain("a line lacks its keys", where, seen, LINE_EXPECTED))
+        raise bad_sample("broken_json", "a line lacks its keys", where, seen, LINE_EXPECTED)
     known = ("id", "image", "segmentation", "category_id", "caption", "captions")
     region = {key: record[key] for key in known if record.get(key) is not None}
     size = record.get("size")
@@ -188,10 +176,8 @@ def read_labelme(root: Path, files: Iterable[str], images: Mapping[str, str]) ->
             continue
         stem = name.rsplit(".", 1)[0]
         below = posixpath.normpath(posixpath.join(posixpath.dirname(name), given)).rsplit(".", 1)[0]
-        place = next(
-            (images[one] for one in (below, stem, f"images/{posixpath.basename(stem)}") if one in images), None
-        )
-        if place is None:
+        stems = [one for one in (below, stem, f"images/{posixpath.basename(stem)}") if one in images]
+        if not stems:
             listing.left_out["labelme files whose image is not there"] += 1
             continue
         for number, shape in enumerate(shapes if isinstance(shapes, list) else ()):
@@ -199,24 +185,14 @@ def read_labelme(root: Path, files: Iterable[str], images: Mapping[str, str]) ->
             if kind != "polygon":
                 listing.left_out[f"shapes that are no polygon ({shorten(kind)})"] += 1
                 continue
-            label = shape.get("label")
-            region = {
-                "id": str(number),
-                "segmentation": [shape.get("points")],
-                "category_id": label,
-                "class_name": label,
-            }
-            listing.add(
-                place, region if isinstance(label, str) else {key: region[key] for key in ("id", "segmentation")}
-            )
+            label, region = shape.get("label"), {"id": str(number), "segmentation": [shape.get("points")]}
+            named = {"category_id": label, "class_name": label} if isinstance(label, str) else {}
+            listing.add(images[stems[0]], region | named)
     return _with_example(listing, "JSON files that are not labelme's", first)
 
 
 def read_yolo(root: Path, files: Iterable[str], images: Mapping[str, str]) -> Listing:
-    """Read YOLO's segmentation: ``labels/x.txt`` beside ``images/x.jpg``, a class and x, y in parts a line.
-
-    Names of classes come from ``names`` of ``data.yaml`` or from the lines of ``classes.txt``.
-    """
+    """Read YOLO's segmentation: ``labels/x.txt`` beside ``images/x.jpg``, a class and x, y in parts a line."""
     listing, names = Listing(), _yolo_names(root)
     for name in files:
         image = images.get("images/" + name.removeprefix("labels/").rsplit(".", 1)[0])

@@ -2,8 +2,8 @@
 
 The vision-language image follows InternVL: Pillow's bicubic filter on the 8-bit image, straight to I x I (the aspect
 ratio is not kept), divided by 255, ImageNet mean and deviation; with ``max_tiles > 1`` the image is cut into tiles
-first and a thumbnail of the whole comes last. The grounding image is resized the same way to S x S and stays uint8:
-a quarter of the bytes on the way to the GPU, and SAM 2's own normalisation runs there.
+first and a thumbnail of the whole comes last. The grounding image is resized the same way to S x S and stays uint8 on
+the way to the GPU, where SAM 2's own normalisation runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dual_loop.data.captions import check_captions
 from dual_loop.data.images import Picture
 from dual_loop.data.masks import area_fractions, check_mask, pool_mask_to_grid, resize_mask, target_vanished
 from dual_loop.data.mixture import stable_hash
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import SampleError, bad_sample
 from dual_loop.types import Batch, LaterFrame, RegionSample, SkippedRegion, SkippedSample
 
 # The only copy in the package; InternVL and SAM 2 were both trained with these.
@@ -77,8 +77,7 @@ class Geometry:
 def region_seed(seed: int, slot: int | str, position: int) -> int:
     """Return the seed (0..2**63-1) of region ``position`` of the sample at ``slot``, the same on every machine.
 
-    ``slot`` is the place in the run's global stream, or a sample's name where there is no stream. Rank, micro-batch
-    and worker are no part of it, so the split of a global batch cannot change a result.
+    ``slot`` is the place in the run's global stream, or a sample's name where there is no stream.
     """
     return stable_hash("region", seed, slot, position)
 
@@ -91,8 +90,8 @@ def sample_rng(seed: int, slot: int | str) -> np.random.Generator:
 def choose_tile_grid(height: int, width: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
     """Return (columns, rows) of InternVL's dynamic tiling for an image of ``height`` x ``width`` pixels.
 
-    Among the grids with 1..max_tiles tiles, the one whose columns / rows is closest to width / height. Grids of the
-    same ratio (1x1 and 2x2) tie: the larger wins when the image has more than half of the larger grid's pixels.
+    Among the grids with 1..max_tiles tiles, the one whose columns / rows is closest to width / height; of two of the
+    same ratio (1x1 and 2x2) the larger where the image has more than half of its pixels.
     """
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
     grids.sort(key=lambda grid: (grid[0] * grid[1], grid))
@@ -107,15 +106,9 @@ def choose_tile_grid(height: int, width: int, max_tiles: int, tile_size: int) ->
 
 
 def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Tensor:
-    """Cut and normalise one image for the vision tower.
+    """Cut and normalise one image, (H, W, 3) uint8 RGB or a picture, for the vision tower: (t, 3, I, I) float32.
 
-    Args:
-        image: (H, W, 3) uint8 RGB, or a picture, which may be smaller than the image that it shows.
-        geometry: I and ``max_tiles`` are used.
-
-    Returns:
-        (t, 3, I, I) float32. With one tile it is the whole image resized to I x I; with more, the tiles come row by
-        row and a thumbnail of the whole is appended, so the last tile always shows the whole image.
+    The last tile always shows the whole image: the only one, or a thumbnail behind those that come row by row.
     """
     size = geometry.vision_image_size
     picture = _as_picture(image)
@@ -123,11 +116,9 @@ def image_to_tiles(image: np.ndarray | Picture, geometry: Geometry) -> torch.Ten
     canvas = picture.resized(rows * size, columns * size)
     tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(rows * columns, size, size, 3)
     if len(tiles) > 1:
-        thumbnail = picture.resized(size, size)
-        tiles = np.concatenate([tiles, thumbnail[None]])
+        tiles = np.concatenate([tiles, picture.resized(size, size)[None]])
     pixels = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).float().div_(255)
-    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return pixels.sub_(mean).div_(std)
 
 
@@ -168,11 +159,9 @@ def prepare_sample(
     Args:
         sample: N regions on one image, on a frame pair (two views: frame 1 is captioned, frame 2 segmented), or on a
             clip (a view for each frame that is segmented).
-        geometry: sizes of the model.
         rng: chooses one caption where a region has several.
         seed, slot: give the seeds of the regions, see :func:`region_seed`.
-        allow_empty_targets: keep a region whose target is lost at Q x Q. Evaluation compares at the original size
-            and must not drop anything; training would learn from an empty mask, so there it is passed over.
+        allow_empty_targets: keep a region whose target is lost at Q x Q, as evaluation compares at the original size.
 
     Raises:
         SampleError: ``invalid_sample`` (shapes or types that break the contract of ``RegionSample``), ``empty_mask``;
@@ -270,7 +259,7 @@ def batch_from_samples(samples: Sequence[RegionSample], geometry: Geometry, seed
     """Make a batch of ``samples`` (one or more) for evaluation and inference.
 
     Seeds come from ``seed`` and the sample's own name, so results do not depend on how samples are batched. Targets
-    may be empty at Q x Q (``target_masks`` is not what evaluation compares with).
+    may be empty at Q x Q.
 
     Raises:
         SampleError: ``invalid_sample`` or ``empty_mask``, see :func:`prepare_sample`.
@@ -307,4 +296,4 @@ def _check_sample(sample: RegionSample, where: str) -> None:
 
 
 def _invalid(what: str, where: str, seen: str, expected: str) -> SampleError:
-    return SampleError("invalid_sample", explain(what, where, seen, expected, "mend the reader of this data set"))
+    return bad_sample("invalid_sample", what, where, seen, expected, "mend the reader of this data set")

@@ -17,7 +17,7 @@ from dual_loop.data.limits import SAMPLE_BYTES, parse_json, read_file
 from dual_loop.data.masks import check_mask, target_vanished
 from dual_loop.data.shares import choose_capped
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import SampleError, explain, printable
+from dual_loop.errors import SampleError, bad_sample, explain, printable
 from dual_loop.types import NeededSize, RegionSample, SkippedRegion
 
 CANDIDATES = 4
@@ -44,8 +44,7 @@ class Reader:
         regions_per_image: most regions of one sample.
         min_area, max_area: limits on the share of the image that a mask covers, 0..1.
 
-    The readers of the package also take ``max_samples``: keep this many entries, drawn with a fixed seed
-    (:func:`~dual_loop.data.shares.choose_capped`); None keeps all.
+    The readers of the package also take ``max_samples``, see :func:`~dual_loop.data.shares.choose_capped`.
 
     Raises:
         ConfigError: the root is not a folder that can be listed.
@@ -98,11 +97,7 @@ class Reader:
         return self._names, self._rows
 
     def read_classes(self) -> None:
-        """Read what ``class_captions`` needs beside the index.
-
-        Raises:
-            ConfigError: it is not there.
-        """
+        """Read what ``class_captions`` needs beside the index; ConfigError where it is not there."""
 
     def entry_id(self, index: int) -> str:
         """Return the name of entry ``index`` (the file stem or image id), for logs and exact resume checks."""
@@ -125,13 +120,7 @@ class Reader:
         return self.load_reduced(index, rng, None)
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        """Read what :meth:`load` reads, with an image that may be smaller but not below ``needed`` of its size.
-
-        Masks and random choices stay the same.
-
-        Raises:
-            SampleError: the entry cannot be used.
-        """
+        """Read what :meth:`load` reads, with an image that may be smaller but not below ``needed`` of its size."""
         if type(self).load is Reader.load:
             raise NotImplementedError
         return self.load(index, rng)
@@ -183,11 +172,10 @@ class Reader:
         if not drawn.numbers:
             broken = [region for region in drawn.passed_over if region.reason != "empty_mask"]
             expected = f"one of {limits}{self.min_area:g} to {self.max_area:g} of the image, 1 pixel or more"
-            fix = f"widen the limits of {self.name}, or let the sample be skipped"
             seen = f"{count} masks, {len(broken)} of them unusable, {count - len(broken)} outside the limits"
             seen += f" (the first: {broken[0].message})" if broken else ""
             reason = broken[0].reason if broken and len(broken) == count else "no_region_left"
-            raise SampleError(reason, explain("no region of an image is left", where, seen, expected, fix))
+            raise bad_sample(reason, "no region of an image is left", where, seen, expected)
         image = picture()
         if not is_hard or image is None:
             return drawn
@@ -291,16 +279,11 @@ def most_alike(masks: Sequence[np.ndarray], image: np.ndarray, classes: Sequence
 
 
 def read_annotations(file: Path | io.BytesIO, where: str) -> object:
-    """Return what a JSON file of annotations holds.
-
-    Raises:
-        SampleError: ``missing_file``, ``broken_json``; ``where`` names the file.
-    """
+    """Return what a JSON file of annotations holds; ``missing_file`` and ``broken_json`` name it by ``where``."""
     fix = "download this file again"
     try:
         return parse_json(read_file(file, SAMPLE_BYTES) if isinstance(file, Path) else file.getvalue())
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("an annotation file is missing", where, fix=fix)) from error
+        raise bad_sample("missing_file", "an annotation file is missing", where, fix=fix) from error
     except (OSError, ValueError) as error:
-        message = explain("an annotation file is damaged", where, error, "complete JSON", fix)
-        raise SampleError("broken_json", message) from error
+        raise bad_sample("broken_json", "an annotation file is damaged", where, error, "complete JSON", fix) from error

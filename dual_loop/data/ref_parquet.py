@@ -28,7 +28,7 @@ from dual_loop.data.limits import RefusedFile, check_file, max_file_bytes, of_co
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask
 from dual_loop.data.reader import Reader, take_regions
 from dual_loop.data.refcoco import find_coco_image
-from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, explain, shorten
+from dual_loop.errors import ConfigError, EnvironmentProblem, SampleError, bad_sample, explain, shorten
 from dual_loop.types import RegionSample
 
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
@@ -171,7 +171,7 @@ def _json(text: Any, where: str) -> Any:
     try:
         value = parse_json(text) if isinstance(text, str) else text
     except ValueError as error:
-        raise SampleError("broken_json", explain("a column holds no JSON", where, shorten(text))) from error
+        raise bad_sample("broken_json", "a column holds no JSON", where, shorten(text)) from error
     return value if isinstance(value, (dict, list)) else {}
 
 
@@ -182,5 +182,5 @@ def _expressions(record: Row, where: str) -> tuple[str, ...]:
         answer = record["answer"]
         texts = [answer] if isinstance(answer, str) else list(answer or ())
     if not all(isinstance(text, str) for text in texts):
-        raise SampleError("broken_json", explain("an expression is no text", where, shorten(texts), "text"))
+        raise bad_sample("broken_json", "an expression is no text", where, shorten(texts), "text")
     return tuple(text.strip() for text in texts if text and text.strip())

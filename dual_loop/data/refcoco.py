@@ -5,9 +5,8 @@ gRefCOCO, whose expressions have one target, several (their union is the mask) o
 called ``COCO_train2014_<id>.jpg``, or by bare 12-digit names (train2017).
 ``refs(google).p`` is read only where it is asked for (``"refcocog:google"``): its splits share images.
 
-An entry is one image of one data set with its references of one split. A ref's own ``file_name`` carries a suffix
-``_<n>`` that no image has, so the image is found through ``image_id`` and ``instances.json``. COCO's masks are drawn
-on the stored pixels, so an EXIF orientation is never applied.
+An entry is one image of one data set with its references of one split, found through ``image_id``. COCO's masks are
+drawn on the stored pixels, so an EXIF orientation is not applied unless ``data.exif`` says so.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``unsafe_path``, ``bad_polygon``, ``broken_rle``, ``size_mismatch``, ``wrong_annotation`` (unknown, or of another
@@ -27,15 +26,15 @@ import numpy as np
 
 from dual_loop.data.captions import check_captions, is_plain
 from dual_loop.data.coco_masks import mend_polygons
-from dual_loop.data.images import Picture, read_picture
+from dual_loop.data.images import read_picture
 from dual_loop.data.index import load_or_build
 from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.masks import check_mask, decode_segmentation, fit_mask, safe_join
 from dual_loop.data.names import DEFAULT_SPLIT_BY
-from dual_loop.data.reader import Drawn, Reader, take_regions
+from dual_loop.data.reader import Reader, take_regions
 from dual_loop.data.refcoco_index import build_index, coco_names
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import ConfigError, SampleError, explain
+from dual_loop.errors import ConfigError, bad_sample, explain
 from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
@@ -57,8 +56,7 @@ class RefCoco(Reader):
         root: folder that holds one folder per data set.
         datasets: names of :data:`DEFAULT_SPLIT_BY`, each optionally with a split author (``"refcocog:google"``). Those
             without a folder are left out with a warning; ``self.datasets`` has those that are used.
-        split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry, nor does an
-            image that is not there; ``self.left_out`` counts these.
+        split: ``train``, ``val``, ``testA``, ``testB`` or ``test``; a data set that lacks it adds no entry.
         images: where the images are, if not below ``root``: a path that exists, or a path below ``root``.
         polygons: ``union``, or ``summed`` (:func:`~dual_loop.data.coco_masks.decode_polygons`), for comparison alone.
 
@@ -120,11 +118,7 @@ class RefCoco(Reader):
         return int(part.image_ids[image])
 
     def image_path(self, index: int) -> Path:
-        """Return the image file.
-
-        Raises:
-            SampleError: ``missing_file`` or ``unsafe_path``.
-        """
+        """Return the image file."""
         part, image, _ = self._entry(index)
         return part.find_image(image)
 
@@ -135,62 +129,47 @@ class RefCoco(Reader):
         return part, image, rows[~part.no_target[rows]].tolist()
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        """Read entry ``index`` with up to ``regions_per_image`` references drawn by ``rng``, with all their sentences.
-
-        One whose mask is empty or cannot be used, or with a marker in a sentence, is replaced by the next drawn.
-        """
-        part, image, rows = self._entry(index)
-        picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply", needed=needed)
-
-        def decode(number: int) -> np.ndarray:
-            check_captions(part.sentences(rows[number]), f"{part.folder}: {part.ref_names[rows[number]]}")
-            return self._mask(part, image, rows[number], picture.size)
-
-        drawn = self._draw(
-            rng,
-            len(rows),
-            decode,
-            f"{self.root}: {self.entry_id(index)}",
-            region_id=lambda number: part.ref_names[rows[number]],
-            picture=lambda: picture,
-            classes=part.classes[rows].tolist(),
-        )
-        return self._with_texts(index, picture, drawn._replace(numbers=[rows[number] for number in drawn.numbers]))
+        """Read entry ``index`` with up to ``regions_per_image`` references that ``rng`` draws, with all sentences."""
+        return self._load(index, rng, needed)
 
     def load_all(self, index: int) -> RegionSample:
         """Read entry ``index`` with all its references of the split, in the order of their ids (for evaluation).
 
-        Those that cannot be used are passed over.
-
         Raises:
             SampleError: see the module; the reason of the first reference where none can be used.
         """
-        part, image, rows = self._entry(index)
-        picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply")
+        return self._load(index, None, None)
 
-        def decode(row: int) -> np.ndarray:
-            mask = self._mask(part, image, row, picture.size)
-            check_mask(mask, f"{part.folder}: {part.ref_names[row]}")
-            check_captions(part.sentences(row), f"{part.folder}: {part.ref_names[row]}")
+    def _load(self, index: int, rng: np.random.Generator | None, needed: NeededSize | None) -> RegionSample:
+        """Read an entry with the references that ``rng`` draws, or all; those that cannot be used are passed over."""
+        part, image, rows = self._entry(index)
+        picture = read_picture(part.find_image(image), apply_exif=self.exif == "apply", needed=needed)
+        names = [part.ref_names[row] for row in rows]
+
+        def decode(number: int) -> np.ndarray:
+            where = f"{part.folder}: {names[number]}"
+            check_captions(part.sentences(rows[number]), where)
+            mask = self._mask(part, image, rows[number], picture.size)
+            check_mask(mask, where)
             return mask
 
-        taken = take_regions(rows, decode, part.ref_names.__getitem__)
+        where, name_of = f"{self.root}: {self.entry_id(index)}", names.__getitem__
+        if rng is None:
+            taken = take_regions(range(len(rows)), decode, name_of)
+        else:
+            known = {"picture": lambda: picture, "classes": part.classes[rows].tolist()}
+            taken = self._draw(rng, len(rows), decode, where, region_id=name_of, **known)
         if not taken.numbers:
             passed = taken.passed_over
-            what, seen = "no region of an image is left", passed[0].message if passed else "no reference with a target"
-            message = explain(what, f"{self.root}: {self.entry_id(index)}", seen)
-            raise SampleError(passed[0].reason if passed else "no_region_left", message)
-        return self._with_texts(index, picture, taken)
-
-    def _with_texts(self, index: int, picture: Picture, taken: Drawn) -> RegionSample:
-        """Return the references of the rows that were taken as regions, beside all that is said of the image."""
+            seen = passed[0].message if passed else "no reference with a target"
+            reason = passed[0].reason if passed else "no_region_left"
+            raise bad_sample(reason, "no region of an image is left", where, seen)
         number, _, start, stop = self._entries[index].tolist()
-        part, own = self._parts[number], self._split_rows[number][start:stop].tolist()
-        ids = [part.ref_names[row] for row in taken.numbers]
-        captions = [part.sentences(row) for row in taken.numbers]
-        rest = {row: part.sentences(row) for row in own if row not in taken.numbers}
+        drawn = [rows[number] for number in taken.numbers]
+        rest = {row: part.sentences(row) for row in self._split_rows[number][start:stop].tolist() if row not in drawn}
         none = [text for row, texts in rest.items() if part.no_target[row] for text in texts if is_plain(text)]
         undrawn = [text for row, texts in rest.items() if not part.no_target[row] for text in texts]
+        ids, captions = [names[number] for number in taken.numbers], [part.sentences(row) for row in drawn]
         sample = self._sample(index, picture, taken, ids, captions)
         return replace(sample, no_target=tuple(none), undrawn_captions=tuple(undrawn))
 
@@ -200,7 +179,7 @@ class RefCoco(Reader):
         targets = json.loads(part.segmentations[row])
         if isinstance(targets, str):
             fix = "take refs and instances.json from the same release"
-            raise SampleError("wrong_annotation", explain("a reference has no mask", where, targets, fix=fix))
+            raise bad_sample("wrong_annotation", "a reference has no mask", where, targets, fix=fix)
         stored = tuple(part.image_sizes[image].tolist())
         height, width = stored if all(stored) else size
         targets = [mend_polygons(target, where) for target in targets]
@@ -235,17 +214,11 @@ class _DatasetPart:
         )
         self.image_ids, self.image_sizes = arrays["image_ids"], arrays["image_sizes"]
         self._ref_images, self._ref_splits = arrays["ref_images"], arrays["ref_splits"]
-        self.classes, self.no_target, self.image_there = (
-            arrays["ref_classes"],
-            arrays["ref_no_target"],
-            arrays["image_there"],
-        )
-        self.num_unlisted = int(arrays["num_unlisted"][0])
-        self.image_files = StringTable.from_arrays(arrays, "image_file")
-        self.ref_names = StringTable.from_arrays(arrays, "ref_name")
-        self.segmentations = StringTable.from_arrays(arrays, "segmentation")
-        self._sentences = StringTable.from_arrays(arrays, "sentence")
-        splits = StringTable.from_arrays(arrays, "split")
+        self.classes, self.no_target = arrays["ref_classes"], arrays["ref_no_target"]
+        self.image_there, self.num_unlisted = arrays["image_there"], int(arrays["num_unlisted"][0])
+        names = ("image_file", "ref_name", "segmentation", "sentence", "split")
+        tables = [StringTable.from_arrays(arrays, name) for name in names]
+        self.image_files, self.ref_names, self.segmentations, self._sentences, splits = tables
         self.split_names = splits.slice(0, len(splits))
 
     def rows_of_split(self, split: str) -> np.ndarray:
@@ -270,11 +243,7 @@ class _DatasetPart:
 
 
 def _first_file(candidates: Sequence[Path], label: str) -> Path:
-    """Return the first path that is a file.
-
-    Raises:
-        ConfigError: none is; the message names other splits of the data set that are there.
-    """
+    """Return the first path that is a file."""
     for path in candidates:
         if os.path.isfile(path):
             return path
@@ -292,13 +261,11 @@ def find_coco_image(folder: Path, name: str, image_id: int) -> Path:
         SampleError: ``missing_file``, or ``unsafe_path`` where the name leaves the folder.
     """
     names = coco_names(name, image_id)
-    paths = [safe_join(folder, candidate) for candidate in names]
-    path = next((path for path in paths if os.path.isfile(path)), None)
-    if path is None:
-        expected = ", ".join(dict.fromkeys(names))
-        message = explain("a COCO image is missing", str(folder), "none of the names", expected)
-        raise SampleError("missing_file", message)
-    return path
+    for path in [safe_join(folder, candidate) for candidate in names]:
+        if os.path.isfile(path):
+            return path
+    expected = ", ".join(dict.fromkeys(names))
+    raise bad_sample("missing_file", "a COCO image is missing", str(folder), "none of the names", expected)
 
 
 def open_parts(

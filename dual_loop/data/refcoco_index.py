@@ -1,8 +1,7 @@
 """The files of RefCOCO and gRefCOCO, read and checked: references, annotations and images become one index.
 
-The ``.p`` files are pickles. They need dicts, lists, strings and numbers only, so the unpickler here refuses every
-global but the three that an integer of NumPy asks for, which plain functions of this module stand in for; a file that
-asks for any other is refused outright. A sentence's ``sent`` is taken, else its ``raw``.
+The ``.p`` files are pickles of dicts, lists, strings and numbers. The unpickler here refuses every global but the three
+that an integer of NumPy asks for, which this module stands in for. A sentence's ``sent`` is taken, else its ``raw``.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class _IntegerType:
 
 
 def _integer(kind: _IntegerType, data: str | bytes) -> int:
-    raw = _stored_bytes(data) if isinstance(data, str) else data  # of Python 2
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data  # of Python 2
     return int.from_bytes(raw, "big" if kind.big else "little", signed=kind.signed)
 
 
@@ -84,8 +83,7 @@ def load_refs(path: Path) -> list[Reference]:
     Strings of Python 2 are taken as UTF-8, and as Latin-1 where they are none.
 
     Raises:
-        ConfigError: the pickle asks for a global (refused, as it could run any code), is damaged, or has another
-            structure.
+        ConfigError: the pickle asks for a global, is damaged, or has another structure.
     """
     fix = "do not use this file; get the refs from their original source"
     try:
@@ -110,13 +108,12 @@ def load_refs(path: Path) -> list[Reference]:
         left -= _weight(ref)
         if left < 0:
             what, seen = "a refs file holds the same parts again and again", f"{len(raw):,} bytes"
-            raise ConfigError(explain(what, f"{path}, reference {number}", seen, "not 8 times as much text", fix))
+            raise ConfigError(explain(what, str(path), seen, "not 8 times as much text", fix))
         if not _is_reference(ref):
-            where, seen = f"{path}, reference {number}", shorten(ref)
             expected = "ref_id, image_id (integers), ann_id (integer or list of integers), split (string), "
             expected += "sentences (list of {sent or raw: string})"
-            fix = "get the file again"
-            raise ConfigError(explain("a reference has another structure", where, seen, expected, fix))
+            what, where = "a reference has another structure", f"{path}, reference {number}"
+            raise ConfigError(explain(what, where, shorten(ref), expected, "get the file again"))
         ref["split"] = _text(ref["split"])
         ref["sentences"] = [{key: _text(value) for key, value in one.items()} for one in ref["sentences"]]
     return refs
@@ -141,29 +138,23 @@ def _is_reference(ref: object) -> bool:
     )
 
 
-def _stored_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
 def _text(value: Any) -> Any:
     """Return a string of Python 2 that is no UTF-8 as Latin-1."""
     if isinstance(value, str) and any("\udc80" <= letter <= "\udcff" for letter in value):
-        return _stored_bytes(value).decode("latin1")
+        return value.encode("utf-8", "surrogateescape").decode("latin1")
     return value
 
 
 def build_index(refs_path: Path, instances_path: Path, image_folder: Path) -> dict[str, np.ndarray]:
     """Join references, annotations and images into arrays; rows are sorted by image, then by ref_id.
 
-    A row's ``segmentation`` is JSON: a list with the segmentation of each target, empty where there is no target, or a
-    text that says why the reference cannot be used. An image with expressions without a target alone gets a row for its
-    first annotation, without sentences, so that they are asked beside a region.
+    A row's ``segmentation`` is JSON: a list with that of each target, or a text that says why the reference cannot be
+    used. An image with expressions without a target alone gets a row for its first annotation, without sentences.
 
     Raises:
         ConfigError: a file is damaged or has another structure, or they do not belong together.
     """
     watched = [_state(path) for path in (refs_path, instances_path)]
-    where, fix = str(instances_path), "copy or download instances.json again"
     try:
         tree = parse_json(read_file(instances_path))
         images = {
@@ -173,15 +164,14 @@ def build_index(refs_path: Path, instances_path: Path, image_folder: Path) -> di
         annotations: dict[int, Mapping[str, Any]] = {_number(item["id"]): item for item in tree["annotations"]}
         classes = {number: _number(item.get("category_id", -1)) for number, item in annotations.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        what, fix = "instances.json is damaged or has another structure", "copy or download it again"
         expected = "images with id, file_name, height, width; annotations with id, segmentation"
-        what = "instances.json is damaged or has another structure"
-        raise ConfigError(explain(what, where, error, expected, fix)) from error
+        raise ConfigError(explain(what, str(instances_path), error, expected, fix)) from error
     loaded = load_refs(refs_path)
     refs = [ref for ref in loaded if ref["image_id"] in images]
     if not refs:
         what, seen = "no reference names an image of instances.json", f"image_id {loaded[0]['image_id']}, the first"
-        fix = "take both files from the same release"
-        raise ConfigError(explain(what, str(refs_path), seen, f"an id of {instances_path}", fix))
+        raise ConfigError(explain(what, str(refs_path), seen, fix="take both files from the same release"))
     rows = [(f"ref{ref['ref_id']}", ref) for ref in refs] + list(_beside_no_target(refs, annotations))
     rows.sort(key=lambda row: (row[1]["image_id"], row[1]["ref_id"]))
     names, joined = [name for name, _ in rows], [ref for _, ref in rows]
@@ -192,7 +182,7 @@ def build_index(refs_path: Path, instances_path: Path, image_folder: Path) -> di
     image_ids = sorted({ref["image_id"] for ref in joined})
     image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
     splits = sorted({ref["split"] for ref in joined})
-    texts = [[text for one in ref["sentences"] if (text := _sentence(one))] for ref in joined]
+    sentences = [[" ".join(one.get("sent", one.get("raw", "")).split()) for one in ref["sentences"]] for ref in joined]
     targets = [_targets(ref, annotations) for ref in joined]
     there, folders = images_there(image_folder, [(images[i][0], i) for i in image_ids])
     return {
@@ -208,7 +198,7 @@ def build_index(refs_path: Path, instances_path: Path, image_folder: Path) -> di
         **StringTable.from_strings(images[i][0] for i in image_ids).to_arrays("image_file"),
         **StringTable.from_strings(splits).to_arrays("split"),
         **StringTable.from_strings(map(json.dumps, targets)).to_arrays("segmentation"),
-        **StringTable.from_strings(map(json.dumps, texts)).to_arrays("sentence"),
+        **StringTable.from_strings(json.dumps([*filter(None, own)]) for own in sentences).to_arrays("sentence"),
         **watched_arrays([*watched, *folders]),
     }
 
@@ -252,10 +242,6 @@ def _beside_no_target(
             number = first[image_id]
             ref = {"ref_id": -1, "ann_id": number, "image_id": image_id, "split": split, "sentences": []}
             yield f"ann{number}", cast(Reference, ref)
-
-
-def _sentence(one: Mapping[str, str]) -> str:
-    return " ".join(one.get("sent", one.get("raw", "")).split())
 
 
 def coco_names(name: str, image_id: int) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 Format: Kirillov et al. 2023, arXiv 2304.02643 (:data:`LAYOUT`; its forms may be mixed and nested in sub-folders).
 Archives, gzipped or not, are read in place (:mod:`~dual_loop.data.tar`).
 
-Mask size: the size in the run-length code must be the decoded image's; up to 2 pixels a side are bridged by nearest
-resizing (:func:`~dual_loop.data.masks.fit_mask`), more is a bad sample, as mirrors ship resized images with the
-original masks. Masks are drawn on the stored pixels, so an EXIF orientation is never applied.
+The size in a run-length code must be the decoded image's (:func:`~dual_loop.data.masks.fit_mask`): mirrors ship resized
+images with the original masks. Masks are drawn on the stored pixels, so an EXIF orientation is not applied unless
+``data.exif`` says so.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``not_an_image``,
 ``broken_json``, ``broken_rle``, ``size_mismatch``, ``no_region_left``.
@@ -17,6 +17,7 @@ import io
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.sa1b_index import build_index
 from dual_loop.data.string_table import StringTable
 from dual_loop.data.tar import TarShelf
-from dual_loop.errors import SampleError, explain
+from dual_loop.errors import bad_sample, explain, shorten
 from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """
@@ -44,8 +45,6 @@ class Sa1b(Reader):
     """SA-1B; an entry is an image with its masks.
 
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
-        max_samples: keep this many images, drawn with a fixed seed; None keeps all. Images without JSON and JSON files
-            without an image are no entries; ``self.left_out`` counts them.
         min_predicted_iou, min_stability_score: limits on the two scores of an annotation; above 0, an annotation
             without the score does not pass.
 
@@ -114,21 +113,21 @@ class Sa1b(Reader):
         return self.root / name if number < 0 else io.BytesIO(self._shelf.read(number, offset, size))
 
     def load_reduced(self, index: int, rng: np.random.Generator, needed: NeededSize | None) -> RegionSample:
-        """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass.
-
-        One that fails the area limits, or cannot be decoded, is replaced by the next drawn.
-        """
+        """Read image ``index`` with up to ``regions_per_image`` regions, drawn by ``rng`` among those that pass."""
         row = int(self._rows[index])
         image_name, record_name = self._images[row], self._records[row]
         record = self.root / record_name
-        content = read_annotations(self._read(record_name, self._record_place[row]), str(record))
-        annotations = content.get("annotations") if isinstance(content, dict) else None
+        read = read_annotations(self._read(record_name, self._record_place[row]), str(record))
+        content: dict[str, Any] = read if isinstance(read, dict) else {}
+        annotations = content.get("annotations")
         if not isinstance(annotations, list) or not all(isinstance(item, dict) for item in annotations):
-            seen, expected = f"{str(content)[:60]}...", '{"image": {...}, "annotations": [{...}, ...]}'
-            what, fix = "an annotation file is not of SA-1B", "download this file again"
-            raise SampleError("broken_json", explain(what, str(record), seen, expected, fix))
+            expected = '{"image": {...}, "annotations": [{...}, ...]}'
+            raise bad_sample("broken_json", "no annotation file of SA-1B", str(record), shorten(read), expected)
         stored = self._read(image_name, self._image_place[row])
         picture = read_picture(stored, self.exif == "apply", str(self.root / image_name), needed)
+        image = content.get("image")
+        height, width = (image.get(key) if isinstance(image, dict) else None for key in ("height", "width"))
+        size = (height, width) if type(height) is int and type(width) is int else picture.size
         # The scores cost nothing, so they come first; the area is checked on the decoded mask.
         limits = [(key, least) for key, least in self.min_scores.items() if least > 0]
         scores = [[annotation.get(key) for key, _ in limits] for annotation in annotations]
@@ -140,9 +139,9 @@ class Sa1b(Reader):
 
         def decode(position: int) -> np.ndarray:
             where, code = f"{record}[{passing[position]}]", annotations[passing[position]].get("segmentation", {})
-            if isinstance(code, list):  # polygons of a converted set
-                return fit_mask(decode_polygons(code, *_stored_size(content, picture.size), where), picture.size, where)
-            return fit_mask(decode_rle(code, where), picture.size, where)
+            # A converted set has polygons.
+            mask = decode_polygons(code, *size, where) if isinstance(code, list) else decode_rle(code, where)
+            return fit_mask(mask, picture.size, where)
 
         needs = "".join(f"{key} >= {least:g}, " for key, least in limits)
         where = f"{record}, {len(annotations)} annotations, {len(passing)} of them with high enough scores"
@@ -153,13 +152,6 @@ class Sa1b(Reader):
         name_of, picture_of = names.__getitem__, lambda: picture
         drawn = self._draw(rng, len(passing), decode, where, region_id=name_of, limits=needs, picture=picture_of)
         return self._sample(index, picture, drawn, [names[position] for position in drawn.numbers])
-
-
-def _stored_size(record: object, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (H, W) that a record states of its image, ``size`` where it does not."""
-    image = record.get("image") if isinstance(record, dict) else None
-    height, width = (image.get(key) if isinstance(image, dict) else None for key in ("height", "width"))
-    return (height, width) if type(height) is int and type(width) is int else size
 
 
 def entry_name(path: str) -> str:
@@ -178,7 +170,5 @@ def _unread_names(root: Path) -> str:
     paths = sorted(root.iterdir())
     plain = [path.name for path in paths if path.is_file() and not path.suffix]
     lost = [path.name for path in paths if not path.exists()]
-    found = (
-        f", {len(plain)} files without a suffix such as {plain[0]} (an archive's name ends in .tar)" if plain else ""
-    )
+    found = f", {len(plain)} files without a suffix such as {plain[0]} (archives end in .tar)" if plain else ""
     return found + (f", {len(lost)} links that lead nowhere such as {lost[0]}" if lost else "")

@@ -27,7 +27,7 @@ from dual_loop.data.limits import RefusedFile, array_header, check_pixels, max_p
 from dual_loop.data.masks import check_mask
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import SampleError, explain, shorten
+from dual_loop.errors import SampleError, bad_sample, shorten
 from dual_loop.types import RegionSample
 
 LAYOUT = """
@@ -36,11 +36,8 @@ LAYOUT = """
 """
 
 PREFIX = "masklet_data_"
-_DIRECTORY_BYTES = 2**20
-"""Most bytes of the table of members of an archive."""
-
-_ZIP_END_BYTES = 22 + 2**16
-"""The last record of a zip archive and the longest comment behind it."""
+_DIRECTORY_BYTES, _ZIP_END_BYTES = 2**20, 22 + 2**16
+"""Most bytes of the table of members of an archive; its last record with the longest comment behind it."""
 
 
 class SavPairs(Reader):
@@ -90,8 +87,8 @@ class SavPairs(Reader):
             if number > 2 and not mask.any():
                 continue
             if mask.shape != image.shape[:2]:
-                what, fix = "a mask and its frame differ in size", "convert this pair again"
-                raise SampleError("size_mismatch", explain(what, where, mask.shape, image.shape[:2], fix))
+                what = "a mask and its frame differ in size"
+                raise bad_sample("size_mismatch", what, where, mask.shape, image.shape[:2])
             check_mask(mask, where)
             images.append(image)
             masks.append(mask[None])
@@ -111,7 +108,7 @@ def _read_npz(path: Path, frames: int) -> dict[str, np.ndarray]:
             missing = [key for key in keys if key not in stored]
             if missing:
                 what, expected = "a frame pair lacks " + ", ".join(missing), ", ".join(keys)
-                raise SampleError("missing_key", explain(what, str(path), shorten(sorted(stored)), expected, fix))
+                raise bad_sample("missing_key", what, str(path), shorten(sorted(stored)), expected, fix)
             more = [(f"frame{number}", f"mask{number}") for number in range(3, frames + 1)]
             keys += chain.from_iterable(takewhile(set(stored).issuperset, more))
             left = 4 * max_pixels()
@@ -121,10 +118,9 @@ def _read_npz(path: Path, frames: int) -> dict[str, np.ndarray]:
     except SampleError:
         raise
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("a frame pair is missing", str(path), fix=fix)) from error
+        raise bad_sample("missing_file", "a frame pair is missing", str(path), fix=fix) from error
     except Exception as error:  # damaged archives raise nearly anything, depending on which byte is wrong
-        message = explain("a frame pair is damaged", str(path), error, "a complete npz archive", fix)
-        raise SampleError("truncated_file", message) from error
+        raise bad_sample("truncated_file", "a frame pair is damaged", str(path), error, "a whole npz", fix) from error
     return arrays
 
 
@@ -148,17 +144,12 @@ def _read_array(archive: zipfile.ZipFile, name: str, where: str, most: int) -> n
     with archive.open(name) as member:
         shape, dtype = array_header(member)
         if dtype.hasobject:
-            what = "an array holds Python objects, which only pickle can read"
-            raise _bad_array(what, where, "dtype object", "uint8 or float")
+            raise _bad_array("an array holds Python objects, which only pickle can read", where, dtype, "numbers")
         if (size := math.prod(shape) * dtype.itemsize) > most:
-            seen, expected = (
-                f"{shape} {dtype}, {size:,} bytes",
-                f"at most {most:,} (4 x data.max_pixels for all arrays)",
-            )
-            raise SampleError("too_large", explain("an array is too large", where, seen, expected))
+            expected = f"at most {most:,} bytes (4 x data.max_pixels for all arrays)"
+            raise bad_sample("too_large", "an array is too large", where, f"{shape} {dtype}, {size:,} bytes", expected)
         member.seek(0)
-        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
-        return array
+        return np.asarray(np.lib.format.read_array(member, allow_pickle=False))
 
 
 def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
@@ -179,8 +170,7 @@ def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
     if low < 0 or high > 255:
         raise _bad_array("a frame is out of range", where, f"{low:g} to {high:g}", "0..255 or 0..1")
     scale = 255 if array.dtype.kind == "f" and high <= 1 else 1
-    scaled: np.ndarray = np.rint(array.astype(np.float32) * scale)
-    return scaled.astype(np.uint8)
+    return np.rint(array.astype(np.float32) * scale).astype(np.uint8)
 
 
 def to_bool_mask(array: np.ndarray, where: str) -> np.ndarray:
@@ -210,4 +200,4 @@ def _range_of(array: np.ndarray, where: str) -> tuple[float, float]:
 
 
 def _bad_array(what: str, where: str, seen: object, expected: str) -> SampleError:
-    return SampleError("bad_array", explain(what, where, seen, expected, "convert this pair again, or remove it"))
+    return bad_sample("bad_array", what, where, seen, expected, "convert this pair again, or remove it")

@@ -4,13 +4,11 @@ SA-V is of Ravi et al. 2024, arXiv 2408.00714. Its files (:data:`LAYOUT`) may li
 (``sav_000/sav_train/sav_000/``): videos of 24 frames a second, 6 of them annotated.
 
 ``masklet`` in a JSON file is a list over annotated frames of a list over objects of run-length codes; an absent object
-has an empty code, null, or a list that ends before it. Annotated frame i belongs to video frame ``i * step``, with
-``step`` the ratio of the video's rate and 6 (4 in the release, 5 for 30 frames a second); an annotated frame behind the
-end of the video is never drawn. Where rates do not tell the step, the sample is bad (:func:`annotation_step`).
+has an empty code, null, or a list that ends before it. Annotated frame i belongs to video frame ``i * step``
+(:func:`annotation_step`); one behind the end of the video is never drawn.
 
 Video frame n is the n-th that a player shows: frames that an edit list hides and what a cut file lacks do not count.
-Its time stamp is read from the packets, the container is asked for the key frame before it, and frames are decoded
-until that time stamp is met. It is turned as the container says, as players do.
+Its time stamp is read from the packets, and frames are decoded from the key frame before until that time stamp is met.
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``broken_json``,
 ``broken_rle``, ``size_mismatch``, ``unknown_step``, ``no_frame_pair``, ``no_frame``, ``bad_rotation``.
@@ -27,14 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from dual_loop.data.index import Key, build_in_parts, join_parts, list_tree, load_or_build
 from dual_loop.data.layout import layout_error
-from dual_loop.data.limits import check_file, check_pixels, max_pixels
+from dual_loop.data.limits import MAX_SIDE, check_file, check_pixels, max_pixels
 from dual_loop.data.masks import decode_rle
 from dual_loop.data.reader import Reader, read_annotations
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import EnvironmentProblem, SampleError, explain, shorten
+from dual_loop.errors import EnvironmentProblem, SampleError, bad_sample, explain, shorten
 from dual_loop.types import RegionSample, SkippedRegion
 
 LAYOUT = """
@@ -46,11 +45,8 @@ LAYOUT = """
 
 LEFT_OUT = ("annotation files without a video", "videos without an annotation file")
 
-RECORDS_KEPT = 4
-"""Parsed JSON files that a process keeps; one has some megabytes."""
-
-VIDEOS_KEPT = 64
-"""Videos whose time stamps a process remembers."""
+RECORDS_KEPT, VIDEOS_KEPT = 4, 64
+"""Parsed JSON files of some megabytes each, and time stamps of videos, that a process keeps."""
 
 ATTEMPTS = 2
 """Key frames before a frame that are tried before the start of the video."""
@@ -69,7 +65,6 @@ class SavVideos(Reader):
     """SA-V videos; an entry is a masklet: one object of one JSON file.
 
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
-        root: folder that holds the files at any depth.
         masklets: ``both``, ``manual`` or ``auto``.
         min_seconds, max_seconds: distance of the other frames from the captioned one.
         min_area: least share of the frame that an object must cover in all, 0..1.
@@ -184,9 +179,8 @@ class SavVideos(Reader):
                 return clip
         found = f"{len(seen)} of {len(areas)} annotated frames with enough area, {rate:g} a second"
         expected = f"two of them {self.min_seconds:g} to {self.max_seconds:g} seconds apart"
-        fix = "widen sav_min_seconds, sav_max_seconds or sav_min_area, or let the sample be skipped"
-        message = explain("no two frames of a masklet can be paired", where, found, expected, fix)
-        raise SampleError("no_frame_pair", message)
+        fix = "widen sav_min_seconds, sav_max_seconds or sav_min_area"
+        raise bad_sample("no_frame_pair", "no two frames of a masklet can be paired", where, found, expected, fix)
 
 
 # --- annotation files ------------------------------------------------------------------------------------------------
@@ -202,7 +196,7 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     names, counts = json.loads(part), []
     for name in names:
         try:
-            codes = read_masklets(Path(root) / name)
+            codes, _ = read_masklets(Path(root) / name)
             count = np.zeros(max(map(len, codes)), np.int64)
             for frame in codes:
                 count[: len(frame)] += np.array([_is_visible(code) for code in frame], np.int64)
@@ -216,32 +210,26 @@ def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     }
 
 
-def read_masklets(path: Path) -> Codes:
-    """Return ``masklet`` of an annotation file of SA-V, not empty; a frame that is null has no object.
+def read_masklets(path: Path) -> tuple[Codes, float]:
+    """Return ``masklet`` of an annotation file (null is a frame without objects), and its video's frames, 0 where mum.
 
     Raises:
         SampleError: ``missing_file``; ``broken_json`` where it is damaged or of another structure.
     """
-    return _read_record(path)[0]
-
-
-def _read_record(path: Path) -> tuple[Codes, float]:
-    """Return what :func:`read_masklets` returns, and how many frames the video has by its record, 0 where it is mum."""
     read = read_annotations(path, str(path))
     record: dict[str, Any] = read if isinstance(read, dict) else {}
     frames = record.get("masklet")
     if not isinstance(frames, list) or not all(isinstance(frame, list | None) for frame in frames) or not any(frames):
         expected = '"masklet": [[{"size", "counts"}, one an object], one an annotated frame]'
         seen, fix = shorten(read), "download this file again"
-        message = explain("an annotation file is not of SA-V", str(path), seen, expected, fix)
-        raise SampleError("broken_json", message)
+        raise bad_sample("broken_json", "an annotation file is not of SA-V", str(path), seen, expected, fix)
     count = record.get("video_frame_count")
     if not isinstance(count, (int, float)) or not 0 <= count < 2**31:  # JSON can say Infinity, NaN and 10**400
         count = 0
     return [frame or [] for frame in frames], count
 
 
-_kept_record = functools.lru_cache(RECORDS_KEPT)(_read_record)
+_kept_record = functools.lru_cache(RECORDS_KEPT)(read_masklets)
 
 
 def _code_of(frame: list[Any], column: int) -> object:
@@ -264,19 +252,16 @@ def _is_visible(code: object) -> bool:
     size = code.get("size")
     if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
         return True  # decoding it says what is wrong
-    return code["counts"] not in (_empty_counts(size[0] * size[1]), [size[0] * size[1]])
+    return code["counts"] not in (_empty_counts(*size), [size[0] * size[1]])
 
 
 @functools.lru_cache(maxsize=64)
-def _empty_counts(pixels: int) -> str:
-    """Return COCO's string of one run: 5 bits a character, the lowest first, 32 where more follow, 16 as the sign."""
-    text = ""
-    while True:
-        bits, pixels = pixels & 31, pixels >> 5
-        is_last = pixels == -(bits >> 4)
-        text += chr(48 + bits + 32 * (not is_last))
-        if is_last:
-            return text
+def _empty_counts(height: int, width: int) -> str | None:
+    """Return COCO's string of one run, None for a size that no frame has."""
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        return None
+    run = {"size": [height, width], "counts": [height * width]}
+    return str(coco_mask.frPyObjects(run, height, width)["counts"].decode())
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -303,9 +288,9 @@ class VideoTimes(NamedTuple):
 def annotation_step(times: VideoTimes, num_annotated: int, frame_count: float, where: str) -> int:
     """Return how many video frames lie between two annotated ones, by the rate of the video and that of the masks.
 
-    Under an uneven rate the n-th frame is not the one at the n-th time, and nobody knows which was annotated; only a
-    record that counts the same frames (``frame_count``) and has masks to their end says that frames were counted. More
-    masks than the video has frames for, or had before it was cut, are of another step.
+    It is 4 in the release, 5 for 30 frames a second. Under an uneven rate the n-th frame is not the one at the n-th
+    time, and nobody knows which was annotated; only a record that counts the same frames (``frame_count``) and has
+    masks to their end says that frames were counted. More masks than there are frames for are of another step.
 
     Raises:
         SampleError: ``unknown_step``.
@@ -318,10 +303,10 @@ def annotation_step(times: VideoTimes, num_annotated: int, frame_count: float, w
     counted = round((count - 1) / max(1, num_annotated - 1))
     if frame_count == count and num_annotated == -(-count // max(1, counted)):
         return counted
-    seen = f"{count} frames, {times.rate:.4g} a second, {'even' if times.is_even else 'uneven'}"
+    seen = f"{count} frames, {times.rate:.4g} a second, {'even' if times.is_even else 'uneven'}; {num_annotated} masks"
     expected = f"an even rate, a multiple of {ANNOTATED_RATE:g} a second, and at most {int(most)} masks"
     what, fix = "which frames were annotated is not known", "download this video again, or convert it to frame pairs"
-    raise SampleError("unknown_step", explain(what, where, f"{seen}; {num_annotated} masks", expected, fix))
+    raise bad_sample("unknown_step", what, where, seen, expected, fix)
 
 
 def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> np.ndarray:
@@ -335,8 +320,7 @@ def read_frame(path: Path, number: int, size: tuple[int, ...] | None = None) -> 
     """
     times = video_times(path)
     if not 0 <= number < len(times.stamps):
-        message = explain("a video has no such frame", str(path), number, f"0 to {len(times.stamps) - 1}")
-        raise SampleError("no_frame", message)
+        raise bad_sample("no_frame", "a video has no such frame", str(path), number, f"0 to {len(times.stamps) - 1}")
     stamp = times.stamps[number]
     before = [key for key in times.keys if key <= stamp]
     with _opened(path, f"frame {number}") as (container, stream):
@@ -371,7 +355,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
     except SampleError:
         raise
     except FileNotFoundError as error:
-        raise SampleError("missing_file", explain("a video is missing", str(path), fix="download it again")) from error
+        raise bad_sample("missing_file", "a video is missing", str(path), fix="download it again") from error
     except Exception as error:  # of PyAV, depending on the place of the damage
         raise _damaged(path, f"{what}: {type(error).__name__}: {error}") from error
 
@@ -418,34 +402,25 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _upright(frame: Any, size: tuple[int, ...] | None, where: str) -> np.ndarray:
-    """Return the picture turned and mirrored as the container says (matrix of ISO 14496-12), or stored where that fits.
-
-    Raises:
-        SampleError: ``size_mismatch``, ``bad_rotation`` where the angle is no multiple of 90 degrees.
-    """
+    """Return the picture as the container turns and mirrors it (ISO 14496-12), or as it is stored where that fits."""
     stored: np.ndarray = frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get(_import_av().sidedata.sidedata.Type.DISPLAYMATRIX)
     # A point (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix is not None else (1, 0, 0, 0, 1)
     if (a == d == 0) == (b == c == 0):
-        fix = "store the frames as they are shown"
-        message = explain(
-            "a video is not turned by right angles", where, [a, b, c, d], "0, 90, 180 or 270 degrees", fix
-        )
-        raise SampleError("bad_rotation", message)
+        what, expected = "a video is not turned by right angles", "0, 90, 180 or 270 degrees"
+        raise bad_sample("bad_rotation", what, where, [a, b, c, d], expected)
     shown = stored if a else stored.swapaxes(0, 1)
     shown = np.ascontiguousarray(shown[:: 1 if b + d > 0 else -1, :: 1 if a + c > 0 else -1])
     fitting = [image for image in (shown, stored) if size is None or image.shape[:2] == tuple(size)]
     if not fitting:
-        fix = "convert or download this video and its masklets again"
-        message = explain("a frame and its mask differ in size", where, shown.shape[:2], tuple(size or ()), fix)
-        raise SampleError("size_mismatch", message)
+        what, fix = "a frame and its mask differ in size", "download this video and its masklets again"
+        raise bad_sample("size_mismatch", what, where, shown.shape[:2], size, fix)
     return fitting[0]
 
 
 def _damaged(path: Path, seen: object) -> SampleError:
-    message = explain("a video is damaged", str(path), seen, "a complete video", "download it again")
-    return SampleError("truncated_file", message)
+    return bad_sample("truncated_file", "a video is damaged", str(path), seen, "a complete video", "download it again")
 
 
 def _import_av() -> Any:

@@ -38,8 +38,7 @@ def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
     """Return the draws of each source in one epoch.
 
     Raises:
-        ConfigError: no source or no draw at all, an empty source, names that are not unique, a negative or infinite
-            number, weights that share nothing, or a source that rounding leaves without a draw.
+        ConfigError: there is no source or no draw, a source is empty or gets no draw, or names or numbers are wrong.
     """
     problems = [f"{share.name}: the source is empty" for share in shares if share.length <= 0]
     numbers = [(s.name, "repeats", s.repeats) for s in shares] + [(s.name, "weight", s.weight or 0.0) for s in shares]
@@ -74,8 +73,7 @@ def compute_quotas(shares: Sequence[SourceShare]) -> list[int]:
 def choose_capped(num_entries: int, max_samples: int | None, setting: str) -> np.ndarray:
     """Return the kept entries, ascending, (n,) int64: all of them, or ``max_samples`` drawn with a fixed seed.
 
-    The first n in sorted order would be one video, one shard or one kind of object; a shuffle with :data:`CAP_SEED`
-    comes first. A smaller cap keeps a subset of what a larger one keeps.
+    The first n in sorted order would be one shard. A smaller cap keeps a subset of what a larger one keeps.
 
     Raises:
         ConfigError: ``max_samples`` is below 1; the message names ``setting``.

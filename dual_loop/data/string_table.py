@@ -22,8 +22,7 @@ class StringTable:
     """
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
-        self.data = data
-        self.offsets = offsets
+        self.data, self.offsets = data, offsets
 
     @classmethod
     def from_strings(cls, strings: Iterable[str]) -> StringTable:
@@ -59,11 +58,10 @@ class StringTable:
 
     def slice(self, start: int, stop: int) -> list[str]:
         """Return strings ``start`` to ``stop`` - 1, faster than one by one."""
-        ends = self.offsets[start : stop + 1].tolist()
         if stop <= start:
             return []
-        data = self.data[ends[0] : ends[-1]].tobytes()
-        first = ends[0]
+        ends = self.offsets[start : stop + 1].tolist()
+        first, data = ends[0], self.data[ends[0] : ends[-1]].tobytes()
         return [data[a - first : b - first].decode("utf-8", "surrogateescape") for a, b in pairwise(ends)]
 
 

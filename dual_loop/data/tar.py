@@ -1,9 +1,7 @@
 """Files inside tar archives, read in any order without unpacking: an offset index, and ``pread``.
 
-A plain tar is read at the stored offsets. A gzip-compressed one (also when it is named ``.tar``, as some downloads of
-SA-1B are) has no offsets in its bytes: while it is listed, ``indexed_gzip`` keeps points to go on from, in a file
-beside the index; a read then decompresses at most from one to the next. Each archive is read through once, when it is
-listed.
+A plain tar is read at the stored offsets. For a gzip-compressed one (whatever its name) ``indexed_gzip`` keeps points
+to go on from while it is listed, in a file beside the index; a read then decompresses at most from one to the next.
 
 Member names are compared and shown, never used as paths; links, sparse files and folders inside an archive are left
 out. Where an archive is damaged, what comes before the damage is used, and the damage is reported with its place.
@@ -27,7 +25,7 @@ from dual_loop.data.index import Arrays
 from dual_loop.data.index_file import replacing, watch_files
 from dual_loop.data.limits import max_pixels, open_file
 from dual_loop.data.string_table import StringTable
-from dual_loop.errors import EnvironmentProblem, SampleError, explain
+from dual_loop.errors import EnvironmentProblem, bad_sample, explain
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -41,8 +39,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _LEAST_SPACING = 2**20
 _MAX_POINTS = 2500
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error)
-_END = 1024
-"""Bytes of zeros that end an archive."""
+_END = 1024  # bytes of zeros that end an archive
 _RECORD, _LONGEST_RECORD = 10240, 2**20
 """Archives are filled up to a multiple of one record: of the first size unless their writer was told another."""
 _HEADER_BYTES = 2**20
@@ -50,14 +47,12 @@ _HEADER_BYTES = 2**20
 
 
 def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
-    """Return the files of one archive whose names begin with ``prefix``: a part of an index.
-
-    ``prefix`` is that of names without their folders; ``index_dir`` keeps the points of a compressed archive.
+    """Return the files of one archive whose names without folders begin with ``prefix``: a part of an index.
 
     Returns:
         ``member_bytes, member_offsets`` (names without folders), ``member_place`` (n, 2) int64 (offset in the
         uncompressed archive, size), ``damage_bytes, damage_offsets`` (one text, empty where the archive is whole),
-        and the watched archive.
+        and the watched archive. ``index_dir`` keeps the points of a compressed one.
 
     Raises:
         EnvironmentProblem: it is compressed and ``indexed_gzip`` is not installed, or its points cannot be stored.
@@ -107,15 +102,16 @@ def _list_members(file: Any, prefix: str, size: int | None, found: list[tuple[st
             file.seek(end)
             return _damaged_end(file.read(2 * _LONGEST_RECORD), end)
     except _DAMAGE as error:
-        return f"behind byte {end:,}: {type(error).__name__}: {error}" + ("" if end else _first_bytes(file))
+        file.seek(0)
+        begins = "" if end else f"; it begins with {file.read(40)!r}"
+        return f"behind byte {end:,}: {type(error).__name__}: {error}{begins}"
 
 
 def _damaged_end(rest: bytes, end: int) -> str:
     """Return what is wrong with what follows the last member, which ends at byte ``end``; empty where nothing is.
 
-    An archive ends with two blocks of zeros and is filled up with zeros to a record. tarfile takes a cut between two
-    members, or at a header that is none, for the end, and so it does where a download that has all of its size already
-    has zeros in place of members.
+    An archive ends with two blocks of zeros and is filled up with zeros to a record. tarfile takes for the end a cut
+    between two members, a header that is none, and zeros in place of members, as an unfinished download has them.
     """
     at, total = f"behind byte {end:,}: ", end + len(rest)
     if not rest.startswith(bytes(_END)):
@@ -125,11 +121,6 @@ def _damaged_end(rest: bytes, end: int) -> str:
     if any(rest) or len(rest) > min(_LONGEST_RECORD, _END + -(end + _END) % record):
         return at + "it goes on where an archive has ended (a download that is not complete, or two archives in one)"
     return ""
-
-
-def _first_bytes(file: Any) -> str:
-    file.seek(0)
-    return f"; it begins with {file.read(40)!r}"
 
 
 class _Onward:
@@ -149,8 +140,7 @@ class _Onward:
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _HEADER_BYTES:
             raise ValueError(f"a header of {size:,} bytes")
-        data: bytes = self._file.read(size)
-        return data
+        return bytes(self._file.read(size))
 
 
 def is_compressed(path: Path) -> bool:
@@ -165,18 +155,14 @@ def is_compressed(path: Path) -> bool:
 def point_spacing(num_bytes: int) -> int:
     """Return the distance in bytes between the points of a compressed archive of ``num_bytes``.
 
-    Half of it is decompressed for a read on average, but a point is 32 KiB, all of which are read when an archive is
-    opened: 1 MiB up to archives of 2.6 GB, then so many MiB that there are about :data:`_MAX_POINTS` (80 MB).
+    Half of it is decompressed for a read, but points of 32 KiB are all read when an archive is opened: 1 MiB up to
+    archives of 2.6 GB, then so many MiB that there are about :data:`_MAX_POINTS` (80 MB).
     """
     return _LEAST_SPACING * max(1, math.ceil(num_bytes / (_MAX_POINTS * _LEAST_SPACING)))
 
 
 def open_compressed(path: Path, index_dir: Path) -> Any:
-    """Open a compressed archive for reading at any offset, with its stored points where there are any.
-
-    Raises:
-        EnvironmentProblem: ``indexed_gzip`` is not installed.
-    """
+    """Open a compressed archive for reading at any offset (needs ``indexed_gzip``), with its points where stored."""
     try:
         from indexed_gzip import IndexedGzipFile
     except ImportError as error:
@@ -202,11 +188,8 @@ def _points_path(path: Path, index_dir: Path) -> Path:
 class TarShelf:
     """Reads pieces of archives; a process opens its own files, at most :data:`MAX_OPEN` at a time.
 
-    Points of compressed archives are held in memory, at most :data:`MAX_POINT_BYTES` unless one archive has more.
-
-    Args:
-        root, archives: folder of the archives, and their paths below it.
-        index_dir: where the points of compressed archives are.
+    Points of compressed archives (in ``index_dir``) are held in memory, at most :data:`MAX_POINT_BYTES` unless one
+    archive has more.
     """
 
     def __init__(self, root: Path, archives: StringTable, index_dir: Path) -> None:
@@ -227,7 +210,7 @@ class TarShelf:
         """
         if size > (limit := max_pixels()):
             where, expected = f"{self._path(number)} at byte {offset:,}", f"at most {limit:,} bytes (data.max_pixels)"
-            raise SampleError("too_large", explain("a file in an archive is too large", where, f"{size:,}", expected))
+            raise bad_sample("too_large", "a file in an archive is too large", where, f"{size:,}", expected)
         try:
             file = self._file(number)
             if isinstance(file, io.FileIO):
@@ -235,12 +218,13 @@ class TarShelf:
             else:
                 file.seek(offset)
                 data = file.read(size)
+            if len(data) != size:
+                raise EOFError(f"{len(data):,} of {size:,} bytes")
         except FileNotFoundError as error:
-            raise SampleError("missing_file", explain("an archive is missing", str(self._path(number)))) from error
+            raise bad_sample("missing_file", "an archive is missing", str(self._path(number))) from error
         except _DAMAGE as error:
-            raise _damaged(self._path(number), offset, error) from error
-        if len(data) != size:
-            raise _damaged(self._path(number), offset, f"{len(data):,} of {size:,} bytes")
+            where, fix = f"{self._path(number)} at byte {offset:,}", "download this archive again"
+            raise bad_sample("truncated_file", "an archive is damaged", where, error, fix=fix) from error
         return data
 
     def _path(self, number: int) -> Path:
@@ -269,8 +253,3 @@ class TarShelf:
                 opened.close()
         self._open.move_to_end(number)
         return self._open[number]
-
-
-def _damaged(path: Path, offset: int, seen: object) -> SampleError:
-    fix = "download this archive again"
-    return SampleError("truncated_file", explain("an archive is damaged", f"{path} at byte {offset:,}", seen, fix=fix))

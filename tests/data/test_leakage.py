@@ -17,13 +17,15 @@ from dual_loop.config import DataConfig
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.dataset_builder import build_sources
 from dual_loop.data.leakage import (
+    FINE,
     HeldOutImage,
     coco_id_of_name,
-    fingerprint,
     guard,
     held_out_of,
     leaked_by_id,
     leaked_by_sight,
+    prints_of_crops,
+    thumbnail,
 )
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
@@ -205,12 +207,13 @@ def test_fingerprints_ignore_size_and_brightness_but_not_content(demo: Path) -> 
     images = sorted((demo / "sa1b").rglob("*.jpg"))
     first = Image.open(images[0]).convert("RGB")
     changed = np.clip(np.asarray(first.resize((97, 61))).astype(np.int64) * 0.8 + 20, 0, 255).astype(np.uint8)
-    own, same, other = fingerprint(images[0]), fingerprint(changed), fingerprint(images[1])
-    assert own is not None and same is not None and other is not None  # noqa: PT018
+    smalls = [thumbnail(image) for image in (images[0], changed, images[1])]
+    whole = np.zeros((1, 4))
+    own, same, other = (prints_of_crops(small, whole, FINE)[0] for small in smalls if small is not None)
     assert float(own @ same) > 0.98
     assert float(own @ other) < 0.9
-    assert fingerprint(np.full((9, 9, 3), 7, np.uint8)) is None
-    assert fingerprint(demo / "demo.json") is None
+    assert thumbnail(np.full((9, 9, 3), 7, np.uint8)) is None
+    assert thumbnail(demo / "demo.json") is None
 
 
 def test_real_photographs(real_samples: Path, tmp_path: Path) -> None:

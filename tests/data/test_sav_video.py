@@ -270,7 +270,7 @@ def test_the_release_files_are_understood(tmp_path):
     if not folder.is_dir():
         pytest.skip("the real samples are not on this machine")
     for path in folder.glob("*.json"):
-        codes = sav_video.read_masklets(path)
+        codes, _ = sav_video.read_masklets(path)
         found = sav_video.count_visible(str(folder), json.dumps([path.name]))
         visible = found["visible"]
         assert len(visible) == len(codes[0])
