@@ -14,11 +14,7 @@ MARKERS = (
 
 
 def check_captions(texts: Iterable[str], where: str) -> None:
-    """Refuse captions that hold a marker, also one that reading in lower case would make of it.
-
-    Raises:
-        SampleError: ``special_token``, ``broken_text``.
-    """
+    """Refuse captions that hold a marker, also in lower case (``special_token``), or half a character."""
     for text in texts:
         check_text(text, where)
         if not is_plain(text):
@@ -28,11 +24,7 @@ def check_captions(texts: Iterable[str], where: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse half a pair of surrogates (``\\ud800`` in JSON): no tokenizer takes it.
-
-    Raises:
-        SampleError: ``broken_text``.
-    """
+    """Refuse half a pair of surrogates (``\\ud800`` in JSON): no tokenizer takes it (``broken_text``)."""
     if not text.isprintable() and printable(text) != text:
         raise bad_sample("broken_text", "a caption holds half a character", where, shorten(text), fix="mend it")
 

@@ -15,13 +15,10 @@ MAX_OUTLINE = 2_000_000
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, object]:
-    """Encode ``mask`` (H, W), foreground where > 0, as ``{"size": [H, W], "counts": str}`` (COCO's string code).
-
-    The mask is made binary first: pycocotools starts a new run at every change of value, so 2 next to 1 would break.
-    """
+    """Encode ``mask`` (H, W), foreground where > 0, as ``{"size": [H, W], "counts": str}`` (COCO's string code)."""
     if mask.ndim != 2:
         raise ValueError(explain("a mask to encode has the wrong shape", seen=mask.shape, expected="(H, W)"))
-    rle = coco_mask.encode(np.asfortranarray((mask > 0).astype(np.uint8)))
+    rle = coco_mask.encode(np.asfortranarray((mask > 0).astype(np.uint8)))  # a new run begins at every change of value
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 

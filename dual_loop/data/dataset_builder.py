@@ -51,9 +51,6 @@ READERS: dict[str, tuple[Callable[..., Reader], tuple[str, ...]]] = {
 _NUM_PROBES = 16
 
 
-# --- from a config to sources ----------------------------------------------------------------------------------------
-
-
 def build_sources(data: DataConfig) -> list[Reader]:
     """Open every data set whose directory is given, in the order of :data:`SETTING_PREFIX`.
 
@@ -85,11 +82,8 @@ def missing_roots(data: DataConfig) -> list[str]:
     if not given:
         flags = ", ".join(f"--{prefix}_dir" for prefix in SETTING_PREFIX.values())
         return [explain("no data set is given", "data", fix=f"set at least one of {flags}")]
-    return [
-        explain("no such folder", f"data.{SETTING_PREFIX[name]}_dir", path)
-        for name, path in given.items()
-        if not has_root(name, path)
-    ]
+    missing = {f"data.{SETTING_PREFIX[name]}_dir": path for name, path in given.items() if not has_root(name, path)}
+    return [explain("no such folder", setting, path) for setting, path in missing.items()]
 
 
 def has_root(name: str, path: str) -> bool:
@@ -141,11 +135,7 @@ def _open_sav(root: str, data: DataConfig) -> Reader:
 
 
 def build_draw_stream(sources: Sequence[Reader], data: DataConfig, seed: int) -> DrawStream:
-    """Return the stream over ``sources`` with the repeats and weights of ``data`` (1 pass, no weight for others).
-
-    Raises:
-        ConfigError: the shares are impossible, see :func:`dual_loop.data.shares.compute_quotas`.
-    """
+    """Return the stream over ``sources`` with the repeats and weights of ``data`` (1 pass, no weight for others)."""
     shares = []
     for source in sources:
         prefix = SETTING_PREFIX.get(source.name)
@@ -193,9 +183,7 @@ def left_out_of(sources: Sequence[Reader]) -> list[tuple[str, str]]:
 def build_dataset(config: Config, geometry: Geometry, sources: Sequence[Reader] | None = None) -> DualLoopDataset:
     """Return the training data of ``config``; ``.stream`` is what a :class:`WindowedBatchSampler` takes.
 
-    Args:
-        geometry: sizes of the model, from ``model.build.geometry``.
-        sources: readers to use instead of those of the config, for example a source of your own.
+    ``sources`` are readers to use instead of those of the config, for example a source of your own.
 
     Raises:
         ConfigError: see :func:`build_sources`, :func:`~dual_loop.data.leakage.guard`, :func:`build_draw_stream`.

@@ -63,9 +63,8 @@ def read_picture(
     several frames the first is taken.
 
     Args:
-        source: the file, or its contents.
+        source, where: the file, or its contents; what names it in messages, None takes the path.
         apply_exif: turn the image as its EXIF orientation says.
-        where: names it in messages; None takes the path.
         needed: from (H, W) to the size that is needed of such an image. A JPEG is then decoded at the smallest of
             1/1, 1/2, 1/4 and 1/8 that still has that size, unless ``apply_exif``: a turned image is decoded in full.
 
@@ -93,10 +92,9 @@ def read_picture(
 
 
 def _decode_fast(image: Image.Image) -> np.ndarray | None:
-    """Return what Pillow makes of a JPEG at full scale, by libjpeg-turbo's own interface (simplejpeg), a fifth sooner.
+    """Return what Pillow makes of a JPEG at full scale, by simplejpeg, a fifth sooner.
 
-    None where simplejpeg is not installed, where the image is no grey or RGB JPEG, and for every file that libjpeg only
-    warns of: whether it is good is for Pillow to say.
+    None where that is not installed, for other images, and where libjpeg warns: Pillow says whether the file is good.
     """
     if simplejpeg is None or not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB") or not image.fp:
         return None
@@ -126,11 +124,7 @@ def to_rgb(image: Image.Image, path: str) -> np.ndarray:
 
 
 def open_image_file(path: str | Path) -> Image.Image:
-    """Open and decode an image file, in the mode it is stored in.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``too_large``.
-    """
+    """Open and decode an image file, in the mode it is stored in; what is raised is that of :func:`read_picture`."""
     with decoding(path, str(path)) as image:
         image.load()
     return image

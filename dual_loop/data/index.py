@@ -53,16 +53,10 @@ MAX_WATCHED = 1_000_000
 CHECKED: dict[str, tuple[int, float]] = {}
 """Of each kind of index that was found: how many paths were looked at for changes, and the seconds that took."""
 
-NUM_GROUPS = 64
-"""Parts that the folders of a tree are listed in."""
-
-_MANY_FOLDERS = 16
-"""As soon as a level of a tree has so many folders, they are listed in parts."""
+NUM_GROUPS, _MANY_FOLDERS = 64, 16
+"""As soon as a level of a tree has so many folders as the second, they are listed in so many parts as the first."""
 
 _warned_folders: set[str] = set()
-
-
-# --- storing ---------------------------------------------------------------------------------------------------------
 
 
 def load_or_build(
@@ -101,9 +95,6 @@ def load_or_build(
     shutil.rmtree(partial_folder(index_dir, key), ignore_errors=True)
     stored = read_arrays(path, text)
     return arrays if stored is None else stored
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def index_folder(index_dir: str | Path | None) -> Path:
@@ -146,8 +137,7 @@ def build_in_parts(
         describe, count: text before the progress bar; from the arrays of a part to its number of entries.
 
     Raises:
-        ValueError: a part is there twice, or ``workers`` is below 1.
-        EnvironmentProblem: a worker process was killed.
+        ValueError: a part is there twice, or ``workers`` is below 1. EnvironmentProblem: a worker process was killed.
         Exception: what ``build_part`` raises; the parts that were finished stay stored.
     """
     if len(set(parts)) != len(parts) or (workers is not None and workers < 1):
@@ -168,10 +158,7 @@ def build_in_parts(
 def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
     """Return the parts as one: string tables (``<name>_bytes`` with ``<name>_offsets``) and arrays, end to end.
 
-    Watched paths join like any table. Arrays that count rows or bytes of their own part must be moved on before.
-
-    Raises:
-        ValueError: there is no part, or the parts have different names.
+    Arrays that count rows or bytes of their own part must be moved on before. ValueError where names differ.
     """
     if not parts or any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError(f"parts must have the same arrays, seen {[sorted(part) for part in parts[:9]]}")
@@ -255,9 +242,6 @@ def _make_part(build_part: Callable[[str], Arrays], part: str, path: Path, key: 
     except OSError:
         return arrays  # load_or_build warns when it cannot store the whole index either
     return None
-
-
-# --- listing ---------------------------------------------------------------------------------------------------------
 
 
 def list_tree(

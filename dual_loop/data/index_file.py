@@ -60,9 +60,6 @@ def _open_again(path: str, name: str, identity: tuple[int, ...]) -> np.ndarray:
     raise EnvironmentProblem(explain(what, path, seen, "the same index in all processes", fix))
 
 
-# --- what an index depends on ----------------------------------------------------------------------------------------
-
-
 def watch_files(paths: Iterable[Path], any_size: bool = False) -> dict[str, np.ndarray]:
     """Return ``paths`` with their modification times and sizes as arrays of an index; call it before reading them.
 
@@ -92,9 +89,6 @@ def is_current(arrays: Mapping[str, np.ndarray]) -> bool:
         if now.st_mtime_ns != modified or size not in (ANY_SIZE, now.st_size):
             return False
     return True
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

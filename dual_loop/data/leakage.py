@@ -108,8 +108,7 @@ def held_out_of(data: DataConfig) -> dict[int, HeldOutImage]:
 def leaked_by_id(source: Reader, held_out: Mapping[int, HeldOutImage]) -> list[Leak]:
     """Return the entries whose COCO id is held out; works from the index alone.
 
-    Where ``named_rows()`` offers tables they are searched as a whole, a million names in well under a second; other
-    sources are asked name by name.
+    Tables of ``named_rows()`` are searched as a whole, a million names in well under a second.
     """
     own_id = getattr(source, "coco_id", None)
     entries: Iterable[int] = range(len(source) if held_out else 0)
@@ -149,10 +148,8 @@ def leaked_by_sight(
 ) -> tuple[list[Leak], int]:
     """Return the entries that look like a held-out image, and how many entries were looked at.
 
-    Args:
-        source: entries without an image file of their own (frame pairs) are looked at through their first frame.
-        held_out: those without a file are left out.
-        limit: look at so many entries at most, evenly spread; None looks at all.
+    Entries without an image file of their own (frame pairs) are looked at through their first frame; with ``limit`` so
+    many at most, evenly spread. Held-out images without a file are left out.
     """
     known = [(image, small) for image in held_out if (small := thumbnail(image.path)) is not None]
     if not known:

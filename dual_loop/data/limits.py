@@ -58,9 +58,6 @@ def max_file_bytes() -> int:
     return _in_use.max_file_mb << 20
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def check_file(path: str | Path) -> int:
     """Return the size of a regular file in bytes; links are followed.
 
@@ -135,9 +132,6 @@ def array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     except Exception as error:  # numpy has Python parse it
         raise ValueError(f"the header of an array is damaged: {type(error).__name__}: {error}") from error
     return shape, dtype
-
-
-# --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def check_pixels(height: int, width: int, where: str, reason: str = "too_large") -> None:

@@ -30,9 +30,6 @@ SIZE_TOLERANCE = 2
 """Pixels per side by which a mask may differ from its image before the pair counts as mismatched."""
 
 
-# --- run-length codes and polygons -----------------------------------------------------------------------------------
-
-
 def decode_rle(rle: object, where: str) -> np.ndarray:
     """Decode a COCO run-length code ``{"size": [H, W], "counts": str | bytes | list of int}``: (H, W) bool.
 
@@ -123,9 +120,6 @@ def decode_segmentation(segmentation: object, height: int, width: int, where: st
     return decode_polygons(segmentation, height, width, where, summed)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def safe_join(root: str | Path, relative: str) -> Path:
     """Return ``root / relative`` for a name that was read from a data file.
 
@@ -142,9 +136,6 @@ def safe_join(root: str | Path, relative: str) -> Path:
         expected = "a relative path below the folder"
         raise bad_sample("unsafe_path", what, str(root), shorten(relative), expected, fix)
     return Path(root) / normal
-
-
-# --- arrays ----------------------------------------------------------------------------------------------------------
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -189,9 +180,6 @@ def _size_mismatch(seen: Sequence[int], expected: Sequence[int], where: str, tol
     allowed = f"{tuple(expected)} (H, W)" + (f", {tolerance} pixels more or less" if tolerance else "")
     what, fix = "a mask and its image differ in size", "use the original image: this one is resized or of another mask"
     return bad_sample("size_mismatch", what, where, f"{tuple(seen)} (H, W)", allowed, fix)
-
-
-# --- the prompt grid -------------------------------------------------------------------------------------------------
 
 
 def pool_mask_to_grid(

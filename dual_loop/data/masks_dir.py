@@ -128,12 +128,12 @@ class MasksDir(Reader):
             watched = watch_files([self.file])
             listing = read_coco(self.file, self.crowds) if self.kind == COCO else read_jsonl(self.file)
             watched = join_parts([watched, watch_files(self._leave_out_missing(listing), any_size=True)])
-        names, left_out = sorted(listing.regions), {what: n for what, n in listing.left_out.items() if n}
+        names = sorted(listing.regions)
         regions = [listing.regions[name] for name in names]
         return {
             **StringTable.from_strings(names).to_arrays("image"),
             **StringTable.from_strings(chain.from_iterable(regions)).to_arrays("region"),
-            **StringTable.from_strings([json.dumps(left_out)]).to_arrays("left_out"),
+            **StringTable.from_strings([json.dumps(listing.counts())]).to_arrays("left_out"),
             "starts": np.cumsum([0, *map(len, regions)], dtype=np.int64),
             "counts": np.array([listing.num_captioned, listing.num_named]),
             **watched,
@@ -161,10 +161,9 @@ class MasksDir(Reader):
                 missing.append(name)
         # A name that cannot be written (half a surrogate pair) cannot be kept either.
         missing = missing if folders else [name for name in missing if name != name.encode("utf-8", "ignore").decode()]
-        if missing:
-            listing.left_out[f"listed images that are not there (the first: {missing[0]})"] = len(missing)
-            for name in missing:
-                del listing.regions[name]
+        listing.leave_out("listed images that are not there", *missing)
+        for name in missing:
+            del listing.regions[name]
         return [*folders] or [self.image_root]
 
     def entry_id(self, index: int) -> str:
@@ -252,9 +251,6 @@ class MasksDir(Reader):
         return decode_segmentation(mend_polygons(segmentation, where), height, width, where)
 
 
-# --- finding out what is there ---------------------------------------------------------------------------------------
-
-
 def _find_layout(root: Path) -> tuple[Path, Path | None, str]:
     """Return the folder, the one file that lists the masks (None: other files do), and the layout."""
     if root.is_file():
@@ -306,20 +302,19 @@ def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Li
     Names are compared in Unicode's composed form: file systems and archives of a Mac write the other one.
     """
     listing, captions = Listing(), _read_captions(root / CAPTIONS_NAME)
-    left_out: dict[str, list[str]] = {}
-    images: dict[str, str] = {}
-    masks: dict[str, str] = {}
+    images, masks, doubled = dict[str, str](), dict[str, str](), set[str]()
     for folder, suffixes, known in (("images", IMAGE_SUFFIXES, images), ("masks", MASK_SUFFIXES, masks)):
         for file in (one for one in files if one.startswith(f"{folder}/")):
-            stem = _stem_of(file)
-            if not file.lower().endswith(suffixes):
-                kind = posixpath.splitext(file)[1] or "no suffix"
-                left_out.setdefault(f"files in {folder}/ of a format that is not read ({kind})", []).append(file)
+            name = unicodedata.normalize("NFC", file.removeprefix(f"{folder}/"))
+            stem, suffix = posixpath.splitext(name)
+            if suffix.lower() not in suffixes:
+                kind = suffix or "no suffix"
+                listing.leave_out(f"files in {folder}/ of a format that is not read ({kind})", posixpath.basename(file))
             elif stem in known:
-                left_out.setdefault(f"files in {folder}/ that share a name with another", []).append(file)
+                listing.leave_out(f"files in {folder}/ that share a name with another", posixpath.basename(file))
+                doubled |= {stem} if folder == "images" else set()
             else:
                 known[stem] = file
-    doubled = {_stem_of(file) for file in left_out.get("files in images/ that share a name with another", ())}
     whole_names = {unicodedata.normalize("NFC", file.removeprefix("images/")): stem for stem, file in images.items()}
     unused = set(captions)
     used_images = set[str]()
@@ -327,7 +322,7 @@ def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Li
         owner = next((one for one in (stem, whole_names.get(stem, ""), stem.rpartition("/")[0]) if one in images), None)
         if owner is None or (owner in doubled and owner == stem):
             what = "masks without an image of their name" if owner is None else "masks that two images could own"
-            left_out.setdefault(what, []).append(file)
+            listing.leave_out(what, posixpath.basename(file))
             continue
         used_images.add(owner)
         try:
@@ -341,21 +336,14 @@ def _pair_mask_files(files: list[str], root: Path, void: int | None) -> tuple[Li
             unused.difference_update(keys)
             region = {"id": name.removeprefix(f"{owner}/"), "mask": file, "label": value}
             listing.add(images[owner], {**region, "captions": text} if text else region)
-    left_out["images without a mask of their name"] = [file for stem, file in images.items() if stem not in used_images]
-    left_out["captions without a mask"] = sorted(unused)
+    alone = [posixpath.basename(file) for stem, file in images.items() if stem not in used_images]
+    listing.leave_out("images without a mask of their name", *alone)
+    listing.leave_out("captions without a mask", *sorted(unused))
     if captions and len(unused) == len(captions):
         seen = f"{len(unused)} names without a mask: {listed(sorted(unused), 3)}"
         expected = "names of mask files below masks/, without .png (of a map of labels: name#label)"
         raise ConfigError(explain("captions belong to no mask", str(root / CAPTIONS_NAME), seen, expected))
-    for what, found in left_out.items():
-        if found:
-            listing.left_out[f"{what} (the first: {found[0].rpartition('/')[2]})"] = len(found)
     return listing, [*masks.values(), *([CAPTIONS_NAME] if CAPTIONS_NAME in files else [])]
-
-
-def _stem_of(file: str) -> str:
-    """Return a file's name below ``images`` or ``masks`` without its suffix."""
-    return unicodedata.normalize("NFC", file.partition("/")[2].rpartition(".")[0] or file.partition("/")[2])
 
 
 def read_mask_file(path: Path) -> list[tuple[str, np.ndarray]]:

@@ -77,17 +77,12 @@ _permutation = lru_cache(maxsize=64)(Permutation)
 """An epoch has one, and each source one or two."""
 
 
-# --- the draws -------------------------------------------------------------------------------------------------------
-
-
 class DrawKey(NamedTuple):
     """One draw: what the sampler hands to the data set.
 
     Attributes:
-        source_index: position of the source in the stream's list.
-        entry: index of the entry inside its source.
-        draw: number of this draw among all draws of its source, over the whole run.
-        slot: number of this draw among all draws of the run; every random choice in the sample comes from it.
+        source_index, entry: position of the source in the stream's list, and of the entry inside its source.
+        draw, slot: number of this draw among those of its source, and of the run; random choices come from the slot.
     """
 
     source_index: int
@@ -125,7 +120,6 @@ class DrawStream:
         """Return what replaces ``key`` where its sample is bad: the entry ``attempt`` places on in the same pass.
 
         Draw and slot stay, so that batches stay full, all ranks stay in step, and the position means the same.
-        ``attempt`` runs from 1 to n - 1; then every entry of the source has been tried.
         """
         return key._replace(entry=self._entry(key.source_index, key.draw, attempt))
 

@@ -42,12 +42,13 @@ class Listing:
 
     Attributes:
         regions: of each image, by the name it is looked up by: a region as JSON, or the place of its line.
-        left_out: what is no region, in words, and how many.
+        left_out: what is no region, in words, and how many; firsts: the first of them, where it is shown.
         num_captioned, num_named: regions with a caption of their own, with the name of a class.
     """
 
     regions: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, str] = field(default_factory=dict)
     num_captioned: int = 0
     num_named: int = 0
 
@@ -57,6 +58,17 @@ class Listing:
         self.num_captioned += bool(given)
         self.num_named += "class_name" in region
         self.regions.setdefault(image, []).append(json.dumps(region) if text is None else text)
+
+    def leave_out(self, what: str, *examples: str) -> None:
+        """Count ``examples`` of what is no region, the first of which is shown."""
+        if examples:
+            self.left_out[what] += len(examples)
+            self.firsts.setdefault(what, examples[0])
+
+    def counts(self) -> dict[str, int]:
+        """Return what is left out, in words, and how many."""
+        firsts = {what: f"{what} (the first: {first})" for what, first in self.firsts.items()}
+        return {firsts.get(what, what): count for what, count in self.left_out.items() if count}
 
 
 def read_coco(path: Path, crowds: bool) -> Listing:
@@ -105,7 +117,7 @@ def read_coco(path: Path, crowds: bool) -> Listing:
     listing.left_out["images without an annotation"] += len(without)
     listing.left_out["images with an id that two have"] += len(doubled)
     if not listing.regions:
-        seen = listed([f"{count} {what}" for what, count in listing.left_out.items() if count]) or "no annotation"
+        seen = listed([f"{count} {what}" for what, count in listing.counts().items()]) or "no annotation"
         raise ConfigError(explain("a COCO file has no region", str(path), seen, _COCO_EXPECTED, "mend or replace it"))
     return listing
 
@@ -121,7 +133,7 @@ def _id(value: object) -> int | str | None:
 
 def read_jsonl(path: Path) -> Listing:
     """Read lines of JSON; a region is kept as the place of its line (offset, length). All broken is a ConfigError."""
-    listing, offset, first = Listing(), 0, ""
+    listing, offset = Listing(), 0
     try:
         with open_file(path) as stream:
             for number, raw in enumerate(read_lines(stream), start=1):
@@ -130,14 +142,13 @@ def read_jsonl(path: Path) -> Listing:
                         record = parse_line(raw, f"{path}, line {number}")
                         listing.add(record["image"].replace("\\", "/"), record, f"[{offset}, {len(raw)}]")
                 except SampleError as error:
-                    first = first or str(error)
-                    listing.left_out["broken lines"] += 1
+                    listing.leave_out("broken lines", str(error))
                 offset += len(raw)
     except OSError as error:
         raise ConfigError(explain("lines cannot be read", str(path), error, LINE_EXPECTED)) from error
-    if first and not listing.regions:
-        raise ConfigError(first)
-    return _with_example(listing, "broken lines", first)
+    if listing.firsts and not listing.regions:
+        raise ConfigError(listing.firsts["broken lines"])
+    return listing
 
 
 def parse_line(raw: bytes, where: str) -> Region:
@@ -157,22 +168,15 @@ def parse_line(raw: bytes, where: str) -> Region:
     return cast(Region, region)
 
 
-def _with_example(listing: Listing, what: str, example: str) -> Listing:
-    if listing.left_out[what]:
-        listing.left_out[f"{what} (the first: {example})"] = listing.left_out.pop(what)
-    return listing
-
-
 def read_labelme(root: Path, files: Iterable[str], images: Mapping[str, str]) -> Listing:
     """Read labelme's JSON files, one a picture. ``images``: the image files below ``root`` by their stems."""
-    listing, first = Listing(), ""
+    listing = Listing()
     for name in files:
         try:
             tree = parse_json(read_file(root / name, SAMPLE_BYTES))
             shapes, given = tree["shapes"], str(tree.get("imagePath") or "").replace("\\", "/")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            first = first or f"{name}: {type(error).__name__}: {error}"
-            listing.left_out["JSON files that are not labelme's"] += 1
+            listing.leave_out("JSON files that are not labelme's", f"{name}: {type(error).__name__}: {error}")
             continue
         stem = name.rsplit(".", 1)[0]
         below = posixpath.normpath(posixpath.join(posixpath.dirname(name), given)).rsplit(".", 1)[0]
@@ -188,7 +192,7 @@ def read_labelme(root: Path, files: Iterable[str], images: Mapping[str, str]) ->
             label, region = shape.get("label"), {"id": str(number), "segmentation": [shape.get("points")]}
             named = {"category_id": label, "class_name": label} if isinstance(label, str) else {}
             listing.add(images[stems[0]], region | named)
-    return _with_example(listing, "JSON files that are not labelme's", first)
+    return listing
 
 
 def read_yolo(root: Path, files: Iterable[str], images: Mapping[str, str]) -> Listing:

@@ -239,8 +239,7 @@ def take_regions(
 ) -> Drawn:
     """Decode the regions of an image in ``order`` until ``most`` can be used; None takes all of them.
 
-    ``decode`` returns the mask (H, W) bool of the region of a number, None for one that is not wanted; one for which it
-    raises a ``SampleError`` is passed over.
+    ``decode`` returns the mask (H, W) bool of a region, None where it is not wanted; a ``SampleError`` passes it over.
     """
     taken = Drawn([], [], [])
     for number in order:
@@ -258,14 +257,10 @@ def take_regions(
 
 
 def most_alike(masks: Sequence[np.ndarray], image: np.ndarray, classes: Sequence[object]) -> list[int]:
-    """Return the places of n masks, the first one, and then the easier to be taken for it the earlier.
+    """Return the places of n masks (H, W) bool, the first one, and then the easier to be taken for it the earlier.
 
     Parts of it, and what it is a part of, come last (more than half of the smaller mask lies in the other). Of the rest
-    those of its class come first, and then the mean colour decides.
-
-    Args:
-        masks: n of (H, W) bool, none empty. image: (H, W, 3) uint8.
-        classes: n, of any kind.
+    those of its class come first, and then the mean colour in ``image`` (H, W, 3) uint8 decides.
     """
     first, colours = masks[0], [image[mask].mean(0) for mask in masks]
 

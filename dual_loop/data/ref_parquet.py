@@ -1,8 +1,7 @@
 """Reader of RefCOCO mirrors in parquet: the column layouts of ``jxu124/refcoco*`` and ``lmms-lab/RefCOCO*``.
 
 * jxu124: one row a reference; ``image_id``, ``ref_id``, ``sentences`` (list of {sent, raw}), ``raw_anns`` and
-  ``raw_image_info`` as JSON text. No pixels: the COCO images are looked up by name in ``images``. Its files are named
-  by split, and ``test`` there is RefCOCO's testA.
+  ``raw_image_info`` as JSON text. No pixels. Its files are named by split, and ``test`` there is RefCOCO's testA.
 * lmms-lab: one row an object with its picture: ``image`` ({bytes, path} or bytes), ``answer`` (expressions),
   ``segmentation`` (one polygon, or a list of them), ``question_id``. There is no train split.
 

@@ -53,13 +53,12 @@ _STAND_INS |= {(f"numpy.{core}.multiarray", "scalar"): _integer for core in ("co
 class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """Loads dicts, lists, strings and numbers; refuses everything that needs another global.
 
-    Of Python's two unpicklers it extends the one in Python: the other numbers what it remembers in an array, and takes
-    gigabytes for an opcode of five bytes that names a high number. An array of bytes is made at any size it claims.
+    It extends the unpickler in Python: the one in C takes gigabytes for an opcode of five bytes that names a high
+    number. An array of bytes is made at any size it claims.
     """
 
-    dispatch: ClassVar = {
-        code: call for code, call in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
-    }
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (stand_in := _STAND_INS.get((module_name, global_name))) is not None:
@@ -250,10 +249,7 @@ def coco_names(name: str, image_id: int) -> tuple[str, ...]:
 
 
 def images_there(folder: Path, images: Iterable[tuple[str, int]]) -> tuple[list[bool], list[tuple[str, int, int]]]:
-    """Tell which COCO images, by name and id, are below ``folder``; return that and the listed folders to watch.
-
-    A name that leaves the folder counts as there: reading it says what is wrong.
-    """
+    """Tell which COCO images, by name and id, are below ``folder``; return that and the listed folders to watch."""
     listed: dict[Path, set[str]] = {}
     watched = [_state(folder)]
 
@@ -261,7 +257,7 @@ def images_there(folder: Path, images: Iterable[tuple[str, int]]) -> tuple[list[
         try:
             paths = [safe_join(folder, candidate) for candidate in coco_names(name, image_id)]
         except SampleError:
-            return True
+            return True  # the name leaves the folder: reading it says what is wrong
         for parent in {path.parent for path in paths} - listed.keys():
             if parent.is_dir():
                 watched.append(_state(parent))

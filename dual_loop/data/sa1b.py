@@ -70,10 +70,9 @@ class Sa1b(Reader):
         # The number changes where a listing finds another result: since 3, archives are looked at to their end.
         key = {"kind": "sa1b", "root": str(self.root), "version": 3}
         arrays = load_or_build(index_dir, key, lambda: build_index(self.root, index_dir, key, entry_name))
-        self._images = StringTable.from_arrays(arrays, "image")
-        self._records = StringTable.from_arrays(arrays, "record")
+        tables = [StringTable.from_arrays(arrays, name) for name in ("image", "record", "tar", "damage")]
+        self._images, self._records, tars, damages = tables
         self._image_place, self._record_place = arrays["image_place"], arrays["record_place"]
-        tars, damages = StringTable.from_arrays(arrays, "tar"), StringTable.from_arrays(arrays, "damage")
         self._shelf = TarShelf(self.root, tars, index_folder(index_dir))
         self.damaged_archives = {tars[number]: damages[number] for number in range(len(tars)) if damages[number]}
         if self.damaged_archives:

@@ -1,9 +1,7 @@
 """Reader of SA-V frame pairs: one npz a pair, with two frames and the same object's mask on each (:data:`LAYOUT`).
 
-A file may hold more than two frames; with ``frames`` above 2 it is a clip of as many of them.
-
-SA-V is of Ravi et al. 2024, arXiv 2408.00714; it was converted to pairs. Frames and masks may be uint8 or float, frames
-in 0..255 or 0..1, masks in {0, 1} or {0, 255}, and the two frames of a pair may differ in size. The scale is told from
+A file may hold more than two frames; with ``frames`` above 2 it is a clip of as many of them. SA-V is of Ravi et al.
+2024, arXiv 2408.00714; it was converted to pairs. Frames may differ in size; their scale and that of masks is told from
 dtype and maximum, array by array (:func:`to_uint8_frame`, :func:`to_bool_mask`).
 
 Reasons of :class:`~dual_loop.errors.SampleError`: ``missing_file``, ``truncated_file``, ``missing_key``, ``bad_array``,
@@ -155,8 +153,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, where: str, most: int) -> n
 def to_uint8_frame(array: np.ndarray, where: str) -> np.ndarray:
     """Return a frame as (H, W, 3) uint8.
 
-    Integers are 0..255 as they are (a frame of ones is a black frame). Floats are 0..1 where their maximum is at most
-    1, else 0..255; both are rounded to the nearest integer.
+    Integers are 0..255 as they are; floats are 0..1 where their maximum is at most 1, else 0..255.
 
     Raises:
         SampleError: ``bad_array`` for another shape, dtype or range, and for values that are not finite.
@@ -177,8 +174,7 @@ def to_bool_mask(array: np.ndarray, where: str) -> np.ndarray:
     """Return a mask as (H, W) bool: above half of its scale, which is 1 where the maximum is at most 1, else 255.
 
     Raises:
-        SampleError: ``bad_array`` for another shape or dtype, values that are not finite or not in 0..255, or a
-            maximum in between (2..127), which is a map of labels and no mask.
+        SampleError: ``bad_array``, also for a maximum in between (2..127), which is a map of labels and no mask.
     """
     if array.ndim != 2 or 0 in array.shape:
         raise _bad_array("a mask has the wrong shape", where, array.shape, "(H, W)")

@@ -67,7 +67,7 @@ class SavVideos(Reader):
     Args (further ones are those of :class:`~dual_loop.data.reader.Reader`):
         masklets: ``both``, ``manual`` or ``auto``.
         min_seconds, max_seconds: distance of the other frames from the captioned one.
-        min_area: least share of the frame that an object must cover in all, 0..1.
+        min_area: least share of each frame that an object must cover, 0..1.
         frames: of a clip, 2 or more; fewer where the limits leave fewer.
 
     Raises:
@@ -183,9 +183,6 @@ class SavVideos(Reader):
         raise bad_sample("no_frame_pair", "no two frames of a masklet can be paired", where, found, expected, fix)
 
 
-# --- annotation files ------------------------------------------------------------------------------------------------
-
-
 def count_visible(root: str, part: str) -> dict[str, np.ndarray]:
     """Return, for the JSON files that ``part`` lists, on how many annotated frames each object is visible.
 
@@ -264,17 +261,12 @@ def _empty_counts(height: int, width: int) -> str | None:
     return str(coco_mask.frPyObjects(run, height, width)["counts"].decode())
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
-
-
 class VideoTimes(NamedTuple):
     """What the packets of a video tell.
 
     Attributes:
-        stamps: times of all frames that are shown, ascending, in units of the container.
-        keys: times of all key frames, of hidden ones too.
-        rate: mean rate, frames a second.
-        is_even: whether every frame is where that rate puts it.
+        stamps, keys: times of all frames that are shown, and of all key frames, ascending, in units of the container.
+        rate, is_even: mean rate in frames a second, and whether every frame is where it puts it.
         frame_count: frames that the container claims to have, 0 where it is mum.
     """
 
@@ -362,11 +354,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
 
 @functools.lru_cache(VIDEOS_KEPT)
 def video_times(path: Path) -> VideoTimes:
-    """Return what the packets of a video tell.
-
-    Raises:
-        SampleError: ``missing_file``, ``truncated_file``.
-    """
+    """Return what the packets of a video tell; ``missing_file`` or ``truncated_file`` where they tell nothing."""
     with _opened(path, "its packets") as (container, stream):
         whole = takewhile(lambda packet: not packet.is_corrupt, container.demux(stream))
         packets = [(p.pts, p.dts, p.is_keyframe, p.is_discard) for p in whole if p.pts is not None]

@@ -22,8 +22,7 @@ class SourceShare:
         name: unique name of the source.
         length: n, its number of entries.
         repeats: passes over the source in one epoch; fractions are allowed, 0 leaves it out.
-        weight: None, or the part of the draws that all weighted sources share among themselves (any scale). Together
-            they keep the draws that their repeats give them; the sources without a weight keep their own.
+        weight: None, or the part of the draws that all weighted sources have by their repeats together (any scale).
         probe: names of a few entries; they tell a changed data set of the same length at a resume.
     """
 

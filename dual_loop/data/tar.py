@@ -42,8 +42,7 @@ _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, Recur
 _END = 1024  # bytes of zeros that end an archive
 _RECORD, _LONGEST_RECORD = 10240, 2**20
 """Archives are filled up to a multiple of one record: of the first size unless their writer was told another."""
-_HEADER_BYTES = 2**20
-"""Most bytes of one read while an archive is listed: a header may claim a name of any length."""
+_HEADER_BYTES = 2**20  # most of one read while an archive is listed: a header may claim a name of any length
 
 
 def list_tar(index_dir: str, prefix: str, path: str) -> Arrays:
@@ -124,10 +123,7 @@ def _damaged_end(rest: bytes, end: int) -> str:
 
 
 class _Onward:
-    """A file that is read on and on in short pieces, whatever the headers of its members claim.
-
-    Names and attributes are read whole, and a negative size leads back to what was read: tarfile would never end.
-    """
+    """A file that is read on and on in short pieces, whatever the headers of its members claim."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.tell = file, file.tell
