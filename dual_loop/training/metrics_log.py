@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +206,18 @@ class StepRecord:
             "counters": dict(self.counters),
         }
 
-    def line(self, total_steps: int) -> str:
-        """Return the printed line: losses first, then where we are and what went wrong so far."""
+    def line(self, total_steps: int, pace: float) -> str:
+        """Return the printed line: losses first, then where we are and what went wrong so far.
+
+        Args:
+            pace: seconds a step took on average.
+        """
         others = [name for name in self.losses if name not in MAIN_TERMS]
         parts = [f"loss={sum(self.losses.values()):.3f}"]
         parts += [f"{name}={self.losses[name]:.3f}" for name in (*MAIN_TERMS, *others)]
-        parts.append(f"step {self.step}/{total_steps}")
+        left = timedelta(seconds=round((total_steps - self.step) * pace))
+        parts += [f"step {self.step}/{total_steps}", f"lr={self.lr:.2e}", f"{pace:.2f} s/step", f"{left} left"]
+        parts.append(f"regions={self.values.get('regions') or 0:.0f}")
         cycle_iou = self.values.get("cycle_iou")
         if cycle_iou is not None:
             parts.append(f"cycle_iou={cycle_iou:.3f}")

@@ -278,7 +278,7 @@ class Trainer:
             seconds, counters = timer.total(), self.counters()
             record = StepRecord(number, epoch, losses, grad_norm, rate, world_size, seconds, averages, counters)
             self.log.write(record)
-            self.report(record.line(last))
+            self.report(record.line(last, progress.seconds / number))
         if number in (1, last) or number % train.panel_interval == 0:
             self._save_panels(window, packed, masks)
         return is_stopping

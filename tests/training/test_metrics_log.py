@@ -119,9 +119,10 @@ def record_of(step: int, counters: dict[str, int] | None = None) -> StepRecord:
 
 @pytest.mark.parametrize("rejected", [0, 3])
 def test_the_printed_line_has_the_promised_shape(rejected: int) -> None:
-    line = record_of(2, {"caption/rejected": rejected, "data/bad_samples/sav/x": 1}).line(6)
+    line = record_of(2, {"caption/rejected": rejected, "data/bad_samples/sav/x": 1}).line(6, 20.5)
     losses = r"loss=2\.23\d, mask_loss=0\.500, dice_loss=0\.250, llm_loss=0\.48\d, align_loss=1\.000"
-    assert re.match(losses + r", step 2/6, cycle_iou=0\.5", line)
+    where = r", step 2/6, lr=1\.00e-04, 20\.50 s/step, 0:01:22 left, regions=0, cycle_iou=0\.5"
+    assert re.match(losses + where, line), line
     assert ("caption/rejected=3" in line) == bool(rejected)
     assert "sav" not in line
 
