@@ -87,7 +87,7 @@ def train(config: Config) -> FitResult:
             loaded = load(run, built)
             placed = place(run, loaded)
             ready = wire(run, placed, stream)
-            trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.task)
+            trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.trainer.task)
             before = evaluator.before(trainer.progress.step)
             evaluator.look_at_references(trainer)
             result = trainer.fit(partial(evaluator.during, trainer) if config.data.eval_dir else None)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dual_loop import train_dual_loop
-from dual_loop.checkpoint.store import find_latest, newest_whole
+from dual_loop.checkpoint.store import newest_whole
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, exit_status, main
 from dual_loop.training.trainer import FitResult
@@ -272,7 +272,7 @@ def test_a_loader_that_is_killed_or_stopped_ends_the_run_with_one_message(
     text = log.read_text()
     assert "Traceback" not in text
     assert text.count("\nerror: ") == text.count("error: a process that loads data was killed or hangs") == 1
-    assert find_latest(folder) is not None
+    assert newest_whole(folder)[0] is not None
     assert not any(child.is_running() for child in children)
 
 

@@ -74,7 +74,6 @@ def export_weights(
     Args:
         model: rows of new tokens are written into its tables first.
         out: a file (``.pth``, ``.pt``, ``.bin``; the two original formats only) or a folder that does not exist.
-        file_format: one of :data:`dual_loop.checkpoint.FORMATS`.
         video: video-memory tensors by canonical name, added to ``original`` and ``hf-sa2va``.
         merge_lora: fold LoRA into its base for ``original`` (always so for ``hf-*``), computed in float32.
         dtype: cast floating tensors; None keeps each as the model holds it.

@@ -56,12 +56,8 @@ SHOWN = 10
 class SourceReport:
     """What one file or folder was, and what became of its tensors.
 
-    Attributes:
-        path, layout: the layout's name in :mod:`dual_loop.checkpoint.key_rules`.
-        extent: ``full`` (all parts of Sa2VA), ``trimmed`` (what trains) or ``base`` (a model that it was made from).
-        dropped: reason -> number of tensors.
-        dtypes: dtype in the files -> number of tensors.
-        sha256: file -> hash; empty where it was not asked for.
+    ``extent`` is ``full`` (all parts of Sa2VA), ``trimmed`` (what trains) or ``base`` (a model that it was made from).
+    ``dropped`` and ``dtypes`` count tensors by reason and by dtype in the files; ``sha256`` is by file, if asked for.
     """
 
     path: str
@@ -85,12 +81,9 @@ class SourceReport:
 class ImportReport:
     """What was loaded from where; printed, and stored in the run folder.
 
-    Attributes:
-        sources: in the order they were loaded; a later one wins.
-        num_matched: tensors of the model that were filled.
-        fresh: group -> number of tensors that no source brings and that keep their initial values by rule.
-        missing: names left at their initial values because a pattern of ``allow_missing`` allowed it.
-        num_new_rows: vocabulary rows appended to a base model's tables.
+    ``sources`` are in the order they were loaded. ``num_matched`` tensors of the model were filled; by rule ``fresh``
+    ones (counted by group) keep their initial values, and by ``allow_missing`` those named in ``missing``;
+    ``num_new_rows`` of the vocabulary were appended to a base model's tables.
     """
 
     sources: Sequence[SourceReport]
@@ -108,16 +101,10 @@ class ImportReport:
 
 
 class _Source:
-    """One opened set of weights with the place of every key.
+    """One opened set of weights with the places of every key, and all ``targets`` of these.
 
-    Attributes:
-        places: key -> where its rows go; targets: all of these.
-        dropped: reason -> number of keys without a place.
-        vocabulary: rows of its table of token embeddings, 0 where it has none.
-        problems: what does not fit the model.
-
-    Args:
-        own: the model's tensors; None asks nothing of a model.
+    ``dropped`` counts keys without a place, ``vocabulary`` rows of the table of token embeddings (0 without one), and
+    ``problems`` are what does not fit ``own``, the model's tensors; None asks nothing of a model.
 
     Raises:
         CheckpointError: the keys are of no known layout, or of an architecture that is not supported.
@@ -260,7 +247,7 @@ def load_weights(
 ) -> ImportReport:
     """Fill ``model`` from one or several sources, keeping each parameter's dtype and device.
 
-    Reads tensor by tensor and file by file: beside the model, at most one file is mapped at a time.
+    Beside the model, at most one file is mapped at a time.
 
     Args:
         paths: sources, base models first; a later one wins. See :func:`sources.open_checkpoint` for what a path may be.
@@ -275,10 +262,7 @@ def load_weights(
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     own: Mapping[str, Tensor] = model.state_dict()
-    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
-    problems = [problem for source in sources for problem in source.problems]
-    if tokenizer is not None:
-        problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
+    sources, problems = _open_all(paths, own, tokenizer)
     fresh, missing, absent = _missing(model, sources, own, allow_missing)
     if problems or absent:
         raise CheckpointError(_refusal([*problems, *absent], paths))
@@ -319,10 +303,7 @@ def read_trained(
         CheckpointError: as :func:`load_weights`, or a frozen tensor differs. All problems are listed.
     """
     own: Mapping[str, Tensor] = model.state_dict()
-    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
-    problems = [problem for source in sources for problem in source.problems]
-    if tokenizer is not None:
-        problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
+    sources, problems = _open_all(paths, own, tokenizer)
     values = {name: torch.zeros_like(parameter) for name, parameter in trainable_parameters(model).items()}
     brought = {target for source in sources for target in source.targets}
     has_lora = any(part in target for target in brought for part in LORA)
@@ -346,10 +327,8 @@ def read_trained(
     _refuse_not_finite(broken, paths)
     problems += [f"{name} is frozen here and differs" for name, _ in different]
     if problems:
-        fix = (
-            "choose a run, a checkpoint or an export (without merged LoRA) that was trained from the weights that this "
-        )
-        raise CheckpointError(_refusal(problems, paths, fix + "model starts from, with the same settings of the model"))
+        fix = "choose what was trained, LoRA apart and settings alike, from the weights that this model starts from"
+        raise CheckpointError(_refusal(problems, paths, fix))
     return values
 
 
@@ -365,6 +344,16 @@ def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[lis
     source = _Source(Checkpoint(Path("keys"), tensors=infos), own)
     _, _, absent = _missing(model, [source], own, ())
     return source.problems + absent, dict(source.dropped), len(source.targets & own.keys())
+
+
+def _open_all(
+    paths: Sequence[str | Path], own: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[_Source], list[str]]:
+    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
+    problems = [problem for source in sources for problem in source.problems]
+    if tokenizer is not None:
+        problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
+    return sources, problems
 
 
 def _layout_of(checkpoint: Checkpoint) -> Layout:

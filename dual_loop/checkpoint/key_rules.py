@@ -1,12 +1,9 @@
 """Names of weights in other programs' files and in this model: the mapping as data, and the few operations it needs.
 
-Two steps lead from a key in a file to parameters of ``VideoLLaVASAMModel``. A :class:`Layout` first rewrites the key's
-prefix, so that the same part has the same name whatever file it came from (*canonical* names: those of the original
-without ``mllm.model.`` and peft's wrapper). Then a :class:`Rule` says where its rows go. A rule's operation is the set
-of its :class:`Placement` s: one for a copy, three for a fused ``qkv``, two for a value that the native classes hold
-twice, a target part for rows of a table that is stored in pieces. Everything is reversible.
-
-Format: the key table of the original (Sa2VA, InternVL, SAM 2) against transformers' native classes.
+A :class:`Layout` first rewrites the prefix of a key, so that the same part has the same *canonical* name whatever file
+it came from: that of the original without ``mllm.model.`` and peft's wrapper. Then a :class:`Rule` says where its rows
+go: one :class:`Placement` for a copy, three for a fused ``qkv``, two for a value that the native classes hold twice, a
+target part for rows of a table that is stored in pieces. Everything is reversible.
 """
 
 from __future__ import annotations
@@ -48,36 +45,23 @@ class Placement:
 
 @dataclass(frozen=True)
 class Rule:
-    """A canonical name and its placements, or the reason why such tensors are dropped.
-
-    Attributes:
-        source: name with placeholders of :data:`PLACEHOLDERS`.
-        placements: targets with the same placeholders; empty when dropped.
-        dropped: why, for rules that drop.
-        alias: an older or merged spelling; read, never written.
-    """
+    """A canonical name and its placements, all with :data:`PLACEHOLDERS`, or why such tensors are dropped."""
 
     source: str
     placements: tuple[Placement, ...] = ()
     dropped: str = ""
-    alias: bool = False
+    alias: bool = False  # an older or merged spelling; read, never written
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of files.
-
-    Attributes:
-        prefixes: (beginning in the file, beginning of the canonical name); the first that fits is taken.
-        renames: (part in the file, part of the canonical name), anywhere in the name.
-        is_base: holds no weights of Sa2VA's own (projected [SEG], new tokens), so those may start fresh.
-    """
+    """A family of files."""
 
     name: str
-    prefixes: tuple[tuple[str, str], ...]
+    prefixes: tuple[tuple[str, str], ...]  # in the file, in the canonical name; the first that fits is taken
     rules: tuple[Rule, ...]
-    renames: tuple[tuple[str, str], ...] = ()
-    is_base: bool = False
+    renames: tuple[tuple[str, str], ...] = ()  # the same, anywhere in the name
+    is_base: bool = False  # holds no weights of Sa2VA's own (projected [SEG], new tokens), so those may start fresh
 
 
 SAM = "grounding_encoder.sam2_model."

@@ -51,19 +51,12 @@ class TensorInfo(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """One set of weights under the names of its files.
-
-    Attributes:
-        path: as the user gave it.
-        files: in the order they are read; empty for a DeepSpeed ZeRO folder.
-        tensors: name (without what :data:`WRAPPING` matches) -> :class:`TensorInfo`.
-        loaded: the tensors themselves, of a DeepSpeed ZeRO folder, which has none to read one by one.
-    """
+    """One set of weights under the names of its files, without what :data:`WRAPPING` matches."""
 
     path: Path
-    files: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # in the order they are read
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    loaded: dict[str, Tensor] = field(default_factory=dict)
+    loaded: dict[str, Tensor] = field(default_factory=dict)  # of a DeepSpeed folder, which has no files to read singly
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the (name, tensor) pairs, file by file; each is closed, and its memory free, before the next."""

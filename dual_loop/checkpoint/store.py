@@ -11,11 +11,8 @@ Layout, below the run folder::
         manifest.json        size and SHA-256 of every file above; written last
 
 Everything is written to ``checkpoints/.tmp-step_00000012`` and synced to disk, and the folder gets its name only when
-the manifest is there. So a folder called ``step_*`` with a manifest is whole, whenever the process was killed. The
-``.pt`` files hold tensors, numbers, strings and plain containers only and are read with ``weights_only=True``. The
-learning rate is a function of the step; the ``scheduler.pt`` of older checkpoints is verified and not read.
-
-The checkpoint folder must lie on a file system that all ranks share.
+the manifest is there: a folder ``step_*`` with a manifest is whole, whenever the process was killed. The ``.pt`` files
+hold plain values and are read with ``weights_only=True``. All ranks must share the file system.
 """
 
 from __future__ import annotations
@@ -70,13 +67,9 @@ _TAKE_ANOTHER = "take an earlier checkpoint, by its path"
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """What :func:`load_run_checkpoint` returns; every tensor is on the CPU.
+    """What was given to :func:`save_run_checkpoint`; every tensor is on the CPU.
 
-    Attributes:
-        step: number of optimiser steps done.
-        model_tensors: names to tensors, as given when saving.
-        ema_tensors: the same of the averages, None where none were saved.
-        rng_states: the random states of this rank, None where the run had another number of ranks.
+    ``rng_states`` are those of this rank, None where the run had another number of ranks.
     """
 
     step: int
@@ -104,7 +97,7 @@ def save_run_checkpoint(
     """Write the checkpoint of ``step`` below ``root`` and remove all but the newest ``keep``. Called by every rank.
 
     Rank 0 writes the shared files, each rank its own random states. A rank that fails leaves only a temporary folder,
-    which the next save removes; ``barrier`` has to end the others then.
+    which the next save removes; ``barrier`` has to end the others then. Returns the folder, whole on every rank.
 
     Args:
         step: optimiser steps done. A checkpoint of the same step is replaced.
@@ -112,12 +105,8 @@ def save_run_checkpoint(
         state: anything that JSON keeps unchanged.
         rng_states: the random states of this rank, see :func:`capture_rng`.
         barrier: returns when every rank has called it.
-        keep: number of whole checkpoints to keep, at least 1. Those of later steps than ``step`` (an abandoned
-            course, when the run was resumed from an earlier one) are neither counted nor removed, but warned about.
-            Symbolic links in the folder, and what they point to there, stay.
-
-    Returns:
-        The folder of the checkpoint, whole when this returns on any rank.
+        keep: whole checkpoints to keep, at least 1. Those of later steps (an abandoned course) are neither counted nor
+            removed, but warned about. Symbolic links in the folder, and what they point to there, stay.
 
     Raises:
         CheckpointError: a value could not be read back or is not finite, or a rank's file is missing.
@@ -165,15 +154,6 @@ def save_run_checkpoint(
     return final
 
 
-def find_latest(root: str | Path) -> Path | None:
-    """Return the whole checkpoint of the highest step below the run folder ``root``, None if there is none.
-
-    Whole means: the manifest can be read and every file it lists has its size. Hashes are checked on loading.
-    """
-    whole = _list_whole(Path(root) / CHECKPOINT_DIR)
-    return whole[-1][1] if whole else None
-
-
 def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
     """Return the checkpoint of the highest step below ``root`` whose files all have their hashes, None without any.
 
@@ -193,10 +173,8 @@ def newest_whole(root: str | Path) -> tuple[Path | None, list[str]]:
 def load_run_checkpoint(path: str | Path, rank: int = 0, world_size: int = 1, *, verify: bool = True) -> RunCheckpoint:
     """Read the checkpoint folder ``path`` for one rank.
 
-    Random states of a run with another number of ranks than ``world_size`` do not fit: they are None then, with a
-    warning, and all else is loaded.
-
     Args:
+        world_size: ranks now; random states of another number of them do not fit and are left out, with a warning.
         verify: compare every file with its SHA-256 first; False where :func:`newest_whole` just did.
 
     Raises:

@@ -71,16 +71,11 @@ class Region:
 
 @dataclass(frozen=True)
 class Session:
-    """What one visitor has drawn, and what the model made of it.
+    """What one visitor has drawn, and what the model made of it."""
 
-    Attributes:
-        image: (H, W, 3) uint8, None before the first region.
-        drawn: (H, W) bool, all brush strokes that became regions; they stay on the canvas.
-    """
-
-    image: np.ndarray | None = None
+    image: np.ndarray | None = None  # (H, W, 3) uint8, None before the first region
     regions: tuple[Region, ...] = ()
-    drawn: np.ndarray | None = None
+    drawn: np.ndarray | None = None  # (H, W) bool, all brush strokes that became regions; they stay on the canvas
 
     def matrix(self) -> np.ndarray:
         """Return the IoU (N, N) of every mask that came back with every given mask."""

@@ -42,21 +42,13 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a path means, before any weights are read.
+    """What a path means, before any weights are read."""
 
-    Attributes:
-        config: of the run or the file, with what was given on top.
-        sources: weights that the model starts from.
-        saved: the checkpoint of a run whose trained weights come on top; None for weights that are no run.
-        weights: ``ema`` (the weight average) or ``live``, for runs.
-        origin: what it is: path, step and kind of weights.
-    """
-
-    config: Config
-    sources: list[Path]
-    saved: Path | None
-    weights: str
-    origin: dict[str, str]
+    config: Config  # of the run or the file, with what was given on top
+    sources: list[Path]  # weights that the model starts from
+    saved: Path | None  # the checkpoint of a run whose trained weights come on top
+    weights: str  # ema (the weight average) or live, for runs
+    origin: dict[str, str]  # path, step and kind of weights
 
     def load(self, device: torch.device) -> LoadedModel:
         """Read the weights, straight to ``device``.
@@ -111,9 +103,8 @@ def find_trained(
     sources = weights_sources(own)
     if not sources:
         raise CheckpointError(explain("no weights are given", own.model.name, fix="give --checkpoint"))
-    return Trained(
-        own, sources, None, weights, {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
-    )
+    origin = {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
+    return Trained(own, sources, None, weights, origin)
 
 
 def rebuild(

@@ -40,36 +40,23 @@ ImageLike: TypeAlias = "np.ndarray | Image.Image"
 
 @dataclass(frozen=True)
 class SegmentedText:
-    """What a text was segmented as.
-
-    Attributes:
-        mask: (H, W) bool on the image; empty where the model wrote no [SEG].
-        num_masks: masks that the answer asked for; they are united in ``mask``.
-        confidence: mean probability of the foreground pixels, 0..1; 0 for an empty mask.
-    """
+    """What a text was segmented as."""
 
     text: str
-    mask: np.ndarray
-    num_masks: int
-    confidence: float
+    mask: np.ndarray  # (H, W) bool on the image; empty where the model wrote no [SEG]
+    num_masks: int  # that the answer asked for; they are united in ``mask``
+    confidence: float  # mean probability of the foreground pixels, 0..1; 0 for an empty mask
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """Masks to captions and back.
-
-    Attributes:
-        captions: N captions. rejected: N reasons why a caption is not usable, None where it is.
-        masks: (N, H, W) bool, segmented from the captions; empty for rejected ones.
-        ious: (N,) float64, IoU of each mask with the one that was captioned.
-        matrix: (N, N) float64, IoU of mask' i with given mask j: how well caption i tells its region from the others.
-    """
+    """N masks to captions and back."""
 
     captions: list[str]
-    rejected: list[str | None]
-    masks: np.ndarray
-    ious: np.ndarray
-    matrix: np.ndarray
+    rejected: list[str | None]  # why a caption is not usable, None where it is
+    masks: np.ndarray  # (N, H, W) bool, segmented from the captions; empty for rejected ones
+    ious: np.ndarray  # (N,) float64, of each mask with the one that was captioned
+    matrix: np.ndarray  # (N, N) float64, IoU of mask' i with given mask j: how well caption i tells its region
 
 
 @dataclass(eq=False)

@@ -27,12 +27,9 @@ HARMLESS = (
 
 
 def compare_with_run(config: Config, checkpoint: Path, weights: Sequence[str]) -> str:
-    """Return a line for each kind of settings that differ from those of the run that wrote ``checkpoint``.
-
-    Empty where nothing differs, or where the checkpoint lies in no run folder.
+    """Return a line for each kind of settings that differ from those of the run that wrote ``checkpoint``, if any do.
 
     Args:
-        config: of this start.
         weights: fingerprints of what this start's frozen weights come from; empty where they are drawn.
 
     Raises:

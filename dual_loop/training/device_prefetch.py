@@ -1,13 +1,11 @@
 """What feeds a step: this rank's part of the data, in windows on the device, in parts that hold a graph at once.
 
-The micro-batches of the next optimiser step may be copied ahead (``speed.prefetch_to_device``). Pinned memory comes
-from the loader. On a GPU the copies run on a stream of their own beside the step's kernels; the step's stream waits for
-them before it reads. On a CPU a copy ahead changes nothing but the time at which the loader is asked.
+The micro-batches of the next optimiser step may be copied ahead (``speed.prefetch_to_device``): on a GPU by a stream of
+their own, which the step's stream waits for before it reads.
 
 Losses are sums divided by global counts, and everything random about a region has a seed of its own, so a micro-batch
 may be run in parts of fewer images (``speed.images_at_once``), each with its backward pass, for the same gradients up
-to rounding. Activations are those of a part. On a GPU a micro-batch is what the user found to fit, and parts would
-leave it idle; on a CPU one image with a few hundred tokens keeps the products busy.
+to rounding and the activations of a part.
 """
 
 from __future__ import annotations
@@ -65,12 +63,7 @@ class DataStream:
         return iter(build_loader(self.dataset, self.sampler, self.num_workers, self.pin_memory, seed))
 
     def samples(self, step: int, images: Sequence[int]) -> list[RegionSample]:
-        """Read samples of an optimiser step again; the same draws give the same samples and regions.
-
-        Args:
-            step: 0-based.
-            images: their numbers among all of this rank's micro-batches.
-        """
+        """Read samples of optimiser step ``step`` (0-based) again, by their numbers among this rank's micro-batches."""
         keys = [key for micro_step in range(self.sampler.accumulation) for key in self.sampler.keys(step, micro_step)]
         return [self.dataset.sample(keys[image]) for image in images]
 
@@ -89,14 +82,7 @@ class DataStream:
 
 
 class DevicePrefetch:
-    """Hands out the accumulation window of one optimiser step after the other, on the device.
-
-    Args:
-        batches: this rank's micro-batches, on the CPU.
-        config: the whole configuration.
-        device: where they go.
-        images: of a part at most.
-    """
+    """Hands out the window of one optimiser step after the other, on ``device``, in parts of at most ``images``."""
 
     def __init__(self, batches: Iterator[Batch], config: Config, device: torch.device, images: int) -> None:
         self.batches, self.device = batches, device

@@ -43,10 +43,7 @@ def device_type(config: Config) -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device of this rank: one of the GPUs where there are any and they are wanted, else the CPU.
-
-    Args:
-        wanted: ``auto``, ``cpu`` or ``cuda``.
+    """Return the device of this rank for ``auto``, ``cpu`` or ``cuda``: a GPU where there are any, else the CPU.
 
     Raises:
         EnvironmentProblem: no GPU where one is asked for, or a device of another kind, which is not supported: the CPU
@@ -58,11 +55,9 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cuda" or other is not None:
-        seen = f"a device of the kind {other.type}" if other else "none"
+        what, seen = "no GPU is visible that can be used", f"a device of the kind {other.type}" if other else "none"
         fix = "set --device cpu to compute on the CPU"
-        raise EnvironmentProblem(
-            explain("no GPU is visible that can be used", f"--device {wanted}", seen, "a CUDA device", fix)
-        )
+        raise EnvironmentProblem(explain(what, f"--device {wanted}", seen, "a CUDA device", fix))
     return torch.device("cpu")
 
 
@@ -98,10 +93,9 @@ def build_accelerator(config: Config) -> Accelerator:
 def share_out_batch(config: Config, world_size: int) -> Config:
     """Return ``config`` with the micro-batches that give ``train.effective_batch`` images a step on so many ranks.
 
-    A step then takes the same images, and has the same gradient up to rounding, on any number of ranks: a run can lose
-    and gain machines and stays the same run. Where ``speed.images_at_once`` is ``fit``, all images of a rank are one
-    micro-batch, of which as many have a graph at a time as fit the memory; ``train.batch_size`` has no say then. A
-    sharded model, which always runs whole micro-batches, keeps it.
+    A step then takes the same images, and has the same gradient up to rounding, on any number of ranks. Where
+    ``speed.images_at_once`` is ``fit``, all images of a rank are one micro-batch, whatever ``train.batch_size`` is,
+    unless the model is sharded, which always runs whole micro-batches.
 
     Raises:
         ConfigError: the images cannot be shared out evenly.
@@ -239,10 +233,9 @@ class RankExchange(RankComm):
 def end_processes(accelerator: Accelerator) -> None:
     """Leave the process group; call it once, when all else is done.
 
-    gloo's threads free the tensors of the last collectives a moment after these return, and need Python's lock for it.
-    If the group is taken down in that moment, by a thread that holds the lock and waits for them, the process hangs
-    for ever (seen with torch 2.13). So the ranks meet once more without a collective, and the lock is given away for a
-    while.
+    gloo's threads need Python's lock to free the tensors of the last collectives. If the group is taken down in that
+    moment, by a thread that holds the lock and waits for them, the process hangs (torch 2.13). So the ranks meet once
+    more without a collective, and the lock is given away for a while.
     """
     ranks.leave()
     if accelerator.num_processes > 1:
@@ -253,8 +246,7 @@ def end_processes(accelerator: Accelerator) -> None:
 def num_cpu_threads(config: Config) -> int:
     """Return torch's threads of one process: ``train.num_threads``, OMP_NUM_THREADS, or the cores shared out evenly.
 
-    torchrun sets OMP_NUM_THREADS to 1 where it is not set, which is heeded like a user's own choice only when one
-    process runs; with several, cores are shared out unless ``train.num_threads`` says otherwise.
+    Torchrun sets OMP_NUM_THREADS to 1 where it is not set, so it is heeded only when one process runs.
     """
     if config.train.num_threads is not None:
         return config.train.num_threads

@@ -45,9 +45,8 @@ def read_listener(path: str | Path, model: Sa2VA, prompter: Prompter, config: Co
         folder, saved = find_run(path)
         theirs, started = load_config(folder / "config.json"), weights_sources(config)
         ours, other = (one.to_dict()["model"] for one in (config, theirs))
-        different = [
-            f"model.{name}: {other[name]} there, {ours[name]} here" for name in SHARED if ours[name] != other[name]
-        ]
+        unlike = [name for name in SHARED if ours[name] != other[name]]
+        different = [f"model.{name}: {other[name]} there, {ours[name]} here" for name in unlike]
         average, sources = saved / EMA_NAME, weights_sources(theirs)
         if not sources and (started or theirs.train.seed != config.train.seed):
             different.append("random weights at its start")

@@ -45,28 +45,19 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process, by part; rough, for choosing a batch size.
-
-    Attributes:
-        frozen: weights. trained: float32 weights; gradients and average take as much again, Adam's moments twice that.
-        buckets: of DDP, on several ranks. listeners: trained parameters of listeners that were trained apart.
-        language: what the decoder layers keep at their fullest moment; layer_gradients: of one of them.
-        mask_decoder: what it keeps. logits: five float32 copies of a chunk. losses: masks, targets and gradients.
-        features: all images of the window, and what the frozen encoders made of them.
-        rollout: prefixes and rows of one generation, or masks that are scored, whichever is more.
-    """
+    """Bytes of one process, by part; rough, for choosing a batch size."""
 
     frozen: int
-    trained: int
-    buckets: int
-    listeners: int
-    language: int
-    layer_gradients: int
+    trained: int  # float32; gradients and average take as much again, Adam's moments twice that
+    buckets: int  # of DDP, on several ranks
+    listeners: int  # trained parameters of those that were trained apart
+    language: int  # what the decoder layers keep at their fullest moment
+    layer_gradients: int  # of one of them
     mask_decoder: int
-    logits: int
-    losses: int
-    features: int
-    rollout: int
+    logits: int  # five float32 copies of a chunk
+    losses: int  # masks, targets and gradients
+    features: int  # all images of the window, and what the frozen encoders made of them
+    rollout: int  # prefixes and rows of one generation, or masks that are scored, whichever is more
 
     @property
     def state(self) -> int:
@@ -118,24 +109,15 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How many layers recompute their activations, and why.
+    """How many layers recompute their activations, and why."""
 
-    Attributes:
-        recomputed, layers: the first so many decoder layers, of so many.
-        chosen_by: ``setting``, ``memory``, or ``default`` where memory should decide and is not known.
-        free_gib: memory that was free for a micro-batch; None where the setting decided.
-        needed_gib: estimate of what a micro-batch takes with this choice; None where nothing was measured.
-        images: with a graph at a time.
-        fits: False where even recomputing all layers leaves the estimate above ``SHARE_USED`` of what is free.
-    """
-
-    recomputed: int
+    recomputed: int  # the first so many
     layers: int
-    chosen_by: str
-    images: int
-    free_gib: float | None = None
-    needed_gib: float | None = None
-    fits: bool = True
+    chosen_by: str  # setting, memory, or default where memory should decide and is not known
+    images: int  # with a graph at a time
+    free_gib: float | None = None  # for a micro-batch; None where the setting decided
+    needed_gib: float | None = None  # by a micro-batch with this choice; None where nothing was measured
+    fits: bool = True  # False where all layers recomputed still need more than SHARE_USED of what is free
 
     def line(self) -> str:
         """Return one line for the start of a run."""
@@ -342,9 +324,8 @@ def captions_written(config: Config) -> int:
 def captions_with_graph(config: Config) -> int:
     """Return the captions of a region that step 2 reads with graph, besides the one that it segments from."""
     estimator = caption_gradient(config.policy, config.reward)
-    taught = (config.loop.caption_supervision + (config.loss.recaption_weight > 0)) * (
-        config.data.refcoco_dir is not None
-    )
+    taught = config.loop.caption_supervision + (config.loss.recaption_weight > 0)
+    taught *= config.data.refcoco_dir is not None
     sampled = max(captions_written(config) - 1, int(config.policy.kl_weight > 0))
     return max(sampled + ("gumbel" in estimator), taught)
 

@@ -169,26 +169,17 @@ def ratios_and_values(sums: Mapping[str, float]) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logged optimiser step, over all ranks.
-
-    Attributes:
-        step, epoch: from 1.
-        losses: each term's weighted average over the step.
-        grad_norm: before clipping. lr: learning rate. ranks: their number.
-        seconds: by phase, and ``total``.
-        values: averages of the step, None where there was nothing to average.
-        counters: over the whole run so far.
-    """
+    """One logged optimiser step, over all ranks."""
 
     step: int
-    epoch: int
-    losses: Mapping[str, float]
-    grad_norm: float
+    epoch: int  # both from 1
+    losses: Mapping[str, float]  # each term's weighted average over the step
+    grad_norm: float  # before clipping
     lr: float
     ranks: int
-    seconds: Mapping[str, float]
-    values: Mapping[str, float | None]
-    counters: Mapping[str, int]
+    seconds: Mapping[str, float]  # by phase, and total
+    values: Mapping[str, float | None]  # averages of the step, None where there was nothing to average
+    counters: Mapping[str, int]  # over the whole run so far
 
     def to_dict(self) -> dict[str, object]:
         """Return the record as a line of ``metrics.jsonl`` holds it."""
@@ -334,11 +325,7 @@ def choose_regions(sources: Sequence[str], limit: int) -> list[int]:
 def make_panels(
     regions: Sequence[tuple[PackedBatch, torch.Tensor, int]], samples: Sequence[RegionSample]
 ) -> list[Panel]:
-    """Collect what is drawn of some regions.
-
-    Args:
-        regions: of each the micro-batch, its mask logits (N, Q, Q), and the number of the region in it.
-        samples: of each the sample that it was made of.
+    """Collect what is drawn of ``regions``: of each its micro-batch, that one's mask logits (N, Q, Q), and its number.
 
     Raises:
         RuntimeError: a sample is not what the micro-batch was made of.

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
-from dual_loop.errors import ConfigError, DualLoopError, explain, listed
+from dual_loop.errors import DualLoopError, explain, listed
 from dual_loop.metrics import ratio
 from dual_loop.model.hardware import send
 from dual_loop.training import ranks
@@ -25,12 +25,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
 
     Matrices (2 dimensions and more) decay by ``config.weight_decay``; biases, norms and other vectors do not. Sa2VA
     decays everything; pulling a norm's scale towards zero regularises nothing, so this package leaves vectors alone.
-
-    Raises:
-        ConfigError: a beta is 1, which would learn nothing.
     """
-    if max(config.betas) >= 1:
-        raise ConfigError(explain("AdamW cannot average for ever", "train.betas", config.betas, "numbers below 1"))
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -106,13 +101,7 @@ def check_finite(
 ) -> None:
     """Raise on all ranks when any rank saw a value that is not finite. Call before the update.
 
-    Costs one all-reduce of a flag where all is well.
-
-    Args:
-        step: number of the optimiser step, for the message.
-        terms: for each micro-batch of this rank the value of its loss terms by name.
-        region_names: for each micro-batch the names of its regions.
-        grad_norm: norm of the gradient on this rank.
+    ``terms`` are the values of the loss terms, and ``region_names`` the regions, of each micro-batch of this rank.
 
     Raises:
         NonFiniteError: names the rank, the term and the regions; all regions where only the gradient is wrong.

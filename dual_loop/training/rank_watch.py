@@ -1,13 +1,12 @@
 """What ranks know of each other beside their collectives: who lives, what each one does, and whether they are alike.
 
-A collective waits for all ranks, is aborted by its time-out, and cannot say who is missing. So every rank writes a
-record of itself into the store of the launcher twice a second, from a thread of its own, and reads those of the others:
+A collective is aborted by its time-out and cannot say who is missing. So a thread of every rank writes a record into
+the launcher's store twice a second, and reads those of the others:
 
-* a rank that is silent for most of ``train.rank_timeout`` is named by the others, which then end;
-* so is one that lets others wait in an exchange that long, although its thread lives;
+* a rank that is silent, or lets others wait in an exchange, for most of ``train.rank_timeout`` is named by the others,
+  which then end;
 * a rank that fails says why, and the others end with it; one that is killed closes a connection, and they end too;
-* where one rank works alone (an index, a checkpoint), the others wait for a number in the store, for as long as it
-  takes: nothing there has a time-out but the silence of a rank;
+* where one rank works alone (an index, a checkpoint), the others wait in the store for as long as it takes;
 * what has to be the same on all ranks is compared before anything is built.
 """
 

@@ -42,8 +42,6 @@ LOG_SUFFIXES = (".log", ".out", ".err")
 
 
 class Versions(TypedDict):
-    """What ran: versions by package, Python, platform, git commit (None outside of a clone), command line."""
-
     packages: dict[str, str]
     python: str
     platform: str

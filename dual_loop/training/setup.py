@@ -74,13 +74,9 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Loaded):
     """A model on its device, with its weight average; ``gathered`` where ranks share its layers."""
 
-    model: VideoLLaVASAMModel
-    prompter: Prompter
-    memory: Sequence[MemoryEstimator]
-    listeners: Listeners
     average: ExponentialMovingAverage
     gathered: Gathered | None
 
@@ -89,7 +85,6 @@ class Placed:
 class Ready:
     """A trainer that may start or go on."""
 
-    task: DualLoopTask
     trainer: Trainer
     layers: LayerPlan
 
@@ -106,10 +101,8 @@ def start(config: Config, accelerator: Accelerator) -> Start:
     checkpoint = find_checkpoint(config.train.resume, config.train.output_dir)
     ranks.compare({**describe_start(config), "checkpoint": checkpoint})
     config = share_out_batch(config, accelerator.num_processes)
-    folder, is_resuming = (
-        RunFolder(config.train.output_dir, accelerator.is_main_process),
-        config.train.resume is not None,
-    )
+    folder = RunFolder(config.train.output_dir, accelerator.is_main_process)
+    is_resuming = config.train.resume is not None
     check_free(folder.path, is_resuming)
     weights = [fingerprint(path) for path in weights_sources(config)]
     if checkpoint is not None and (changes := compare_with_run(config, checkpoint, weights)):
@@ -217,16 +210,14 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     run.report(f"✓ Dataset built: {stream.num_samples} total samples\n{stream.table}")
     num_batches = stream.steps_per_epoch * config.train.gradient_accumulation_steps
     run.report(f"✓ Dataloader created: {num_batches} batches")
-    comm = RankExchange(accelerator)
     judge = None
     if config.reward.judge_url is not None and config.reward.caption_weight > 0:
         judge = Judge(config.reward)
         if accelerator.is_main_process:
             judge.check()  # one question, so that a wrong address shows now
     # The task's feature cache names frozen weights, which may be no parameters any more after ``finish``.
-    task = DualLoopTask(
-        model, placed.prompter, config, placed.average, comm, judge, stream.num_samples, placed.listeners
-    )
+    own = (placed.average, RankExchange(accelerator), judge, stream.num_samples, placed.listeners)
+    task = DualLoopTask(model, placed.prompter, config, *own)
     for line in model.finish(accelerator.device):
         run.report(line)
     trainer = Trainer(config, task, placed.average, stream, accelerator, run.folder, run.report, placed.gathered)
@@ -239,4 +230,4 @@ def wire(run: Start, placed: Placed, stream: DataStream) -> Ready:
     if layers.images < config.train.batch_size:
         run.report(f"Images with a graph at a time: {layers.images} of {config.train.batch_size}")
     accelerator.wait_for_everyone()
-    return Ready(task, trainer, layers)
+    return Ready(trainer, layers)

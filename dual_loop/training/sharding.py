@@ -1,13 +1,10 @@
 """FSDP2 for the language model: each rank keeps a part of every decoder layer and gathers a layer while it runs.
 
-Only the decoder layers are sharded (``fully_shard``, one unit a layer); they are what is too large. All else that
-trains, the mask decoder, the projectors and new token rows, is small and stays in DDP, which is told to leave the
-shards alone. A layer holds frozen bfloat16 matrices and trained float32 adapters; only the latter have gradients, so a
-unit reduces one dtype. Both exchanges average over ranks, so the trainer's scale is the same as with DDP alone, and a
-run may be saved with one and resumed with the other.
+Only the decoder layers are sharded (``fully_shard``, one unit a layer); all else that trains is small and stays in DDP,
+which is told to leave the shards alone. Of a layer only float32 adapters have gradients, so a unit reduces one dtype.
+Both exchanges average over ranks, so a run may be saved with one and resumed with the other.
 
-accelerate 1.15 starts FSDP on accelerators alone and quietly runs DDP on a CPU; ``fully_shard`` itself runs on gloo, so
-it is called here, and the path that the tests take on two CPU ranks is the path of GPUs.
+accelerate 1.15 runs FSDP on accelerators alone; ``fully_shard`` itself runs on gloo too, so it is called here.
 """
 
 from __future__ import annotations
@@ -38,11 +35,8 @@ class Gathered:
     """Every decoder layer whole on every rank for the length of a ``with`` block; no graph inside.
 
     A forward pass of a sharded layer is a collective: a caption would gather the language model once a token, and ranks
-    with longer captions or more images would wait for passes that the others do not take. Inside the block a pass is
-    the rank's own affair. Entering and leaving change no value; entering is a collective.
-
-    Args:
-        model: the unwrapped model, after :func:`shard_language_model`.
+    with longer captions would wait for passes that the others do not take. Entering is a collective, too; ``model`` is
+    the unwrapped one, after :func:`shard_language_model`.
     """
 
     def __init__(self, model: Any) -> None:

@@ -46,13 +46,7 @@ from dual_loop.training.metrics_log import (
     reduce_sums,
     step_metrics,
 )
-from dual_loop.training.optim import (
-    build_optimizer,
-    check_finite,
-    clip_gradients,
-    gradient_norms,
-    learning_rate_at,
-)
+from dual_loop.training.optim import build_optimizer, check_finite, clip_gradients, gradient_norms, learning_rate_at
 from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, load_optimizer
 from dual_loop.training.stop import StopRequest
 from dual_loop.types import Batch, PackedBatch, StepOutput
@@ -62,13 +56,9 @@ TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "s
 
 @dataclass(frozen=True)
 class FitResult:
-    """How :meth:`Trainer.fit` ended.
+    """How :meth:`Trainer.fit` ended: after ``step`` steps, and ``checkpoint`` is the last one written.
 
-    Attributes:
-        step: optimiser steps done.
-        stopped_by: name of the signal that ended it early, None where it ran to its end.
-        is_own_signal: True where this rank got that signal itself.
-        checkpoint: the last checkpoint written.
+    ``stopped_by`` names the signal that ended it early, if any; ``is_own_signal`` where this rank got it itself.
     """
 
     step: int
@@ -79,14 +69,10 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Totals:
-    """What ``summary.json`` holds of the training itself.
+    """What ``summary.json`` holds of the training itself, over all starts and ranks.
 
-    Attributes:
-        steps: optimiser steps done. seconds: spent in them, over all starts.
-        world_size: ranks. effective_batch: images of a step, over all ranks.
-        sources: samples consumed, by source. counters: of the loop and of skipped samples.
-        peak_memory_mb: MiB, of the rank that used most.
-        best: figure, value and step of ``checkpoints/best``; None without ``train.keep_best``.
+    ``sources`` are samples consumed; ``peak_memory_mb`` is in MiB, of the rank that used most; ``best`` is figure,
+    value and step of ``checkpoints/best``, None without ``train.keep_best``.
     """
 
     steps: int
@@ -101,14 +87,9 @@ class Totals:
 
 @dataclass
 class Progress:
-    """How far a run has come; what a checkpoint keeps of it.
+    """How far a run has come, over all starts and ranks; what a checkpoint keeps of it.
 
-    Attributes:
-        step: optimiser steps done.
-        seconds: spent in optimiser steps, over all starts of the run.
-        samples: samples consumed by source, over all ranks.
-        counters: cumulative counters of the loop.
-        best, best_step: of the evaluations so far, by ``train.keep_best``. worse: evaluations since then.
+    ``best`` and ``best_step`` are of the evaluations so far, by ``train.keep_best``; ``worse``: evaluations since then.
     """
 
     step: int = 0
@@ -124,13 +105,9 @@ class Trainer:
     """Trains with the dual loop.
 
     Args:
-        config: the whole configuration.
         task: steps 1 to 3; what DDP wraps.
         average: the weight average, on its device.
         data: micro-batches of this rank.
-        accelerator: processes, device and precision.
-        folder: where records and panels go; writes on rank 0 only.
-        report: prints one line (rank 0).
         gathered: entered around step 1, where ranks do unequal work (``sharding.Gathered``); None: nothing is sharded.
     """
 
@@ -251,8 +228,8 @@ class Trainer:
         # The one place where a step waits for what its losses are.
         totals = [total for losses in losses_of for total in losses.values()]
         *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
-        values_left = iter(flat)
-        terms = [dict(zip(losses, values_left, strict=False)) for losses in losses_of]
+        left = iter(flat)
+        terms = [{name: next(left) for name in losses} for losses in losses_of]
         check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -374,24 +351,20 @@ class Trainer:
 
     def save(self, is_best: bool = False) -> str:
         """Write a checkpoint of the current step, which ``checkpoints/best`` then names; every rank must call this."""
-        step = self.progress.step
+        step, accelerator = self.progress.step, self.accelerator
         ranks.note(f"saves step {step}")
+        state = {"progress": asdict(self.progress), "data": self.data.state_dict(step)}
         path = save_run_checkpoint(
             self.folder.path,
             step,
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
             ema_tensors={name: whole(average) for name, average in self.ema.values.items()},
             optimizer_state=tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
-            state={
-                "progress": asdict(self.progress),
-                "data": self.data.state_dict(step),
-                "ema_updates": self.ema.num_updates,
-                "total_steps": self.total_steps,
-            },
+            state={**state, "ema_updates": self.ema.num_updates, "total_steps": self.total_steps},
             rng_states={"rng": capture_rng(), "loop": self.task.run_state()},
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
             keep=self.config.train.keep_checkpoints,
         )
         if is_best and self.accelerator.is_main_process:
@@ -444,18 +417,13 @@ def memory_errors_explained(where: str) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if "DataLoader" in str(error):
             end_loaders()  # one that is stopped would be waited for at the end
-            what, fix = (
-                "a process that loads data was killed or hangs",
-                "look for what ended it (often the kernel, for ",
-            )
-            fix += "want of memory: lower --num_workers); go on with --resume auto"
-            raise EnvironmentProblem(explain(what, where, str(error).splitlines()[0], fix=fix)) from error
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            what = "a process that loads data was killed or hangs"
+            fix = "look for what ended it (often want of memory: lower --num_workers); go on with --resume auto"
+        elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            what = "out of memory"
+            fix = "lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or "
+            fix += "--max_new_tokens; or --cfg-options speed.images_at_once=1 speed.checkpoint_layers=all "
+            fix += "model.gradient_checkpointing=True loop.rollout_batch_size=8"
+        else:
             raise
-        fix = (
-            "lower --batch_size (and raise --gradient_accumulation_steps), --regions_per_image or --max_new_tokens; or "
-            "--cfg-options speed.images_at_once=1 model.gradient_checkpointing=True speed.checkpoint_layers=all "
-            "loop.rollout_batch_size=8 (loop.max_new_tokens bounds the captions)"
-        )
-        seen = str(error).splitlines()[0]
-        raise EnvironmentProblem(explain("out of memory", where, seen, fix=fix)) from error
+        raise EnvironmentProblem(explain(what, where, str(error).splitlines()[0], fix=fix)) from error

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dual_loop.checkpoint.manifest import FileEntry, read_manifest, write_manifest
-from dual_loop.checkpoint.store import find_latest
+from dual_loop.checkpoint.store import newest_whole
 from dual_loop.errors import CheckpointError
 
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "rng_0.pt")
@@ -35,7 +35,7 @@ def test_it_lists_sizes_and_hashes_and_reads_back(tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.world_size) == (4, 1)
     assert manifest.files["state.json"] == FileEntry(**content["files"]["state.json"])
-    assert find_latest(tmp_path) == folder
+    assert newest_whole(tmp_path)[0] == folder
 
 
 def test_a_file_that_is_missing_short_or_changed_is_named(tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_a_malformed_manifest_is_refused(tmp_path: Path, key: str, value: Any) -
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="manifest is malformed"):
         read_manifest(path.parent)
-    assert find_latest(tmp_path) is None
+    assert newest_whole(tmp_path)[0] is None

@@ -339,7 +339,7 @@ def test_the_norms_of_terms_change_no_step(tmp_path: Path) -> None:
 def test_out_of_memory_says_which_flags_to_change(error: Exception) -> None:
     with pytest.raises(EnvironmentProblem) as caught, memory_errors_explained("step 3"):
         raise error
-    for word in ("--batch_size", "--regions_per_image", "model.gradient_checkpointing=True", "loop.max_new_tokens"):
+    for word in ("--batch_size", "--regions_per_image", "model.gradient_checkpointing=True", "--max_new_tokens"):
         assert word in str(caught.value)
     assert "loop.rollout_batch_size" in str(caught.value)
 
