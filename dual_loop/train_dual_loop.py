@@ -8,9 +8,10 @@ elastic launcher where another machine left and the run is to go on without it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -24,15 +25,16 @@ if __name__ == "__main__":  # before the imports below, so that --help answers w
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.commands.train import main as main
-from dual_loop.config import FIGURES, LISTENERS, Config
+from dual_loop.config import FIGURES, LISTENERS, Config, has_held_out
 from dual_loop.config import load_config as load_config
 from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import missing_roots
 from dual_loop.data.masks import decode_rle
 from dual_loop.drawing import Panel, save_panels
-from dual_loop.errors import ConfigError, explain, writing
+from dual_loop.errors import ConfigError, SampleError, explain, writing
 from dual_loop.evaluation.gains import EvaluationSummary, evaluation_summary, plain_figures
-from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter, held_out_source
+from dual_loop.evaluation.measure import Listener, MeasuredRegion, RegionMeter
+from dual_loop.evaluation.runner import MeasuredData, held_out
 from dual_loop.evaluation.vague_references import captioned_samples, heard_regions, warn_of_vague_references
 from dual_loop.iteration import evenly_spread
 from dual_loop.loop.task import DualLoopTask
@@ -44,6 +46,9 @@ from dual_loop.training.devices import build_accelerator, end_processes, gather_
 from dual_loop.training.run_lock import holding
 from dual_loop.training.setup import Placed, Start, build, load, open_data, place, start, wire
 from dual_loop.training.trainer import FitResult, Totals, Trainer, memory_errors_explained
+from dual_loop.types import RegionSample
+
+logger = logging.getLogger("dual_loop")
 
 TO_BE_CONTINUED = 75
 """Exit status, EX_TEMPFAIL of sysexits.h."""
@@ -90,7 +95,7 @@ def train(config: Config) -> FitResult:
             trainer, evaluator = ready.trainer, Evaluator(run, placed, ready.trainer.task)
             before = evaluator.before(trainer.progress.step)
             evaluator.look_at_references(trainer)
-            result = trainer.fit(partial(evaluator.during, trainer) if config.data.eval_dir else None)
+            result = trainer.fit(partial(evaluator.during, trainer) if has_held_out(config) else None)
             after = evaluator.after(trainer) if result.stopped_by is None else None
             totals, found = trainer.totals(), evaluation_summary(before, after)
             run.folder.write("summary", {**asdict(totals), "checkpointing": asdict(ready.layers), **found})
@@ -108,6 +113,7 @@ def check_paths(config: Config) -> None:
     train, problems = config.train, missing_roots(config.data)
     folders = {"data.eval_dir": config.data.eval_dir, "train.model_path": train.model_path}
     files = {"train.pretrained_pth": train.pretrained_pth, "train.sam2_path": train.sam2_path}
+    files["data.eval_masks_dir"] = config.data.eval_masks_dir
     files["train.audit_listener"] = train.audit_listener
     if config.reward.listener not in LISTENERS:
         files[f"reward.listener ({', '.join(LISTENERS)} or a path)"] = config.reward.listener
@@ -119,20 +125,25 @@ def check_paths(config: Config) -> None:
 
 
 class Evaluator:
-    """Measures the held-out set (``data.eval_dir``) before and after training, spread over the ranks."""
+    """Measures the held-out sets before, in and after training, spread over the ranks."""
 
     def __init__(self, run: Start, placed: Placed, task: DualLoopTask) -> None:
         self.run, self.placed = run, placed
+        self.sets = held_out(run.config.data)
         self.frozen = partial(weights, task.starting)
         self.independent = partial(weights, task.independent) if task.independent else None
 
     def before(self, step: int) -> list[MeasuredRegion] | None:
         """Measure the starting weights; a resumed run takes what its first start measured."""
-        if self.run.config.data.eval_dir is None:
+        if not self.sets:
             return None
         if step == 0:
             # The model and the frozen listener are the same weights here.
-            return self._measure("before", None)
+            regions, needed = self._measure("before", None), self.run.config.train.keep_best
+            if needed and plain_figures(regions)[needed] is None:
+                fix = "give captions, or --keep_best cycle_gIoU, which needs none"
+                raise ConfigError(explain(f"the held-out set cannot measure {needed}", "train.keep_best", fix=fix))
+            return regions
         # Only the files of rank 0 count: another machine may not see the folder.
         kept = gather_objects(self.run.accelerator, self.run.folder.read("evaluation_before"))[0]
         if kept is None:
@@ -142,7 +153,7 @@ class Evaluator:
 
     def after(self, trainer: Trainer) -> list[MeasuredRegion] | None:
         """Measure the averaged weights (``train.eval_weights = ema``) or the live ones."""
-        if self.run.config.data.eval_dir is None:
+        if not self.sets:
             return None
         with nullcontext() if self.run.config.train.eval_weights == "live" else weights(trainer.ema):
             return self._measure("after", self.frozen)
@@ -197,33 +208,37 @@ class Evaluator:
     def _regions(self, **listeners: Any) -> list[MeasuredRegion]:
         """Return all held-out regions, by name, measured over the ranks with the weights that are in place."""
         run, placed, accelerator = self.run, self.placed, self.run.accelerator
-        source = held_out_source(run.config)
-        own_part = range(accelerator.process_index, len(source), accelerator.num_processes)
         # Random states are put back, so that a run with evaluation trains exactly as one without.
         rng = capture_rng()
         with accelerator.autocast(), placed.gathered or nullcontext():
-            samples = (source.load_all(index) for index in own_part)
-            model, prompter = placed.model, placed.prompter
-            meter = RegionMeter(model, prompter, run.config, **listeners)
-            own = meter.measure(samples, run.config.data.eval_split)
+            meter = RegionMeter(placed.model, placed.prompter, run.config, **listeners)
+            own = [region for one in self.sets for region in meter.measure(self._read(one), one.name)]
         restore_rng(rng)
         parts = gather_objects(accelerator, [region.flat() for region in own])
         regions = sorted((region for part in parts for region in part), key=lambda region: str(region["name"]))
         if not regions:
-            data = run.config.data
-            fix = "check data.eval_split and data.eval_datasets, or leave --eval_dir out"
-            where, seen = str(data.eval_dir), f"split {data.eval_split}"
-            raise ConfigError(explain("the evaluation set holds no region", where, seen, fix=fix))
+            where, fix = ", ".join(str(one.source.root) for one in self.sets), "check its folder and data.eval_split"
+            raise ConfigError(explain("the evaluation set holds no region", where, fix=fix))
         return [MeasuredRegion.from_flat(region) for region in regions]
+
+    def _read(self, one: MeasuredData) -> Iterator[RegionSample]:
+        """Yield this rank's entries of a set; one that cannot be read is named and left out, each time."""
+        accelerator = self.run.accelerator
+        for index in range(accelerator.process_index, len(one), accelerator.num_processes):
+            try:
+                yield one.load(index, self.run.config.train.seed)
+            except SampleError as error:
+                logger.warning("held out, skipped: %s", error)
 
     def _examples(self) -> list[Panel]:
         """Return panels of a few held-out regions, the same ones before and after."""
         model, prompter, config = self.placed.model, self.placed.prompter, self.run.config
-        source, meter = held_out_source(config), RegionMeter(model, prompter, config, tasks=("loop",))
+        meter = RegionMeter(model, prompter, config, tasks=("loop",))
+        entries = [(one, index) for one in self.sets for index in range(len(one))]
         panels = []
-        for index in evenly_spread(len(source), EXAMPLES):
-            sample = source.load_all(index)
-            region = meter.measure([sample], config.data.eval_split)[0]
+        for one, index in (entries[number] for number in evenly_spread(len(entries), EXAMPLES)):
+            sample = one.load(index, config.train.seed)
+            region = meter.measure([sample], one.name)[0]
             assert region.cycle is not None  # the loop was asked for
             origin = "rejected" if region.rejected else "generated"
             back = decode_rle(region.cycle.mask, region.name)
@@ -241,8 +256,8 @@ def closing_line(result: FitResult, totals: Totals, found: EvaluationSummary, pa
         )
     text = f"Done: {result.step} steps, run folder {path}"
     if "gain" in found:
-        change = found["gain"]["gIoU"]
+        name, change = next(iter(found["gain"].items()))
         interval = f"{100 * change['ci95_low']:+.1f} to {100 * change['ci95_high']:+.1f}"
-        text += f", gIoU gain {100 * change['mean']:+.1f} points (95 % interval {interval})"
+        text += f", {name} gain {100 * change['mean']:+.1f} points (95 % interval {interval})"
     text += "".join(f"\nflag: {flag}" for flag in found.get("flags", ()))
     return text + f"\n{json.dumps({'sources': totals.sources, 'counters': totals.counters})}"

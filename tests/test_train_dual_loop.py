@@ -16,10 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from dual_loop import train_dual_loop
 from dual_loop.checkpoint.store import newest_whole
+from dual_loop.data.coco_masks import encode_rle
+from dual_loop.data.masks_dir import MasksDir
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
+from dual_loop.testing.scenes import generate_scene, pool_seed
 from dual_loop.train_dual_loop import TO_BE_CONTINUED, exit_status, main
 from dual_loop.training.trainer import FitResult
 
@@ -391,3 +395,47 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["--dry_run", "--config", "tiny_cpu", "--output_dir", str(tmp_path / "run")]) == 0
     assert "effective batch: 8" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def _own_masks(folder: Path, count: int, captions: bool) -> Path:
+    (folder / "images").mkdir(parents=True)
+    with (folder / "masks.jsonl").open("w") as stream:
+        for number in range(count):
+            scene = generate_scene(pool_seed(5, "own", number))
+            Image.fromarray(scene.image).save(folder / f"images/{number}.png")
+            for place, item in enumerate(scene.objects):
+                line = {"image": f"images/{number}.png", "id": place, "segmentation": encode_rle(item.mask)}
+                stream.write(json.dumps(line | ({"caption": scene.captions[place]} if captions else {})) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_a_share_of_own_masks_is_measured_and_not_trained(tmp_path: Path, captions: bool) -> None:
+    arguments = ["--config", "tiny_cpu", "--masks_dir", str(_own_masks(tmp_path / "own", 7, captions))]
+    arguments += ["--val_fraction", "0.3", "--eval_interval", "1", "--max_steps", "2", "--device", "cpu"]
+    arguments += ["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_workers", "0"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--max_new_tokens", "4", "--cfg-options"]
+    arguments += [f"data.index_dir={tmp_path / 'index'}", "loop.max_rejected_fraction=1"]
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    before = json.loads((tmp_path / "run/evaluation_before.json").read_text())
+    held_out = MasksDir(tmp_path / "own", left_to_val=0.3, is_val=True)
+    assert {region["image"].split("/")[-1] for region in before["regions"]} == {
+        held_out.entry_id(index) for index in range(3)
+    }
+    assert (summary["before"]["gIoU"] is not None, "gIoU" in summary["gain"]) == (captions, captions)
+    assert summary["gain"]["cycle_gIoU"]["ci95_low"] <= summary["gain"]["cycle_gIoU"]["mean"]
+    evaluations = [record["evaluation"] for record in _records(tmp_path / "run") if "evaluation" in record]
+    assert [one["cycle_gIoU"] for one in evaluations][1] == summary["after"]["cycle_gIoU"]
+    assert list((tmp_path / "run/panels").glob("before_*.png"))
+
+
+def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = str(_own_masks(tmp_path / "own", 2, captions=False))
+    arguments = ["--config", "tiny_cpu", "--masks_dir", own, "--eval_masks_dir", own, "--eval_interval", "1"]
+    arguments += ["--keep_best", "gIoU", "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--num_workers", "0"]
+    assert main([*arguments, "--cfg-options", f"data.index_dir={tmp_path / 'index'}"]) == 2
+    assert "cannot measure gIoU" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()

@@ -1,6 +1,7 @@
 """The settings of a run: declared once in ``schema``, read, checked and offered as flags by ``load``."""
 
 from dual_loop.config.derived import caption_gradient as caption_gradient
+from dual_loop.config.derived import has_held_out as has_held_out
 from dual_loop.config.derived import listener_paths as listener_paths
 from dual_loop.config.derived import precision as precision
 from dual_loop.config.load import CONFIG_DIR as CONFIG_DIR

@@ -20,6 +20,11 @@ def listener_paths(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for path in paths if path and path not in LISTENERS))
 
 
+def has_held_out(config: Config) -> bool:
+    """Return whether there is anything to measure before, in and after training."""
+    return bool(config.data.eval_dir or config.data.eval_masks_dir or config.data.val_fraction)
+
+
 def precision(config: Config) -> str:
     """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
     if config.train.mixed_precision != "auto":

@@ -21,6 +21,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from dual_loop.config.derived import has_held_out
 from dual_loop.config.retired import REMOVED, RENAMED
 from dual_loop.config.schema import MOST, SETTINGS, Config
 from dual_loop.config.setting import Setting
@@ -242,8 +243,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     if only_contrast and config.data.regions_per_image < 2:
         yield "reward.contrast_weight: the only reward, and data.regions_per_image is 1; expected 2 or more to compare"
     train = config.train
-    if (train.eval_strategy != "ends" or train.eval_interval or train.keep_best) and config.data.eval_dir is None:
-        yield "train.eval_strategy, eval_interval, keep_best: nothing to evaluate; expected data.eval_dir"
+    if (train.eval_strategy != "ends" or train.eval_interval or train.keep_best) and not has_held_out(config):
+        needed = "data.eval_dir, data.eval_masks_dir or data.val_fraction"
+        yield f"train.eval_strategy, eval_interval, keep_best: nothing to evaluate; expected {needed}"
+    if config.data.val_fraction and (config.data.masks_dir is None or config.data.eval_masks_dir is not None):
+        yield "data.val_fraction: holds out images of data.masks_dir; expected that, and no data.eval_masks_dir"
     if train.keep_best and train.eval_strategy == "ends" and train.eval_interval is None:
         yield "train.keep_best: one evaluation is no choice; expected train.eval_interval, or train.eval_strategy epoch"
     if train.patience and not train.keep_best:

@@ -178,7 +178,9 @@ class DataConfig:
         2, "loader processes a rank; 0 loads in the main one", "PROCESSES", at_least=0, at_most=1024
     )
     eval_dir: str | None = flag(None, "held-out set (RefCOCO layout), before and after", "DIR", title=EVALUATION)
-    eval_split: str = setting("val", "its split", "NAME")
+    eval_masks_dir: str | None = flag(None, "held-out masks of your own, before and after", "DIR", title=EVALUATION)
+    val_fraction: float = flag(0.0, "images of --masks_dir that are held out instead", title=EVALUATION, at_most=0.9)
+    eval_split: str = setting("val", "split of --eval_dir", "NAME")
     eval_datasets: tuple[str, ...] = setting(("refcoco",), "which of refcoco, refcoco+, refcocog are measured")
     eval_max_samples: int | None = flag(
         None, "use only so many held-out images", "IMAGES", title=EVALUATION, at_least=1

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -92,7 +93,7 @@ def has_root(name: str, path: str) -> bool:
     return root.is_dir() or (name == "masks" and root.is_file())
 
 
-def open_source(name: str, data: DataConfig) -> Reader:
+def open_source(name: str, data: DataConfig, **further: Any) -> Reader:
     """Open the one data set called ``name``, whose directory is given; ConfigError where it cannot be used."""
     use_limits(data)
     prefix = SETTING_PREFIX[name]
@@ -104,7 +105,7 @@ def open_source(name: str, data: DataConfig) -> Reader:
     reader, arguments = READERS[name]
     own = {argument: getattr(data, f"{prefix}_{argument}") for argument in ("max_samples", *arguments)}
     if name == "masks":
-        own["allow_absolute_paths"] = data.allow_absolute_paths
+        own |= further | {"allow_absolute_paths": data.allow_absolute_paths, "left_to_val": data.val_fraction}
     source = reader(path, **own, regions_per_image=data.regions_per_image, index_dir=data.index_dir)
     if data.class_captions != "off":
         source.read_classes()

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import posixpath
 import unicodedata
@@ -64,6 +65,8 @@ LAYOUT = """
 """
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+VAL_SEED = 7
+"""Draws the images that ``left_to_val`` leaves out: the same ones in every run on these masks."""
 CAPTIONS_NAME = "captions.json"
 MASK_FILES, COCO, LINES, LABELME, YOLO = "mask files", "COCO", "lines of JSON", "labelme", "YOLO"
 
@@ -76,6 +79,8 @@ class MasksDir(Reader):
         images: folder that the images' names are looked up in; None looks below ``root``.
         void: label that is no object beside others; None: every label is one. crowds: take COCO's crowds for objects.
         allow_absolute_paths: open images that are listed by absolute path.
+        left_to_val: share of the images that is left out, which share does not depend on the other settings.
+        is_val: take that share, and no other image.
 
     Raises:
         ConfigError: the root holds none of the layouts, or two of them; a file of it has another structure.
@@ -95,6 +100,8 @@ class MasksDir(Reader):
         void: int | None = 255,
         crowds: bool = False,
         allow_absolute_paths: bool = False,
+        left_to_val: float = 0.0,
+        is_val: bool = False,
     ) -> None:
         folder, self.file, self.kind = _find_layout(Path(root).expanduser())
         super().__init__(folder, index_dir, regions_per_image, min_area, max_area)
@@ -115,7 +122,10 @@ class MasksDir(Reader):
             raise layout_error("the folder holds no image with a mask", self.root, seen, LAYOUT)
         self.contents = f"{len(self._images):,} images, {len(self._regions):,} regions, {self.num_captioned:,} of them "
         self.contents += f"with captions ({self.kind})"
-        self._set_entries(np.arange(len(self._images)), max_samples, "masks_max_samples", self._images)
+        order = np.random.default_rng(VAL_SEED).permutation(len(self._images))
+        num_val = min(math.ceil(left_to_val * len(order)), len(order) - 1)
+        rows = np.sort(order[:num_val] if is_val else order[num_val:])
+        self._set_entries(rows, max_samples, "masks_max_samples", self._images)
 
     def _build_index(self, key: Key) -> dict[str, np.ndarray]:
         """Return images, and the regions of each as JSON: a record, or where its line is (offset, length in bytes)."""

@@ -37,13 +37,16 @@ def evaluation_summary(
     if after is not None:
         summary["after"] = plain_figures(after)
     if before is not None and after is not None:
-        summary["gain"] = {"gIoU": gain(before, after), **cycle_gains(before, after)}
+        change = gain(before, after)
+        summary["gain"] = {**({"gIoU": change} if change else {}), **cycle_gains(before, after)}
         summary["flags"] = find_flags(before, after)
     return summary
 
 
 def gain(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> dict[str, float]:
     """Return mean gain in gIoU with its 95 % interval: paired by region and sentence, resampled by image.
+
+    Nothing where no region has a sentence.
 
     Raises:
         ConfigError: the two did not measure the same regions.
@@ -52,5 +55,7 @@ def gain(before: Sequence[MeasuredRegion], after: Sequence[MeasuredRegion]) -> d
         what, fix = "different regions", "keep --eval_dir and --eval_max_samples the same when resuming"
         seen = f"{len(before)} and {len(after)} regions"
         raise ConfigError(explain(f"the evaluations before and after measured {what}", "data.eval_dir", seen, fix=fix))
+    if not any(result.ious for result in before):
+        return {}
     first, second = ([iou for result in results for iou in result.ious] for results in (before, after))
     return paired_bootstrap(first, second, groups=[result.image for result in before for _ in result.ious])

@@ -21,10 +21,8 @@ from torch import Tensor
 from dual_loop.caption_metrics import caption_exact, may_hold
 from dual_loop.config import Config
 from dual_loop.data.coco_masks import encode_rle
-from dual_loop.data.limits import use_limits
 from dual_loop.data.masks import decode_segmentation
 from dual_loop.data.prepare import batch_from_samples
-from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.protocols import PRESETS, Protocol
 from dual_loop.iteration import in_chunks
@@ -409,21 +407,6 @@ def texts_without_target(regions: Sequence[MeasuredRegion]) -> list[str | None]:
         absent = [text for text in others if region.references and not may_hold(text, said[region.image])]
         texts.append(absent[region.own % len(absent)] if absent else None)
     return texts
-
-
-def held_out_source(config: Config) -> RefCoco:
-    """Open the evaluation set: RefCOCO layout under ``data.eval_dir``, split ``data.eval_split``."""
-    data = config.data
-    use_limits(data)
-    if data.eval_dir is None:
-        raise ConfigError(explain("no evaluation set is given", "data.eval_dir", fix="set --eval_dir"))
-    return RefCoco(
-        data.eval_dir,
-        datasets=data.eval_datasets,
-        split=data.eval_split,
-        max_samples=data.eval_max_samples,
-        index_dir=data.index_dir,
-    )
 
 
 def compare_predictions(

@@ -17,16 +17,19 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 from tqdm import tqdm
 
+from dual_loop.config import DataConfig
+from dual_loop.data.dataset_builder import open_source
 from dual_loop.data.index_file import replacing
-from dual_loop.data.limits import open_file, parse_json, read_lines
+from dual_loop.data.limits import open_file, parse_json, read_lines, use_limits
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
+from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion
 from dual_loop.types import RegionSample, SkippedRegion
@@ -41,6 +44,10 @@ class SkippedEntry(TypedDict):
     entry: str
     reason: str
     message: str
+
+
+OWN_REGIONS = 16
+"""Most objects of an image of own masks that are measured while a run trains."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,32 @@ class MeasuredData:
         """Return what identifies the data: name, size, first and last entry."""
         ends = [self.source.entry_id(index) for index in {0, len(self) - 1}] if len(self) else []
         return {"name": self.name, "entries": len(self), "ends": sorted(ends)}
+
+
+def held_out(data: DataConfig) -> list[MeasuredData]:
+    """Open the held-out sets: ``eval_dir``, and ``eval_masks_dir`` or the share ``val_fraction`` of the own masks.
+
+    Raises:
+        ConfigError: a folder cannot be used.
+    """
+    use_limits(data)
+    limit, found = data.eval_max_samples, []
+    if data.eval_dir is not None:
+        own = RefCoco(
+            data.eval_dir,
+            datasets=data.eval_datasets,
+            split=data.eval_split,
+            max_samples=limit,
+            index_dir=data.index_dir,
+        )
+        found.append(MeasuredData(data.eval_split, own))
+    masks = replace(data, masks_max_samples=limit, regions_per_image=OWN_REGIONS, region_choice="random")
+    if data.eval_masks_dir is not None:
+        masks = replace(masks, masks_dir=data.eval_masks_dir, masks_images=None, val_fraction=0.0)
+        found.append(MeasuredData("masks", open_source("masks", masks)))
+    elif data.val_fraction:
+        found.append(MeasuredData("masks", open_source("masks", masks, is_val=True)))
+    return found
 
 
 def start(folder: Path, header: Mapping[str, object], writes: bool) -> None:

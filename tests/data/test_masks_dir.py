@@ -497,3 +497,19 @@ def test_exif_decides_where_the_shapes_cannot_tell(tmp_path: Path, orientation: 
         fits_shown = bool((sample.image[..., 0] > 100)[sample.masks[0]].all())
         assert fits_shown == (choice == "apply" or orientation not in (2, 3, 4))
         assert any("data.exif" in str(one.message) for one in warned) == (orientation in (2, 3, 4))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 3), (0.01, 1), (0.9, 9)])
+def test_a_share_of_the_images_is_left_to_validation(tmp_path: Path, share: float, expected: int) -> None:
+    for number in range(10):
+        save_image(tmp_path / f"images/{number}.png", seed=number)
+        save_mask(tmp_path / f"masks/{number}.png", box(0, 0, 9, 9))
+
+    def names(**own: Any) -> list[str]:
+        source = MasksDir(tmp_path, index_dir=tmp_path / "cache", **own)
+        return [source.entry_id(index) for index in range(len(source))]
+
+    left, rest = names(left_to_val=share, is_val=True), names(left_to_val=share)
+    assert len(left) == expected
+    assert sorted(left + rest) == names() == sorted(map(str, range(10)))
+    assert set(names(left_to_val=share, max_samples=2)) < set(rest) or len(rest) <= 2
