@@ -281,6 +281,9 @@ def test_a_loader_that_is_killed_or_stopped_ends_the_run_with_one_message(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="started in the background, without Ctrl-C"
+)
 def test_ctrl_c_while_starting_is_one_message(demo: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     process = _start(_arguments(demo, folder), log)

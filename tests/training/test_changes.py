@@ -78,8 +78,3 @@ def test_a_resumed_optimizer_takes_the_rates_of_this_start() -> None:
     load_optimizer(second, first.state_dict())
     assert [group["weight_decay"] for group in second.param_groups] == [0.3, 0.0]
     assert {(group["lr"], group["betas"]) for group in second.param_groups} == {(0.2, (0.7, 0.95))}
-
-
-def test_a_beta_of_one_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r"train\.betas"):
-        build_optimizer({"w": torch.nn.Parameter(torch.ones(2, 2))}, TrainConfig(betas=(0.9, 1.0)))
