@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,14 @@ def check_paths(config: Config) -> None:
         raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")
 
 
+@contextmanager
+def keeping_rng() -> Iterator[None]:
+    """Put random states back behind the block, so that a run trains exactly as one without it."""
+    states = capture_rng()
+    yield
+    restore_rng(states)
+
+
 class Evaluator:
     """Measures the held-out sets before, in and after training, spread over the ranks."""
 
@@ -170,11 +178,9 @@ class Evaluator:
         if trainer.progress.step or not run.config.loop.caption_supervision:
             return
         place = (run.config.data.regions_per_image, accelerator.process_index, accelerator.num_processes)
-        rng = capture_rng()
-        with accelerator.autocast(), placed.gathered or nullcontext():
+        with keeping_rng(), accelerator.autocast(), placed.gathered or nullcontext():
             meter = RegionMeter(placed.model, placed.prompter, run.config, tasks=("referring", "loop"))
             own = heard_regions(meter.measure(captioned_samples(trainer.data.dataset.sources, *place), "train"))
-        restore_rng(rng)
         parts = gather_objects(accelerator, own)
         if warning := warn_of_vague_references([region for part in parts for region in part]):
             run.report(warning)
@@ -187,12 +193,10 @@ class Evaluator:
             independent_listener=self.independent,
             hears_samples=name == "before",  # what words cost that no training chose: find_flags
         )
-        rng = capture_rng()
-        with run.accelerator.autocast(), self.placed.gathered or nullcontext():
+        with keeping_rng(), run.accelerator.autocast(), self.placed.gathered or nullcontext():
             if run.accelerator.is_main_process:
                 with writing("example panels", run.folder.path / "panels"):
                     save_panels(self._examples(), run.folder.path / "panels", name)
-        restore_rng(rng)
         figures = self._report(name, results)
         # Plain values stand in the file.
         run.folder.write(f"evaluation_{name}", {"figures": figures, "regions": [region.flat() for region in results]})
@@ -208,12 +212,9 @@ class Evaluator:
     def _regions(self, **listeners: Any) -> list[MeasuredRegion]:
         """Return all held-out regions, by name, measured over the ranks with the weights that are in place."""
         run, placed, accelerator = self.run, self.placed, self.run.accelerator
-        # Random states are put back, so that a run with evaluation trains exactly as one without.
-        rng = capture_rng()
-        with accelerator.autocast(), placed.gathered or nullcontext():
+        with keeping_rng(), accelerator.autocast(), placed.gathered or nullcontext():
             meter = RegionMeter(placed.model, placed.prompter, run.config, **listeners)
             own = [region for one in self.sets for region in meter.measure(self._read(one), one.name)]
-        restore_rng(rng)
         parts = gather_objects(accelerator, [region.flat() for region in own])
         regions = sorted((region for part in parts for region in part), key=lambda region: str(region["name"]))
         if not regions:

@@ -1,4 +1,4 @@
-"""Names of the data sets. Nothing here is imported, so that a wrong name is answered at once."""
+"""Names of the data sets, apart from their readers, so that a wrong name is answered before torch is imported."""
 
 from dual_loop.errors import ConfigError, did_you_mean, explain
 

@@ -58,7 +58,8 @@ TERM, COUNT, SOURCE, SKIPPED, STOP = "term/", "count/", "source/", "skipped", "s
 class FitResult:
     """How :meth:`Trainer.fit` ended: after ``step`` steps, and ``checkpoint`` is the last one written.
 
-    ``stopped_by`` names the signal that ended it early, if any; ``is_own_signal`` where this rank got it itself.
+    ``stopped_by`` names the signal, or ``max_time``, that ended it early, if any; ``is_own_signal`` where this rank
+    got it itself.
     """
 
     step: int
