@@ -2,7 +2,7 @@
 
 The plan is ``{name: [arguments of dual-loop]}``. The answer is ``{name: {"status", "output", "events", "devices"}}``:
 events are ``[[phase, kind, what, place, number], ...]``, where in a training step the phases have the names of the
-step's own timer; devices are ``{"cuda:0": tensors made there}``.
+step's own timer; devices are ``{"cuda:0": tensors made there}``. Of several ranks each leaves its own, ``OUT0.json``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -58,7 +59,8 @@ def main(plan: str, out: str) -> None:
     torch.set_num_threads(1)
     PhaseTimer.end, PhaseTimer.__init__ = counted, started  # type: ignore[method-assign]
     results = {name: run(arguments) for name, arguments in json.loads(Path(plan).read_text()).items()}
-    Path(out).write_text(json.dumps(results))
+    answer = Path(out)
+    answer.with_stem(answer.stem + os.environ.get("RANK", "")).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,6 +81,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     return tmp_path / "run"
 
 
@@ -106,10 +107,11 @@ def test_a_tracker_holds_the_records(read: Callable[[Path], Numbers], offline: P
         pytest.skip(f"{name} is not installed (extra trackers)")
     offline.mkdir()
     for done, steps in ((0, (1, 2)), (2, (3,))):  # as a run that is resumed: wandb opens one once in a process
-        child = multiprocessing.get_context("fork").Process(target=follow, args=(offline, name, done, steps))
-        child.start()
-        child.join()
-        assert child.exitcode == 0
+        from warm_python import warm_python  # not to be found by the script that this file is too
+
+        command = [warm_python(), __file__, str(offline), name, str(done), *map(str, steps)]
+        child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert child.returncode == 0, child.stderr[-3000:]
     expected: Numbers = {}
     for line in (offline / "metrics.jsonl").read_text().splitlines():
         document = json.loads(line)
@@ -135,3 +137,7 @@ def test_nothing_is_reported_where_none_is_asked(tmp_path: Path) -> None:
     log.write(record(1, 1.0))
     log.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+if __name__ == "__main__":
+    follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), [int(step) for step in sys.argv[4:]])
