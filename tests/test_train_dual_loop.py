@@ -20,6 +20,7 @@ from PIL import Image
 
 from dual_loop import train_dual_loop
 from dual_loop.checkpoint.store import newest_whole
+from dual_loop.cli import main as run_command
 from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.masks_dir import MasksDir
 from dual_loop.testing.demo_data import demo_directories, write_demo_data
@@ -413,8 +414,12 @@ def _own_masks(folder: Path, count: int, captions: bool) -> Path:
 
 
 @pytest.mark.parametrize("captions", [True, False])
-def test_a_share_of_own_masks_is_measured_and_not_trained(tmp_path: Path, captions: bool) -> None:
-    arguments = ["--config", "tiny_cpu", "--masks_dir", str(_own_masks(tmp_path / "own", 7, captions))]
+def test_a_share_of_own_masks_is_measured_and_not_trained(
+    tmp_path: Path, captions: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _own_masks(tmp_path / "own", 7, captions)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", "tiny_cpu", "--masks_dir", "own"]
     arguments += ["--val_fraction", "0.3", "--eval_interval", "1", "--max_steps", "2", "--device", "cpu"]
     arguments += ["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_workers", "0"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--max_new_tokens", "4", "--cfg-options"]
@@ -431,6 +436,19 @@ def test_a_share_of_own_masks_is_measured_and_not_trained(tmp_path: Path, captio
     evaluations = [record["evaluation"] for record in _records(tmp_path / "run") if "evaluation" in record]
     assert [one["cycle_gIoU"] for one in evaluations][1] == summary["after"]["cycle_gIoU"]
     assert list((tmp_path / "run/panels").glob("before_*.png"))
+    if captions:
+        return
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for wanted, images, note in (("", 3, False), ("--masks_dir ../own", 7, True), ("--val_fraction 0", 7, True)):
+        capsys.readouterr()
+        line = (
+            f"evaluate ../run --tasks loop --device cpu --overwrite --json {wanted} --cfg-options loop.max_new_tokens=4"
+        )
+        assert run_command(line.split()) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["data"][0]["entries"] == images
+        assert ("the run trained on these entries of masks" in printed.err) is note
 
 
 def test_a_figure_that_is_not_measured_is_refused_before_the_first_step(

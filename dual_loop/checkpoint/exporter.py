@@ -38,6 +38,7 @@ from dual_loop.checkpoint.manifest import writing_tensors
 from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
+from dual_loop.iteration import progress_bar
 from dual_loop.model.adapters import LORA_TARGETS
 from dual_loop.model.sa2va import Sa2VA
 
@@ -149,7 +150,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes:
     parts: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0
-    for name, tensor in tensors:
+    for name, tensor in progress_bar("exporting", "tensor", items=tensors):
         value = _own(tensor)
         if shard and size + value.nbytes > max_bytes:
             parts.append(_save(shard, folder / f"part-{len(parts)}"))

@@ -34,6 +34,7 @@ from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, op
 from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain, listed
+from dual_loop.iteration import progress_bar
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import TINY_WEIGHTS, build_model, build_tokenizer
 from dual_loop.model.prompts import NEW_TOKENS
@@ -273,7 +274,7 @@ def load_weights(
     broken: list[str] = []
     with torch.no_grad():
         for source in sources:
-            for name, tensor in source.read(broken):
+            for name, tensor in progress_bar("importing", "tensor", len(source.places), source.read(broken)):
                 for placement in source.places[name]:
                     target = rows(own[placement.target], placement.target_part)
                     values = rows(tensor, placement.source_part)

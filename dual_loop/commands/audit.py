@@ -84,12 +84,16 @@ def _finish(args: argparse.Namespace, measured: common.Measured) -> None:
     path.write_text(page, encoding="utf-8")
     if args.labels is not None:
         write_labels(args.labels, measured.data, kept, seed, args.copy_images)
-        print(f"{count:,} pseudo-labels in {args.labels / LABELS}; train on them with --masks_dir {args.labels}")
     names = ("min_iou", "min_uniqueness", "likelihood_floor", "best_of", "margin")
     limits, replaced = {name: getattr(args, name) for name in names}, sum(one.greedy is not None for one in regions)
     by_reason = dict(sorted(left_out.items()))
     result = {"thresholds": limits, "figures": figures, "replaced": replaced, "left_out": by_reason}
-    measured.finish("audit.json", result)
+    document = measured.finish("audit.json", result)
+    if args.json:
+        print(document)
+        return
+    if args.labels is not None:
+        print(f"{count:,} pseudo-labels in {args.labels / LABELS}; train on them with --masks_dir {args.labels}")
     if args.best_of:
         print(f"{replaced:,} greedy captions replaced by one of {args.best_of} samples")
     print(f"{len(regions):,} regions, {count:,} captions pass; {len(skipped)} entries skipped")

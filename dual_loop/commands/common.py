@@ -6,9 +6,12 @@ Nothing here imports torch before a command runs, so that every ``--help`` answe
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING
 from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, overrides_from
 from dual_loop.data.names import DEFAULT_SPLIT_BY, SETTING_PREFIX, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
+from dual_loop.iteration import QUIET
 
 if TYPE_CHECKING:
     from dual_loop.data.reader import Reader
@@ -26,6 +30,11 @@ if TYPE_CHECKING:
     from dual_loop.evaluation.runner import MeasuredData, SkippedEntry
 
 REGIONS_PER_IMAGE = 16
+NO_EVALUATION = {
+    "train.eval_strategy": "ends",
+    **dict.fromkeys(("train.eval_interval", "train.keep_best", "train.patience")),
+}
+"""Of a run that is measured afterwards: these ask for a held-out set, which may be left out now."""
 DEFAULT_CHECKPOINT = "run folder, checkpoint, or weights (default: the tiny checkpoint in the package)"
 
 
@@ -72,9 +81,10 @@ class Command:
             epilog=self.example and f"example: {self.example}",
         )
         self.add_arguments(parser, arguments)
+        add_quiet(parser, default=False)
         try:
             args = parser.parse_args(arguments)
-            with writing("a file", "", net=True):
+            with writing("a file", "", net=True), _in_silence(args.quiet):
                 return self.run(args)
         except DualLoopError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -82,6 +92,25 @@ class Command:
         except KeyboardInterrupt:
             print("error: stopped by Ctrl-C before there was anything to save", file=sys.stderr, flush=True)
             return 130
+
+
+def add_quiet(parser: argparse.ArgumentParser, default: object = argparse.SUPPRESS) -> None:
+    """Add ``--quiet``; without a default to the parser of a command below one that has it."""
+    parser.add_argument("--quiet", action="store_true", default=default, help="print warnings and errors alone")
+
+
+@contextmanager
+def _in_silence(wanted: bool) -> Iterator[None]:
+    """Let nothing out but what goes to stderr, and show no bars, here and in processes that are started."""
+    if not wanted:
+        yield
+        return
+    os.environ[QUIET] = "1"
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+            yield
+    finally:
+        del os.environ[QUIET]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +126,14 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=DEFAULT_CHECKPOINT)
     text = (
         "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
-        "sav, sa1b, openimages, masks (their folders), or a .parquet file of references"
+        "sav, sa1b, openimages, masks (their folders), or a .parquet file of references (default: what the run holds "
+        "out, else what it trains on)"
     )
     parser.add_argument("--data", nargs="+", type=check_name, default=[], metavar="NAME", help=text)
     parser.add_argument("--max_samples", type=int, metavar="IMAGES", help="take so many entries of each data set")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help=f"default: CHECKPOINT/{name}")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier one has left there")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     text = "a run or weights that were trained apart from the same start: captions are also heard by these"
     _add_how_it_is_loaded(parser).add_argument("--listener", metavar="PATH", help=text)
     add_data_flags(parser)
@@ -170,15 +202,20 @@ class Measured:
             raise ConfigError(explain(what, str(self.folder), seen, fix=fix))
         return figures
 
-    def finish(self, name: str, result: Mapping[str, object]) -> None:
-        """Write the result, say what was skipped, and remove the parts, which a second start needed until now."""
+    def finish(self, name: str, result: Mapping[str, object]) -> str:
+        """Write the result, which is returned as JSON, say what was skipped, and remove the parts.
+
+        A second start needed these until now.
+        """
         from dual_loop.evaluation.runner import PARTS
         from dual_loop.training.run_folder import versions, write_json
 
-        write_json(self.folder / name, {**self.header, "versions": versions(), **result, "skipped": self.skipped})
+        document = {**self.header, "versions": versions(), **result, "skipped": self.skipped}
+        write_json(self.folder / name, document)
         for entry in self.skipped:
             print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        return json.dumps(document, indent=2)
 
 
 def measure(
@@ -209,7 +246,9 @@ def measure(
     from dual_loop.training.setup import describe_start, fingerprint
     from dual_loop.training.trainer import memory_errors_explained
 
-    settings = overrides_of(args, protocol.max_tiles)
+    settings = {**NO_EVALUATION, **overrides_of(args, protocol.max_tiles)}
+    if "data.masks_dir" in settings:  # a folder that is named is measured whole, whatever share the run holds out
+        settings = {"data.eval_masks_dir": None, "data.val_fraction": 0.0, **settings}
     found = find_trained(args.checkpoint, weights=args.weights, config=args.config, overrides=settings)
     config, folder = found.config, args.output_dir
     protocol = protocol.with_tiles(config.data.max_tiles)
@@ -219,7 +258,9 @@ def measure(
     accelerator = build_accelerator(config)
     with ranks.failing_together(), memory_errors_explained(name):
         ranks.compare(describe_start(config))
-        data = open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
+        data = open_measured(
+            args.data, config.data, limit=args.max_samples, polygons=protocol.polygons, trained_on=found.trained_on
+        )
         loaded = found.load(accelerator.device)
         is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
         header = {
@@ -237,7 +278,11 @@ def measure(
         if best_of is not None:
             header["best_of"] = asdict(best_of)
         ranks.compare({**header, "output_dir": folder})
-        runner.start(folder, header, is_main)
+        if is_main or not args.overwrite:
+            runner.start(folder, header, is_main, args.overwrite)
+        for one in data if is_main else ():
+            if one.trained_on:
+                print(f"note: the run trained on these entries of {one.name}: its figures are no test", file=sys.stderr)
         accelerator.wait_for_everyone()
         autocast = loaded.autocast()
         meter = RegionMeter(
@@ -245,8 +290,7 @@ def measure(
             independent_listener=listener,
             best_of=best_of,
         )
-        bar = name if is_main else None
-        runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, bar)
+        runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, name)
         accelerator.wait_for_everyone()
         # From here on rank 0 works alone, on files.
         end_processes(accelerator)
@@ -258,9 +302,17 @@ def measure(
 
 
 def open_measured(
-    names: Sequence[str], data: DataConfig, *, limit: int | None = None, polygons: str = "union"
+    names: Sequence[str],
+    data: DataConfig,
+    *,
+    limit: int | None = None,
+    polygons: str = "union",
+    trained_on: DataConfig | None = None,
 ) -> list[MeasuredData]:
-    """Open the data sets called ``names``; with none, all that the settings give (held-out set, then folders).
+    """Open the data sets called ``names``; with none, what the settings hold out, else all that they give.
+
+    ``masks`` are those that are held out of the own ones, where some are. ``limit`` is the most entries of a data set,
+    ``polygons`` how RefCOCO's are joined, ``trained_on`` what the run that is measured has learnt from.
 
     Raises:
         ConfigError: a name is unknown, its folder is not given, or nothing is there.
@@ -269,9 +321,10 @@ def open_measured(
     from dual_loop.data.limits import use_limits
     from dual_loop.data.ref_parquet import RefParquet
     from dual_loop.data.refcoco import RefCoco
-    from dual_loop.evaluation.runner import MeasuredData
+    from dual_loop.evaluation.runner import MeasuredData, held_out_masks
 
     use_limits(data)
+    holds_out_masks = data.eval_masks_dir is not None or data.val_fraction > 0
     fields = {name: f"{prefix}_dir" for name, prefix in SETTING_PREFIX.items() if name != "refcoco"}
 
     def open_one(name: str) -> Reader:
@@ -290,18 +343,32 @@ def open_measured(
                 index_dir=data.index_dir,
                 polygons=polygons,
             )
+        own = replace(data, sav_frames=2, region_choice="random")
+        if dataset == "masks" and holds_out_masks:
+            return held_out_masks(own)
         if getattr(data, fields[dataset]) is None:
             raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
-        return open_source(dataset, replace(data, sav_frames=2, region_choice="random"))
+        return open_source(dataset, own)
+
+    def is_trained_on(name: str) -> bool:
+        dataset, _, split = name.partition(":")
+        field = "refcoco_dir" if dataset in DEFAULT_SPLIT_BY else fields.get(dataset)
+        if trained_on is None or field is None or (dataset == "masks" and holds_out_masks):
+            return False
+        if field == "refcoco_dir" and (split or data.eval_split) != trained_on.refcoco_split:
+            return False
+        learnt, measured = getattr(trained_on, field), getattr(data, field)
+        return learnt is not None and Path(learnt).resolve() == Path(measured or "").resolve()
 
     wanted = list(names)
-    if not wanted and data.eval_dir is not None:
-        wanted = [f"{name}:{data.eval_split}" for name in data.eval_datasets]
-    elif not wanted:
+    if not wanted:
+        wanted = [f"{name}:{data.eval_split}" for name in data.eval_datasets if data.eval_dir is not None]
+        wanted += ["masks"] * holds_out_masks
+    if not wanted:
         wanted = [name for name, field in fields.items() if getattr(data, field) is not None]
         if data.refcoco_dir is not None:
             present = [n for n in data.refcoco_datasets if (Path(data.refcoco_dir) / n.partition(":")[0]).is_dir()]
             wanted += [f"{name}:{data.refcoco_split}" for name in present]
     if not wanted:
         raise ConfigError(explain("no data set is given", "--data", fix="give --data and the folder of that data set"))
-    return [MeasuredData(name, open_one(name), limit) for name in dict.fromkeys(wanted)]
+    return [MeasuredData(name, open_one(name), limit, is_trained_on(name)) for name in dict.fromkeys(wanted)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dual_loop.commands.common import Command, write_page
+from dual_loop.commands.common import Command, add_quiet, write_page
 from dual_loop.config import Config, add_data_flags, load_config, overrides_from, resolve_config_path
 from dual_loop.errors import ConfigError
 from dual_loop.preflight.findings import Finding, as_dict, as_text, has_problem
@@ -41,6 +41,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         if name == "check":
             text = "compare images with held-out ones by id alone, not by sight"
             command.add_argument("--ids_only", action="store_true", help=text)
+        add_quiet(command)
         add_data_flags(command)
 
 

@@ -57,7 +57,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from dual_loop.evaluation.figures import markdown_table
 
     figures = measured.figures(tasks)
-    measured.finish("evaluation.json", {"figures": figures})
+    document = measured.finish("evaluation.json", {"figures": figures})
+    if args.json:
+        print(document)
+        return 0
     print(markdown_table(figures))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in measured.protocol.to_dict().items()))
     print(f"weights: {measured.weights}")

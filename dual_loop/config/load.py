@@ -43,6 +43,8 @@ ORDERED = (
     *(("data", "masks_min_area", "masks_max_area"), ("reward", "min_words", "max_words")),
 )
 """Group, least and most of what a setting bounds on either side."""
+PATHS = ("DIR", "FILE", "PATH")
+"""Units of the settings that name a file or a folder."""
 TRUST_VARIABLE = "DUAL_LOOP_TRUST_DEEPSPEED_PICKLES"
 """Set by ``--trust_deepspeed_pickles``, for this process and those that it starts. It is no setting, so that no file
 can ask for it."""
@@ -64,6 +66,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     origin = str(path or "(defaults and flags)")
     tree = _read_tree(Path(path)) if path is not None else {}
+    if path is not None and Path(path).suffix == ".json":
+        _follow_paths(tree, Path(path).with_name("versions.json"))
     notes: list[str] = []
     for key, value in [*_take_old(tree), *(overrides or {}).items()]:
         old = next((old for old in (*RENAMED, *REMOVED) if f"{key}.".startswith(f"{old}.")), "")
@@ -110,6 +114,22 @@ def _read_tree(path: Path) -> Tree:
         expected = "an object of groups, as in the config.json of a run"
         raise ConfigError(explain("not a configuration", str(path), type(tree).__name__, expected))
     return tree
+
+
+def _follow_paths(tree: Tree, versions: Path) -> None:
+    """Look where the run was started for the relative paths of its settings that lead to nothing from here."""
+    try:
+        started_in = Path(json.loads(versions.read_text(encoding="utf-8"))["started_in"])
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or one of before this was written
+        return
+    for key, about in SETTINGS.items():
+        group, _, name = key.partition(".")
+        holder = tree.get(group)
+        if about.unit not in PATHS or not isinstance(holder, dict):
+            continue
+        path = holder.get(name)
+        if isinstance(path, str) and not os.path.exists(path) and os.path.exists(started_in / path):
+            holder[name] = str(started_in / path)
 
 
 def _take_old(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 import warnings
 import zlib
@@ -24,15 +23,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dual_loop.data.index_file import ANY_SIZE, WATCHED_STATES, is_current, read_arrays, watched_arrays, write_arrays
 from dual_loop.data.limits import limits_in_use, use_limits
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, EnvironmentProblem, explain
+from dual_loop.iteration import progress_bar
 
 INDEX_VERSION = 2
 """Part of every key: raise it when the arrays of any reader change their meaning."""
@@ -171,12 +170,6 @@ def join_parts(parts: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
         else:
             joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
     return joined
-
-
-def progress_bar(describe: str, unit: str, total: int | None = None) -> tqdm[Any]:
-    """Return a bar on stderr, hidden where that is no terminal and in all processes of a run but the first."""
-    hidden = not (sys.stderr.isatty() and os.environ.get("RANK", "0") == "0")
-    return tqdm(total=total, desc=describe, unit=unit, unit_scale=total is None, disable=hidden)
 
 
 def default_workers() -> int:

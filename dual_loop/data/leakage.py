@@ -32,7 +32,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import open_parts
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, SampleError, explain
-from dual_loop.iteration import evenly_spread
+from dual_loop.iteration import evenly_spread, progress_bar
 from dual_loop.types import NeededSize, RegionSample
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ def leaked_by_sight(
         return [], 0
     table = np.concatenate([prints_of_crops(small, CROPS, COARSE) for _, small in known]).T
     leaks, looked_at = [], 0
-    for index in evenly_spread(len(source), len(source) if limit is None else limit):
+    indices = evenly_spread(len(source), len(source) if limit is None else limit)
+    for index in progress_bar(f"looking for held-out images in {source.name}", "image", len(indices), indices):
         try:
             path = source.image_path(index)
             small = thumbnail(source.load(index, np.random.default_rng(0)).image if path is None else path)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from dual_loop.data.images import foreground_of, open_image_file, read_picture
-from dual_loop.data.index import join_parts, list_tree, load_or_build, partial_folder, progress_bar
+from dual_loop.data.index import join_parts, list_tree, load_or_build, partial_folder
 from dual_loop.data.index_file import watch_files
 from dual_loop.data.layout import find_part, layout_error
 from dual_loop.data.limits import open_file, read_file, read_lines
@@ -36,7 +36,7 @@ from dual_loop.data.masks import resize_mask, safe_join
 from dual_loop.data.reader import Reader
 from dual_loop.data.string_table import StringTable
 from dual_loop.errors import ConfigError, bad_sample, explain, shorten
-from dual_loop.iteration import in_chunks
+from dual_loop.iteration import in_chunks, progress_bar
 from dual_loop.types import NeededSize, RegionSample
 
 LAYOUT = """

@@ -14,14 +14,12 @@ padded or counted twice, and a second start measures what is missing.
 from __future__ import annotations
 
 import json
-import sys
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
-
-from tqdm import tqdm
 
 from dual_loop.config import DataConfig
 from dual_loop.data.dataset_builder import open_source
@@ -32,6 +30,7 @@ from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion
+from dual_loop.iteration import progress_bar
 from dual_loop.types import RegionSample, SkippedRegion
 
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
@@ -52,11 +51,15 @@ OWN_REGIONS = 16
 
 @dataclass(frozen=True)
 class MeasuredData:
-    """One data set of an evaluation: its name in results, where it is read from, and how many entries count."""
+    """One data set of an evaluation: its name in results, where it is read from, and how many entries count.
+
+    ``trained_on`` says that the run that is measured has learnt from these entries.
+    """
 
     name: str
     source: Reader
     limit: int | None = None
+    trained_on: bool = False
 
     def __len__(self) -> int:
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
@@ -75,13 +78,13 @@ class MeasuredData:
         return SkippedEntry(data=self.name, entry=entry, reason=fault.reason, message=message)
 
     def description(self) -> dict[str, object]:
-        """Return what identifies the data: name, size, first and last entry."""
+        """Return what identifies the data: name, size, first and last entry; and whether the run trained on it."""
         ends = [self.source.entry_id(index) for index in {0, len(self) - 1}] if len(self) else []
-        return {"name": self.name, "entries": len(self), "ends": sorted(ends)}
+        return {"name": self.name, "entries": len(self), "ends": sorted(ends), "trained_on": self.trained_on}
 
 
 def held_out(data: DataConfig) -> list[MeasuredData]:
-    """Open the held-out sets: ``eval_dir``, and ``eval_masks_dir`` or the share ``val_fraction`` of the own masks.
+    """Open the held-out sets: ``eval_dir``, and what :func:`held_out_masks` opens.
 
     Raises:
         ConfigError: a folder cannot be used.
@@ -97,33 +100,41 @@ def held_out(data: DataConfig) -> list[MeasuredData]:
             index_dir=data.index_dir,
         )
         found.append(MeasuredData(data.eval_split, own))
-    masks = replace(data, masks_max_samples=limit, regions_per_image=OWN_REGIONS, region_choice="random")
-    if data.eval_masks_dir is not None:
-        masks = replace(masks, masks_dir=data.eval_masks_dir, masks_images=None, val_fraction=0.0)
-        found.append(MeasuredData("masks", open_source("masks", masks)))
-    elif data.val_fraction:
-        found.append(MeasuredData("masks", open_source("masks", masks, is_val=True)))
+    if data.eval_masks_dir is not None or data.val_fraction:
+        masks = replace(data, masks_max_samples=limit, regions_per_image=OWN_REGIONS, region_choice="random")
+        found.append(MeasuredData("masks", held_out_masks(masks)))
     return found
 
 
-def start(folder: Path, header: Mapping[str, object], writes: bool) -> None:
+def held_out_masks(data: DataConfig) -> Reader:
+    """Open ``eval_masks_dir``, or else the share ``val_fraction`` of the own masks."""
+    if data.eval_masks_dir is None:
+        return open_source("masks", data, is_val=True)
+    return open_source("masks", replace(data, masks_dir=data.eval_masks_dir, masks_images=None, val_fraction=0.0))
+
+
+def start(folder: Path, header: Mapping[str, object], writes: bool, overwrite: bool = False) -> None:
     """Prepare the folder, on the rank that writes, or find in it what an earlier start with the same header left.
+
+    With ``overwrite`` an earlier measurement with another header, and a finished one, are removed.
 
     Raises:
         ConfigError: the folder holds something else.
     """
     path = folder / PARTS / HEADER
-    if path.is_file():
-        seen = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in header if seen.get(key) != json.loads(json.dumps(header[key]))]
-        if different:
-            had, got = (", ".join(f"{key}: {str(one.get(key))[:60]}" for key in different) for one in (seen, header))
-            fix = "choose another --output_dir, or remove this one"
-            raise ConfigError(explain("the folder holds another evaluation, half done", str(folder), had, got, fix))
-    elif (folder / REGIONS).exists():
-        what, fix = "the folder holds a finished evaluation", "choose another --output_dir"
-        raise ConfigError(explain(what, str(folder), REGIONS, fix=fix))
-    elif writes:
+    fix = "choose another --output_dir, or replace what is there by --overwrite"
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    different = [key for key in header if seen and seen.get(key) != json.loads(json.dumps(header[key]))]
+    if overwrite and (different or not seen):
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        (folder / REGIONS).unlink(missing_ok=True)
+        seen = {}
+    elif different:
+        had, got = (", ".join(f"{key}: {str(one.get(key))[:60]}" for key in different) for one in (seen, header))
+        raise ConfigError(explain("the folder holds another evaluation, half done", str(folder), had, got, fix))
+    elif not seen and (folder / REGIONS).exists():
+        raise ConfigError(explain("the folder holds a finished evaluation", str(folder), REGIONS, fix=fix))
+    if writes and not seen:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
@@ -135,21 +146,22 @@ def measure_chunks(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    progress: str | None = None,
+    progress: str = "evaluation",
 ) -> None:
     """Measure this rank's chunks that are not there yet, in a folder that :func:`start` prepared.
 
     Args:
         measure: samples and the name of their data set to regions.
-        progress: name of a bar on standard error; None shows none.
+        progress: name of the bar.
     """
     done = _read_parts(folder)
     mine = [piece for number, piece in enumerate(_pieces(data)) if number % world_size == rank]
     own = folder / PARTS / f"rank_{rank}_of_{world_size}.jsonl"
-    with own.open("a", encoding="utf-8") as stream:
+    with own.open("a", encoding="utf-8") as stream, progress_bar(progress, "chunk", len(mine)) as bar:
         if own.stat().st_size:
             stream.write("\n")  # a kill may have left half a line
-        for one, chunk in tqdm(mine, desc=progress, unit="chunk", disable=progress is None, file=sys.stderr):
+        for one, chunk in mine:
+            bar.update(1)
             if (one.name, chunk) in done:
                 continue
             samples: list[RegionSample] = []

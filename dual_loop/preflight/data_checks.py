@@ -16,7 +16,7 @@ from dual_loop.data.prepare import Geometry, prepare_sample, sample_rng
 from dual_loop.data.reader import Reader
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError
-from dual_loop.iteration import evenly_spread
+from dual_loop.iteration import evenly_spread, progress_bar
 from dual_loop.model.build import geometry
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.types import Batch, RegionSample
@@ -100,7 +100,8 @@ def read_source(
         source = copy.copy(source)
         source.regions_per_image = regions
     report = SourceReport(source.name, len(source))
-    for index in evenly_spread(len(source), len(source) if count is None else count):
+    indices = evenly_spread(len(source), len(source) if count is None else count)
+    for index in progress_bar(f"reading {source.name}", "entry", len(indices), indices):
         report.read += 1
         try:
             sample, prepared = read_entry(source, index, sizes, seed)

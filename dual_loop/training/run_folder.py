@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Versions(TypedDict):
     platform: str
     git_commit: str | None
     command: list[str]
+    started_in: str
 
 
 class RunFolder:
@@ -249,6 +251,7 @@ def versions() -> Versions:
         "platform": platform.platform(),
         "git_commit": commit,
         "command": sys.argv,
+        "started_in": os.getcwd(),
     }
 
 

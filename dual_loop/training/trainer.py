@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from dual_loop.checkpoint.store import capture_rng, load_run_checkpoint, restore
 from dual_loop.config import Config
 from dual_loop.drawing import save_panels
 from dual_loop.errors import CheckpointError, EnvironmentProblem, explain, writing
+from dual_loop.iteration import progress_bar
 from dual_loop.loop.task import DualLoopTask
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.ema import ExponentialMovingAverage
@@ -145,14 +145,11 @@ class Trainer:
             evaluate: measures the held-out set when ``train.eval_strategy`` says so, on all ranks, and returns figures;
                 with ``train.patience`` training ends where they are no longer better.
         """
-        from tqdm import tqdm
-
         progress, total, per_epoch = self.progress, self.total_steps, self.data.steps_per_epoch
-        hides_bar = not (self.accelerator.is_main_process and sys.stderr.isatty())
         self.task.train()
         self.log.open(progress.step, asdict(self.config))
         windows = self.open_windows()
-        bar = tqdm(total=total, initial=progress.step, unit="step", disable=hides_bar)
+        bar = progress_bar("training", "step", total, done=progress.step)
         with StopRequest(self.config.train.max_time) as stop, bar:
             if self._rng is not None:
                 restore_rng(self._rng)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,10 @@ from dual_loop.commands.common import (
     open_measured,
     overrides_of,
 )
-from dual_loop.config import load_config, resolve_config_path
+from dual_loop.config import DataConfig, load_config, resolve_config_path
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError
+from dual_loop.iteration import QUIET, progress_bar
 from dual_loop.testing.demo_data import write_demo_data
 
 
@@ -46,6 +50,20 @@ def test_a_command_reads_runs_and_reports(capsys: pytest.CaptureFixture[str], mo
     assert caught.value.code == 2
 
 
+def test_a_command_can_be_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+
+    def run(args: argparse.Namespace) -> int:
+        with progress_bar("counting", "number") as bar:
+            print("text", not bar.disable, QUIET in os.environ)
+        print("a warning", file=sys.stderr)
+        return 3
+
+    command = Command("count", "Count.", lambda parser, argv: None, run)
+    assert (command([]), command(["--quiet"])) == (3, 3)
+    assert capsys.readouterr() == ("text True False\n", "a warning\na warning\n")
+
+
 def test_weights_on_one_line() -> None:
     assert describe_origin({"path": "a folder"}) == "a folder"
     origin = {"path": "run", "checkpoint": "step_3", "weights": "ema", "sha256": "0123456789abcdef" * 4}
@@ -63,6 +81,10 @@ def test_flags_become_settings() -> None:
     assert int(settings["train.seed"]) == 2
 
 
+def empty_data() -> DataConfig:
+    return load_config(resolve_config_path("tiny_cpu")).data
+
+
 def test_names_of_data_sets(tmp_path: Path) -> None:
     write_demo_data(tmp_path / "demo", 2, 3, num_val=2)
     roots = {"sa1b_dir": "sa1b", "sav_dir": "sav", "refcoco_dir": "ref_seg"}
@@ -76,7 +98,11 @@ def test_names_of_data_sets(tmp_path: Path) -> None:
     [val, again] = open_measured(["refcoco:val", "sa1b", "refcoco:val"], data, limit=1)
     assert isinstance(val.source, RefCoco)
     assert (len(val), again.name) == (1, "sa1b")
-    empty = load_config(resolve_config_path("tiny_cpu")).data
+    names = ["sa1b", "refcoco:train", "refcoco:val", "refcoco"]
+    learnt = open_measured(names, replace(data, sa1b_dir=f"{data.sa1b_dir}/"), trained_on=data)
+    assert [one.trained_on for one in learnt] == [True, True, False, False]
+    assert not open_measured(["sa1b"], data, trained_on=empty_data())[0].trained_on
+    empty = empty_data()
     for names, message in (
         ([], "no data set is given"),
         (["coco"], "unknown data set"),

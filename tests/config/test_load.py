@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,19 @@ def test_a_json_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(ConfigError, match=expected):
         load_config(path)
+
+
+def test_paths_of_a_run_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there / "run", there / "masks", there / "both", here / "both"):
+        folder.mkdir(parents=True)
+    data = {"masks_dir": "masks", "sa1b_dir": "both", "sav_dir": "gone", "eval_split": "masks"}
+    (there / "run/config.json").write_text(json.dumps({"data": data}))
+    (there / "run/versions.json").write_text(json.dumps({"started_in": str(there)}))
+    monkeypatch.chdir(here)
+    found = load_config(there / "run/config.json").data
+    assert found.masks_dir == str(there / "masks")
+    assert (found.sa1b_dir, found.sav_dir, found.eval_split) == ("both", "gone", "masks")
+    for text in ("[]", "{}", '{"started_in": 3}', "{", '{"started_in": null}'):
+        (there / "run/versions.json").write_text(text)
+        assert load_config(there / "run/config.json").data.masks_dir == "masks"

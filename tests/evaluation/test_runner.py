@@ -87,11 +87,21 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / REGIONS).write_text("")
     with pytest.raises(ConfigError, match="a finished evaluation"):
         start(tmp_path, {"tasks": ["loop"]}, True)
+    start(tmp_path, {"tasks": ["loop"]}, True, overwrite=True)
+    assert not (tmp_path / REGIONS).exists()
+    half = tmp_path / PARTS / "rank_0_of_1.jsonl"
+    half.write_text("")
+    start(tmp_path, {"tasks": ["loop"]}, True, overwrite=True)  # as it was begun: it goes on
+    assert half.exists()
+    start(tmp_path, {"tasks": ["referring"]}, True, overwrite=True)
+    assert not half.exists()
+    start(tmp_path, {"tasks": ["referring"]}, True)
 
 
 def test_data_sets_say_what_they_are() -> None:
-    assert DATA[1].description() == {"name": "two", "entries": 3, "ends": ["e0", "e2"]}
-    assert MeasuredData("none", Source(0)).description() == {"name": "none", "entries": 0, "ends": []}
+    assert DATA[1].description() == {"name": "two", "entries": 3, "ends": ["e0", "e2"], "trained_on": False}
+    learnt = MeasuredData("none", Source(0), trained_on=True)
+    assert learnt.description() == {"name": "none", "entries": 0, "ends": [], "trained_on": True}
 
 
 def test_predictions_are_read_by_region(tmp_path: Path) -> None:
