@@ -212,6 +212,9 @@ class Measured:
 
         document = {**self.header, "versions": versions(), **result, "skipped": self.skipped}
         write_json(self.folder / name, document)
+        for one in self.data:
+            if one.trained_on:
+                print(f"note: the run trained on these entries of {one.name}: its figures are no test", file=sys.stderr)
         for entry in self.skipped:
             print(f"skipped {entry['data']}/{entry['entry']}: {entry['message']}", file=sys.stderr)
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
@@ -280,9 +283,6 @@ def measure(
         ranks.compare({**header, "output_dir": folder})
         if is_main or not args.overwrite:
             runner.start(folder, header, is_main, args.overwrite)
-        for one in data if is_main else ():
-            if one.trained_on:
-                print(f"note: the run trained on these entries of {one.name}: its figures are no test", file=sys.stderr)
         accelerator.wait_for_everyone()
         autocast = loaded.autocast()
         meter = RegionMeter(
