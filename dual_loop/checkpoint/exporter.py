@@ -237,6 +237,7 @@ def _write_adapter(model: Sa2VA, state: Mapping[str, Tensor], out: Path, config:
         lora_dropout=settings.lora_dropout,
         target_modules=list(LORA_TARGETS),
         task_type="CAUSAL_LM",
+        base_model_name_or_path=config.train.pretrained_pth or config.train.model_path or settings.name,
     )
     lora.save_pretrained(str(out))
     adapters = {

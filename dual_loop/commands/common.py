@@ -145,7 +145,9 @@ def _add_how_it_is_loaded(parser: argparse.ArgumentParser) -> argparse._Argument
     text = "of weights that are no run (default: tiny_cpu); a Python file is RUN: give none that you do not trust"
     group.add_argument("--config", metavar="FILE|NAME", help=text)
     add_trust_flag(group)
-    group.add_argument("--model_path", metavar="DIR", help="base model: its tokenizer, for weights without one")
+    text = "base model: its tokenizer, and its weights under an adapter or a trimmed checkpoint"
+    group.add_argument("--model_path", metavar="DIR", help=text)
+    group.add_argument("--sam2_path", metavar="PATH", help="SAM 2 weights under a checkpoint that lacks them")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return group
 

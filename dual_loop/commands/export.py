@@ -116,6 +116,9 @@ def _export(args: argparse.Namespace) -> int:
         read_back(temporary, args.file_format, config, sources, before, allowed, failed)
         remove(out)
         temporary.rename(out)
+    if args.file_format in ("adapter", "original-trimmed"):
+        base = [f"--model_path {path}" if path.is_dir() else f"--sam2_path {path}" for path in sources]
+        print(f"note: under it belongs what the run started from: {' '.join(base)}")
     if args.file_format == "hf-sa2va":
         print("note: the release's own .py files belong beside config.json; copy them from its folder")
     print(f"exported to {out}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dual_loop.commands.common import Command, add_model_arguments
+from dual_loop.config import overrides_from
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.iteration import in_chunks
 
@@ -34,14 +35,8 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     """
     from dual_loop.serve.predictor import Predictor
 
-    given = {
-        "train.model_path": args.model_path,
-        "loop.max_new_tokens": args.max_new_tokens,
-        "data.max_tiles": args.max_tiles,
-    }
-    overrides = {key: value for key, value in given.items() if value is not None}
     return Predictor.load(
-        args.checkpoint, weights=args.weights, device=args.device, config=args.config, overrides=overrides
+        args.checkpoint, weights=args.weights, device=args.device, config=args.config, overrides=overrides_from(args)
     )
 
 

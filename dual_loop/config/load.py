@@ -343,11 +343,12 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: options without ``=`` or without a group, all of them named.
     """
-    wrong = [option for option in args.cfg_options if "." not in option.partition("=")[0] or "=" not in option]
+    options = getattr(args, "cfg_options", ())  # not every command has them
+    wrong = [option for option in options if "." not in option.partition("=")[0] or "=" not in option]
     if wrong:
         raise ConfigError(explain("malformed option", "--cfg-options", ", ".join(wrong), "group.key=value"))
     values: Tree = {}
-    for option in args.cfg_options:
+    for option in options:
         key, _, text = (part.strip() for part in option.partition("="))
         values[key] = text
         if key.count(".") > 1 or text.startswith(("{", "[", "(")):

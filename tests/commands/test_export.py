@@ -79,6 +79,23 @@ def test_every_format_is_read_back(trained, tmp_path, capsys, file_format, name,
     assert ("no video memory" in printed) == (file_format in ("original", "hf-sa2va"))
 
 
+@pytest.mark.parametrize("file_format", ["original-trimmed", "adapter"])
+def test_what_lacks_its_base_answers_over_it(trained, tmp_path, capsys, file_format):
+    """The flags are those that the export prints."""
+    assert cli(["export", str(trained), str(tmp_path / "out"), "--format", file_format]) == 0
+    base = capsys.readouterr().out.partition("note: under it belongs what the run started from: ")[2].splitlines()[0]
+    image = next((trained.parent / "demo/sa1b").rglob("*.jpg"))
+    answers = []
+    for model in ([str(trained)], [str(tmp_path / "out"), *base.split()]):
+        ask = ["caption", str(image), "--box", "10,10,50,50", "--device", "cpu", "--max_new_tokens", "4"]
+        assert cli([*ask, "--checkpoint", *model]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["images"])
+    assert answers[0] == answers[1]
+    if file_format == "adapter":
+        written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == "tiny_cpu"
+
+
 def test_averaged_and_live_weights_are_what_the_checkpoint_holds(trained, tmp_path):
     key = "text_hidden_fcs.2.bias"
     checkpoint = trained / "checkpoints" / "step_00000002"
