@@ -86,4 +86,7 @@ class TrainConfig:
         title=EVALUATION,
         at_least=1,
     )
+    profile_steps: int = flag(
+        0, "steps behind the first two that torch's profiler records, into profile/", "STEPS", title=RUN_FOLDER
+    )
     max_time: float | None = flag(None, "after which a start saves and leaves", "MINUTES", title=RUN_FOLDER)

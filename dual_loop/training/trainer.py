@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProfileKwargs
 from torch.utils._pytree import tree_map_only
 
 from dual_loop.checkpoint.store import capture_rng, load_run_checkpoint, restore_rng, save_run_checkpoint
@@ -150,27 +151,45 @@ class Trainer:
         self.log.open(progress.step, asdict(self.config))
         windows = self.open_windows()
         bar = progress_bar("training", "step", total, done=progress.step)
-        with StopRequest(self.config.train.max_time) as stop, bar:
+        with StopRequest(self.config.train.max_time) as stop, bar, self._profiler() as profiler:
             if self._rng is not None:
                 restore_rng(self._rng)
             while progress.step < total:
+                if progress.worse == self.config.train.patience:
+                    self.report(f"No better {self.config.train.keep_best} since step {progress.best_step}")
+                    total = progress.step
+                    break
                 if progress.step % per_epoch == 0:
                     self.report(f"Epoch {progress.step // per_epoch + 1}/{-(-total // per_epoch)}")
                 with memory_errors_explained(f"optimiser step {progress.step + 1}"):
                     is_stopping = self.step(windows, stop)
                 bar.update(1)
+                if profiler is not None:
+                    profiler.step()
                 if is_stopping:
                     break
                 is_best = evaluate is not None and self._is_evaluated() and self._is_best(evaluate())
                 if is_best or progress.step % self.config.train.save_interval == 0:
                     self.save(is_best)
-                if progress.worse == self.config.train.patience:
-                    self.report(f"No better {self.config.train.keep_best} since step {progress.best_step}")
-                    total = progress.step
             saved = self._saved[1] if self._saved and self._saved[0] == progress.step else self.save()
         self.log.close()
         stopped_by = (stop.reason or "a signal on another rank") if progress.step < total else None
         return FitResult(progress.step, stopped_by, saved, stop.reason is not None)
+
+    def _profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
+        """Record ``train.profile_steps`` steps: a table of what took longest, and a trace for Perfetto of each rank."""
+        count, folder = self.config.train.profile_steps, self.folder.path / "profile"
+
+        def write(profile: torch.profiler.profile) -> None:
+            folder.mkdir(exist_ok=True)
+            profile.export_chrome_trace(str(folder / f"rank_{self.accelerator.process_index}.json"))
+            order = f"self_{'cpu' if self.accelerator.device.type == 'cpu' else 'device'}_time_total"
+            self.report(f"{folder}:\n{profile.key_averages().table(sort_by=order, row_limit=15)}")
+
+        if not count:
+            return nullcontext()
+        plan = {"wait": 1, "warmup": 1, "active": count, "repeat": 1}
+        return self.accelerator.profile(ProfileKwargs(schedule_option=plan, on_trace_ready=write))
 
     def open_windows(self) -> DevicePrefetch:
         """Start the loader at the next step."""

@@ -391,6 +391,10 @@ def test_the_best_checkpoint_is_kept_and_training_ends_where_nothing_gets_better
     result = resumed.fit(lambda: {"gIoU": figures[resumed.progress.step]})
     assert (result.step, result.stopped_by) == (12, None)
     assert lines[-1] == "No better gIoU since step 6"
+    again = make(20, resume="auto")
+    assert again.restore(tmp_path / "checkpoints/step_00000012")
+    assert again.fit(lambda: {"gIoU": 1.0}).step == 12
+    assert lines[-1] == "No better gIoU since step 6"
     assert (tmp_path / "checkpoints/best").resolve().name == "step_00000006"
 
 
@@ -398,3 +402,11 @@ def test_a_run_leaves_when_its_time_is_over(tmp_path: Path) -> None:
     result = make_trainer(tmp_path, max_steps=50, max_time=0.0).fit()
     assert (result.step, result.stopped_by, result.is_own_signal) == (1, "max_time", True)
     assert Path(result.checkpoint).name == "step_00000001"
+
+
+def test_steps_can_be_profiled(tmp_path: Path) -> None:
+    lines: list[str] = []
+    make_trainer(tmp_path / "run", lines=lines, max_steps=5, profile_steps=2).fit()
+    events = json.loads((tmp_path / "run/profile/rank_0.json").read_text())["traceEvents"]
+    assert [one["name"] for one in events if "ProfilerStep" in one["name"]] == ["ProfilerStep#2", "ProfilerStep#3"]
+    assert any("Self CPU time total" in line for line in lines)
