@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dual_loop import __version__
 from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, overrides_from
 from dual_loop.data.names import DEFAULT_SPLIT_BY, SETTING_PREFIX, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
@@ -84,6 +85,8 @@ class Command:
         add_quiet(parser, default=False)
         try:
             args = parser.parse_args(arguments)
+            if not args.quiet and os.environ.get("RANK", "0") == "0":  # torch takes seconds until the next line
+                print(f"dual-loop {__version__}: {self.name}", file=sys.stderr, flush=True)
             with writing("a file", "", net=True), _in_silence(args.quiet):
                 return self.run(args)
         except DualLoopError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dual_loop import __version__
 from dual_loop.commands.common import (
     Command,
     add_measuring_arguments,
@@ -36,7 +37,7 @@ def test_a_command_reads_runs_and_reports(capsys: pytest.CaptureFixture[str], mo
     command = Command("count", "Count.", add, run, usage="NUMBER", example="dual-loop count 3")
     assert command(["3"]) == 3
     assert command(["--", "-1"]) == 2
-    assert capsys.readouterr().err == "error: less than nothing\n"
+    assert capsys.readouterr().err == f"dual-loop {__version__}: count\n" * 2 + "error: less than nothing\n"
     monkeypatch.setattr("sys.argv", ["x", "5"])
     assert command() == 5
     with pytest.raises(SystemExit) as caught:
@@ -61,7 +62,7 @@ def test_a_command_can_be_quiet(capsys: pytest.CaptureFixture[str], monkeypatch:
 
     command = Command("count", "Count.", lambda parser, argv: None, run)
     assert (command([]), command(["--quiet"])) == (3, 3)
-    assert capsys.readouterr() == ("text True False\n", "a warning\na warning\n")
+    assert capsys.readouterr() == ("text True False\n", f"dual-loop {__version__}: count\na warning\na warning\n")
 
 
 def test_weights_on_one_line() -> None:
