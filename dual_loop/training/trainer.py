@@ -189,7 +189,8 @@ class Trainer:
         if not count:
             return nullcontext()
         plan = {"wait": 1, "warmup": 1, "active": count, "repeat": 1}
-        return self.accelerator.profile(ProfileKwargs(schedule_option=plan, on_trace_ready=write))
+        made: torch.profiler.profile = ProfileKwargs(schedule_option=plan, on_trace_ready=write).build()
+        return made
 
     def open_windows(self) -> DevicePrefetch:
         """Start the loader at the next step."""

@@ -29,7 +29,7 @@ def test_the_server_gets_model_address_and_origin(
     assert capsys.readouterr().out == f"http://0.0.0.0:81  ({origin}); stop with Ctrl-C\n"
     [(path, options)] = asked
     assert path == "run"
-    overrides = {"train.model_path": str(tmp_path), "loop.max_new_tokens": 7}
+    overrides = {"train.model_path": str(tmp_path), "loop.max_new_tokens": 7, "train.device": "auto"}
     assert options == {"weights": "live", "device": "auto", "config": None, "overrides": overrides}
 
 
