@@ -319,8 +319,9 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message(demo: Path, tmp_path
 @pytest.mark.distributed
 def test_two_ranks_train_and_evaluate_as_one(demo: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main(_arguments(demo, one, "--max_steps", "2", evaluate=True)) == 0
-    arguments = _arguments(demo, two, "--max_steps", "2", "--gradient_accumulation_steps", "1", evaluate=True)
+    often = ("--max_steps", "2", "--eval_interval", "1", "--keep_best", "gIoU")
+    assert main(_arguments(demo, one, *often, evaluate=True)) == 0
+    arguments = _arguments(demo, two, *often, "--gradient_accumulation_steps", "1", evaluate=True)
     command = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "dual_loop.train_dual_loop", *arguments, "train.num_threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -332,7 +333,12 @@ def test_two_ranks_train_and_evaluate_as_one(demo: Path, tmp_path: Path) -> None
     assert left["counters"] == right["counters"]
     for name in ("before", "after"):
         assert left[name] == pytest.approx(right[name], abs=1e-4)
+    assert left["best"] == pytest.approx(right["best"], abs=1e-4)
+    assert (one / "checkpoints/best").resolve().name == (two / "checkpoints/best").resolve().name
     for a, b in zip(_records(one), _records(two), strict=True):
+        if "evaluation" in a:
+            assert a["evaluation"] == pytest.approx(b["evaluation"], abs=1e-4)
+            continue
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
@@ -356,7 +362,7 @@ def test_problems_have_status_two_and_a_message(
 ) -> None:
     assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
+    assert "\nerror: " in captured.err
     assert expected in captured.err
     assert "Traceback" not in captured.err
     assert not (tmp_path / "run").exists()

@@ -34,6 +34,10 @@ TRAINING = {
     "fit": "--effective_batch 4 --cfg-options speed.images_at_once=fit model.gradient_checkpointing=True "
     "train.deterministic=True speed.tf32=True loss.num_points=50",
 }
+TRAINING["watched"] = (
+    "--eval_dir {data}/ref_seg --eval_interval 1 --keep_best gIoU --patience 1 --report_to tensorboard "
+    "--profile_steps 1 --cfg-options data.eval_max_samples=2"
+)
 DECODED = "--max_new_tokens 24 --cfg-options model.dtype=bfloat16 loop.temperature=0.7"
 TRAINING |= {"recorded": DECODED, "eager": f"{DECODED} speed.decode_graph=off"}
 OTHERS = {
