@@ -42,7 +42,7 @@ class Reader:
         root: folder of the data set; ``title`` and ``layout`` are what the message about a bad one shows.
         index_dir: see :func:`~dual_loop.data.index.load_or_build`.
         regions_per_image: most regions of one sample.
-        min_area, max_area: limits on the share of the image that a mask covers, 0..1.
+        min_area: least share of the image that a mask covers, 0..1; ``max_area`` is the most.
 
     The readers of the package also take ``max_samples``, see :func:`~dual_loop.data.shares.choose_capped`.
 

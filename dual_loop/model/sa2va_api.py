@@ -101,7 +101,7 @@ class VideoLLaVASAMModel(Sa2VA):
         """Continue prompts with transformers' ``generate``.
 
         Args:
-            pixel_values, prompt_masks, vp_overall_mask: as in :meth:`forward`.
+            pixel_values: as in :meth:`forward`, also ``prompt_masks`` and ``vp_overall_mask``.
             input_ids: (R, L) int64, padded on the left where ``attention_mask`` (R, L) is 0.
             options: of ``generate``: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...
 

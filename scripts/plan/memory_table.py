@@ -1,4 +1,4 @@
-"""Print the table of configurations that stands in the README: what each is, and the memory of one process.
+"""Print the table of configurations that stands in docs/sa2va_4b.md: what each is, and the memory of one process.
 
 python scripts/plan/memory_table.py
 """

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = [part for flag, name in names.items() for part in (flag, str(demo / name))]
     run = ["--output_dir", str(folder / "outputs/test_dual_loop"), "--eval_dir", str(demo / "ref_seg")]
     assert main(["train", "--config", "tiny_demo", "--max_steps", "2", "--device", "cpu", *data, *run]) == 0
+    # Somebody's own masks: those that the page about them writes, and two as the README names them.
+    [writing] = [text for language, text in executed(ROOT / "docs/own_masks.md") if language == "python"]
+    subprocess.run([sys.executable, "-c", writing], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     for name, seed in (("cat", 1003), ("street", 1002)):
         scene = generate_scene(seed)
         masks = folder / "mine/masks" / ("" if name == "cat" else name)
         masks.mkdir(parents=True, exist_ok=True)
-        (folder / "mine/images").mkdir(exist_ok=True)
         Image.fromarray(scene.image).save(folder / f"mine/images/{name}.jpg")
         for number, mask in enumerate(scene.masks):
             file = masks / ("cat.png" if name == "cat" else f"{number}.png")
@@ -82,6 +85,9 @@ def test_the_blocks_run(path: Path, workspace: Path) -> None:
             command, cwd=workspace, env=variables, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, f"{path.name}\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    if path.name == "README.md":  # the example on one's own masks teaches something
+        gain = json.loads((workspace / "outputs/mine/summary.json").read_text())["gain"]["gIoU"]
+        assert gain["mean"] > 0.03, gain
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

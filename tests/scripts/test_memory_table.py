@@ -1,4 +1,4 @@
-"""The README's table of memory is what the code says, and the presets fit the cards that they are for."""
+"""The documents' table of memory is what the code says, and the presets fit the cards that they are for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dual_loop.preflight.machine import PRESETS
 
 from plan.memory_table import NAMES, preset_gib, table_row
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+PAGE = (Path(__file__).resolve().parents[2] / "docs/sa2va_4b.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.slow
-def test_the_readme_says_what_the_code_says() -> None:
-    start = README.index("| config | what | estimate a process |") + 2
-    table = README[start : start + len(NAMES) + 1]
+def test_the_page_says_what_the_code_says() -> None:
+    start = PAGE.index("| config | what | estimate a process |") + 2
+    table = PAGE[start : start + len(NAMES) + 1]
     assert table == [*(table_row(name) for name in NAMES), ""]
 
 
