@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from dual_loop import __version__
-from dual_loop.errors import did_you_mean
+from dual_loop.errors import ConfigError, did_you_mean, explain
+
+if TYPE_CHECKING:
+    from dual_loop.commands.common import Command
 
 COMMANDS = {
     "doctor": "look at machine, data, weights and settings the way a run would",
@@ -23,6 +27,7 @@ COMMANDS = {
     "serve": "the loop in a browser: draw, caption, edit, segment",
     "export": "write a run's weights in the formats of Sa2VA, transformers or peft, and read them back",
     "demo-data": "write a generated data set in the four on-disk formats",
+    "completion": "print what completes commands and flags in bash, zsh or tcsh",
 }
 OF_PREDICT = ("caption", "segment", "loop")
 """They share a module; each other command is the ``main`` of its own."""
@@ -44,8 +49,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"unknown command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} (one of {', '.join(COMMANDS)})"
         )
     command = parser.parse_args(arguments[:1] or ["--help"]).command
-    module, name = ("predict", command) if command in OF_PREDICT else (command.replace("-", "_"), "main")
-    return int(getattr(import_module(f"dual_loop.commands.{module}"), name)(arguments[1:]))
+    return _find(command)(arguments[1:])
+
+
+def _find(name: str) -> Command:
+    from dual_loop.commands.common import Command
+
+    if name == "completion":
+        text = "Print a script for a shell, which completes commands, flags and their choices."
+        return Command(name, text, _add_shell, _complete, example="dual-loop completion bash >> ~/.bashrc")
+    module, found = ("predict", name) if name in OF_PREDICT else (name.replace("-", "_"), "main")
+    command: Command = getattr(import_module(f"dual_loop.commands.{module}"), found)
+    return command
+
+
+def _add_shell(parser: argparse.ArgumentParser, _: Sequence[str]) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def _complete(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        what, fix = "completion scripts cannot be written without shtab", "pip install 'dual-loop[completion]'"
+        raise ConfigError(explain(what, "dual-loop completion", error, fix=fix)) from error
+    parser = argparse.ArgumentParser("dual-loop")
+    commands = parser.add_subparsers()
+    for name, text in COMMANDS.items():
+        _find(name).add_arguments(commands.add_parser(name, help=text), [])
+    print(shtab.complete(parser, args.shell))
+    return 0
 
 
 if __name__ == "__main__":

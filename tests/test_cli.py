@@ -79,3 +79,22 @@ def test_a_users_error_has_status_two_and_no_traceback(tmp_path: Path, capsys: p
     (tmp_path / "mine.txt").write_text("keep")
     assert main(["demo-data", str(tmp_path), "--images", "2"]) == 2
     assert "\nerror: " in capsys.readouterr().err
+
+
+def test_a_shell_completes_commands_and_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="shtab is in the extra completion")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "complete.bash").write_text(script, encoding="utf-8")
+    typed = "COMP_WORDS=(dual-loop train --masks_); COMP_CWORD=2"
+    ask = f"source complete.bash; {typed}; _shtab_dual_loop; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert {"--masks_dir", "--masks_images"} <= set(done.stdout.split())
+
+
+def test_completion_without_shtab_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "zsh"]) == 2
+    assert "pip install 'dual-loop[completion]'" in capsys.readouterr().err

@@ -55,7 +55,12 @@ def test_an_installed_package_runs(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     presets = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")}
-    assert {"dual_loop/py.typed", "dual_loop/assets/page.html", *(f"dual_loop/{name}" for name in presets)} <= names
+    assert {
+        "dual_loop/py.typed",
+        "dual_loop/assets/page.html",
+        "dual_loop/schemas/summary.json",
+        *(f"dual_loop/{name}" for name in presets),
+    } <= names
     started([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], empty, plain)
 
     variables = {**plain, "PYTHONPATH": str(site), "DUAL_LOOP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

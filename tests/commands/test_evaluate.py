@@ -13,6 +13,7 @@ from dual_loop.cli import main
 from dual_loop.evaluation.runner import PARTS, REGIONS
 from dual_loop.testing.demo_data import write_demo_data
 
+from schemas import problems
 from warm_meteor import warm_meteor
 from warm_python import warm_python
 
@@ -74,6 +75,7 @@ def test_what_is_written(evaluated: Path) -> None:
     low, value, high = (found["loop"]["cycle_gIoU"][key] for key in ("ci95_low", "value", "ci95_high"))
     assert low < value < high
     assert len(lines(evaluated)) == found["regions"]
+    assert problems(evaluated / REGIONS) == []
 
 
 @pytest.mark.distributed
