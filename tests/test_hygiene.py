@@ -206,3 +206,22 @@ def test_constraints_hold_every_dependency_within_its_range() -> None:
     needed = [item for item in needed if item.name != "dual-loop"]  # dev asks for the other extras
     assert len(needed) >= 20
     assert [str(item) for item in needed if not item.specifier.contains(pins.get(item.name, "0"))] == []
+
+
+def test_the_lock_is_of_the_public_index_and_has_the_tested_versions() -> None:
+    text = (REPOSITORY / "uv.lock").read_text(encoding="utf-8")
+    hosts = set(re.findall(r"https?://[^/\"]+", text))
+    assert hosts == {"https://pypi.org", "https://files.pythonhosted.org"}
+    assert "path = " not in text
+    locked: dict[str, set[str]] = {}
+    for name, version in re.findall(r'^name = "(.+)"\nversion = "(.+)"', text, re.MULTILINE):
+        locked.setdefault(name, set()).add(version)
+    pins = [re.split(r"==|;", line)[:2] for line in constraint_lines()]
+    other = [(n, v) for n, v in pins if v not in locked.get(re.sub(r"[-_.]+", "-", n).lower(), {v})]
+    assert other == [], "uv lock --upgrade-package NAME==VERSION"
+
+
+def test_the_citation_has_the_version() -> None:
+    from dual_loop import __version__
+
+    assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
