@@ -6,7 +6,7 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
       python3 python3-venv default-jre-headless && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /dual_loop
-ENV VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH PIP_NO_CACHE_DIR=1 DUAL_LOOP_EXTRAS=demo,caption-eval,video,fast,archives,parquet
+ENV VIRTUAL_ENV=/venv PATH=/venv/bin:$PATH PIP_NO_CACHE_DIR=1 DUAL_LOOP_EXTRAS=caption-eval,video,fast,archives,parquet
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY scripts scripts
 COPY configs configs

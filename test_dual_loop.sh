@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Everything that the commands of the README need; set it to nothing for training alone.
-export DUAL_LOOP_EXTRAS="${DUAL_LOOP_EXTRAS-demo,caption-eval,parquet}"
+export DUAL_LOOP_EXTRAS="${DUAL_LOOP_EXTRAS-caption-eval,parquet}"
 
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/test_dual_loop}
 MARK=$OUTPUT_DIR/.embedded_run

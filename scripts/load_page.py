@@ -2,58 +2,57 @@
 
 python scripts/load_page.py --clients 8 --minutes 5 [--checkpoint RUN]
 
-Starts a server, lets every client upload a mask of its own scene again and again, and compares each answer with the one
-that the client got when it was alone. Prints one JSON object: answers a second, p50 and p99 in seconds, the server's
-memory at start and end in MiB, errors, and answers that were another client's. Exit status 1 where there were any.
+Starts a server, lets every client ask about a mask of its own scene again and again, and compares each answer with the
+one that the client got when it was alone. Prints one JSON object: answers a second, p50 and p99 in seconds, the
+server's memory at start and end in MiB, errors, and answers that were another client's. Exit status 1 where there were
+any.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
+import urllib.request
 
 import numpy as np
 import psutil
-from gradio_client import Client, handle_file
 from PIL import Image
 
 from dual_loop.testing.scenes import generate_scene
 
-START_SECONDS = 180
 FIRST_SEED = 1000
 
 
 class Visitor:
-    """One client: its scene, its session, and the answer that it has to get."""
+    """One client: its question, and the answer that it has to get."""
 
-    def __init__(self, address: str, number: int, folder: Path) -> None:
+    def __init__(self, address: str, number: int) -> None:
         scene = generate_scene(FIRST_SEED + number)
-        self.image, self.mask = folder / f"image_{number}.png", folder / f"mask_{number}.png"
-        Image.fromarray(scene.image).save(self.image)
-        Image.fromarray(np.asarray(scene.masks[0]).astype(np.uint8) * 255).save(self.mask)
-        self.client = Client(address, verbose=False)
+        pictures = [Image.fromarray(scene.image), Image.fromarray(np.asarray(scene.masks[0]).astype(np.uint8) * 255)]
+        image, mask = map(data_url, pictures)
+        self.question = urllib.request.Request(
+            f"{address}/loop",
+            json.dumps({"image": image, "masks": [mask]}).encode(),
+            {"Content-Type": "application/json"},
+        )
         self.seconds: list[float] = []
         self.errors: list[str] = []
         self.expected = self.ask()
         self.seconds.clear()
         self.strange = 0
 
-    def ask(self) -> str:
+    def ask(self) -> bytes:
         started = time.perf_counter()
-        self.client.reset_session()
-        picture = {"background": handle_file(self.image), "layers": [], "composite": None}
-        answer = self.client.predict(picture, [handle_file(self.mask)], api_name="/on_add_1")
+        with urllib.request.urlopen(self.question, timeout=300) as answer:
+            found: bytes = answer.read()
         self.seconds.append(time.perf_counter() - started)
-        if answer[0].startswith("**Error"):
-            raise RuntimeError(answer[0])
-        return json.dumps([answer[0], answer[2], answer[3], answer[6]])  # status, caption, IoU, matrix
+        return found
 
     def keep_asking(self, until: float) -> None:
         while time.monotonic() < until:
@@ -63,21 +62,18 @@ class Visitor:
                 self.errors.append(f"{type(error).__name__}: {error}")
 
 
-def start_server(arguments: list[str]) -> tuple[subprocess.Popen[bytes], str]:
+def data_url(picture: Image.Image) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def start_server(arguments: list[str]) -> tuple[subprocess.Popen[str], str]:
     """Start ``dual-loop serve`` on a free port; return it and its address when it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dual_loop.cli", "serve", "--port", str(port), *arguments]
-    server, until = subprocess.Popen(command, stdout=subprocess.DEVNULL), time.monotonic() + START_SECONDS
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return server, f"http://127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.5)
-    server.kill()
-    sys.exit("the server did not start")
+    command = [sys.executable, "-m", "dual_loop.cli", "serve", "--port", "0", *arguments]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline() if server.stdout else ""
+    return (server, line.split()[0]) if line else sys.exit("the server did not start")
 
 
 def main() -> int:
@@ -89,18 +85,17 @@ def main() -> int:
     server, address = start_server(["--device", "cpu", *(["--checkpoint", args.checkpoint] if args.checkpoint else [])])
     memory = psutil.Process(server.pid).memory_info
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            visitors = [Visitor(address, number, Path(folder)) for number in range(args.clients)]
-            if len({visitor.expected for visitor in visitors}) < len(visitors):
-                sys.exit("two clients expect the same answer, so that nobody could tell them apart")
-            at_start, started = memory().rss, time.monotonic()
-            until = started + 60 * args.minutes
-            threads = [threading.Thread(target=visitor.keep_asking, args=(until,)) for visitor in visitors]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            passed, at_end = time.monotonic() - started, memory().rss
+        visitors = [Visitor(address, number) for number in range(args.clients)]
+        if len({visitor.expected for visitor in visitors}) < len(visitors):
+            sys.exit("two clients expect the same answer, so that nobody could tell them apart")
+        at_start, started = memory().rss, time.monotonic()
+        until = started + 60 * args.minutes
+        threads = [threading.Thread(target=visitor.keep_asking, args=(until,)) for visitor in visitors]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        passed, at_end = time.monotonic() - started, memory().rss
     finally:
         server.terminate()
         server.wait(30)

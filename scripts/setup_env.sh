@@ -6,7 +6,7 @@
 # The active environment (venv, or conda other than base) is used where there is one, else .venv in the repository.
 # A stamp in the environment remembers what was installed, so the second call prints one line and does nothing.
 #
-#   DUAL_LOOP_EXTRAS       extras to install, separated by commas (dev, demo, caption-eval); none unless set
+#   DUAL_LOOP_EXTRAS       extras to install, separated by commas (dev, parquet, caption-eval); none unless set
 #   DUAL_LOOP_CONSTRAINTS  a constraints file, or "none"; scripts/constraints.txt (the tested versions) unless set
 #   TORCH_INDEX_URL        package index for torch alone, for example one that holds CPU wheels; pip's own unless set
 

@@ -112,10 +112,10 @@ def test_extras_add_up_and_do_not_install_twice(sandbox: Sandbox) -> None:
     sandbox.run()
     sandbox.variables["DUAL_LOOP_EXTRAS"] = "dev"
     sandbox.run()
-    sandbox.variables["DUAL_LOOP_EXTRAS"] = "demo"
+    sandbox.variables["DUAL_LOOP_EXTRAS"] = "parquet"
     sandbox.run()
-    assert [call.split("checkout")[-1] for call in sandbox.pip_calls] == ["", "[dev]", "[demo,dev]"]
-    for extras in ("", "dev", "dev, demo"):
+    assert [call.split("checkout")[-1] for call in sandbox.pip_calls] == ["", "[dev]", "[dev,parquet]"]
+    for extras in ("", "dev", "dev, parquet"):
         sandbox.variables["DUAL_LOOP_EXTRAS"] = extras
         sandbox.run()
     assert len(sandbox.pip_calls) == 3

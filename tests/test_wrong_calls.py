@@ -90,7 +90,6 @@ def test_no_space(
 
 
 def test_port_in_use(taken_port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
     fails(capsys, ["serve", "--port", str(taken_port)], "cannot listen", str(taken_port), "another --port")
 
 

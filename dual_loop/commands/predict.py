@@ -28,16 +28,20 @@ MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 
 
 def load_predictor(args: argparse.Namespace) -> Predictor:
-    """Load what :func:`add_model_arguments` asked for.
+    """Load what :func:`add_model_arguments` asked for, and say on stderr where that is the tiny model.
 
     Raises:
         DualLoopError: there is no such model.
     """
+    from dual_loop.serve.loading import TINY_NOTE
     from dual_loop.serve.predictor import Predictor
 
-    return Predictor.load(
+    predictor = Predictor.load(
         args.checkpoint, weights=args.weights, device=args.device, config=args.config, overrides=overrides_from(args)
     )
+    if predictor.loaded.is_tiny:
+        print(f"note: {TINY_NOTE}", file=sys.stderr, flush=True)
+    return predictor
 
 
 def _add_arguments(command: str, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

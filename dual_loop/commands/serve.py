@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from dual_loop.serve.demo_app import check_port, import_gradio, serve
+    from dual_loop.serve.demo_app import PageServer
 
     options: dict[str, Any] = {}
     if args.auth is not None:
@@ -38,13 +36,12 @@ def _serve(args: argparse.Namespace) -> int:
         options["max_queue"] = args.max_queue
     if args.allow_host:
         options["allow_host"] = args.allow_host
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what visitors sent is removed
-    import_gradio()
-    check_port(args.host, args.port)  # before the model takes its time
-    predictor = load_predictor(args)
-    origin = describe_origin(predictor.loaded.origin)
-    print(f"http://{args.host}:{args.port}  ({origin}); stop with Ctrl-C", flush=True)
-    serve(predictor, args.host, args.port, origin, **options)
+    with PageServer(args.host, args.port, **options) as server:  # a port that is taken is told before the model loads
+        predictor = load_predictor(args)
+        origin = describe_origin(predictor.loaded.origin)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{server.server_port}  ({origin}); stop with Ctrl-C", flush=True)
+        server.run(predictor, origin)
     return 0
 
 

@@ -123,9 +123,9 @@ def to_rgb(image: Image.Image, path: str) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
 
 
-def open_image_file(path: str | Path) -> Image.Image:
-    """Open and decode an image file, in the mode it is stored in; what is raised is that of :func:`read_picture`."""
-    with decoding(path, str(path)) as image:
+def open_image_file(source: str | Path | io.BytesIO, where: str | None = None) -> Image.Image:
+    """Decode an image file in the mode it is stored in; arguments and errors are those of :func:`read_picture`."""
+    with decoding(source, where or str(source)) as image:
         image.load()
     return image
 

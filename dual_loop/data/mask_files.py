@@ -19,6 +19,7 @@ What could be either is refused: ``ambiguous_mask``.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -57,17 +58,17 @@ class MaskFile(NamedTuple):
         return np.ascontiguousarray(self.values == label if label else np.zeros_like(self.values, bool))
 
 
-def read_mask(path: Path, void: int | None = 255) -> MaskFile:
-    """Read a mask file; an empty mask has the one label 0.
+def read_mask(path: Path, void: int | None = 255, contents: io.BytesIO | None = None) -> MaskFile:
+    """Read a mask file, or an image's ``contents`` that are called ``path``; an empty mask has the one label 0.
 
     Raises:
         SampleError: ``missing_file``, ``truncated_file``, ``not_an_image``, ``too_large``, ``ambiguous_mask``.
     """
     is_lossy, is_numbered = False, False
-    if path.suffix.lower() == ".npy":
+    if contents is None and path.suffix.lower() == ".npy":
         values = _load_array(path)
     else:
-        image = open_image_file(path)
+        image = open_image_file(contents or path, str(path))
         is_lossy, is_numbered = image.format in ("JPEG", "MPO"), image.mode == "P"
         values = _opaque_values(image)
     if values.ndim == 3 and values.dtype == bool:

@@ -22,6 +22,8 @@ from dual_loop.training.devices import choose_arithmetic
 from dual_loop.training.run_folder import fill_parameters, is_run
 from dual_loop.training.run_folder import find_run as find_run
 
+TINY_NOTE = "the tiny model knows generated symbols only: what it says of a photograph means nothing"
+
 
 @dataclass
 class LoadedModel:
@@ -34,6 +36,11 @@ class LoadedModel:
     prompter: Prompter
     config: Config
     origin: dict[str, str]
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is the tiny model, with the weights in the package or trained further."""
+        return self.config.model.tokenizer == "tiny"
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision that the model computes in: bfloat16 where its frozen weights are."""

@@ -284,7 +284,7 @@ class Predictor:
             logits = grounding.decode_prompts(sparse, levels, index).mask_logits
         mask: np.ndarray = self._at_size(logits, pixels.shape)[0] > 0
         if not mask.any():
-            raise SampleError("no_region_left", explain("SAM 2 finds no object there", name, fix="give a mask"))
+            raise SampleError("no_region_left", explain("SAM 2 finds no object there", name, fix="mark it by a mask"))
         return mask
 
 

@@ -54,8 +54,6 @@ def test_no_command_takes_them(
     source: str,
 ) -> None:
     words = command.replace("SOURCE", source).replace("DEMO", str(demo)).split()
-    if words[0] == "serve":
-        pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
     if (source == "run") != (words[-2] != "--pretrained_pth") and words[0] in ("export", "train"):
         pytest.skip("takes the other kind alone")
     more = {"export": [], "train": BASE}.get(words[0], ["--device", "cpu"])

@@ -23,8 +23,6 @@ COMMANDS = {
 def test_a_configuration_runs_nothing_and_is_filled_from_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    if command == "serve":
-        pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
     run = tmp_path / "run"
     write_small_run(run)
     (run / "notes.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

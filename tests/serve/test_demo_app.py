@@ -1,10 +1,10 @@
-"""The demo without a browser: regions, edits, the matrix, errors, the port."""
+"""What the page asks and gets, without a browser: objects, captions, masks, mask files, errors, the port."""
 
 from __future__ import annotations
 
+import base64
+import io
 import socket
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +12,9 @@ from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.errors import DualLoopError, EnvironmentProblem, SampleError
-from dual_loop.serve.demo_app import (
-    MAX_REGIONS,
-    DemoLogic,
-    DemoPage,
-    Session,
-    check_port,
-    import_gradio,
-    matrix_html,
-    pictures,
-    read_drawing,
-    read_uploads,
-)
+from dual_loop.metrics import iou, mask_overlap
+from dual_loop.serve import demo_app
+from dual_loop.serve.demo_app import MAX_REGIONS, SIDE, Answers, PageServer
 from dual_loop.serve.predictor import Predictor
 from dual_loop.testing.scenes import generate_scene
 
@@ -31,129 +22,112 @@ SCENE = generate_scene(1003)
 MASKS = [np.asarray(mask) for mask in SCENE.masks]
 
 
+def url(pixels: np.ndarray, kind: str = "PNG") -> str:
+    """Write pixels as the page does: masks as black and white in colours."""
+    image, stream = Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels), io.BytesIO()
+    image.convert("RGB").save(stream, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def mask_of(answer: str) -> np.ndarray:
+    values = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.partition(",")[2]))))
+    assert set(np.unique(values)) <= {0, 255}
+    return values > 0
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    return float(iou(*mask_overlap(first[None], second[None]))[0])
+
+
+IMAGE = url(SCENE.image)
+
+
 @pytest.fixture(scope="module")
-def logic() -> DemoLogic:
-    return DemoLogic(Predictor.load(device="cpu"))
+def answers() -> Answers:
+    return Answers(Predictor.load(device="cpu"))
 
 
-def test_regions_add_up_and_edits_move_the_mask(logic: DemoLogic) -> None:
-    session = logic.add_regions(Session(), SCENE.image, [("", MASKS[0])])
-    # An encoder in the browser may change pixels a little; the image stays the same.
-    shaken = np.clip(SCENE.image.astype(int) + 2, 0, 255).astype(np.uint8)
-    session = logic.add_regions(session, shaken, [("b", MASKS[1])])
-    assert [region.name for region in session.regions] == ["region 1", "2: b"]
-    assert [region.caption for region in session.regions] == list(SCENE.captions)
-    assert np.array_equal(session.image, SCENE.image)
-    matrix = session.matrix()
-    assert matrix.diagonal().min() > 0.5
-    assert matrix[0, 1] < 0.2
-    edited = logic.edit(session, 0, SCENE.captions[1])
-    assert edited.matrix()[0, 0] < 0.2
-    assert edited.matrix()[0, 1] > 0.5
-    assert [region.caption for region in session.regions] == list(SCENE.captions), "sessions are not changed in place"
-    assert not logic.edit(session, 0, "  ").regions[0].back.any()
-    other = logic.add_regions(
-        session, generate_scene(1002).image, [("", np.ones(generate_scene(1002).image.shape[:2]) > 0)]
-    )
-    assert len(other.regions) == 1, "another image starts anew"
+def test_masks_are_captioned_and_segmented(answers: Answers) -> None:
+    regions = answers.loop({"image": IMAGE, "masks": [url(mask) for mask in MASKS]})["regions"]
+    assert [region["caption"] for region in regions] == list(SCENE.captions)
+    assert [region["rejected"] for region in regions] == [None] * len(MASKS)
+    assert min(overlap(mask_of(one["mask"]), mask) for one, mask in zip(regions, MASKS, strict=True)) > 0.5
 
 
-def test_strokes_become_regions_one_after_another(logic: DemoLogic) -> None:
-    session = logic.add_drawing(Session(), SCENE.image, MASKS[0])
-    session = logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
-    assert np.array_equal(session.regions[1].mask, MASKS[1] & ~MASKS[0])
-    with pytest.raises(SampleError, match="no region is marked"):
-        logic.add_drawing(session, SCENE.image, MASKS[0] | MASKS[1])
-    # The strokes were wiped and a whole was drawn over its part.
-    whole = np.zeros_like(MASKS[0])
-    whole[10:60, 10:60] = True
-    assert np.array_equal(logic.add_drawing(session, SCENE.image, whole).regions[-1].mask, whole)
-    with pytest.raises(SampleError, match="no image is open"):
-        logic.add_drawing(session, None, None)
+def test_text_needs_no_region(answers: Answers) -> None:
+    found = answers.segment({"image": IMAGE, "text": SCENE.captions[1]})
+    assert overlap(mask_of(found["mask"]), MASKS[1]) > 0.5
+    assert found["pixels"] == mask_of(found["mask"]).sum()
 
 
-def test_what_is_shown(logic: DemoLogic) -> None:
-    session = logic.add_regions(Session(), SCENE.image, [("<b>", MASKS[0])])
-    given, back, iou = pictures(session, 0)
-    assert given.shape == back.shape
-    assert iou.startswith("IoU 0.")
-    table = matrix_html(session)
-    assert "&lt;b&gt;" in table
-    assert "<b>" not in table
-    assert pictures(Session(), 0) == (None, None, "")
-    assert matrix_html(Session()) == ""
+def test_points_and_boxes_mark_objects(answers: Answers) -> None:
+    rows, columns = np.nonzero(MASKS[1])
+    found = answers.region({"image": IMAGE, "point": [columns.mean(), rows.mean()]})
+    assert overlap(mask_of(found["mask"]), MASKS[1]) > 0.5
+    assert not answers.knows_boxes, "the tiny model's SAM 2 has not learned them"
+    assert mask_of(answers.region({"image": IMAGE, "box": [10, 20, 30, 25]})["mask"]).sum() == 100
 
 
-def test_errors(logic: DemoLogic, tmp_path: Path) -> None:
-    cases = [
-        (None, [("", MASKS[0])], "no image is open"),
-        (SCENE.image, [], "no region is marked"),
-        (SCENE.image, [("m", np.ones((3, 3), bool))], "differ in size"),
-        (SCENE.image, [("", MASKS[0])] * (MAX_REGIONS + 1), "too many regions"),
-    ]
-    for image, regions, text in cases:
-        with pytest.raises(SampleError, match=text):
-            logic.add_regions(Session(), image, regions)
-    with pytest.raises(SampleError, match="no region is chosen"):
-        logic.edit(Session(), 0, "x")
-    session = logic.add_regions(Session(), SCENE.image, [("", MASKS[0])])
-    with pytest.raises(DualLoopError, match="special token"):
-        logic.edit(session, 0, "[SEG]")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(SampleError, match=r"where: broken\.png") as caught:
-        read_uploads([str(tmp_path / "broken.png")])
-    assert str(tmp_path) not in str(caught.value)
+def test_mask_files_come_back_at_a_bounded_size(answers: Answers) -> None:
+    labels = np.zeros((1500, 2 * SIDE), np.uint8)
+    labels[:700, :SIDE], labels[700:, :SIDE] = 1, 2
+    stream = io.BytesIO()
+    Image.fromarray(labels).save(stream, "PNG")
+    asked = {"name": "../m.png", "data": base64.b64encode(stream.getvalue()).decode(), "width": 2 * SIDE}
+    found = answers.masks({**asked, "height": 1500})["masks"]
+    assert [one["name"] for one in found] == ["m#1", "m#2"]
+    assert [mask_of(one["mask"]).shape for one in found] == [(750, SIDE)] * 2
+    assert [mask_of(one["mask"]).sum() for one in found] == [350 * SIDE // 2, 400 * SIDE // 2]
+    with pytest.raises(SampleError, match=r"differ in size; where: m\.png"):
+        answers.masks({**asked, "height": 1501})
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(1, 10, dtype=np.uint8).reshape(3, 3).repeat(9, 0).repeat(9, 1)).save(stream, "PNG")
+    data = base64.b64encode(stream.getvalue()).decode()
+    with pytest.raises(SampleError, match=r"too many regions; where: n\.png; seen: 9"):
+        answers.masks({"name": "n.png", "data": data, "width": 27, "height": 27})
+    with pytest.raises(SampleError, match=r"mask file cannot be used; where: m\.png"):
+        answers.masks({**asked, "data": base64.b64encode(b"\x89PNG nothing").decode()})
 
 
-def test_reading_what_was_drawn(tmp_path: Path) -> None:
-    layer = np.zeros((*SCENE.image.shape[:2], 4), np.uint8)
-    assert read_drawing(None) == (None, None)
-    background = np.dstack([SCENE.image, np.full(SCENE.image.shape[:2], 255, np.uint8)])
-    image, mask = read_drawing({"background": background, "layers": [layer]})
-    assert np.array_equal(image, SCENE.image)
-    assert mask is None
-    layer[3:6, 4:9, 3] = 200
-    _, mask = read_drawing({"background": background, "layers": [layer]})
-    assert mask is not None
-    assert mask.sum() == 15
-    Image.fromarray(MASKS[0].astype(np.uint8) * 255).save(tmp_path / "m.png")
-    [(name, mask)] = read_uploads([str(tmp_path / "m.png")])
-    assert name == "m"
-    assert np.array_equal(mask, MASKS[0])
+LARGE = url(np.zeros((SIDE + 1, SIDE, 3), np.uint8), "JPEG")
 
 
-def test_a_port_in_use_and_a_missing_library(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("question", "asked", "text"),
+    [
+        ("loop", {"masks": [url(MASKS[0])]}, "no image is open"),
+        ("loop", {"image": IMAGE}, "not that many regions"),
+        ("loop", {"image": IMAGE, "masks": []}, "not that many regions"),
+        ("loop", {"image": IMAGE, "masks": [url(MASKS[0])] * (MAX_REGIONS + 1)}, "not that many regions"),
+        ("loop", {"image": IMAGE, "masks": [url(MASKS[0]), url(MASKS[0][1:])]}, "differ in size"),
+        ("loop", {"image": IMAGE, "masks": [url(MASKS[0] & False)]}, "a mask is empty"),
+        ("loop", {"image": IMAGE, "masks": [7]}, "damaged"),
+        ("loop", {"image": "data:,%", "masks": [url(MASKS[0])]}, "did not arrive"),
+        ("loop", {"image": LARGE, "masks": [url(MASKS[0])]}, "too large"),
+        ("segment", {"image": IMAGE, "text": " "}, "an empty text"),
+        ("segment", {"image": IMAGE, "text": ["a"]}, "an empty text"),
+        ("segment", {"image": IMAGE, "text": "[SEG]"}, "special token"),
+        ("region", {"image": IMAGE}, "not the right numbers"),
+        ("region", {"image": IMAGE, "point": "ab"}, "not the right numbers"),
+        ("region", {"image": IMAGE, "point": [float("nan"), 3]}, "outside its image"),
+        ("region", {"image": IMAGE, "point": [-1, 3]}, "outside its image"),
+        ("region", {"image": IMAGE, "box": [5, 5, 5, 9]}, "does not fit"),
+    ],
+)
+def test_errors_say_what_is_wrong(answers: Answers, question: str, asked: dict, text: str) -> None:
+    with pytest.raises(DualLoopError, match=text):
+        getattr(answers, question)(asked)
+
+
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_app.Predictor, "load", lambda *a, **b: pytest.fail("the model was loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(EnvironmentProblem, match="--port"):
-            check_port("127.0.0.1", port)
-        pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
+            PageServer("127.0.0.1", port)
         assert main(["serve", "--port", str(port)]) == 2
         assert capsys.readouterr().err.count("error:") == 1
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(EnvironmentProblem, match=r"dual-loop\[demo\]"):
-        import_gradio()
-
-
-def test_the_pages_own_answers(logic: DemoLogic) -> None:
-    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
-    page = DemoPage(import_gradio(), logic.predictor, "tiny")
-    background = np.dstack([SCENE.image, np.full(SCENE.image.shape[:2], 255, np.uint8)])
-    layer = np.zeros((*SCENE.image.shape[:2], 4), np.uint8)
-    layer[MASKS[0], 3] = 255
-    session, text, _, caption, score, *_ = page.on_add(Session(), {"background": background, "layers": [layer]})
-    assert text.startswith("Draw the next region")
-    assert caption == SCENE.captions[0]
-    assert float(score.split()[-1]) > 0.5
-    assert page.on_choose(session, "region 1")[:2] == [caption, score]
-    edited, _, score, *_ = page.on_edit(session, "region 1", SCENE.captions[1])
-    assert float(score.split()[-1]) < 0.2
-    assert edited.regions[0].caption == SCENE.captions[1]
-    assert page.on_edit(session, "region 1", "[SEG]")[1].startswith("**Error:**")
-    kept, text, *_ = page.on_add(session, None)
-    assert text == "**Error:** no image is open; to do: open one, or choose an example"
-    assert kept is session, "nothing is lost by an error"
+    assert main(["serve", "--port", "70000"]) == 2
+    assert "cannot listen" in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""What guards the page: names of the server, passwords, a queue with an end, uploads that go, threads that wait."""
+"""What guards the page: names of the server, passwords, a queue with an end, threads that wait."""
 
 from __future__ import annotations
 
+import base64
 import http.client
-import os
+import json
 import sys
 import threading
 import time
@@ -13,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dual_loop.cli import main
 from dual_loop.commands.serve import read_auth
 from dual_loop.errors import ConfigError, PromptError
 from dual_loop.serve import demo_app
-from dual_loop.serve.demo_app import DemoPage, Session, import_gradio, is_own_host, serve
+from dual_loop.serve.demo_app import PageServer, is_own_host
 from dual_loop.serve.predictor import Predictor
 from dual_loop.testing.scenes import generate_scene
 
@@ -31,50 +31,102 @@ def predictor() -> Predictor:
     return Predictor.load(device="cpu")
 
 
-@pytest.fixture
-def address(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """A server that asks for a password, as ``serve`` starts it, in this process."""
-    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
-    gr, started, options = import_gradio(), [], {}
-    launch = gr.Blocks.launch
-
-    def without_waiting(self, **given):
-        started.append(self)
-        options.update(given)
-        return launch(self, **given, prevent_thread_lock=True)
-
-    monkeypatch.setattr(gr.Blocks, "launch", without_waiting)
-    with demo_app.socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve(predictor, "127.0.0.1", port, "tiny", auth=("me", "word"), max_queue=3, allow_host=["demo.example.org"])
-    assert started[0]._queue.max_size == 3
-    assert started[0]._queue.default_concurrency_limit == predictor.images_at_once
-    yield "127.0.0.1", port
-    started[0].close()
-    assert options["max_file_size"] == "20mb"
+@pytest.fixture(scope="module")
+def server(predictor: Predictor) -> Iterator[PageServer]:
+    """A server that asks for a password and takes few questions, in this process."""
+    with PageServer("127.0.0.1", 0, auth=("me", "wörd"), max_queue=1, allow_host=["Demo.example.org"]) as server:
+        thread = threading.Thread(target=server.run, args=(predictor, "tiny <b>"))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
-def ask(address: tuple[str, int], host: str, path: str = "/", method: str = "GET") -> int:
-    connection = http.client.HTTPConnection(*address, timeout=60)
-    connection.putrequest(method, path, skip_host=True)
-    if host:
+def ask(
+    server: PageServer, path: str = "/", body: bytes | None = None, host: str | None = "localhost", **headers: str
+) -> tuple[int, bytes, http.client.HTTPMessage]:
+    """Ask with the password, unless ``Authorization`` says otherwise; return status, body and headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.putrequest("GET" if body is None else "POST", path, skip_host=True)
+    if host is not None:
         connection.putheader("Host", host)
-    connection.endheaders()
-    status = connection.getresponse().status
+    length = {} if body is None else {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    known = {"Authorization": "Basic " + base64.b64encode("me:wörd".encode()).decode(), **length}
+    for name, value in {**known, **{name.replace("_", "-"): value for name, value in headers.items()}}.items():
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    content = answer.read()
     connection.close()
-    return status
+    return answer.status, content, answer.headers
 
 
-def test_other_names_and_visitors_without_password_are_refused(address: tuple[str, int]) -> None:
-    port = address[1]
+def test_other_names_are_refused(server: PageServer) -> None:
+    port = server.server_port
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", "demo.example.org", "[::1]"):
-        assert ask(address, host) == 200, host
-    for host in ("rebound.example.net", f"127.0.0.1.example.net:{port}", "", "localhost@evil.org", "localhost/x"):
-        assert ask(address, host) in (400, 421), host
-        assert ask(address, host, "/gradio_api/info") in (400, 421), host
-    for path, method in (("/config", "GET"), ("/gradio_api/upload", "POST"), ("/gradio_api/queue/join", "POST")):
-        assert ask(address, "localhost", path, method) == 401, path
+        assert ask(server, host=host)[0] == 200, host
+    for host in ("rebound.example.net", f"127.0.0.1.example.net:{port}", "", None, "localhost@evil.org", "localhost/x"):
+        assert ask(server, host=host)[0] == 421, host
+        assert ask(server, "/loop", b"{}", host=host)[0] == 421, host
+
+
+def test_visitors_without_password_are_refused(server: PageServer) -> None:
+    for given in ("", "Basic bWU6bm8=", "Bearer x", "Basic \xff"):
+        for path, body in (("/", None), ("/page.js", None), ("/loop", b"{}")):
+            status, _, headers = ask(server, path, body, Authorization=given)
+            assert status == 401, (given, path)
+            assert headers["WWW-Authenticate"].startswith("Basic")
+
+
+def test_the_page_may_load_nothing_from_elsewhere(server: PageServer) -> None:
+    page = b""
+    for path in ("/", "/page.css", "/page.js", "/example/0.png", "/absent", "/../pyproject.toml"):
+        status, content, headers = ask(server, path)
+        assert status == (404 if path in ("/absent", "/../pyproject.toml") else 200)
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self';")
+        assert "unsafe" not in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        page += content if path.rpartition(".")[2] != "png" else b""
+    assert b"tiny &lt;b&gt;" in page
+    assert b"http" not in page.replace(b'"http', b"")
+    assert b"knows generated symbols only" in page
+
+
+def test_questions_that_are_none_are_refused(server: PageServer) -> None:
+    assert ask(server, "/shutdown", b"{}")[0] == 404
+    assert ask(server, "/loop", b"{}", Content_Type="text/plain")[0] == 415, "a form of another site can send that"
+    for length in ("", "-1", "1e3", str(demo_app.MAX_BODY + 1)):
+        assert ask(server, "/loop", b"{}", Content_Length=length)[0] == 413
+    for body in (b"{", b"[]", b"\xff", b"[" * 100_000):
+        status, content, _ = ask(server, "/loop", body)
+        assert status == 400
+        assert "cannot be read" in json.loads(content)["error"]
+    status, content, _ = ask(server, "/loop", b"{}")
+    assert (status, json.loads(content)["error"][:16]) == (400, "no image is open")
+
+
+def test_the_queue_has_an_end(server: PageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, places = threading.Event(), 1 + Predictor.images_at_once
+    monkeypatch.setitem(server.questions, "/loop", lambda asked: {"waited": go.wait(20)})
+    with ThreadPoolExecutor(places) as pool:
+        held = [pool.submit(ask, server, "/loop", b"{}") for _ in range(places)]
+        while server.places._value:
+            time.sleep(0.001)
+        assert ask(server, "/loop", b"{}")[0] == 503
+        assert ask(server, "/")[0] == 200
+        go.set()
+        assert [one.result()[0] for one in held] == [200] * places
+    assert ask(server, "/loop", b"{}")[0] == 200
+
+
+def test_a_fault_of_the_server_is_told_and_leaves_it_running(
+    server: PageServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(server.questions, "/loop", lambda asked: 1 / 0)
+    for _ in range(2 + Predictor.images_at_once):
+        assert ask(server, "/loop", b"{}")[0] == 500
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -101,54 +153,6 @@ def test_names_and_passwords(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert "secret" not in str(caught.value)
     assert main(["serve", "--max_queue", "0"]) == 2
     assert "--max_queue" in capsys.readouterr().err
-
-
-def test_the_flags_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    served: list[tuple[str, dict]] = []
-    monkeypatch.setattr(demo_app, "import_gradio", lambda: None)
-    monkeypatch.setattr(demo_app, "check_port", lambda host, port: None)
-    monkeypatch.setattr(demo_app, "serve", lambda *arguments, **options: served.append((arguments[1], options)))
-    monkeypatch.setattr(
-        Predictor, "load", lambda *a, **b: SimpleNamespace(loaded=SimpleNamespace(origin={"path": "x"}))
-    )
-    assert main(["serve", "--auth", "me:word", "--max_queue", "5", "--allow_host", "a.org", "b.org"]) == 0
-    options = {"auth": ("me", "word"), "max_queue": 5, "allow_host": ["a.org", "b.org"]}
-    assert served == [("127.0.0.1", options)], "this machine alone, unless --host says otherwise"
-
-
-def test_what_visitors_send_is_the_servers_own_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
-    at_exit: list[tuple] = []
-    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
-    monkeypatch.setattr(demo_app.atexit, "register", lambda run, *paths, **_: at_exit.append((run, *paths)))
-    import_gradio()
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    assert folder.stat().st_mode & 0o077 == 0
-    [(remove, path)] = at_exit
-    remove(path)
-    assert not folder.exists()
-
-
-def test_uploads_go_when_they_were_read_and_nothing_else_does(
-    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("gradio", reason="the demo needs gradio (the extra [demo])")
-    page = DemoPage(import_gradio(), predictor, "tiny")
-    assert page.app.delete_cache == (60, demo_app.KEEP_SECONDS)
-    scene = generate_scene(1003)
-    sent, own = tmp_path / "sent", tmp_path / "own"
-    for folder in (sent, own):
-        folder.mkdir()
-        Image.fromarray(np.asarray(scene.masks[0]).astype(np.uint8) * 255).save(folder / "m.png")
-        (folder / "broken.png").write_bytes(b"no picture")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(sent))
-    editor = {"background": scene.image, "layers": []}
-    for names in (["m.png"], ["broken.png"]):
-        page.on_add(Session(), editor, [str(folder / name) for folder in (sent, own) for name in names])
-    assert [path.name for path in sent.iterdir()] == []
-    assert sorted(path.name for path in own.iterdir()) == ["broken.png", "m.png"]
 
 
 def test_threads_get_their_own_answers(predictor: Predictor) -> None:
