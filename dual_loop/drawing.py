@@ -15,11 +15,13 @@ GIVEN_COLOUR = (255, 140, 0)
 PREDICTED_COLOUR = (0, 170, 255)
 """Of masks that a model drew."""
 
-PANEL_SIDE = 320
+PANEL_SIDE = 256
 GAP = 8
 FONT_SIZE = 14
 LINE_HEIGHT = 18
 TITLE_HEIGHT = 2 * LINE_HEIGHT + 6
+COLUMNS = 66
+"""Characters of a line of the caption."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def overlay(
 ) -> Image.Image:
     """Tint ``mask`` on ``image`` and fit it into a square of ``side`` pixels; the aspect ratio is kept.
 
+    A white line around the border shows the mask also where the object has its colour.
+
     Args:
         image: (H, W, 3) uint8.
         mask: (H, W) bool.
@@ -64,6 +68,7 @@ def overlay(
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).astype(np.float32)
     inside = _resize_mask(mask, size)
     pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(colour, dtype=np.float32)
+    pixels[_border(~inside)] = 255
     pixels[_border(inside)] = colour
     if outline is not None:
         pixels[_border(_resize_mask(outline, size))] = GIVEN_COLOUR
@@ -71,23 +76,25 @@ def overlay(
 
 
 def draw_panel(panel: Panel) -> Image.Image:
-    """Draw image + mask, the caption, and target image + mask' side by side; images keep their aspect ratio."""
-    left = overlay(panel.image, panel.mask, GIVEN_COLOUR, PANEL_SIDE)
-    right = overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, PANEL_SIDE, outline=panel.target_mask)
-    lines = textwrap.wrap(panel.caption, 38) or ["(empty)"]
-    height = max(left.height, right.height, len(lines) * LINE_HEIGHT)
-    canvas = Image.new("RGB", (3 * PANEL_SIDE + 4 * GAP, TITLE_HEIGHT + height + GAP), "white")
+    """Draw image + mask and target image + mask' side by side, over the caption; images keep their aspect ratio."""
+    given = overlay(panel.image, panel.mask, GIVEN_COLOUR, PANEL_SIDE)
+    back = overlay(panel.target_image, panel.predicted_mask, PREDICTED_COLOUR, PANEL_SIDE, outline=panel.target_mask)
+    lines = textwrap.wrap(panel.caption, COLUMNS) or ["(empty)"]
+    height = max(given.height, back.height)
+    bottom = TITLE_HEIGHT + height + GAP
+    size = (2 * PANEL_SIDE + 3 * GAP, bottom + (1 + len(lines)) * LINE_HEIGHT + GAP)
+    canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), dejavu_font(FONT_SIZE)
-    starts = [GAP + column * (PANEL_SIDE + GAP) for column in range(3)]
-    for start, picture in ((starts[0], left), (starts[2], right)):
-        centred = start + (PANEL_SIDE - picture.width) // 2, TITLE_HEIGHT + (height - picture.height) // 2
-        canvas.paste(picture, centred)
     draw.text((GAP, 4), f"{panel.name}   IoU {panel.iou:.3f}", fill="black", font=font)
-    titles = ("image and mask", f"caption ({panel.origin})", "mask' (target outlined)")
-    for start, text in zip(starts, titles, strict=True):
-        draw.text((start, 4 + LINE_HEIGHT), text, fill="#555555", font=font)
-    top = TITLE_HEIGHT + (height - len(lines) * LINE_HEIGHT) // 2
-    draw.multiline_text((starts[1] + GAP, top), "\n".join(lines), fill="black", font=font, spacing=4)
+    columns = (("given mask", GIVEN_COLOUR, given), ("mask' (the given one outlined)", PREDICTED_COLOUR, back))
+    for column, (title, colour, picture) in enumerate(columns):
+        start = GAP + column * (PANEL_SIDE + GAP)
+        draw.rectangle((start, 8 + LINE_HEIGHT, start + 9, 17 + LINE_HEIGHT), fill=colour)
+        draw.text((start + 15, 4 + LINE_HEIGHT), title, fill="#555555", font=font)
+        left, top = start + (PANEL_SIDE - picture.width) // 2, TITLE_HEIGHT + (height - picture.height) // 2
+        canvas.paste(picture, (left, top))
+    draw.text((GAP, bottom), f"caption ({panel.origin})", fill="#555555", font=font)
+    draw.multiline_text((GAP, bottom + LINE_HEIGHT), "\n".join(lines), fill="black", font=font, spacing=4)
     return canvas
 
 
@@ -111,7 +118,7 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _border(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels of ``mask`` with a neighbour outside of it (the rim of the picture counts as outside)."""
-    padded = np.pad(mask, 1)
+    """Return the pixels of ``mask`` with a neighbour outside of it."""
+    padded = np.pad(mask, 1, mode="edge")
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return np.asarray(mask & ~core)

@@ -57,9 +57,9 @@ class Page:
         """Add a row of large figures: name to value."""
         self.parts.append({"kind": "tiles", "tiles": tiles})
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table."""
-        self.parts.append({"kind": "table", "head": head, "rows": rows})
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]], folded: str = "") -> None:
+        """Add a table; one that is ``folded`` shows this line until it is opened."""
+        self.parts.append({"kind": "table", "head": head, "rows": rows, "folded": folded})
 
     def gallery(self, figures: Sequence[Figure], is_wide: bool = False) -> None:
         """Add pictures with captions, as many beside each other as fit; two of wide ones."""
@@ -94,13 +94,14 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) 
     # Here, because few pages have charts.
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
+    from matplotlib.ticker import MaxNLocator
 
     lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}):
-        drawing = Drawing(figsize=(4.2, 2.3), layout="constrained")
+        drawing = Drawing(figsize=(4.2, 2.7), layout="constrained")
         axes = drawing.add_subplot()
         axes.set_prop_cycle(color=LINE_COLOURS)
         for points in lines.values():
@@ -109,7 +110,9 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) 
         axes.spines[:].set_color(AXES_COLOUR)
         axes.grid()
         axes.set_title(title)
-        axes.legend(axes.lines, [f"{name} {points[-1][1]:.4g}" for name, points in lines.items()], frameon=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        last = [f"{name.rpartition('/')[2]} {points[-1][1]:.4g}" for name, points in lines.items()]
+        drawing.legend(axes.lines, last, frameon=False, loc="outside lower center", ncols=2, fontsize="small")
         stream = io.StringIO()
         # Neither time nor version goes into the file; the title is read out in place of the picture.
         unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))

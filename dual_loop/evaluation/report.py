@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.evaluation.figures import figure_rows
 from dual_loop.html import Figure, Page, line_chart
@@ -139,7 +140,10 @@ def _figures(page: Page, measured: Sequence[RunRecord]) -> None:
         values = [run.summary.get(when, {}).get(key) for run, when in columns]
         if any(value is not None for value in values):
             rows.append([text, *("-" if value is None else f"{scale * value:.1f}" for value in values)])
-    page.table(["figure", *(f"{run.name}, {when}" for run, when in columns)], rows)
+    head = ["figure", *(f"{run.name}, {when}" for run, when in columns)]
+    if len(measured) > 2:  # a line a run
+        head, *rows = [list(column) for column in zip(head, *rows, strict=True)]
+    page.table(head, rows)
 
 
 def _curves(page: Page, runs: Sequence[RunRecord]) -> None:
@@ -172,10 +176,12 @@ def _panels(page: Page, folder: Path) -> None:
     pairs = sorted(pair for pair in pairs if pair[1].is_file())[:MAX_PANELS]
     if pairs:
         page.heading(
-            "Held-out regions, before and after", "given mask, caption, mask that came back; before, then after"
+            "Held-out regions, before and after", "given mask, mask that came back, and the caption between them"
         )
         for first, second in pairs:
-            page.gallery([Figure([Image.open(first)], ["before"]), Figure([Image.open(second)], ["after"])])
+            page.gallery(
+                [Figure([Image.open(first)], ["before"]), Figure([Image.open(second)], ["after"])], is_wide=True
+            )
     steps = sorted({path.name.split("_")[1] for path in folder.glob("step_*.png")})
     for step in dict.fromkeys((*steps[:1], *steps[-1:])):
         page.heading(f"Training samples at step {int(step)}")
@@ -213,8 +219,14 @@ def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
     keys = sorted({key for one in flat for key in one})
     if len(runs) > 1:
         keys = [key for key in keys if len({str(one.get(key)) for one in flat}) > 1]
-    page.heading("Settings that differ" if len(runs) > 1 else "Settings")
-    page.table(["setting", *(run.name for run in runs)], [[key, *(str(one.get(key)) for one in flat)] for key in keys])
+        page.heading("Settings that differ")
+        page.table(["setting", *(run.name for run in runs)], [[k, *(str(one.get(k)) for one in flat)] for k in keys])
+        return
+    usual = _flat(json.loads(json.dumps(Config().to_dict())))
+    changed = [key for key in keys if key.count(".") == 1 and flat[0][key] != usual.get(key)]
+    page.heading("Settings", "that are not the package's default; sizes of the model are among the others")
+    page.table(("setting", "this run", "default"), [(key, flat[0][key], usual.get(key)) for key in changed])
+    page.table(("setting", "this run"), [(key, flat[0][key]) for key in keys], folded=f"all {len(keys)} settings")
 
 
 def _flat(tree: Document, prefix: str = "") -> dict[str, object]:

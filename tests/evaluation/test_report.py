@@ -89,9 +89,14 @@ def test_report_of_a_run_and_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "Evaluation of refcoco:val",
         "mask_loss",
         "Counters",
+        "<td>data.sa1b_dir</td>",
+        "<summary>all ",
     ):
         assert part in page
     assert 'src="http' not in page
     assert "https://" not in page.replace("http://www.w3.org", "")
     run("report", out, "--compare", out, "--out", demo.parent / "two.html")
+    changed, _, others = page.partition("<summary>all ")
+    assert "<td>train.seed</td>" not in changed
+    assert "<td>train.seed</td>" in others
     assert "against run" in (demo.parent / "two.html").read_text()
