@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_points_and_boxes_mark_objects(answers: Answers) -> None:
     assert overlap(mask_of(found["mask"]), MASKS[1]) > 0.5
     assert not answers.knows_boxes, "the tiny model's SAM 2 has not learned them"
     assert mask_of(answers.region({"image": IMAGE, "box": [10, 20, 30, 25]})["mask"]).sum() == 100
+
+
+def test_a_box_is_refined_where_sam_2_knows_boxes() -> None:
+    asked: list[object] = []
+
+    def region_from_box(image: np.ndarray, box: list[int], refine: bool) -> np.ndarray:
+        asked.extend([image.shape, box, refine])
+        return MASKS[0]
+
+    model = SimpleNamespace(loaded=SimpleNamespace(is_tiny=False), region_from_box=region_from_box)
+    found = Answers(model).region({"image": IMAGE, "box": [10, 20, 30, 25]})
+    assert np.array_equal(mask_of(found["mask"]), MASKS[0])
+    assert asked == [SCENE.image.shape, [10, 20, 30, 25], True]
 
 
 def test_mask_files_come_back_at_a_bounded_size(answers: Answers) -> None:

@@ -365,7 +365,9 @@ async function describe(masks = now.picture && [marked()], names = []) {
     name: names[place] ? `${first + place}: ${names[place]}` : `region ${first + place}`,
     given: masks[place], caption, rejected, back: await readMask(mask),
   })));
-  showResult(regions, `Described in ${seconds(started)}. Blue is what the caption leads back to.`);
+  const isFound = regions.at(-1).back.bits.includes(1);
+  const leads = isFound ? "Blue is what the caption leads back to." : "The caption leads to nothing.";
+  showResult(regions, `Described in ${seconds(started)}. ${leads}`);
 }
 
 async function find(text) {
