@@ -18,7 +18,8 @@ DIFFERENCES = {
     "core": (
         ("captioned", START), ("loop", START), ("loop", "captioned"), ("loop", "constant"), ("loop", "start"),
         ("true", "loop"), ("true_1050", "true"), ("loop_1050", "loop"), ("loop_1050", "captioned_1050"),
-        ("true_1050", "loop_1050"), ("loop", "loop_nearest"), ("true", "true_nearest"),
+        ("loop_everything", "loop"), ("loop_everything_1050", "captioned_1050"), ("true_1050", "loop_1050"),
+        ("loop", "loop_nearest"), ("true", "true_nearest"),
         ("true_1050", "true_1050_nearest"),
     ),
     "rewards": (
