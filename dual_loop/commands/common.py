@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ class Command:
             args = parser.parse_args(arguments)
             if not args.quiet and os.environ.get("RANK", "0") == "0":  # torch takes seconds until the next line
                 print(f"dual-loop {__version__}: {self.name}", file=sys.stderr, flush=True)
-            with writing("a file", "", net=True), _in_silence(args.quiet):
+            with writing("a file", "", net=True), _speaking(args.quiet):
                 return self.run(args)
         except DualLoopError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -103,17 +104,24 @@ def add_quiet(parser: argparse.ArgumentParser, default: object = argparse.SUPPRE
 
 
 @contextmanager
-def _in_silence(wanted: bool) -> Iterator[None]:
-    """Let nothing out but what goes to stderr, and show no bars, here and in processes that are started."""
-    if not wanted:
-        yield
-        return
-    os.environ[QUIET] = "1"
+def _speaking(quiet: bool) -> Iterator[None]:
+    """Print the package's warnings on a line each; where ``quiet``, no bars and nothing but what goes to stderr."""
+    usual, package = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def on_a_line(message, category, filename, *more, **further):  # type: ignore[no-untyped-def]
+        is_own = filename.startswith(package)
+        return f"warning: {message}\n" if is_own else usual(message, category, filename, *more, **further)
+
+    warnings.formatwarning = on_a_line
     try:
-        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        with ExitStack() as stack:
+            if quiet:
+                os.environ[QUIET] = "1"  # for processes that are started, too
+                stack.callback(os.environ.pop, QUIET)
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
     finally:
-        del os.environ[QUIET]
+        warnings.formatwarning = usual
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dual_loop import __version__
+from dual_loop.commands import common
 from dual_loop.commands.common import (
     Command,
     add_measuring_arguments,
@@ -57,12 +60,14 @@ def test_a_command_can_be_quiet(capsys: pytest.CaptureFixture[str], monkeypatch:
     def run(args: argparse.Namespace) -> int:
         with progress_bar("counting", "number") as bar:
             print("text", not bar.disable, QUIET in os.environ)
-        print("a warning", file=sys.stderr)
+        for place in (Path(common.__file__), Path(np.__file__)):
+            sys.stderr.write(warnings.formatwarning("odd", UserWarning, str(place), 1, ""))
         return 3
 
     command = Command("count", "Count.", lambda parser, argv: None, run)
     assert (command([]), command(["--quiet"])) == (3, 3)
-    assert capsys.readouterr() == ("text True False\n", f"dual-loop {__version__}: count\na warning\na warning\n")
+    shown = f"warning: odd\n{np.__file__}:1: UserWarning: odd\n"
+    assert capsys.readouterr() == ("text True False\n", f"dual-loop {__version__}: count\n{shown}{shown}")
 
 
 def test_weights_on_one_line() -> None:
