@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+BAR_DELAY = 1.0
+"""Seconds after which a bar shows itself."""
 QUIET = "DUAL_LOOP_QUIET"
 """Set by ``--quiet``, for this process and those that it starts."""
 
@@ -37,5 +39,5 @@ def progress_bar(
     It is hidden where stderr is no terminal, by ``--quiet``, and in all processes of a run but the first.
     """
     hidden = not sys.stderr.isatty() or QUIET in os.environ or os.environ.get("RANK", "0") != "0"
-    own = {"initial": done, "unit_scale": total is None, "disable": hidden, "delay": 1.0}
+    own = {"initial": done, "unit_scale": total is None, "disable": hidden, "delay": BAR_DELAY}
     return tqdm(items, desc=describe, unit=unit, total=total, **own)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dual_loop import iteration
 from dual_loop.config import DataConfig
 from dual_loop.data import index
 from dual_loop.data.index import build_in_parts, join_parts, list_tree, load_or_build, partial_folder
@@ -471,6 +472,7 @@ def test_the_bar_counts_parts_and_entries(
     build(tmp_path / "one", KEY)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(iteration, "BAR_DELAY", 0)
     monkeypatch.setenv("RANK", "1")
     build(tmp_path / "two", KEY)
     assert capsys.readouterr().err == ""
