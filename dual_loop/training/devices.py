@@ -82,10 +82,11 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.distributed.init_process_group("gloo" if use_cpu else "nccl", timeout=timeout)
     # accelerate would hold a second run of this process to the first one's precision.
     AcceleratorState._reset_state()
-    accelerator = RankAccelerator(cpu=use_cpu, mixed_precision=precision(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # says that accelerate guesses; what counts is set below
+        accelerator = RankAccelerator(cpu=use_cpu, mixed_precision=precision(config))
     ranks.watch(config.train.rank_timeout)
     if use_cpu:
-        # accelerate sets its own guess when it joins several processes.
         torch.set_num_threads(num_cpu_threads(config))
     return accelerator
 
