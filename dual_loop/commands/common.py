@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dual_loop import __version__
-from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, overrides_from
+from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, load_config, overrides_from
+from dual_loop.config.derived import has_held_out_masks
 from dual_loop.data.names import DEFAULT_SPLIT_BY, SETTING_PREFIX, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
 from dual_loop.iteration import QUIET
@@ -274,8 +275,9 @@ def measure(
     accelerator = build_accelerator(config)
     with ranks.failing_together(), memory_errors_explained(name):
         ranks.compare(describe_start(config))
+        learnt = load_config(found.saved.parents[1] / "config.json").data if found.saved else None
         data = open_measured(
-            args.data, config.data, limit=args.max_samples, polygons=protocol.polygons, trained_on=found.trained_on
+            args.data, config.data, limit=args.max_samples, polygons=protocol.polygons, trained_on=learnt
         )
         loaded = found.load(accelerator.device)
         is_main, rank, world_size = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
@@ -337,7 +339,7 @@ def open_measured(
     from dual_loop.evaluation.runner import MeasuredData, held_out_masks
 
     use_limits(data)
-    holds_out_masks = data.eval_masks_dir is not None or data.val_fraction > 0
+    has_own = has_held_out_masks(data)
     fields = {name: f"{prefix}_dir" for name, prefix in SETTING_PREFIX.items() if name != "refcoco"}
 
     def open_one(name: str) -> Reader:
@@ -357,7 +359,7 @@ def open_measured(
                 polygons=polygons,
             )
         own = replace(data, sav_frames=2, region_choice="random")
-        if dataset == "masks" and holds_out_masks:
+        if dataset == "masks" and has_own:
             return held_out_masks(own)
         if getattr(data, fields[dataset]) is None:
             raise ConfigError(explain("the folder of a data set is not given", name, fix=f"set --{fields[dataset]}"))
@@ -366,7 +368,7 @@ def open_measured(
     def is_trained_on(name: str) -> bool:
         dataset, _, split = name.partition(":")
         field = "refcoco_dir" if dataset in DEFAULT_SPLIT_BY else fields.get(dataset)
-        if trained_on is None or field is None or (dataset == "masks" and holds_out_masks):
+        if trained_on is None or field is None or (dataset == "masks" and has_own):
             return False
         if field == "refcoco_dir" and (split or data.eval_split) != trained_on.refcoco_split:
             return False
@@ -376,7 +378,7 @@ def open_measured(
     wanted = list(names)
     if not wanted:
         wanted = [f"{name}:{data.eval_split}" for name in data.eval_datasets if data.eval_dir is not None]
-        wanted += ["masks"] * holds_out_masks
+        wanted += ["masks"] * has_own
     if not wanted:
         wanted = [name for name, field in fields.items() if getattr(data, field) is not None]
         if data.refcoco_dir is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dual_loop.config.schema import Config, PolicyConfig, RewardConfig
+from dual_loop.config.schema import Config, DataConfig, PolicyConfig, RewardConfig
 from dual_loop.config.words import LISTENERS
 
 
@@ -22,7 +22,12 @@ def listener_paths(config: Config) -> tuple[str, ...]:
 
 def has_held_out(config: Config) -> bool:
     """Return whether there is anything to measure before, in and after training."""
-    return bool(config.data.eval_dir or config.data.eval_masks_dir or config.data.val_fraction)
+    return bool(config.data.eval_dir) or has_held_out_masks(config.data)
+
+
+def has_held_out_masks(data: DataConfig) -> bool:
+    """Return whether own masks are held out: a folder of them, or a share of those that train."""
+    return bool(data.eval_masks_dir or data.val_fraction)
 
 
 def precision(config: Config) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from dual_loop.config import DataConfig
+from dual_loop.config.derived import has_held_out_masks
 from dual_loop.data.dataset_builder import open_source
 from dual_loop.data.index_file import replacing
 from dual_loop.data.limits import open_file, parse_json, read_lines, use_limits
@@ -100,7 +101,7 @@ def held_out(data: DataConfig) -> list[MeasuredData]:
             index_dir=data.index_dir,
         )
         found.append(MeasuredData(data.eval_split, own))
-    if data.eval_masks_dir is not None or data.val_fraction:
+    if has_held_out_masks(data):
         masks = replace(data, masks_max_samples=limit, regions_per_image=OWN_REGIONS, region_choice="random")
         found.append(MeasuredData("masks", held_out_masks(masks)))
     return found

@@ -12,7 +12,7 @@ import torch
 from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file, read_manifest
 from dual_loop.checkpoint.store import load_tensors
-from dual_loop.config import DEFAULT_CONFIG, Config, DataConfig, load_config, resolve_config_path
+from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_prompter
@@ -56,7 +56,6 @@ class Trained:
     saved: Path | None  # the checkpoint of a run whose trained weights come on top
     weights: str  # ema (the weight average) or live, for runs
     origin: dict[str, str]  # path, step and kind of weights
-    trained_on: DataConfig | None = None  # of a run
 
     def load(self, device: torch.device) -> LoadedModel:
         """Read the weights, straight to ``device``.
@@ -102,9 +101,9 @@ def find_trained(
     settings = dict(overrides or {})
     if path and is_run(path):
         folder, saved = find_run(path)
-        own, known = (load_config(folder / "config.json", given) for given in (settings, None))
+        own = load_config(folder / "config.json", settings)
         origin = {"path": str(folder), "checkpoint": saved.name, "weights": weights}
-        return Trained(own, weights_sources(own), saved, weights, origin, known.data)
+        return Trained(own, weights_sources(own), saved, weights, origin)
     if path is not None:
         settings["train.pretrained_pth"] = str(path)
     own = load_config(resolve_config_path(config or DEFAULT_CONFIG), settings)
