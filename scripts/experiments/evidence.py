@@ -355,7 +355,13 @@ def main() -> int:
         )
     if not (RESULTS / "start.json").is_file():
         do_start(work)
-    return run_all([run for run in wanted if not (RESULTS / f"{run.name}.json").is_file()], work, args.jobs)
+    return run_all([run for run in wanted if not is_done(run, work)], work, args.jobs)
+
+
+def is_done(run: Run, work: Path) -> bool:
+    """Return whether a run has left its result; other runs need the listener's weights too."""
+    has_weights = run.table != "listener" or (work / "runs" / run.name / "summary.json").is_file()
+    return has_weights and (RESULTS / f"{run.name}.json").is_file()
 
 
 def run_all(waiting: list[Run], work: Path, jobs: int) -> int:
