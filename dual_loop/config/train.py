@@ -23,6 +23,19 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(4, "micro-batches a step", "BATCHES", at_least=1)
     effective_batch: int | None = flag(None, "of a step, all ranks; sets the accumulation", "IMAGES", at_least=1)
     learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0, at_most=1)
+    lr_lora: float | None = flag(None, "peak of LoRA; none: --learning_rate", "RATE", at_least=0, at_most=1)
+    lr_projector: float | None = flag(
+        None, "peak of mlp1 and text_hidden_fcs; none: --learning_rate", "RATE", at_least=0, at_most=1
+    )
+    lr_decoder: float | None = flag(
+        None, "peak of SAM 2's mask decoder; none: --learning_rate", "RATE", at_least=0, at_most=1
+    )
+    lr_schedule: str = flag(
+        "cosine",
+        "how rates fall behind the warm-up; wsd: only at the end, over train.decay_ratio",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_ratio: float = setting(0.2, "of wsd: part of the steps, the last, over which rates fall", "FRACTION", **SHARE)
     weight_decay: float = flag(0.05, "of AdamW, on matrices only", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "of AdamW, below 1", at_least=0, at_most=0.999999)
     warmup_ratio: float = setting(0.05, "part of the steps over which the learning rate rises", "FRACTION", **SHARE)

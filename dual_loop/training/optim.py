@@ -8,46 +8,96 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dual_loop.config import TrainConfig
 from dual_loop.errors import DualLoopError, explain, listed
 from dual_loop.metrics import ratio
+from dual_loop.model.adapters import group_of
 from dual_loop.model.hardware import send
+from dual_loop.model.shards import place_like
 from dual_loop.training import ranks
 from dual_loop.training.devices import gather_objects
 from dual_loop.types import LossTerm
 
+GROUP_RATES = {
+    "lora": "lr_lora",
+    "mlp1": "lr_projector",
+    "text_hidden_fcs": "lr_projector",
+    "mask_decoder": "lr_decoder",
+}
+"""The setting that a group of ``model.adapters`` takes its peak learning rate from, where that is set."""
+
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (1711.05101) over ``parameters``, in two groups.
+    """Return AdamW (1711.05101) over ``parameters``, in a group for each peak learning rate (``peak``) and decay.
 
     Matrices (2 dimensions and more) decay by ``config.weight_decay``; biases, norms and other vectors do not. Sa2VA
     decays everything; pulling a norm's scale towards zero regularises nothing, so this package leaves vectors alone.
     """
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name in by_dimensions(parameters):
+        own = getattr(config, GROUP_RATES.get(group_of(name) or "", "learning_rate"))
+        peak = config.learning_rate if own is None else own
+        decay = config.weight_decay if parameters[name].ndim >= 2 else 0.0
+        groups.setdefault((peak, decay), []).append((name, parameters[name]))
     # One kernel updates all parameters, but none takes sharded and whole ones in one list.
     has_shards = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-    options: dict[str, bool] = {"foreach": False} if has_shards else {"fused": True}
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=config.learning_rate, betas=config.betas, eps=1e-8, **options)
+    options: dict[str, Any] = {"foreach": False} if has_shards else {"fused": True}
+    options |= {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8}
+    return torch.optim.AdamW(
+        [{"params": own, "peak": peak, "weight_decay": decay} for (peak, decay), own in groups.items()], **options
+    )
 
 
-def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of optimiser step ``step`` (0-based): linear warm-up, then half a cosine.
+def by_dimensions(parameters: Mapping[str, Any]) -> list[str]:
+    """Return the names of matrices, then those of vectors."""
+    return sorted(parameters, key=lambda name: parameters[name].ndim < 2)
 
-    The rate is a pure function of the step, so resuming needs no scheduler state. The first step already learns a
-    little (1 / warm-up steps of the peak), and the last one is at ``learning_rate * min_lr_ratio`` or just above.
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> None:
+    """Continue from the ``state_dict`` of an optimizer whose tensors were saved whole; each parameter takes its shards.
+
+    Groups, their rates, and how the update is computed belong to this start, not to the one that saved.
     """
-    warmup = math.ceil(total_steps * config.warmup_ratio)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
+    saved = [name for group in state["param_groups"] for name in group.get("param_names", ())]
+    saved = saved or by_dimensions(parameters)  # a checkpoint of before groups had names
+    own = optimizer.state_dict()
+    numbers = {
+        name: number
+        for group in own["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    states = {
+        numbers[saved[number]]: {
+            k: place_like(v, parameters[saved[number]]) if getattr(v, "ndim", 0) else v for k, v in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**own, "state": states})
+
+
+def rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return what peak learning rates are multiplied with at optimiser step ``step`` (0-based), 0..1.
+
+    It is a pure function of the step, so resuming needs no scheduler state. It rises in a line over the first
+    ``warmup_ratio`` of the steps, of which the first already learns a little, and falls to ``min_lr_ratio``, which a
+    step behind the last would have: as half a cosine, in a line, or (``wsd``: 2404.06395, in the linear form of
+    2405.18392) in a line over the last ``decay_ratio`` of the steps, at the peak until then.
+    """
+    first = math.ceil(total_steps * config.warmup_ratio)
+    if step < first:
+        return (step + 1) / first
+    if config.lr_schedule == "constant":
+        return 1.0
+    if config.lr_schedule == "wsd":
+        first = max(first, total_steps - math.ceil(total_steps * config.decay_ratio))
+    progress = min(1.0, max(0.0, (step - first) / max(1, total_steps - first)))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0 - progress
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

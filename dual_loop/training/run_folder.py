@@ -191,22 +191,6 @@ def fill_parameters(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str
         parameter.copy_(place_like(tensors[name], parameter))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Continue from the ``state_dict`` of an optimizer whose tensors were saved whole; each parameter takes its shards.
-
-    How the update is computed (``fused``, ``foreach``) and its rates belong to this start, not to the one that saved.
-    """
-    numbered = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        number: {k: place_like(v, numbered[number]) if getattr(v, "ndim", 0) else v for k, v in values.items()}
-        for number, values in state["state"].items()
-    }
-    own_keys = ("fused", "foreach", "lr", "weight_decay", "betas")
-    how = [{key: group[key] for key in own_keys} for group in optimizer.param_groups]
-    groups = [{**group, **kept} for group, kept in zip(state["param_groups"], how, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups, "state": own})
-
-
 def truncate_metrics(path: Path, step: int) -> None:
     """Keep only the records of ``path`` up to ``step``; the file is replaced in one move.
 

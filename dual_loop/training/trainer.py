@@ -47,8 +47,15 @@ from dual_loop.training.metrics_log import (
     reduce_sums,
     step_metrics,
 )
-from dual_loop.training.optim import build_optimizer, check_finite, clip_gradients, gradient_norms, learning_rate_at
-from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint, load_optimizer
+from dual_loop.training.optim import (
+    build_optimizer,
+    check_finite,
+    clip_gradients,
+    gradient_norms,
+    load_optimizer,
+    rate_factor,
+)
+from dual_loop.training.run_folder import RunFolder, fill_parameters, find_checkpoint
 from dual_loop.training.stop import StopRequest
 from dual_loop.types import Batch, PackedBatch, StepOutput
 
@@ -241,7 +248,7 @@ class Trainer:
             masks.append(output.masks.mask_logits.detach())
 
         # ---- update; nothing changes when a check fails
-        rate = learning_rate_at(progress.step, last, train)
+        factor = rate_factor(progress.step, last, train)
         norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
         # The one place where a step waits for what its losses are.
         totals = [total for losses in losses_of for total in losses.values()]
@@ -250,7 +257,7 @@ class Trainer:
         terms = [{name: next(left) for name in losses} for losses in losses_of]
         check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
@@ -271,6 +278,7 @@ class Trainer:
         if is_logged:
             epoch, averages = (number - 1) // self.data.steps_per_epoch + 1, ratios_and_values(sums)
             seconds, counters = timer.total(), self.counters()
+            rate = train.learning_rate * factor
             record = StepRecord(number, epoch, losses, grad_norm, rate, world_size, seconds, averages, counters)
             self.log.write(record)
             self.report(record.line(last, progress.seconds / number))
@@ -413,7 +421,7 @@ class Trainer:
         fill_parameters(self.parameters, saved.model_tensors)
         fill_parameters(self.ema.values, saved.ema_tensors)
         self.ema.num_updates = saved.state["ema_updates"]
-        load_optimizer(self.optimizer, saved.optimizer_state)
+        load_optimizer(self.optimizer, saved.optimizer_state, self.parameters)
         self.data.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
         if saved.rng_states is not None:

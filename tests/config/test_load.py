@@ -119,7 +119,7 @@ def test_old_keys_of_a_file_are_read_with_one_warning(tmp_path: Path, caplog: py
 def test_old_flags_and_options_are_read_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     add_training_flags(parser)
-    assert "--lr" not in parser.format_help()
+    assert "--lr " not in parser.format_help()
     args = parser.parse_args(["--lr", "0.5", "--turbo", "yes", "--cfg-options", "speed.turbo=False"])
     assert load_config(None, overrides_from(args)).train.learning_rate == 0.5
     [record] = caplog.records

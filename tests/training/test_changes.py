@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from dual_loop.config import Config, TrainConfig, load_config
+from dual_loop.config import Config, load_config
 from dual_loop.errors import ConfigError
 from dual_loop.training.changes import HARMLESS, REFUSED, compare_with_run
-from dual_loop.training.optim import build_optimizer
-from dual_loop.training.run_folder import load_optimizer
 
 OWN = {"model.lora_r": 8, "train.learning_rate": 1e-4}
 WEIGHTS = ["12 bytes, hash ab"]
@@ -69,12 +66,3 @@ def test_what_would_be_another_model_is_refused(checkpoint: Path, settings: dict
 def test_the_lists_name_settings() -> None:
     config = Config().to_dict()
     assert all(name in config[group] for group, name in (key.split(".") for key in (*REFUSED, *HARMLESS)))
-
-
-def test_a_resumed_optimizer_takes_the_rates_of_this_start() -> None:
-    parameters = {"w": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2))}
-    first = build_optimizer(parameters, TrainConfig(learning_rate=0.1, weight_decay=0.1, betas=(0.8, 0.9)))
-    second = build_optimizer(parameters, TrainConfig(learning_rate=0.2, weight_decay=0.3, betas=(0.7, 0.95)))
-    load_optimizer(second, first.state_dict())
-    assert [group["weight_decay"] for group in second.param_groups] == [0.3, 0.0]
-    assert {(group["lr"], group["betas"]) for group in second.param_groups} == {(0.2, (0.7, 0.95))}

@@ -17,7 +17,8 @@ from dual_loop.training.optim import (
     build_optimizer,
     check_finite,
     gradient_norms,
-    learning_rate_at,
+    load_optimizer,
+    rate_factor,
 )
 from dual_loop.types import LossTerm
 
@@ -43,25 +44,77 @@ def test_a_model_of_matrices_alone_has_one_group() -> None:
     assert len(build_optimizer(parameters, TrainConfig()).param_groups) == 1
 
 
-def test_schedule_by_hand() -> None:
-    config = TrainConfig(learning_rate=1.0, warmup_ratio=0.2, min_lr_ratio=0.1)
-    rates = [learning_rate_at(step, 10, config) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8))
-    assert rates[6] == pytest.approx(expected)
-    assert learning_rate_at(10, 10, config) == pytest.approx(0.1)
+def test_groups_have_their_rates() -> None:
+    model, _ = build(setting())
+    own = trainable_parameters(model)
+    config = TrainConfig(learning_rate=1e-3, lr_lora=2e-3, lr_projector=3e-3, lr_decoder=4e-3, weight_decay=0.5)
+    optimizer = build_optimizer(own, config)
+    peaks = {name: group["peak"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert peaks.keys() == own.keys()
+    expected = {"lora_": 2e-3, "multi_modal_projector": 3e-3, "text_hidden_fcs": 3e-3, "mask_decoder": 4e-3}
+    assert peaks == {name: next((rate for part, rate in expected.items() if part in name), 1e-3) for name in own}
+    decays = {n: group["weight_decay"] for group in optimizer.param_groups for n in group["param_names"]}
+    assert decays == {name: 0.5 if own[name].ndim >= 2 else 0.0 for name in own}
+    assert len(build_optimizer(own, TrainConfig()).param_groups) == 2
+
+
+CLOSED_FORMS = {
+    "cosine": lambda step: 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)),
+    "linear": lambda step: 0.1 + 0.9 * (1 - (step - 4) / 16),
+    "constant": lambda step: 1.0,
+    "wsd": lambda step: 1.0 if step < 14 else 0.1 + 0.9 * (1 - (step - 14) / 6),
+}
+
+
+@pytest.mark.parametrize("schedule", CLOSED_FORMS)
+def test_twenty_steps_of_a_schedule(schedule: str) -> None:
+    config = TrainConfig(lr_schedule=schedule, warmup_ratio=0.2, min_lr_ratio=0.1, decay_ratio=0.3)
+    factors = [rate_factor(step, 20, config) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == pytest.approx([CLOSED_FORMS[schedule](step) for step in range(4, 20)], abs=1e-12)
 
 
 @given(
+    schedule=st.sampled_from(list(CLOSED_FORMS)),
     total=st.integers(1, 500),
     warmup=st.floats(0, 1),
+    decay=st.floats(0, 1),
     floor=st.floats(0, 1),
     step=st.integers(0, 600),
 )
-def test_rate_stays_between_zero_and_peak(total: int, warmup: float, floor: float, step: int) -> None:
-    config = TrainConfig(learning_rate=2.0, warmup_ratio=warmup, min_lr_ratio=floor)
-    assert 0 <= learning_rate_at(step, total, config) <= 2.0 + 1e-12
-    assert learning_rate_at(0, total, config) > 0
+def test_a_rate_stays_between_zero_and_its_peak(
+    schedule: str, total: int, warmup: float, decay: float, floor: float, step: int
+) -> None:
+    config = TrainConfig(lr_schedule=schedule, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=floor)
+    assert 0 <= rate_factor(step, total, config) <= 1 + 1e-12
+    assert rate_factor(0, total, config) > 0
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_a_resumed_optimizer_takes_groups_and_rates_of_this_start_and_keeps_moments(has_names: bool) -> None:
+    # In another order than their dimensions; names of a matrix and a vector that get rates of their own.
+    lora, bias, fcs = "mllm.q_proj.lora_A.weight", "other.bias", "text_hidden_fcs.0.weight"
+    weights = {bias: torch.ones(2), lora: torch.ones(2, 2), fcs: torch.ones(3, 2)}
+    own = {name: torch.nn.Parameter(value) for name, value in weights.items()}
+    first = build_optimizer(own, TrainConfig(learning_rate=0.1, betas=(0.8, 0.9)))
+    for parameter in own.values():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    for number, name in enumerate(own):
+        first.state[own[name]]["exp_avg"].fill_(number)
+    state = first.state_dict()
+    if not has_names:
+        for group in state["param_groups"]:
+            del group["param_names"], group["peak"]
+    config = TrainConfig(learning_rate=0.2, lr_lora=0.4, weight_decay=0.3, betas=(0.7, 0.95))
+    second = build_optimizer(own, config)
+    load_optimizer(second, state, own)
+    assert [float(second.state[own[name]]["exp_avg"].mean()) for name in own] == [0, 1, 2]
+    assert {float(second.state[parameter]["step"]) for parameter in own.values()} == {1}
+    groups = {tuple(group["param_names"]): group for group in second.param_groups}
+    assert {names: group["peak"] for names, group in groups.items()} == {(lora,): 0.4, (fcs,): 0.2, (bias,): 0.2}
+    assert {names: group["weight_decay"] for names, group in groups.items()} == {(lora,): 0.3, (fcs,): 0.3, (bias,): 0}
+    assert {group["betas"] for group in second.param_groups} == {(0.7, 0.95)}
 
 
 def test_finite_values_pass() -> None:

@@ -154,11 +154,12 @@ def test_clipping_bounds_the_gradient_and_zero_turns_it_off(tmp_path: Path) -> N
     assert norms[0.0] > 0.01
 
 
-def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rates", [{}, {"lr_schedule": "wsd", "lr_lora": 1e-3, "learning_rate": 1e-2}])
+def test_resume_is_bitwise_a_straight_run(tmp_path: Path, rates: dict[str, Any]) -> None:
     """Noise in the loop makes the random states matter; both runs have the same number of steps in all."""
-    straight = make_trainer(tmp_path / "straight", HollowTask(noise=0.1), max_steps=6)
+    straight = make_trainer(tmp_path / "straight", HollowTask(noise=0.1), max_steps=6, **rates)
     straight.fit()
-    broken = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), max_steps=6, save_interval=3)
+    broken = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), max_steps=6, save_interval=3, **rates)
     original = broken.log.write
 
     def stop_at_five(record: StepRecord) -> None:
@@ -172,7 +173,7 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path) -> None:
     assert len(_records(tmp_path / "broken")) == 5
     torch.manual_seed(99)
     lines: list[str] = []
-    resumed = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), lines, max_steps=6, resume="auto")
+    resumed = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), lines, max_steps=6, resume="auto", **rates)
     assert resumed.restore()
     assert resumed.progress.step == 3
     assert resumed.task.num_generated == 6
