@@ -184,6 +184,7 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     from dual_loop.loop.captioner import Captioner, measuring_settings
     from dual_loop.loop.scorer import Scorer
     from dual_loop.model.build import geometry
+    from dual_loop.model.hardware import autocast
     from dual_loop.model.sa2va import evaluating
     from dual_loop.serve.predictor import region_sample
     from dual_loop.testing.scenes import generate_scene
@@ -191,8 +192,7 @@ def probe(model: Sa2VA, prompter: Prompter, config: Config) -> Probe:
     scene = generate_scene(123)
     sample = region_sample(scene.image, scene.masks)
     loop = dataclasses.replace(measuring_settings(config.loop), max_new_tokens=PROBE_TOKENS)
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
-    with evaluating(model), torch.no_grad(), autocast:
+    with evaluating(model), torch.no_grad(), autocast(model.device.type, config.model.dtype):
         batch = batch_from_samples([sample], geometry(config), seed=0).to(model.device)
         seen = model.see(batch)
         [[caption, *_]] = Captioner(model, prompter, loop).write([seen], [batch])

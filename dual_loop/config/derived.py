@@ -31,7 +31,7 @@ def has_held_out_masks(data: DataConfig) -> bool:
 
 
 def precision(config: Config) -> str:
-    """Return accelerate's name of the precision; ``auto`` is bf16 for a bfloat16 model, else none."""
+    """Return accelerate's name of the precision; ``auto`` is that of the frozen weights."""
     if config.train.mixed_precision != "auto":
         return config.train.mixed_precision
-    return "bf16" if config.model.dtype == "bfloat16" else "no"
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(config.model.dtype, "no")

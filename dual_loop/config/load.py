@@ -21,7 +21,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_loop.config.derived import has_held_out
+from dual_loop.config.derived import has_held_out, precision
 from dual_loop.config.retired import REMOVED, RENAMED
 from dual_loop.config.schema import MOST, SETTINGS, Config
 from dual_loop.config.setting import Setting
@@ -263,6 +263,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     if only_contrast and config.data.regions_per_image < 2:
         yield "reward.contrast_weight: the only reward, and data.regions_per_image is 1; expected 2 or more to compare"
     train = config.train
+    if train.parallel == "fsdp" and precision(config) == "fp16":
+        yield "train.parallel: seen fsdp with fp16, whose loss scale knows no shards; expected ddp, or bf16"
     if (train.eval_strategy != "ends" or train.eval_interval or train.keep_best) and not has_held_out(config):
         needed = "data.eval_dir, data.eval_masks_dir or data.val_fraction"
         yield f"train.eval_strategy, eval_interval, keep_best: nothing to evaluate; expected {needed}"

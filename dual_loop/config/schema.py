@@ -45,7 +45,7 @@ class ModelConfig:
     text_hidden_dim: int | None = setting(None, "width inside text_hidden_fcs; none: the language model's", at_least=1)
     template: str = setting("phi3_chat", "chat template", choices=TEMPLATES)
     single_mask: bool = setting(False, "use mask candidate 0 instead of the arg-max over three candidates")
-    dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16"))
+    dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = setting("sdpa", "attention of the vision-language part", choices=("sdpa", "eager"))
     trainable: tuple[str, ...] = setting(TRAINED, "parameter groups that train; see model.adapters", choices=GROUPS)
     train_embeddings: str = flag(

@@ -42,7 +42,9 @@ class TrainConfig:
     min_lr_ratio: float = setting(0.0, "learning rate at the end, as a part of the peak", "FRACTION", **SHARE)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 is off", "NORM", at_least=0)
     ema_decay: float = flag(0.999, "decay of the weight average, a step", "FRACTION", **SHARE)
-    mixed_precision: str = flag("auto", "auto: bf16 for a bfloat16 model", choices=("auto", "no", "bf16"))
+    mixed_precision: str = flag(
+        "auto", "auto: that of model.dtype; fp16 has a loss scale", choices=("auto", "no", "bf16", "fp16")
+    )
     parallel: str = flag("ddp", "fsdp shards the language model over the ranks", choices=("ddp", "fsdp"))
     allow_emulated_bf16: bool = setting(False, "run in bf16 on a device that has none of its own and is slow with it")
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ GPU_ROWS = (8, 32, 64, 160)
 GPU_COLUMNS = 64
 """Lengths on a GPU are multiples of it: attention kernels take whole blocks, and the memory is cut in like pieces."""
 
+_HALF = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 _X86 = ("x86_64", "amd64", "i386", "i686")
 
 
@@ -29,6 +31,11 @@ def has_bfloat16_kernels() -> bool:
     """Tell whether oneDNN has bfloat16 products for this CPU; on x86 they need AVX-512 or its successor."""
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
     return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager[object]:
+    """Return autocast to a half precision, called as accelerate or torch do; for another name, nothing."""
+    return torch.autocast(device_type, _HALF[precision]) if precision in _HALF else nullcontext()
 
 
 def why_no_liger(device_type: str) -> str | None:

@@ -61,16 +61,22 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_precision(config: Config) -> Iterator[Finding]:
-    """Look for bf16 where the configuration computes in it."""
+    """Look for what the configuration's precision needs."""
     kind = device_type(config)
     has = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else has_native_bfloat16()
-    if precision(config) != "bf16":
+    if precision(config) == "fp16" and kind == "cpu":
+        fix = "--mixed_precision bf16, or no; --cfg-options model.dtype=bfloat16, or float32"
+        yield Finding(PROBLEM, "device", "fp16 with a loss scale is for GPUs without bf16, and there is none", fix)
+    elif precision(config) == "fp16":
+        yield Finding(OK, "device", "computes in fp16, with a loss scale")
+    elif precision(config) != "bf16":
         yield Finding(OK, "device", f"computes in {config.model.dtype}, without mixed precision")
     elif has:
         yield Finding(OK, "device", f"computes in bf16, which this {kind} has")
     else:
         level = WARNING if config.train.allow_emulated_bf16 else PROBLEM
-        fix = "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
+        fix = "--mixed_precision fp16 --cfg-options model.dtype=float16, " if kind == "cuda" else ""
+        fix += "--mixed_precision no --cfg-options model.dtype=float32 (twice the memory), or "
         fix += "train.allow_emulated_bf16=True to wait for it"
         yield Finding(level, "device", f"bf16 is asked for and this {kind} would have to emulate it", fix)
 

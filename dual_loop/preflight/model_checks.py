@@ -19,6 +19,7 @@ from dual_loop.loop.captioner import Captioner
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
 from dual_loop.model.adapters import trainable_parameters, trainable_table
 from dual_loop.model.build import build_tokenizer, geometry
+from dual_loop.model.hardware import autocast
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, Prompter
 from dual_loop.model.sa2va import Sa2VA
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
@@ -68,11 +69,10 @@ def check_batch(model: Sa2VA, prompter: Prompter, config: Config, sources: Seque
     """Run one region of each source (a generated one without data) through all three steps, forward and backward."""
     sizes = geometry(config)
     captioner = Captioner(model, prompter, config.loop, is_silent=True)
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     for sample in _one_of_each(sources):
         batch = batch_from_samples([sample], sizes).to(model.device)
         started = time.perf_counter()
-        with autocast:
+        with autocast(model.device.type, config.model.dtype):
             [captions] = captioner.write([model.see(batch)], [batch])
             output = compute_segmentation_loss(model, batch, captions, prompter, config.loop, config.loss)
         loss = torch.stack([term.mean for term in output.terms.values()]).sum()

@@ -16,6 +16,7 @@ from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_prompter
+from dual_loop.model.hardware import autocast
 from dual_loop.model.prompts import Prompter
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 from dual_loop.training.devices import choose_arithmetic
@@ -43,8 +44,8 @@ class LoadedModel:
         return self.config.model.tokenizer == "tiny"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the precision that the model computes in: bfloat16 where its frozen weights are."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16")
+        """Return the precision that the model computes in: that of its frozen weights."""
+        return autocast(self.model.device.type, self.config.model.dtype)
 
 
 @dataclass(frozen=True)

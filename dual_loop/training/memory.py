@@ -28,7 +28,7 @@ from dual_loop.config import Config, caption_gradient, listener_paths, precision
 from dual_loop.losses import LOGITS_AT_ONCE
 from dual_loop.model.build import geometry
 from dual_loop.model.decode import CACHE_SHARE, head_width, row_bytes
-from dual_loop.model.hardware import GPU_ROWS
+from dual_loop.model.hardware import GPU_ROWS, autocast
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va import MASKS_AT_ONCE, GroundingDecoder
 from dual_loop.training.devices import as_computed, gather_objects
@@ -149,7 +149,7 @@ class MemoryEstimator:
     @cached_property
     def layer(self) -> LayerMemory:
         """What one decoder layer keeps of a long micro-batch."""
-        return measure_layer(self.model, *shape_of_rows(self.config), precision(self.config) == "bf16")
+        return measure_layer(self.model, *shape_of_rows(self.config), precision(self.config))
 
     @cached_property
     def without_layers(self) -> MemoryEstimate:
@@ -183,7 +183,7 @@ class MemoryEstimator:
 
     def _generation(self, images: int) -> int:
         """Return the bytes of the prefixes of all images of a window, and of the rows that are written at once."""
-        config, size = self.config, 2 if precision(self.config) == "bf16" else 4
+        config, size = self.config, 4 if precision(self.config) == "no" else 2
         sizes, regions = geometry(config), config.data.regions_per_image
         cells = sizes.grid_size**2
         prefix = cells * sizes.most_tiles + TEXT_TOKENS
@@ -335,7 +335,7 @@ def captions_with_graph(config: Config) -> int:
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool) -> int:
+def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], computes_in: str) -> int:
     """Return the bytes that a forward pass of ``module`` saves for its backward pass, each storage once.
 
     The module runs on CPU tensors without contents (``FakeTensorMode``): they take neither time nor memory, and choose
@@ -344,7 +344,7 @@ def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool)
     Args:
         module: its parameters may be on the meta device; neither they nor its buffers are counted.
         inputs: makes positional arguments, and keyword arguments, which others share and which are not counted.
-        autocast: whether training runs under bf16 autocast.
+        computes_in: accelerate's name of the precision.
     """
     saved: dict[int, Tensor] = {}  # tensors are kept: the address of a storage that is gone could come again
 
@@ -361,7 +361,7 @@ def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool)
         given = [part for value in options.values() for part in (value if isinstance(value, tuple) else (value,))]
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            autocast("cpu", computes_in),
         ):
             functional_call(module, state, arguments, options)
         for tensor in (*state.values(), *given):
@@ -369,7 +369,7 @@ def saved_bytes(module: nn.Module, inputs: Callable[[], Inputs], autocast: bool)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMemory:
+def measure_layer(model: Any, rows: int, length: int, computes_in: str) -> LayerMemory:
     """Return what one decoder layer keeps of ``rows`` packed rows of ``length`` tokens (:func:`saved_bytes`)."""
     language = model.mllm.model.language_model
     layer, config, dtype = language.layers[0], language.config, language.embed_tokens.weight.dtype
@@ -387,7 +387,7 @@ def measure_layer(model: Any, rows: int, length: int, autocast: bool) -> LayerMe
     layer.train()
     layer.gradient_checkpointing = False
     try:
-        kept = saved_bytes(layer, inputs, autocast)
+        kept = saved_bytes(layer, inputs, computes_in)
     finally:
         layer.train(before[0])
         layer.gradient_checkpointing = before[1]
@@ -405,7 +405,7 @@ def measure_mask_decoder(model: Any, images: int, objects: int) -> int:
         embeds = torch.empty(objects, width, dtype=dtype).requires_grad_() * 1
         return (embeds, levels, torch.zeros(objects, dtype=torch.long)), {}
 
-    return saved_bytes(_MaskDecoding(model.grounding), inputs, autocast=False)
+    return saved_bytes(_MaskDecoding(model.grounding), inputs, "no")
 
 
 class _MaskDecoding(nn.Module):

@@ -174,7 +174,7 @@ class StepRecord:
     step: int
     epoch: int  # both from 1
     losses: Mapping[str, float]  # each term's weighted average over the step
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None: beyond float16, and the step changed nothing
     lr: float
     ranks: int
     seconds: Mapping[str, float]  # by phase, and total

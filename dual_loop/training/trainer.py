@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -138,6 +139,8 @@ class Trainer:
         self.wrapped = wrap_model(accelerator, task)
         self.parameters = trainable_parameters(task.model)
         self.optimizer = build_optimizer(self.parameters, config.train)
+        # float16 alone needs a loss scale: where there is none, it changes nothing.
+        self.scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
         self.progress = Progress(samples=dict.fromkeys(data.source_names, 0))
         self.total_steps = config.train.max_steps or data.steps_per_epoch * config.train.num_epochs
         self.images_at_once = images_at_once(config, accelerator.device.type)
@@ -241,7 +244,7 @@ class Trainer:
                     loss = torch.stack([share.float() for share in shares]).sum()
                 timer.end("forward")
                 norms = norms or (gradient_norms(output.terms, self.parameters.values()) if is_audited else {})
-                loss.backward()
+                self.scaler.scale(loss).backward()
                 timer.end("backward")
             # Without the graph, so that the memory of one micro-batch is free before the next.
             losses_of.append({name: term.total.detach() for name, term in output.terms.items()})
@@ -249,22 +252,30 @@ class Trainer:
 
         # ---- update; nothing changes when a check fails
         factor = rate_factor(progress.step, last, train)
+        self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
         # The one place where a step waits for what its losses are.
         totals = [total for losses in losses_of for total in losses.values()]
         *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
         left = iter(flat)
         terms = [{name: next(left) for name in losses} for losses in losses_of]
-        check_finite(accelerator, number, terms, [batch.region_names for batch in window], grad_norm)
+        # A gradient beyond float16 lowers the loss scale, and the step changes nothing, as long as there is a scale.
+        is_overflow = not math.isfinite(grad_norm) and self.scaler.get_scale() > 1
+        names = [batch.region_names for batch in window]
+        check_finite(accelerator, number, terms, names, 0.0 if is_overflow else grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        if not is_overflow:
+            self.ema.update()
         timer.end("optimiser")
 
         # ---- log
         sums = {STOP: float(stop.reason is not None), **norms}
+        if self.scaler.is_enabled():
+            sums["precision/overflows"] = float(is_overflow and accelerator.is_main_process)
         for rows, logits, values in zip(packed, masks, terms, strict=True):
             add_into(sums, values, TERM)
             add_into(sums, step_metrics(rows, logits))
@@ -279,7 +290,8 @@ class Trainer:
             epoch, averages = (number - 1) // self.data.steps_per_epoch + 1, ratios_and_values(sums)
             seconds, counters = timer.total(), self.counters()
             rate = train.learning_rate * factor
-            record = StepRecord(number, epoch, losses, grad_norm, rate, world_size, seconds, averages, counters)
+            norm_seen = None if is_overflow else grad_norm
+            record = StepRecord(number, epoch, losses, norm_seen, rate, world_size, seconds, averages, counters)
             self.log.write(record)
             self.report(record.line(last, progress.seconds / number))
         if number in (1, last) or number % train.panel_interval == 0:
@@ -379,6 +391,7 @@ class Trainer:
         """Write a checkpoint of the current step, which ``checkpoints/best`` then names; every rank must call this."""
         step, accelerator = self.progress.step, self.accelerator
         ranks.note(f"saves step {step}")
+        scaler = self.scaler.state_dict()  # empty without one
         state = {"progress": asdict(self.progress), "data": self.data.state_dict(step)}
         path = save_run_checkpoint(
             self.folder.path,
@@ -386,7 +399,7 @@ class Trainer:
             model_tensors={name: whole(parameter.detach()) for name, parameter in self.parameters.items()},
             ema_tensors={name: whole(average) for name, average in self.ema.values.items()},
             optimizer_state=tree_map_only(torch.Tensor, whole, self.optimizer.state_dict()),
-            state={**state, "ema_updates": self.ema.num_updates, "total_steps": self.total_steps},
+            state={**state, "ema_updates": self.ema.num_updates, "total_steps": self.total_steps, "scaler": scaler},
             rng_states={"rng": capture_rng(), "loop": self.task.run_state()},
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -422,6 +435,8 @@ class Trainer:
         fill_parameters(self.ema.values, saved.ema_tensors)
         self.ema.num_updates = saved.state["ema_updates"]
         load_optimizer(self.optimizer, saved.optimizer_state, self.parameters)
+        if self.scaler.is_enabled() and saved.state.get("scaler"):
+            self.scaler.load_state_dict(saved.state["scaler"])
         self.data.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
         if saved.rng_states is not None:

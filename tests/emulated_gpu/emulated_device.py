@@ -98,6 +98,15 @@ class EmulatedTensor(torch.Tensor):
 
     __array__ = numpy
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: EmulatedTensor) -> None:
+        torch._C.TensorBase.data.__set__(self, new)  # what it says of itself
+        self.value = new.value
+
     # Where the memory lies; nobody reads it through these.
     def data_ptr(self) -> int:
         return self.value.data_ptr()
@@ -442,7 +451,7 @@ class EmulatedGpu(TorchDispatchMode):
         self.record(func, own_args, own_kwargs, out)
         written = [args[n] if n < len(args) else kwargs[name] for n, name in places]
         if written and out is not None and not isinstance(written[0], (list, tuple)):
-            return written[0] if len(written) == 1 else type(out)(written)
+            return type(out)(written) if isinstance(out, (tuple, list)) else written[0]
         device = next(iter(found)) if target is None and found else target
         return wrapped(out, device) if to_gpu else out
 

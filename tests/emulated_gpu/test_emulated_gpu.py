@@ -39,6 +39,7 @@ TRAINING["watched"] = (
     "--profile_steps 1 --cfg-options data.eval_max_samples=2"
 )
 DECODED = "--max_new_tokens 24 --cfg-options model.dtype=bfloat16 loop.temperature=0.7"
+TRAINING["fp16"] = "--mixed_precision fp16 --cfg-options model.dtype=float16"
 TRAINING |= {"recorded": DECODED, "eager": f"{DECODED} speed.decode_graph=off"}
 OTHERS = {
     "resume": "train --resume auto --max_steps 2 --output_dir {out}/plain",

@@ -10,6 +10,7 @@ import torch
 
 from dual_loop.config import LoopConfig
 from dual_loop.loop.segmentation_loss import compute_segmentation_loss
+from dual_loop.model import hardware
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_model, build_tokenizer
 from dual_loop.model.recompute import checkpoint_first, requested_layers
@@ -89,11 +90,11 @@ def real_bytes(model: Any, run: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_foreseen_bytes_of_a_layer_are_those_of_a_real_forward_pass(autocast: bool) -> None:
-    model, _, _ = small_model(config_of(dtype="bfloat16" if autocast else "float32"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_foreseen_bytes_of_a_layer_are_those_of_a_real_forward_pass(dtype: str) -> None:
+    model, _, _ = small_model(config_of(dtype=dtype))
     model.train()
-    layer = measure_layer(model, 2, 96, autocast)
+    layer = measure_layer(model, 2, 96, dtype)
     language = model.mllm.model.language_model
     kind = language.embed_tokens.weight.dtype
     embeds = torch.randn(2, 96, language.config.hidden_size).to(kind).requires_grad_()
@@ -101,7 +102,7 @@ def test_the_foreseen_bytes_of_a_layer_are_those_of_a_real_forward_pass(autocast
 
     def real(layers: int) -> int:
         language.config.num_hidden_layers = layers
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with hardware.autocast("cpu", dtype):
             return real_bytes(model, lambda: model.run_language(embeds * 1, mask, None))
 
     # Mask, rotary tables and the last norm are there whatever the number of layers.
@@ -115,7 +116,7 @@ def test_the_measurement_needs_no_memory_and_leaves_the_model_alone() -> None:
     hollow = build_model(config, build_tokenizer(config.model), device="meta")
     model, _, _ = small_model(config)
     checkpoint_first(model, 3)
-    assert measure_layer(model, 2, 50, False) == measure_layer(hollow, 2, 50, False)
+    assert measure_layer(model, 2, 50, "no") == measure_layer(hollow, 2, 50, "no")
     assert recomputed_layers(model) == 3
     assert not model.training
     values = [tensor.device.type for tensor in (*model.parameters(), *model.buffers())]

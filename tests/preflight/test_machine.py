@@ -32,6 +32,16 @@ def test_bf16_that_would_be_emulated_stops_unless_allowed(monkeypatch: pytest.Mo
     assert [f.level for f in machine.check_precision(config_of(device="cpu"))] == [OK]
 
 
+def test_fp16_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = dataclasses.replace(config_of().model, dtype="float16")
+    for config in (config_of(mixed_precision="fp16"), dataclasses.replace(config_of(), model=half)):
+        monkeypatch.setattr(machine, "device_type", lambda config: "cpu")
+        [finding] = machine.check_precision(config)
+        assert (finding.level, "there is none" in finding.what) == (PROBLEM, True)
+        monkeypatch.setattr(machine, "device_type", lambda config: "cuda")
+        assert [finding.level for finding in machine.check_precision(config)] == [OK]
+
+
 def test_no_space_and_no_write_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = torch.nn.Linear(1000, 1000)
     config = config_of(output_dir=str(tmp_path / "a" / "b"))

@@ -53,7 +53,7 @@ def test_what_a_layer_keeps_on_a_gpu_does_not_depend_on_this_cpu(monkeypatch: py
     found = set()
     for is_slower in (True, False):
         monkeypatch.setattr(cpu, "is_slower_in_bfloat16", lambda answer=is_slower: answer)
-        found.add(measure_layer(model, rows=1, length=64, autocast=True).kept)
+        found.add(measure_layer(model, rows=1, length=64, computes_in="bf16").kept)
     assert len(found) == 1
 
 

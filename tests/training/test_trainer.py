@@ -189,6 +189,86 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path, rates: dict[str, Any])
     assert "at step 3" in lines[0]
 
 
+def scaled(folder: Path, scale: float = 2.0**12, **settings: Any) -> Trainer:
+    """Return a trainer with a loss scale, as fp16 has it on a GPU, that doubles every second step."""
+    trainer = make_trainer(folder, max_steps=6, **settings)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    return trainer
+
+
+def overflow_once(trainer: Trainer, step: int) -> None:
+    """Let one gradient of a step be infinite, as beyond float16."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if trainer.progress.step == step - 1 else gradient
+
+    next(iter(trainer.parameters.values())).register_hook(spoil)
+
+
+def test_a_loss_scale_changes_no_update(tmp_path: Path) -> None:
+    plain, other = make_trainer(tmp_path / "plain", max_steps=6), scaled(tmp_path / "scaled")
+    plain.fit()
+    other.fit()
+    _assert_close(_weights(plain), _weights(other))
+    norms = [[record["grad_norm"] for record in _records(tmp_path / name)] for name in ("plain", "scaled")]
+    assert norms[0] == pytest.approx(norms[1])
+    assert other.scaler.get_scale() == 2.0**15
+
+
+def test_a_gradient_beyond_float16_lowers_the_scale_and_the_step_changes_nothing(tmp_path: Path) -> None:
+    trainer = scaled(tmp_path)
+    seen = [_weights(trainer)]
+    original = trainer.log.write
+
+    def watch(record: StepRecord) -> None:
+        original(record)
+        seen.append(_weights(trainer))
+
+    trainer.log.write = watch  # type: ignore[method-assign]
+    overflow_once(trainer, 3)
+    trainer.fit()
+    _assert_equal(seen[2], seen[3])
+    assert trainer.ema.num_updates == 5
+    records = _records(tmp_path)
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False, False]
+    assert records[-1]["counters"]["precision/overflows"] == 1
+    assert trainer.scaler.get_scale() == 2.0**13  # 12 + 1 - 1 + 1
+    assert not torch.equal(seen[3]["first.weight"], seen[4]["first.weight"])
+
+
+def test_no_scale_hides_what_is_not_finite(tmp_path: Path) -> None:
+    trainer = scaled(tmp_path / "lowest", scale=1.0)
+    overflow_once(trainer, 1)
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        trainer.fit()
+    trainer = scaled(tmp_path / "loss", task=HollowTask(spoil="sa1b/1#0"))
+    with pytest.raises(NonFiniteError, match="sa1b/1#0"):
+        trainer.fit()
+
+
+def test_a_loss_scale_is_resumed(tmp_path: Path) -> None:
+    straight = scaled(tmp_path / "straight")
+    overflow_once(straight, 2)
+    straight.fit()
+    broken = scaled(tmp_path / "broken", save_interval=3)
+    overflow_once(broken, 2)
+    original = broken.log.write
+
+    def stop_at_four(record: StepRecord) -> None:
+        original(record)
+        if record.step == 4:
+            raise KeyboardInterrupt
+
+    broken.log.write = stop_at_four  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = scaled(tmp_path / "broken", resume="auto")
+    assert resumed.restore()
+    resumed.fit()
+    assert resumed.scaler.state_dict() == straight.scaler.state_dict()
+    _assert_equal(_weights(straight), _weights(resumed))
+
+
 def test_resume_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trainer(tmp_path, max_steps=2).fit()
     resumed, hashed = make_trainer(tmp_path, max_steps=2, resume="auto"), []
