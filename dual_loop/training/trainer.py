@@ -261,8 +261,8 @@ class Trainer:
         terms = [{name: next(left) for name in losses} for losses in losses_of]
         # A gradient beyond float16 lowers the loss scale, and the step changes nothing, as long as there is a scale.
         is_overflow = not math.isfinite(grad_norm) and self.scaler.get_scale() > 1
-        names = [batch.region_names for batch in window]
-        check_finite(accelerator, number, terms, names, 0.0 if is_overflow else grad_norm)
+        regions = [batch.region_names for batch in window]
+        check_finite(accelerator, number, terms, regions, 0.0 if is_overflow else grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.scaler.step(self.optimizer)
