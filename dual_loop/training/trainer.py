@@ -250,32 +250,15 @@ class Trainer:
             losses_of.append({name: term.total.detach() for name, term in output.terms.items()})
             masks.append(output.masks.mask_logits.detach())
 
-        # ---- update; nothing changes when a check fails
+        # ---- update
         factor = rate_factor(progress.step, last, train)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.parameters.values(), train.max_grad_norm or float("inf"))
-        # The one place where a step waits for what its losses are.
-        totals = [total for losses in losses_of for total in losses.values()]
-        *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
-        left = iter(flat)
-        terms = [{name: next(left) for name in losses} for losses in losses_of]
-        # A gradient beyond float16 lowers the loss scale, and the step changes nothing, as long as there is a scale.
-        is_overflow = not math.isfinite(grad_norm) and self.scaler.get_scale() > 1
-        regions = [batch.region_names for batch in window]
-        check_finite(accelerator, number, terms, regions, 0.0 if is_overflow else grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not is_overflow:
-            self.ema.update()
+        terms, grad_norm = self._update(losses_of, [batch.region_names for batch in window], factor)
         timer.end("optimiser")
 
         # ---- log
         sums = {STOP: float(stop.reason is not None), **norms}
         if self.scaler.is_enabled():
-            sums["precision/overflows"] = float(is_overflow and accelerator.is_main_process)
+            sums["precision/overflows"] = float(grad_norm is None and accelerator.is_main_process)
         for rows, logits, values in zip(packed, masks, terms, strict=True):
             add_into(sums, values, TERM)
             add_into(sums, step_metrics(rows, logits))
@@ -290,13 +273,43 @@ class Trainer:
             epoch, averages = (number - 1) // self.data.steps_per_epoch + 1, ratios_and_values(sums)
             seconds, counters = timer.total(), self.counters()
             rate = train.learning_rate * factor
-            norm_seen = None if is_overflow else grad_norm
-            record = StepRecord(number, epoch, losses, norm_seen, rate, world_size, seconds, averages, counters)
+            record = StepRecord(number, epoch, losses, grad_norm, rate, world_size, seconds, averages, counters)
             self.log.write(record)
             self.report(record.line(last, progress.seconds / number))
         if number in (1, last) or number % train.panel_interval == 0:
             self._save_panels(window, packed, masks)
         return is_stopping
+
+    def _update(
+        self, losses_of: Sequence[Mapping[str, torch.Tensor]], regions: Sequence[Sequence[str]], factor: float
+    ) -> tuple[list[dict[str, float]], float | None]:
+        """Update with the gradients that have been summed up; nothing changes where a check fails.
+
+        Args:
+            losses_of: of each micro-batch. regions: their names. factor: of the peak learning rates.
+
+        Returns:
+            The losses as numbers, and the gradient's norm before clipping: None where it is beyond float16, which
+            lowers the loss scale and changes nothing else, as long as there is a scale.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm or float("inf"))
+        # The one place where a step waits for what its losses are.
+        totals = [total for losses in losses_of for total in losses.values()]
+        *flat, grad_norm = torch.stack([value.float() for value in (*totals, norm)]).tolist()
+        left = iter(flat)
+        terms = [{name: next(left) for name in losses} for losses in losses_of]
+        is_overflow = not math.isfinite(grad_norm) and self.scaler.get_scale() > 1
+        check_finite(self.accelerator, self.progress.step + 1, terms, regions, 0.0 if is_overflow else grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if is_overflow:
+            return terms, None
+        self.ema.update()
+        return terms, grad_norm
 
     def _count(self, window: Sequence[Batch], packed: Sequence[PackedBatch]) -> dict[str, float]:
         """Return the items of every loss term over all micro-batches and ranks, before any backward pass.
