@@ -6,12 +6,16 @@ Conventions, since published code differs in each of them:
 * **gIoU** is the mean of the IoUs (mIoU in older papers, not the "generalised IoU" of boxes).
 * **cIoU** is the sum of intersections over the sum of unions (oIoU in older papers); it favours large objects.
 * **Pr@t** is the share of IoUs that are ``>= t``.
+* **J** of a frame of a video is the IoU of its two masks, **F** the harmonic mean of the precision and the recall of
+  their boundaries (:func:`boundary_f`), **J&F** the mean of both. Where both masks are empty J and F are 1, where one
+  is they are 0.
 
-All are fractions of 1, not per cent. LISA: 2308.00692; GRES: 2306.00968.
+All are fractions of 1, not per cent. LISA: 2308.00692; GRES: 2306.00968; DAVIS: Perazzi et al., CVPR 2016.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 MASKS_AT_ONCE = 64
+
+BOUNDARY_TOLERANCE = 0.008
+"""Of F, as a share of the image's diagonal; rounded up to whole pixels."""
 
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -59,6 +66,42 @@ def iou(intersection: npt.ArrayLike, union: npt.ArrayLike) -> npt.NDArray[np.flo
     """
     inner, outer = np.asarray(intersection, np.float64), np.asarray(union, np.float64)
     return np.where(outer > 0, inner / np.maximum(outer, 1), 1.0)
+
+
+def boundary_f(pred: np.ndarray, target: np.ndarray) -> float:
+    """Return F of two masks (H, W) bool, in 0..1.
+
+    Precision is the share of the prediction's boundary with a pixel of the target's within the tolerance, recall the
+    other way round; a mask without boundary (empty, or the whole image) has precision 1 as the prediction and recall 1
+    as the target.
+    """
+    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*target.shape))
+    own, other = _boundary(pred), _boundary(target)
+    precision, recall = _share_near(own, other, radius), _share_near(other, own, radius)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels that differ from that to the right, below, or below to the right: (H, W) bool."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+
+
+def _share_near(boundary: np.ndarray, other: np.ndarray, radius: int) -> float:
+    """Return the share of a boundary's pixels at most ``radius`` from one of ``other``; 1 where it has none.
+
+    In every row that a disk around a pixel meets, it counts those of ``other`` between the disk's ends.
+    """
+    rows, columns = boundary.nonzero()
+    height, width = other.shape
+    counts = np.pad(other.cumsum(1, dtype=np.int32), ((0, 0), (1, 0)))
+    is_near = np.zeros(len(rows), bool)
+    for offset in range(-radius, radius + 1):
+        reach = math.isqrt(radius**2 - offset**2)
+        row = (rows + offset).clip(0, height - 1)
+        found = counts[row, (columns + reach + 1).clip(max=width)] > counts[row, (columns - reach).clip(min=0)]
+        is_near |= found & (row == rows + offset)
+    return float(is_near.mean()) if len(rows) else 1.0
 
 
 def iou_table(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
