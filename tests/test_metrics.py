@@ -108,14 +108,14 @@ def _public_f(pred: np.ndarray, target: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-@pytest.mark.parametrize("size", [(24, 31), (90, 120), (130, 250)], ids=["1_pixel", "2_pixels", "3_pixels"])
+@pytest.mark.parametrize("size", [(24, 31), (30, 140), (20, 260)], ids=["1_pixel", "2_pixels", "3_pixels"])
 def test_f_equals_the_public_definition(size):
     rng = np.random.default_rng(size[0])
     y, x = np.indices(size)
-    for case in range(6):
+    for case in range(4):
         centres = rng.uniform(0.1, 0.9, (2, 2)) * size
         pred, target = ((y - cy) ** 2 + (x - cx) ** 2 < (size[0] / 3) ** 2 for cy, cx in centres)
-        if case == 5:
+        if case == 3:
             pred, target = rng.random((2, *size)) < 0.05
         assert boundary_f(pred, target) == pytest.approx(_public_f(pred, target), abs=1e-6)
 

@@ -32,6 +32,7 @@ from dual_loop.checkpoint.key_rules import (
     detect_layout,
     file_name,
     iterate_export,
+    memory_name,
     place,
 )
 from dual_loop.checkpoint.manifest import writing_tensors
@@ -171,8 +172,10 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes:
     return len(weight_map)
 
 
-def collect_video(paths: Sequence[str | Path]) -> dict[str, Tensor]:
+def collect_video(paths: Sequence[str | Path], native: bool = False) -> dict[str, Tensor]:
     """Return the video-memory tensors of the sources by canonical name; the last source that has one wins.
+
+    With ``native`` by the names of transformers' Sam2VideoModel, also those of its own files.
 
     Raises:
         CheckpointError: a source cannot be read.
@@ -182,12 +185,15 @@ def collect_video(paths: Sequence[str | Path]) -> dict[str, Tensor]:
         layout = detect_layout(part.tensors)
         if layout is None:
             continue
-        wanted = {name for name in part.tensors if (place(name, layout) or ([], ""))[1] == VIDEO}
-        for name, tensor in part.read() if wanted else ():
-            canonical = canonical_name(name, layout)
+        if native:
+            wanted = {name: target for name in part.tensors if (target := memory_name(name, layout))}
+        else:
+            dropped = [name for name in part.tensors if (place(name, layout) or ([], ""))[1] == VIDEO]
             # Native video classes have other names, and no rule leads back from them.
-            if name in wanted and canonical.startswith(SAM):
-                found[canonical] = tensor.clone()
+            wanted = {name: full for name in dropped if (full := canonical_name(name, layout)).startswith(SAM)}
+        for name, tensor in part.read() if wanted else ():
+            if name in wanted:
+                found[wanted[name]] = tensor.clone()
     return found
 
 

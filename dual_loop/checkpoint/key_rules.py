@@ -9,7 +9,7 @@ target part for rows of a table that is stored in pieces. Everything is reversib
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -28,6 +28,7 @@ PLACEHOLDERS = {
     "ab": "[AB]",
     "qkv": "[qkv]_proj",
     "attn": "self_attn|cross_attn_token_to_image|cross_attn_image_to_token",
+    "memory": "self_attn|cross_attn_image",
     "head": r"iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+",
     "token": "iou_token|mask_tokens|obj_score_token|conv_s0|conv_s1",
     "rest": ".+",
@@ -147,6 +148,44 @@ VIDEO_PARTS = (
     "memory_attention.{rest}", "memory_encoder.{rest}", "obj_ptr_proj.{rest}", "obj_ptr_tpos_proj.{rest}",
     "mask_downsample.{w}", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "no_obj_embed_spatial",
 )  # fmt: skip
+MEMORY_COPIES = {
+    (SAM, ""): """
+        maskmem_tpos_enc                    memory_temporal_positional_encoding
+        no_mem_pos_enc                      no_memory_positional_encoding
+        no_obj_ptr                          no_object_pointer
+        no_obj_embed_spatial                occlusion_spatial_embedding_parameter
+        mask_downsample.{w}
+        obj_ptr_proj.layers.0.{w}           object_pointer_proj.proj_in.{w}
+        obj_ptr_proj.layers.1.{w}           object_pointer_proj.layers.0.{w}
+        obj_ptr_proj.layers.2.{w}           object_pointer_proj.proj_out.{w}
+        obj_ptr_tpos_proj.{w}               temporal_positional_encoding_projection_layer.{w}
+    """,
+    (SAM + "memory_attention.", "memory_attention."): """
+        norm.{w}                            layer_norm.{w}
+        layers.{i}.linear{j}.{w}
+        layers.{i}.norm{j}.{w}              layers.{i}.layer_norm{j}.{w}
+        layers.{i}.{memory}.{qkv}.{w}
+        layers.{i}.{memory}.out_proj.{w}    layers.{i}.{memory}.o_proj.{w}
+    """,
+    (SAM + "memory_encoder.", "memory_encoder."): """
+        pix_feat_proj.{w}                   feature_projection.{w}
+        out_proj.{w}                        projection.{w}
+        mask_downsampler.encoder.0.{w}      mask_downsampler.layers.0.conv.{w}
+        mask_downsampler.encoder.1.{w}      mask_downsampler.layers.0.layer_norm.{w}
+        mask_downsampler.encoder.3.{w}      mask_downsampler.layers.1.conv.{w}
+        mask_downsampler.encoder.4.{w}      mask_downsampler.layers.1.layer_norm.{w}
+        mask_downsampler.encoder.6.{w}      mask_downsampler.layers.2.conv.{w}
+        mask_downsampler.encoder.7.{w}      mask_downsampler.layers.2.layer_norm.{w}
+        mask_downsampler.encoder.9.{w}      mask_downsampler.layers.3.conv.{w}
+        mask_downsampler.encoder.10.{w}     mask_downsampler.layers.3.layer_norm.{w}
+        mask_downsampler.encoder.12.{w}     mask_downsampler.final_conv.{w}
+        fuser.layers.{i}.gamma              memory_fuser.layers.{i}.scale
+        fuser.layers.{i}.dwconv.{w}         memory_fuser.layers.{i}.depthwise_conv.{w}
+        fuser.layers.{i}.norm.{w}           memory_fuser.layers.{i}.layer_norm.{w}
+        fuser.layers.{i}.pwconv{j}.{w}      memory_fuser.layers.{i}.pointwise_conv{j}.{w}
+    """,
+}
+"""Of the dropped ones, what :func:`memory_name` calls as transformers' Sam2VideoModel does; written as COPIES."""
 NATIVE_VIDEO_PARTS = (
     "memory_attention.{rest}", "memory_encoder.{rest}", "object_pointer_proj.{rest}",
     "temporal_positional_encoding_projection_layer.{rest}", "mask_downsample.{w}",
@@ -155,11 +194,15 @@ NATIVE_VIDEO_PARTS = (
 )  # fmt: skip
 
 
-def _canonical_rules() -> Iterator[Rule]:
-    for (source, target), names in COPIES.items():
+def _copies(table: Mapping[tuple[str, str], str]) -> Iterator[Rule]:
+    for (source, target), names in table.items():
         for line in names.strip().splitlines():
             before, *after = line.split()
             yield Rule(source + before, (Placement(target + (after[0] if after else before)),))
+
+
+def _canonical_rules() -> Iterator[Rule]:
+    yield from _copies(COPIES)
     # Merged or never adapted, and adapters as older peft versions and its adapter files write them.
     layers, native = "language_model.model.layers.{i}.{linear}.", "mllm.model.language_model.layers.{i}.{linear}."
     for before, name in (("{w}", "base_layer.{w}"), ("lora_{ab}.weight", "lora_{ab}.default.weight")):
@@ -180,6 +223,10 @@ def _canonical_rules() -> Iterator[Rule]:
 
 
 CANONICAL_RULES = tuple(_canonical_rules())
+MEMORY_RULES = (
+    *_copies(MEMORY_COPIES),
+    *(Rule("grounding_encoder." + part, (Placement(part),)) for part in NATIVE_VIDEO_PARTS),
+)
 NATIVE_RULES = (
     *(Rule("grounding_encoder." + part, dropped=VIDEO) for part in NATIVE_VIDEO_PARTS),
     Rule("mllm.model.language_model.layers.{i}.{linear}.{w}",
@@ -282,6 +329,12 @@ def place(name: str, layout: Layout) -> tuple[list[Placement], str] | None:
             places = [replace(p, target=p.target.format(**match.groupdict())) for p in rule.placements]
             return places, rule.dropped
     return None
+
+
+def memory_name(name: str, layout: Layout) -> str | None:
+    """Return what Sam2VideoModel calls a file's key of video memory; None for every other key."""
+    found = place(name, replace(layout, rules=MEMORY_RULES))
+    return found[0][0].target if found else None
 
 
 def rows(tensor: Tensor, part: Part | None) -> Tensor:

@@ -92,7 +92,7 @@ class GroundingDecoder:
         size = max(1, len(sparse)) if torch.is_grad_enabled() else MASKS_AT_ONCE
         found = []
         for part, index in zip(sparse.split(size), image_index.split(size), strict=True):
-            masks, ious, scores = self.decode_candidates(part, levels, index)
+            masks, ious, scores, _ = self.decode_candidates(part, levels, index)
             chosen = ious.argmax(dim=-1)  # 0 where there is one candidate
             picked = masks[torch.arange(len(masks), device=masks.device), chosen]
             found.append((picked.float(), ious, chosen, scores))
@@ -100,12 +100,15 @@ class GroundingDecoder:
 
     def decode_candidates(
         self, sparse: Tensor, levels: list[Tensor], image_index: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all candidate logits (N, 3 or 1, Q, Q), predicted IoUs (N, 3 or 1) and object scores (N, 1)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return all candidates: logits (N, 3 or 1, Q, Q), predicted IoUs (N, 3 or 1), object scores (N, 1).
+
+        The last are the tokens (N, 3 or 1, C) that the candidates are read from.
+        """
         fine, middle, coarse = (level[image_index] for level in levels)
         dense = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(coarse)
         positions = self.sam.get_image_wide_positional_embeddings().to(coarse.dtype).expand(len(sparse), -1, -1, -1)
-        masks, ious, _, scores = self.sam.mask_decoder(
+        masks, ious, tokens, scores = self.sam.mask_decoder(
             image_embeddings=coarse,
             image_positional_embeddings=positions,
             sparse_prompt_embeddings=sparse,
@@ -113,7 +116,7 @@ class GroundingDecoder:
             multimask_output=not self.single_mask,
             high_resolution_features=[fine, middle],
         )
-        return masks[:, 0], ious[:, 0], scores[:, 0]
+        return masks[:, 0], ious[:, 0], scores[:, 0], tokens[:, 0]
 
     def point_prompts(self, points: Tensor) -> Tensor:
         """SAM 2's own prompt for one positive point an object: (N, 2) pixels in 0..S -> (N, 1, 2, C)."""
