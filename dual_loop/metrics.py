@@ -84,7 +84,7 @@ def boundary_f(pred: np.ndarray, target: np.ndarray) -> float:
 def _boundary(mask: np.ndarray) -> np.ndarray:
     """Return the pixels that differ from that to the right, below, or below to the right: (H, W) bool."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+    return np.asarray((mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:]))
 
 
 def _share_near(boundary: np.ndarray, other: np.ndarray, radius: int) -> float:

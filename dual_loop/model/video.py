@@ -1,8 +1,9 @@
 """SAM 2's memory: what a text names on the first frames of a clip is found again on all others, as Sa2VA does it.
 
-Every prompted frame is segmented from the [SEG] embeddings alone, as a single image is (``GroundingDecoder``). On a later
-frame nothing is asked: memory attention reads what the memory encoder made of the prompted frames and of the last six,
-with an object pointer for each of the last 15. Training has no use for these parts, so they are no part of ``Sa2VA``.
+Every prompted frame is segmented from the [SEG] embeddings alone, as a single image is (``GroundingDecoder``). A later
+frame is not prompted: memory attention reads what the memory encoder made of the prompted frames and of the last six,
+with object pointers of the prompted frames and of the last 15. Training has no use for these parts, so they are no part
+of ``Sa2VA``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TIME, OCCLUSION = "temporal_positional_encoding_projection_layer.", "occlusion_s
 
 
 class Tracker(Sam2VideoModel):  # type: ignore[misc]
-    """The memory of one model, (38 million parameters beside SAM 2 large).
+    """The memory of one model: 7.5 million parameters beside SAM 2 large.
 
     Args:
         model: encodes frames, and decodes masks; it is looked at and not changed.
@@ -79,7 +80,7 @@ class Tracker(Sam2VideoModel):  # type: ignore[misc]
                 for name, tensor in own.items():
                     tensor.copy_(weights[name])
         self.num_tensors = len(own)
-        self.to(model.device).eval()
+        self.eval().to(device=model.device)
 
     @torch.no_grad()
     def track(self, frames: Iterable[Tensor], count: int, prompts: Tensor, prompted: int) -> Iterator[Tensor]:
@@ -94,7 +95,9 @@ class Tracker(Sam2VideoModel):  # type: ignore[misc]
             (O, Q, Q) float32 mask logits of the next frame.
         """
         [model], device = self._models, prompts.device
-        session = Sam2VideoInferenceSession(inference_device=device, inference_state_device=device, dtype=torch.float32)
+        session: Any = Sam2VideoInferenceSession(
+            inference_device=device, inference_state_device=device, dtype=torch.float32
+        )
         session.processed_frames = range(count)  # it asks for their number alone: features are put into its cache
         for number in range(len(prompts)):
             session.obj_id_to_idx(number)
@@ -115,7 +118,9 @@ class Tracker(Sam2VideoModel):  # type: ignore[misc]
                     kept.get(number, {}).pop("high_res_masks", None)
                 outputs["non_cond_frame_outputs"].pop(number - self.config.max_object_pointers_in_encoder, None)
 
-    def _single_frame_forward(self, *, image_embeddings: list[Tensor], **_: object) -> Sam2VideoImageSegmentationOutput:
+    def _single_frame_forward(  # type: ignore[override]
+        self, *, image_embeddings: list[Tensor], **_: object
+    ) -> Sam2VideoImageSegmentationOutput:
         """Decode one object on one frame, (1, C, Q', Q') its coarsest level with memory, as :class:`Sa2VA` does.
 
         Unlike transformers' own, a mask stays where the object score is not positive; its pointer does not (as Sa2VA).
@@ -132,7 +137,7 @@ class Tracker(Sam2VideoModel):  # type: ignore[misc]
             mask = masks[first, best][:, None]
             return Sam2VideoImageSegmentationOutput(
                 pred_masks=mask,
-                high_res_masks=F.interpolate(mask, (self.image_size, self.image_size), mode="bilinear"),
+                high_res_masks=F.interpolate(mask, scale_factor=4.0, mode="bilinear"),
                 object_pointer=torch.where(scores > 0, pointer, self.no_object_pointer),
                 object_score_logits=scores[:, None],
             )

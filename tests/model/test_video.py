@@ -152,7 +152,7 @@ def test_every_key_of_the_real_size_has_its_place(golden: Any) -> None:
     """The 157 keys that an import drops are those of Sam2VideoModel's memory, name by name and shape by shape."""
     keys = json.loads((golden / "sa2va_4b_keys.json").read_text())["keys"]
     with torch.device("meta"):
-        off = {name: False for name in ("occlusion_spatial_embedding", "temporal_pos_encoding_for_object_pointers")}
+        off = dict.fromkeys(("occlusion_spatial_embedding", "temporal_pos_encoding_for_object_pointers"), False)
         own = Sam2VideoModel(Sam2VideoConfig(**{f"enable_{name}": value for name, value in off.items()})).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items() if not name.startswith(SHARED)}
     named = {memory_name(name, ORIGINAL): tuple(key["shape"]) for name, key in keys.items()}
