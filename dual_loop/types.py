@@ -56,6 +56,8 @@ class RegionSample:
         no_target: expressions of which the data set says that the image shows nothing.
         undrawn_captions: expressions of further regions of the image.
         fallbacks: N texts that step 2 reads where a written caption fails, None where there is none; or empty.
+        groups: N names of a part of the data set that is also measured alone, or "" each; or empty.
+        ignored: (H, W) bool, pixels that no measure counts and no mask has; None where all count.
     """
 
     source: str
@@ -72,6 +74,8 @@ class RegionSample:
     no_target: tuple[str, ...] = ()
     undrawn_captions: tuple[str, ...] = ()
     fallbacks: tuple[str | None, ...] = ()
+    groups: tuple[str, ...] = ()
+    ignored: np.ndarray | None = None
 
     @property
     def num_regions(self) -> int:
@@ -89,6 +93,7 @@ class RegionSample:
             later_targets=tuple((image, masks[kept]) for image, masks in self.later_targets),
             passed_over=(*self.passed_over, *passed_over.values()),
             fallbacks=tuple(self.fallbacks[place] for place in kept) if self.fallbacks else (),
+            groups=tuple(self.groups[place] for place in kept) if self.groups else (),
         )
 
     @property

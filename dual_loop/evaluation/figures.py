@@ -105,20 +105,16 @@ def referring_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
     """gIoU, cIoU, Pr@t over sentences; ``without_mask`` is the share of answers that asked for no mask.
 
     Where expressions have no target, as in GRES (2306.00968): gIoU and cIoU are over all, Pr@t over those with one;
-    ``N_acc`` is the share of those without that get an empty mask, ``T_acc`` of the others that do not.
+    ``N_acc`` is the share of those without that get an empty mask, ``T_acc`` of the others that do not. Groups of a
+    data set (``MeasuredRegion.group``) have gIoU and cIoU of their own.
     """
-    answers = [(region.image, answer) for region in regions for answer in region.answers]
-    if not answers:
+    if not any(region.answers for region in regions):
         return {"sentences": 0}
-    images, areas = [image for image, _ in answers], [(one.intersection, one.union) for _, one in answers]
-    inner, outer = zip(*areas, strict=True)
+    figures = _overlaps(regions)
+    for group in sorted({region.group for region in regions} - {""}):
+        figures |= {f"{k} {group}": v for k, v in _overlaps([one for one in regions if one.group == group]).items()}
     shown = [(region.image, sentence) for region in regions for sentence in region.sentences]
     own_images, found = [image for image, _ in shown], [sentence for _, sentence in shown]
-    figures: TaskFigures = {
-        "sentences": len(answers),
-        "gIoU": _figure(iou(inner, outer), images),
-        "cIoU": _figure(inner, images, outer),
-    }
     if shown:
         ious = iou([one.intersection for one in found], [one.union for one in found])
         figures |= {f"Pr@{least:g}": _figure(ious >= least, own_images) for least in PRECISION_THRESHOLDS}
@@ -127,6 +123,16 @@ def referring_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
         **figures,
         **_no_target_accuracy([(region.image, one) for region in regions for one in region.without_target], shown),
     }
+
+
+def _overlaps(regions: Sequence[MeasuredRegion]) -> TaskFigures:
+    images = [region.image for region in regions for _ in region.answers]
+    inner, outer = (
+        np.array([getattr(answer, area) for region in regions for answer in region.answers], float)
+        for area in ("intersection", "union")
+    )
+    ious = _figure(iou(inner, outer), images)
+    return {"sentences": len(images), "gIoU": ious, "cIoU": _figure(inner, images, outer)}
 
 
 def captioning_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:

@@ -100,6 +100,7 @@ class MeasuredRegion:
         trust: ``loop.spoken.trust`` of the caption, by the model and the independent listener, where there is one; None
             where it was not asked.
         greedy: the model's own caption, where ``caption`` is a better sample.
+        group: part of the data set that has figures of its own; empty where there is none.
     """
 
     name: str
@@ -120,6 +121,7 @@ class MeasuredRegion:
     without_target: list[SegmentedSentence] = field(default_factory=list)
     trust: float | None = None
     greedy: str | None = None
+    group: str = ""
 
     @property
     def answers(self) -> list[SegmentedSentence]:
@@ -160,7 +162,7 @@ class MeasuredRegion:
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
         absent |= {name for name in (*OTHER_LOOPS, "no_target", "trust", "greedy") if line[name] is None}
-        absent |= set() if self.without_target else {"without_target"}
+        absent |= {name for name in ("without_target", "group") if not line[name]}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}
         return {key: value for key, value in line.items() if key not in absent}
@@ -212,10 +214,11 @@ class MeasuredRegion:
 def blank_regions(sample: RegionSample, data: str) -> list[MeasuredRegion]:
     """Return the regions of ``sample``, which comes from the data set ``data``, with nothing measured yet."""
     image = f"{sample.source}/{sample.sample_id}"
-    parts = zip(sample.region_ids, sample.segmentation_masks, sample.captions, strict=True)
+    groups = sample.groups or ("",) * sample.num_regions
+    parts = zip(sample.region_ids, sample.segmentation_masks, sample.captions, groups, strict=True)
     return [
-        MeasuredRegion(f"{image}#{region}", image, data, encode_rle(mask), list(texts), own=place)
-        for place, (region, mask, texts) in enumerate(parts)
+        MeasuredRegion(f"{image}#{region}", image, data, encode_rle(mask), list(texts), own=place, group=group)
+        for place, (region, mask, texts, group) in enumerate(parts)
     ]
 
 
@@ -291,8 +294,7 @@ class RegionMeter:
     def _measure(self, samples: list[RegionSample], data: str) -> list[MeasuredRegion]:
         batch = batch_from_samples(samples, self.geometry, seed=self.config.train.seed).to(self.model.device)
         regions = [region for sample in samples for region in blank_regions(sample, data)]
-        # For each region the true masks of its image.
-        targets = [sample.segmentation_masks for sample in samples for _ in range(sample.num_regions)]
+        owners = [sample for sample in samples for _ in range(sample.num_regions)]
         with evaluating(self.model), self.autocast:
             seen = self.model.see(batch)
             if self.tasks & {"captioning", "loop"}:
@@ -306,7 +308,7 @@ class RegionMeter:
             texts = [None if region.rejected is not None else region.caption for region in regions]
             for name, listener in self.listeners.items():
                 with listener():
-                    for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
+                    for region, loop in zip(regions, self._close(texts, regions, owners, batch, seen), strict=True):
                         setattr(region, name, loop)
             for region in regions:
                 if region.trust is not None and region.independent is not None:
@@ -314,21 +316,23 @@ class RegionMeter:
             if self.hears_samples and "loop" in self.tasks:
                 drawn = [caption.samples[0] for caption in captions]
                 texts = [None if one.unreadable is not None else one.text for one in drawn]
-                for region, loop in zip(regions, self._close(texts, regions, targets, batch, seen), strict=True):
+                for region, loop in zip(regions, self._close(texts, regions, owners, batch, seen), strict=True):
                     region.sampled = loop
             nothing = [() if place else sample.no_target for sample in samples for place in range(sample.num_regions)]
             for name, said in (("sentences", [one.references for one in regions]), ("without_target", nothing)):
                 # Round k asks for the k-th sentence of every region that has one.
                 for number in range(max(map(len, said), default=0) if "referring" in self.tasks else 0):
                     texts = [self.protocol.clean(own[number]) if number < len(own) else None for own in said]
-                    answers = self._segment(texts, targets, batch, seen)
-                    for region, own, text, (count, mask) in zip(regions, targets, texts, answers, strict=True):
+                    answers = self._segment(texts, owners, batch, seen)
+                    for region, owner, text, (count, mask) in zip(regions, owners, texts, answers, strict=True):
                         if text is not None:
-                            target = own[region.own] if name == "sentences" else np.zeros_like(mask)
+                            target = (
+                                owner.segmentation_masks[region.own] if name == "sentences" else np.zeros_like(mask)
+                            )
                             getattr(region, name).append(_segmented(text, count, mask, target))
             if "no_target" in self.tasks:
                 texts = [text and self.protocol.clean(text) for text in texts_without_target(regions)]
-                answers = self._segment(texts, targets, batch, seen)
+                answers = self._segment(texts, owners, batch, seen)
                 for region, text, (count, mask) in zip(regions, texts, answers, strict=True):
                     if text is not None:
                         region.no_target = _segmented(text, count, mask, np.zeros_like(mask))
@@ -361,33 +365,37 @@ class RegionMeter:
         self,
         texts: Sequence[str | None],
         regions: Sequence[MeasuredRegion],
-        targets: Sequence[np.ndarray],
+        owners: Sequence[RegionSample],
         batch: Batch,
         seen: Seen,
     ) -> list[SegmentedCaption]:
         """Segment a caption of every region; None, one that was rejected, is an empty mask."""
         loops = []
-        for region, own, (_, mask) in zip(regions, targets, self._segment(texts, targets, batch, seen), strict=True):
+        for region, owner, (_, mask) in zip(regions, owners, self._segment(texts, owners, batch, seen), strict=True):
+            own = owner.segmentation_masks
             inner, outer = mask_overlap(np.broadcast_to(mask, own.shape), own)
             areas = int(inner[region.own]), int(outer[region.own])
             loops.append(SegmentedCaption(*areas, iou(inner, outer).tolist(), encode_rle(mask)))
         return loops
 
     def _segment(
-        self, texts: Sequence[str | None], targets: Sequence[np.ndarray], batch: Batch, seen: Seen
+        self, texts: Sequence[str | None], owners: Sequence[RegionSample], batch: Batch, seen: Seen
     ) -> list[tuple[int, np.ndarray]]:
-        """Ask one text of each region; return the number of masks, and (H, W) bool, joined as the protocol says."""
+        """Ask one text of each region; return the number of masks, and (H, W) bool, joined as the protocol says.
+
+        ``owners`` are the samples that the regions are of; a mask leaves out what is ignored there.
+        """
         answers = []
         logits = self.scorer.segment(batch, seen, list(enumerate(texts)), generated=self.protocol.seg == "generated")
-        for found, target in zip(logits, targets, strict=True):
-            height, width = target.shape[1:]
+        for found, owner in zip(logits, owners, strict=True):
+            height, width = owner.segmentation_masks.shape[1:]
             mask = np.zeros((height, width), bool)
             if len(found):
                 chosen = found[:1] if self.protocol.join == "first" else found
                 if self.protocol.undo_target_shift:
                     chosen = undo_target_shift(chosen.float(), (height, width))
                 full = resize_logits(chosen.float(), (height, width), self.geometry.grounding_size)
-                mask = (full > 0).any(0).cpu().numpy()
+                mask = (full > 0).any(0).cpu().numpy() & (True if owner.ignored is None else ~owner.ignored)
             answers.append((len(found), mask))
         return answers
 
@@ -450,6 +458,8 @@ def compare_predictions(
                 elif is_given:
                     raise
                 mask[:] = not target.any()
+            if sample.ignored is not None:
+                mask &= ~sample.ignored
             answers.append(_segmented(text, int(is_given), mask, target))
     return regions
 
