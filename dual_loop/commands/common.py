@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from dual_loop import __version__
 from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, load_config, overrides_from
 from dual_loop.config.derived import has_held_out_masks
-from dual_loop.data.names import DEFAULT_SPLIT_BY, SETTING_PREFIX, check_name
+from dual_loop.data.names import DEFAULT_SPLIT_BY, EVAL_SETS, SETTING_PREFIX, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
 from dual_loop.iteration import QUIET
 
@@ -138,7 +138,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=DEFAULT_CHECKPOINT)
     text = (
         "what to measure: refcoco:val, refcoco+:testA, refcocog:test (under --refcoco_dir or --eval_dir), "
-        "sav, sa1b, openimages, masks (their folders), or a .parquet file of references (default: what the run holds "
+        "sav, sa1b, openimages, masks (their folders), an evaluation set of the field under --eval_dir "
+        f"({', '.join(EVAL_SETS)}), or a .parquet file of references (default: what the run holds "
         "out, else what it trains on)"
     )
     parser.add_argument("--data", nargs="+", type=check_name, default=[], metavar="NAME", help=text)
@@ -333,6 +334,7 @@ def open_measured(
         ConfigError: a name is unknown, its folder is not given, or nothing is there.
     """
     from dual_loop.data.dataset_builder import open_source
+    from dual_loop.data.eval_sets import EvalSetReader
     from dual_loop.data.limits import use_limits
     from dual_loop.data.ref_parquet import RefParquet
     from dual_loop.data.refcoco import RefCoco
@@ -346,6 +348,10 @@ def open_measured(
         dataset, _, split = check_name(name).partition(":")
         if name.endswith(".parquet"):
             return RefParquet(name, data.refcoco_images, polygons)
+        if dataset in EVAL_SETS:
+            if data.eval_dir is None:
+                raise ConfigError(explain("the folder of a data set is not given", name, fix="set --eval_dir"))
+            return RefParquet(data.eval_dir) if dataset == "refcoco-m" else EvalSetReader(dataset, data.eval_dir, split)
         if dataset in DEFAULT_SPLIT_BY:
             root = data.refcoco_dir or data.eval_dir
             if root is None:

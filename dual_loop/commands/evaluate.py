@@ -56,16 +56,36 @@ def _evaluate(args: argparse.Namespace) -> int:
         measured = found
     from dual_loop.evaluation.figures import markdown_table
 
-    figures = measured.figures(tasks)
-    document = measured.finish("evaluation.json", {"figures": figures})
+    figures, submissions = measured.figures(tasks), _write_submissions(measured, tasks)
+    document = measured.finish("evaluation.json", {"figures": figures, **submissions})
     if args.json:
         print(document)
         return 0
     print(markdown_table(figures))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in measured.protocol.to_dict().items()))
+    for one in measured.data:
+        if protocol_of_set := getattr(one.source, "protocol", ""):
+            print(f"{one.name}: {protocol_of_set}")
+    for name, written in submissions.get("submissions", {}).items():
+        print(f"{name}: {written['captions']} captions in {written['file']} for {written['judge']}")
+        print("  The judge is not run here: it needs a language model.")
     print(f"weights: {measured.weights}")
     print(f"{len(measured.skipped)} entries or regions skipped; written to {measured.folder}")
     return 0
+
+
+def _write_submissions(measured: common.Measured, tasks: Sequence[str]) -> dict[str, dict[str, dict[str, object]]]:
+    """Write what the judges of evaluation sets read, a JSON of captions by region each, and say where and for whom."""
+    from dual_loop.training.run_folder import write_json
+
+    found: dict[str, dict[str, object]] = {}
+    for one in measured.data if {"captioning", "loop"} & set(tasks) else ():
+        if judge := getattr(one.source, "judge", ""):
+            captions = {region.name.rpartition("#")[2]: region.caption for region in measured.regions[one.name]}
+            write_json(measured.folder / f"{one.name}.json", captions)
+            found[one.name] = {"file": str(measured.folder / f"{one.name}.json"), "captions": len(captions)}
+            found[one.name]["judge"] = judge
+    return {"submissions": found} if found else {}
 
 
 def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measured:

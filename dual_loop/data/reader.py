@@ -67,6 +67,10 @@ class Reader:
     """Whether the classes of regions are known by name, for ``class_captions``."""
     contents = ""
     """What is there, in words, where the index knows it: images, regions, captions."""
+    protocol = ""
+    """What an evaluation set of the field fixes, printed with the result."""
+    judge = ""
+    """The program that reads the captions of an evaluation set, where there is one: the authors' own, with an LLM."""
     left_out: Mapping[str, int] = {}
     """What the files hold or name that is no entry, in words, and how many of each; 0 is not shown."""
     _names: Sequence[StringTable] = ()

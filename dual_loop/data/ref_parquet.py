@@ -1,9 +1,11 @@
-"""Reader of RefCOCO mirrors in parquet: the column layouts of ``jxu124/refcoco*`` and ``lmms-lab/RefCOCO*``.
+"""Reader of RefCOCO mirrors in parquet: the columns of ``jxu124/refcoco*``, ``lmms-lab/RefCOCO*`` and RefCOCO-M.
 
 * jxu124: one row a reference; ``image_id``, ``ref_id``, ``sentences`` (list of {sent, raw}), ``raw_anns`` and
   ``raw_image_info`` as JSON text. No pixels. Its files are named by split, and ``test`` there is RefCOCO's testA.
 * lmms-lab: one row an object with its picture: ``image`` ({bytes, path} or bytes), ``answer`` (expressions),
   ``segmentation`` (one polygon, or a list of them), ``question_id``. There is no train split.
+* ``moondream/refcoco-m``: one row a picture, ``image`` as above; ``samples`` is a list of objects with ``sentences``
+  (texts) and ``mask`` (a COCO run-length code). Read in code that loads it: its card names no columns of ``samples``.
 
 Needs pyarrow (``pip install 'dual-loop[parquet]'``). Reasons of :class:`~dual_loop.errors.SampleError`:
 ``missing_file``, ``truncated_file``, ``not_an_image``, ``unsafe_path``, ``bad_polygon``, ``broken_rle``,
@@ -15,6 +17,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,16 @@ from dual_loop.types import RegionSample
 
 JXU_COLUMNS = {"image_id", "ref_id", "sentences", "raw_anns", "raw_image_info"}
 LMMS_COLUMNS = {"image", "answer", "segmentation"}
+MOONDREAM_COLUMNS = {"image", "samples"}
 
 Row = Mapping[str, Any]
 
 
 class RefParquet(Reader):
-    """One parquet file of references, grouped by image.
+    """Parquet files of references, grouped by image.
 
     Args:
+        path: a file, or a folder of files of one layout (also in its ``data/``).
         images: folder of the COCO images, for files without pixels.
         polygons: ``union`` or ``summed``, see :class:`~dual_loop.data.refcoco.RefCoco`.
 
@@ -55,9 +60,12 @@ class RefParquet(Reader):
         self._decode = partial(decode_segmentation, summed=polygons == "summed")
         self._table = _open_table(self.path)
         columns = set(self._table.column_names)
-        self.has_pixels = columns >= LMMS_COLUMNS
+        self.has_pixels = columns >= LMMS_COLUMNS or columns >= MOONDREAM_COLUMNS
+        if columns >= MOONDREAM_COLUMNS:
+            self.protocol = "RefCOCO-M: gIoU and cIoU over all expressions, against its own masks"
         if not self.has_pixels and not columns >= JXU_COLUMNS:
-            expected = f"{', '.join(sorted(JXU_COLUMNS))}; or {', '.join(sorted(LMMS_COLUMNS))}"
+            layouts = (JXU_COLUMNS, LMMS_COLUMNS, MOONDREAM_COLUMNS)
+            expected = "; or ".join(", ".join(sorted(layout)) for layout in layouts)
             raise ConfigError(explain("not a known layout of references", str(path), sorted(columns), expected))
         if not self.has_pixels and images is None:
             raise ConfigError(explain("the file holds no pixels", str(path), fix="give --refcoco_images DIR"))
@@ -92,7 +100,7 @@ class RefParquet(Reader):
             SampleError: see the module; the reason of the first reference where none can be used.
         """
         _, rows = self._groups[index]
-        records = [self._record(row) for row in rows]
+        records, rows = self._records(rows)
         if self.has_pixels:
             stored = records[0]["image"]
             raw = stored.get("bytes") if isinstance(stored, Mapping) else stored
@@ -121,6 +129,19 @@ class RefParquet(Reader):
             raise SampleError(taken.passed_over[0].reason, taken.passed_over[0].message)
         ids, texts = [names[number] for number in taken.numbers], [captions[number] for number in taken.numbers]
         return self._sample(index, picture, taken, ids, texts)
+
+    def _records(self, rows: list[int]) -> tuple[list[Row], list[int]]:
+        """Return the objects of ``rows``, and the row of each."""
+        records = [self._record(row) for row in rows]
+        if "samples" not in self._table.column_names:
+            return records, rows
+        with of_content(f"{self.path}, row {rows[0]}: samples"):
+            found = [
+                ({"image": record["image"], "segmentation": one["mask"], "answer": one["sentences"]}, row)
+                for row, record in zip(rows, records, strict=True)
+                for one in record["samples"]
+            ]
+            return [record for record, _ in found], [row for _, row in found]
 
     def _record(self, row: int) -> Row:
         return dict(self._table.slice(row, 1).to_pylist()[0])
@@ -152,15 +173,19 @@ def _open_table(path: Path) -> Any:
         fix = "pip install 'dual-loop[parquet]'"
         raise EnvironmentProblem(explain("parquet files need pyarrow", str(path), "not installed", fix=fix)) from error
     try:
-        check_file(path)
-        batches, left = [], max_file_bytes()
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            for batch in file.iter_batches(batch_size=64):  # a column of one value is a few bytes at any length
-                batches.append(batch)
-                left -= batch.nbytes
-                if left < 0:
-                    raise RefusedFile(f"more than {max_file_bytes():,} bytes when it is unpacked (data.max_file_mb)")
+        batches, left, schema = [], max_file_bytes(), None
+        for part in sorted(chain(path.glob("*.parquet"), path.glob("data/*.parquet"))) if path.is_dir() else [path]:
+            check_file(part)
+            with parquet.ParquetFile(part) as file:
+                schema = schema or file.schema_arrow
+                for batch in file.iter_batches(batch_size=64):  # a column of one value is a few bytes at any length
+                    batches.append(batch)
+                    left -= batch.nbytes
+                    if left < 0:
+                        limit = f"{max_file_bytes():,} bytes when it is unpacked (data.max_file_mb)"
+                        raise RefusedFile(f"more than {limit}")
+        if schema is None:
+            raise FileNotFoundError("no *.parquet and no data/*.parquet")
         return pyarrow.Table.from_batches(batches, schema)
     except (OSError, ValueError, MemoryError, ArrowException) as error:
         raise ConfigError(explain("a parquet file cannot be read", str(path), error, fix="get it again")) from error

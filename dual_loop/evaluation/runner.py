@@ -79,9 +79,14 @@ class MeasuredData:
         return SkippedEntry(data=self.name, entry=entry, reason=fault.reason, message=message)
 
     def description(self) -> dict[str, object]:
-        """Return what identifies the data: name, size, first and last entry; and whether the run trained on it."""
+        """Return what identifies the data: name, size, first and last entry; and whether the run trained on it.
+
+        ``protocol`` and ``judge`` are those of an evaluation set of the field (``data.eval_sets``).
+        """
         ends = [self.source.entry_id(index) for index in {0, len(self) - 1}] if len(self) else []
-        return {"name": self.name, "entries": len(self), "ends": sorted(ends), "trained_on": self.trained_on}
+        found = {"name": self.name, "entries": len(self), "ends": sorted(ends), "trained_on": self.trained_on}
+        fixed = {key: getattr(self.source, key, "") for key in ("protocol", "judge")}
+        return found | {key: text for key, text in fixed.items() if text}
 
 
 def held_out(data: DataConfig) -> list[MeasuredData]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dual_loop.commands.common import open_measured
+from dual_loop.config import DataConfig
+from dual_loop.data.coco_masks import encode_rle
 from dual_loop.data.ref_parquet import RefParquet
 from dual_loop.errors import ConfigError, SampleError
 
@@ -111,3 +115,32 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(ConfigError, match="cannot be read"):
         RefParquet(tmp_path / "b.parquet")
+
+
+def test_refcoco_m(tmp_path: Path) -> None:
+    """A row is a picture with its objects, and a folder of parts is one set."""
+    stream = io.BytesIO()
+    picture().save(stream, "PNG")
+    masks = np.zeros((3, HEIGHT, WIDTH), bool)
+    for place, mask in enumerate(masks):
+        mask[: place + 1, :4] = True
+    objects = [{"sentences": [f"thing {place}", "it"], "mask": encode_rle(mask)} for place, mask in enumerate(masks)]
+    objects.append({"sentences": ["gone"], "mask": {"size": [HEIGHT, WIDTH], "counts": "x"}})
+    image = {"bytes": stream.getvalue(), "path": None}
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        row = {"image": image, "samples": objects[2 * part : 2 * part + 2], "image_id": part}
+        write(tmp_path / f"data/validation-0000{part}-of-00002.parquet", [row])
+    [one] = open_measured(["refcoco-m"], replace(DataConfig(), eval_dir=str(tmp_path)))
+    first, second = one.load(0, 0), one.load(1, 0)
+    assert first.captions == (("thing 0", "it"), ("thing 1", "it"))
+    assert np.array_equal(np.concatenate([first.masks, second.masks]), masks)
+    assert [region.reason for region in second.passed_over] == ["broken_rle"]
+    assert one.source.image_path(0) is None
+    assert "its own masks" in str(one.description()["protocol"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no \*\.parquet"):
+        RefParquet(tmp_path / "empty")
+    write(tmp_path / "odd.parquet", [{"image": image, "samples": [{"sentences": ["a"]}]}])
+    with pytest.raises(SampleError, match=r"odd\.parquet, row 0: samples.*KeyError: 'mask'"):
+        RefParquet(tmp_path / "odd.parquet").load_all(0)
