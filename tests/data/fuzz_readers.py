@@ -35,6 +35,7 @@ from video_maker import write_masklets, write_video
 
 from dual_loop.data import sav_video
 from dual_loop.data.coco_masks import encode_rle
+from dual_loop.data.eval_sets import EvalSetReader
 from dual_loop.data.images import open_image_file, read_picture
 from dual_loop.data.masks import decode_rle, decode_segmentation
 from dual_loop.data.masks_dir import MasksDir, read_mask_file
@@ -381,6 +382,13 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
         room.write("refcoco/refs(unc).p", refs)
         read_all(lambda: RefCoco(root, ("refcoco",), regions_per_image=4, index_dir=index), str(root))
 
+    def eval_set(name: str, file: str, picture: str) -> Callable[[bytes], None]:
+        def target(data: bytes) -> None:
+            root = room.fresh(**{file: data, picture: JPEG})
+            read_all(lambda: EvalSetReader(name, root), str(root))
+
+        return target
+
     def parquet_rows(row: Any) -> None:
         import pyarrow
         from pyarrow import parquet
@@ -462,6 +470,12 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
         "answer": ["a box"],
         "segmentation": POLYGON,
     }
+    objects = {"image": pixels["image"], "samples": [{"sentences": ["a box"], "mask": encode_rle(MASK)}] * 2}
+    shape = {"label": "ignore", "points": [[0, 0], [5, 0], [5, 5.5]]}
+    reasoned = {"text": ["a box"], "is_sentence": True, "shapes": [shape, shape | {"label": "target"}]}
+    grounded = {"idx": 1, "image_path": "1.jpg", "class_id": 2, "caption": "a box", "segmentation": encode_rle(MASK)}
+    region = {"index": 1, "mask_rle": encode_rle(MASK)}
+    captioned = [{"file_name": "1.jpg", "height": H, "width": W, "image_id": "1", "annotations": [region]}]
     members = {"./sa_1.jpg": JPEG, "./sa_1.json": dumped(SA1B), "./sa_2.jpg": JPEG, "./sa_2.json": dumped(SA1B)}
     parquet_file = folder / "whole.parquet"
     targets = {
@@ -481,7 +495,14 @@ def make_targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callab
         "refcoco.instances": (json_files(make_instances()), instances),
         "grefcoco": (json_files([ref | {"ann_id": [ref["ann_id"]]} for ref in make_refs()[:4]]), grefcoco),
         "refcoco.pickle": (pickles(), references),
-        "parquet.rows": (trees(row) | trees(pixels), parquet_rows),
+        "reasonseg": (json_files(reasoned), eval_set("reasonseg", "val/1.json", "val/1.jpg")),
+        "gseval": (
+            st.lists(json_files(grounded), max_size=3).map(b"\n".join),
+            eval_set("gseval", "GroundingSuite-Eval.jsonl", "1.jpg"),
+        ),
+        "dlc": (json_files(COCO), eval_set("dlc-bench", "annotations.json", "images/1.jpg")),
+        "paradlc": (json_files(captioned), eval_set("paradlc-bench", "annotations.json", "images/1.jpg")),
+        "parquet.rows": (trees(row) | trees(pixels) | trees(objects), parquet_rows),
         "sav.npz": (npz_files() | damaged(_pair()), pair),
         "sav.json": (json_files(masklets), sav_json),
         "sav.video": (damaged(video.read_bytes()), sav_video_file),

@@ -62,6 +62,26 @@ def test_saved_predictions_count_as_by_hand() -> None:
     assert figures["without_mask"]["value"] == 0.25
 
 
+def test_ignored_pixels_are_in_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer is the whole picture; what is ignored is in no intersection and in no union."""
+    model, prompter, config = small_model()
+    [sample] = scene_samples(1)
+    ignored = np.zeros(sample.masks.shape[1:], bool)
+    ignored[:20] = True
+    targets = sample.masks & ~ignored
+    sample = replace(sample, masks=targets, ignored=ignored, groups=("a",) * sample.num_regions)
+    answers = [torch.ones(1, *[model.mask_size] * 2)] * sample.num_regions
+    monkeypatch.setattr(Scorer, "segment", lambda *given, **options: answers)
+    for region, target in zip(RegionMeter(model, prompter, config).measure([sample], "set"), targets, strict=True):
+        assert region.group == "a"
+        assert region.cycle is not None
+        for answer in (region.cycle, *region.sentences):
+            assert (answer.intersection, answer.union) == (target.sum(), (~ignored).sum())
+    saved = {region: [encode_rle(np.ones_like(ignored))] for region in (f"{sample.source}/{sample.sample_id}#0",)}
+    [first, *_] = compare_predictions(sample, "set", saved, [])
+    assert first.sentences[0].union == (~ignored).sum()
+
+
 def test_the_shift_of_targets_taken_at_corners_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A student that answers with the targets it was given reaches more of the masks they came from."""
     model, prompter, config = small_model()
