@@ -265,6 +265,12 @@ def _contradictions(config: Config) -> Iterator[str]:
     train = config.train
     if train.parallel == "fsdp" and precision(config) == "fp16":
         yield "train.parallel: seen fsdp with fp16, whose loss scale knows no shards; expected ddp, or bf16"
+    packed = [f"model.quantize {config.model.quantize}"] if config.model.quantize != "none" else []
+    packed += [f"train.optimizer {train.optimizer}"] if train.optimizer != "adamw" else []
+    if packed and train.parallel == "fsdp":
+        yield f"train.parallel: seen fsdp with {' and '.join(packed)}, which cannot be sharded; expected ddp"
+    if config.model.quantize != "none" and "language_model" in config.model.trainable:
+        yield "model.trainable: seen language_model, whose matrices model.quantize packs and freezes; expected one"
     if (train.eval_strategy != "ends" or train.eval_interval or train.keep_best) and not has_held_out(config):
         needed = "data.eval_dir, data.eval_masks_dir or data.val_fraction"
         yield f"train.eval_strategy, eval_interval, keep_best: nothing to evaluate; expected {needed}"

@@ -46,6 +46,11 @@ class ModelConfig:
     template: str = setting("phi3_chat", "chat template", choices=TEMPLATES)
     single_mask: bool = setting(False, "use mask candidate 0 instead of the arg-max over three candidates")
     dtype: str = setting("bfloat16", "dtype of the frozen weights", choices=("float32", "bfloat16", "float16"))
+    quantize: str = flag(
+        "none",
+        "nf4: the language model's frozen matrices in four bits, on GPUs (extra quantize)",
+        choices=("none", "nf4"),
+    )
     attn_implementation: str = setting("sdpa", "attention of the vision-language part", choices=("sdpa", "eager"))
     trainable: tuple[str, ...] = setting(TRAINED, "parameter groups that train; see model.adapters", choices=GROUPS)
     train_embeddings: str = flag(

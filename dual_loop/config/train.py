@@ -23,6 +23,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(4, "micro-batches a step", "BATCHES", at_least=1)
     effective_batch: int | None = flag(None, "of a step, all ranks; sets the accumulation", "IMAGES", at_least=1)
     learning_rate: float = flag(1e-5, "peak learning rate of AdamW", "RATE", at_least=0, at_most=1)
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit: moments in eight bits, on GPUs (extra quantize)",
+        choices=("adamw", "adamw8bit"),
+    )
     lr_lora: float | None = flag(None, "peak of LoRA; none: --learning_rate", "RATE", at_least=0, at_most=1)
     lr_projector: float | None = flag(
         None, "peak of mlp1 and text_hidden_fcs; none: --learning_rate", "RATE", at_least=0, at_most=1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
 from dual_loop.model.prompts import IMAGE_CONTEXT, NEW_TOKENS, SEG, Prompter
+from dual_loop.model.quantize import quantize_frozen
 from dual_loop.model.recompute import checkpoint_first, requested_layers
 from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 
@@ -149,6 +151,8 @@ def build_model(
     wanted = requested_layers(config, model.num_layers)
     # Where memory decides, all layers are recomputed until it is known.
     checkpoint_first(model, model.num_layers if wanted is None else wanted)
+    if settings.quantize != "none":
+        model.after_loading.append(partial(quantize_frozen, model))
     if config.speed.accelerate:
         from dual_loop import accelerate  # here, so that the plain model needs nothing of it
 

@@ -48,6 +48,14 @@ def why_no_liger(device_type: str) -> str | None:
     return None
 
 
+def why_no_bitsandbytes(device_type: str) -> str | None:
+    """Return what packed weights and 8-bit moments lack on a ``"cpu"`` or ``"cuda"``, None where they can be."""
+    if device_type != "cuda":
+        return "bitsandbytes saves a GPU's memory, and on a CPU unpacks every matrix again for each product"
+    is_there = importlib.util.find_spec("bitsandbytes") is not None
+    return None if is_there else "the package bitsandbytes is not installed"
+
+
 def round_rows(count: int, device: torch.device) -> int:
     """Return how many rows a generation of ``count`` has on this device."""
     if device.type == "cpu":

@@ -18,14 +18,14 @@ from torch import nn
 
 from dual_loop.config import Config, precision
 from dual_loop.errors import EnvironmentProblem, listed
-from dual_loop.model.hardware import has_native_bfloat16, why_no_liger
+from dual_loop.model.hardware import has_native_bfloat16, why_no_bitsandbytes, why_no_liger
 from dual_loop.preflight.data_checks import check_captions
 from dual_loop.preflight.findings import NOTE, OK, PROBLEM, WARNING, Finding
 from dual_loop.training.devices import available_cores, choose_device, device_type, why_no_kernel
 from dual_loop.training.memory import GIB, estimate_memory, free_memory
 from dual_loop.training.run_folder import foreign_files, versions
 
-PRESETS = {24: "sa2va_4b_24gb", 48: "sa2va_4b_48gb", 80: "sa2va_4b_80gb"}
+PRESETS = {size: f"sa2va_4b_{size}gb" for size in (12, 16, 24, 48, 80)}
 USABLE_SHARE = 0.9
 """Of a device's memory: the rest goes to the context, to fragments and to what the estimate leaves out."""
 COPIES_OF_TRAINED = 4
@@ -101,7 +101,7 @@ def check_device(config: Config) -> Iterator[Finding]:
 
 
 def check_kernels(config: Config) -> Iterator[Finding]:
-    """Look for what ``speed.liger`` and ``speed.sdpa_kernel`` need."""
+    """Look for what ``speed.liger``, ``speed.sdpa_kernel`` and packed numbers need."""
     kind = device_type(config)
     if config.speed.liger:
         missing, fix = why_no_liger(kind), 'pip install "dual-loop[liger]", or speed.liger=False'
@@ -109,6 +109,13 @@ def check_kernels(config: Config) -> Iterator[Finding]:
             yield Finding(PROBLEM, "device", f"speed.liger: {missing}", fix)
         else:
             yield Finding(OK, "device", "Liger's kernels can be used")
+    for name, value, plain in (
+        ("--quantize", config.model.quantize, "none"),
+        ("--optimizer", config.train.optimizer, "adamw"),
+    ):
+        if value != plain and (missing := why_no_bitsandbytes(kind)) is not None:
+            fix = f'{name} {plain}, or on a GPU: pip install "dual-loop[quantize]"'
+            yield Finding(PROBLEM, "device", f"{name} {value}: {missing}", fix)
     reason = why_no_kernel(config, kind)
     if reason is not None:
         yield Finding(PROBLEM, "device", f"speed.sdpa_kernel: {reason}", "speed.sdpa_kernel=auto")

@@ -68,6 +68,8 @@ class Trained:
         choose_arithmetic(self.config, device.type)
         model, prompter = rebuild(self.config, self.sources, device)
         origin = dict(self.origin)
+        if self.config.model.quantize != "none":
+            origin["frozen"] = f"whole (trained over {self.config.model.quantize})"
         if self.saved is not None:
             origin["sha256"] = fill(model, self.saved, self.weights)
         elif self.sources[-1].is_file():

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from dual_loop.config import Config, caption_gradient, listener_paths, precision
+from dual_loop.config import Config, TrainConfig, caption_gradient, listener_paths, precision
 from dual_loop.losses import LOGITS_AT_ONCE
+from dual_loop.model import quantize
 from dual_loop.model.build import geometry
 from dual_loop.model.decode import CACHE_SHARE, head_width, row_bytes
 from dual_loop.model.hardware import GPU_ROWS, autocast
@@ -48,7 +49,8 @@ class MemoryEstimate:
     """Bytes of one process, by part; rough, for choosing a batch size."""
 
     frozen: int
-    trained: int  # float32; gradients and average take as much again, Adam's moments twice that
+    trained: int  # float32; gradients and average take as much again
+    moments: int  # of Adam
     buckets: int  # of DDP, on several ranks
     listeners: int  # trained parameters of those that were trained apart
     language: int  # what the decoder layers keep at their fullest moment
@@ -62,7 +64,7 @@ class MemoryEstimate:
     @property
     def state(self) -> int:
         """Bytes that are there whatever the batch is."""
-        return self.frozen + 5 * self.trained + self.buckets + self.listeners
+        return self.frozen + 3 * self.trained + self.moments + self.buckets + self.listeners
 
     @property
     def training(self) -> int:
@@ -84,7 +86,7 @@ class MemoryEstimate:
             "frozen parameters": self.frozen,
             "trained parameters (fp32)": self.trained,
             "gradients (fp32)": self.trained,
-            "Adam moments (fp32)": 2 * self.trained,
+            "Adam moments": self.moments,
             "weight average (fp32)": self.trained,
             "DDP buckets (fp32)": self.buckets,
             "listeners (fp32)": self.listeners,
@@ -168,8 +170,9 @@ class MemoryEstimator:
         scored = min(MASKS_AT_ONCE, objects * captions_written(config))
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return MemoryEstimate(
-            frozen=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
+            frozen=sum(frozen_bytes(name, p, config) for name, p in model.named_parameters() if not p.requires_grad),
             trained=trained,
+            moments=round(moment_share(config.train) * trained),
             buckets=trained if self.world_size > 1 else 0,
             listeners=trained * len(listener_paths(config)),
             language=0,
@@ -216,6 +219,20 @@ class MemoryEstimator:
         return LayerPlan(chosen, self.layers, "memory", images, free, needs, bool(fitting))
 
 
+def frozen_bytes(name: str, parameter: Tensor, config: Config) -> int:
+    """Return the bytes of a frozen parameter, packed where ``model.quantize`` packs it."""
+    is_packed = config.model.quantize == "nf4" and name.endswith(".base_layer.weight")
+    return round(parameter.numel() * (quantize.BYTES if is_packed else parameter.element_size()))
+
+
+def moment_share(config: TrainConfig) -> float:
+    """Return the bytes of Adam's two moments, as a part of the float32 parameters'.
+
+    In eight bits each block of 256 values has a float32 beside it (2110.02861).
+    """
+    return 2.0 if config.optimizer == "adamw" else 2 * (1 + 4 / 256) / 4
+
+
 def estimators(
     config: Config, model: Any, device_type: str | None = None, world_size: int = 1
 ) -> Sequence[MemoryEstimator]:
@@ -256,7 +273,7 @@ def decide_by_memory(
     if first.wanted is not None and not first.is_choice:
         return LayerPlan(first.wanted, first.layers, "setting", first.config.train.batch_size)
     accelerator.wait_for_everyone()  # a rank that is still loading has not taken its memory yet
-    free = free_memory(first.config, accelerator.device) - still_to_come(accelerator, optimizer)
+    free = free_memory(first.config, accelerator.device) - still_to_come(accelerator, optimizer, first.config.train)
     plans = gather_objects(accelerator, first_that_fits(choices, max(free, 0.0)))
     plan = max(plans, key=lambda plan: (-plan.images, plan.recomputed))
     checkpoint_first(first.model, plan.recomputed)
@@ -454,11 +471,11 @@ def _group_memory(otherwise: float, root: Path = CGROUP) -> float:
     return otherwise if limit == "max" else float(int(limit) - used + int(counters.get("inactive_file", 0)))
 
 
-def still_to_come(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> float:
+def still_to_come(accelerator: Accelerator, optimizer: torch.optim.Optimizer, config: TrainConfig) -> float:
     """Return the bytes of gradients and Adam moments that do not exist before the first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
     size = float(sum(parameter.numel() * parameter.element_size() for parameter in own))
     # With several ranks gradients live in DDP's buckets, which exist already.
     gradients = 0.0 if accelerator.num_processes > 1 else size
-    return gradients + (0.0 if optimizer.state else 2 * size)
+    return gradients + (0.0 if optimizer.state else moment_share(config) * size)

@@ -30,8 +30,8 @@ GROUP_RATES = {
 """The setting that a group of ``model.adapters`` takes its peak learning rate from, where that is set."""
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (1711.05101) over ``parameters``, in a group for each peak learning rate (``peak``) and decay.
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW (1711.05101; moments in eight bits: 2110.02861), in a group for each peak rate and decay.
 
     Matrices (2 dimensions and more) decay by ``config.weight_decay``; biases, norms and other vectors do not. Sa2VA
     decays everything; pulling a norm's scale towards zero regularises nothing, so this package leaves vectors alone.
@@ -42,13 +42,17 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig)
         peak = config.learning_rate if own is None else own
         decay = config.weight_decay if parameters[name].ndim >= 2 else 0.0
         groups.setdefault((peak, decay), []).append((name, parameters[name]))
+    own_groups = [{"params": own, "peak": peak, "weight_decay": decay} for (peak, decay), own in groups.items()]
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8}
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes  # an extra
+
+        packed: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(own_groups, **options)
+        return packed
     # One kernel updates all parameters, but none takes sharded and whole ones in one list.
     has_shards = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-    options: dict[str, Any] = {"foreach": False} if has_shards else {"fused": True}
-    options |= {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8}
-    return torch.optim.AdamW(
-        [{"params": own, "peak": peak, "weight_decay": decay} for (peak, decay), own in groups.items()], **options
-    )
+    options |= {"foreach": False} if has_shards else {"fused": True}
+    return torch.optim.AdamW(own_groups, **options)
 
 
 def by_dimensions(parameters: Mapping[str, Any]) -> list[str]:

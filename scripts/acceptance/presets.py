@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from dual_loop.config import load_config, resolve_config_path
+from dual_loop.model.hardware import why_no_bitsandbytes
 
 from acceptance.found import Asked, Found
 from acceptance.step import GIB, TINY, variant
 from bench.setup import Setting
 
-CARDS = {"sa2va_4b_24gb": 23.5, "sa2va_4b_48gb": 47.4, "sa2va_4b_80gb": 79.1}
-"""GiB that the smallest cards of that size have (RTX 4090, A6000, H100)."""
+CARDS = {f"sa2va_4b_{size}gb": gib for size, gib in ((12, 11.7), (16, 14.6), (24, 23.5), (48, 47.4), (80, 79.1))}
+"""GiB that the smallest cards of that size have (RTX 3060, T4, RTX 4090, A6000, H100)."""
 CONTEXT = 0.6
 """GiB that CUDA and its libraries take beside the tensors."""
 
@@ -20,6 +21,10 @@ def run(asked: Asked, found: Found) -> None:
     for name, card in CARDS.items():
         preset = load_config(resolve_config_path("tiny_cpu" if asked.is_tiny else name))
         train = preset.train
+        missing = why_no_bitsandbytes("cuda") if train.optimizer != "adamw" else None
+        if missing is not None:
+            found.note(f"{name} is left out: {missing}")
+            continue
         buckets = 4 * trained_values(preset.model.lora_r, asked.is_tiny) / GIB
         cap = card - CONTEXT - buckets
         changes = {"speed.memory_gib": cap, "loop.rollout_batch_size": preset.loop.rollout_batch_size}

@@ -19,7 +19,7 @@ from dual_loop.preflight.dry_run import meta_tokenizer  # noqa: E402
 from dual_loop.training.memory import GIB, estimate_memory  # noqa: E402
 
 NAMES = (
-    *("sa2va_4b_full", "sa2va_4b_smoke", "sa2va_4b_24gb", "sa2va_4b_48gb", "sa2va_4b_80gb"),
+    *("sa2va_4b_full", "sa2va_4b_smoke", *(f"sa2va_4b_{size}gb" for size in (12, 16, 24, 48, 80))),
     *("tiny_cpu", "tiny_demo"),
 )
 

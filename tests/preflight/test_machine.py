@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dual_loop.config import CONFIG_DIR, Config, load_config, resolve_config_path
+from dual_loop.errors import EnvironmentProblem
 from dual_loop.preflight import machine
 from dual_loop.preflight.findings import OK, PROBLEM, WARNING
 
@@ -40,6 +42,26 @@ def test_fp16_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (finding.level, "there is none" in finding.what) == (PROBLEM, True)
         monkeypatch.setattr(machine, "device_type", lambda config: "cuda")
         assert [finding.level for finding in machine.check_precision(config)] == [OK]
+
+
+@pytest.mark.parametrize("flags", [{"model.quantize": "nf4"}, {"train.optimizer": "adamw8bit"}])
+def test_packed_numbers_are_refused_on_a_cpu_with_the_reason(flags: dict[str, str], tmp_path: Path) -> None:
+    config = load_config(resolve_config_path("tiny_cpu"), {**flags, "train.output_dir": str(tmp_path / "run")})
+    with pytest.raises(
+        EnvironmentProblem, match=f"{next(iter(flags.values()))}: bitsandbytes saves a GPU's memory, and"
+    ):
+        machine.require_ready(config)
+
+
+def test_packed_numbers_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device_type", lambda config: "cuda")
+    config = load_config(resolve_config_path("sa2va_4b_12gb"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = [finding for finding in machine.check_kernels(config) if finding.level == PROBLEM]
+    assert ["is not installed" in finding.what for finding in found] == [True, True]
+    assert ['"dual-loop[quantize]"' in finding.fix for finding in found] == [True, True]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert not [finding for finding in machine.check_kernels(config) if finding.level == PROBLEM]
 
 
 def test_no_space_and_no_write_access(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

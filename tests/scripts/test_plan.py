@@ -140,7 +140,7 @@ def test_checkpointing_trades_memory_for_operations(small: CountedStep) -> None:
 def test_memory_parts_add_up(small: CountedStep) -> None:
     assert sum(memory_parts(small).values()) == pytest.approx(small.peak)
     assert small.training["other"] < 4 * small.trained, "gradients are part of the state, and counted once"
-    assert small.state["Adam moments (fp32)"] == 8 * small.trained
+    assert small.state["Adam moments"] == 8 * small.trained
     config = load_config(resolve_config_path("tiny_cpu"))
     meta = build_model(config, build_tokenizer(config.model), device="meta")
     assert MemoryEstimator(config, meta, world_size=2).estimate(0).rows()["DDP buckets (fp32)"] == 4 * small.trained

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from dual_loop.accelerate import cpu
-from dual_loop.config import Config, ConfigError, load_config, resolve_config_path
+from dual_loop.config import Config, ConfigError, TrainConfig, load_config, resolve_config_path
 from dual_loop.model.build import build_model, build_tokenizer, geometry
 from dual_loop.preflight.dry_run import dry_run
 from dual_loop.training import memory
@@ -122,10 +122,10 @@ def test_gradients_and_moments_are_set_aside() -> None:
     weights = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.AdamW([weights])
     accelerator = Accelerator(cpu=True)
-    assert memory.still_to_come(accelerator, optimizer) == 3 * 4000
+    assert memory.still_to_come(accelerator, optimizer, TrainConfig()) == 3 * 4000
     weights.sum().backward()
     optimizer.step()
-    assert memory.still_to_come(accelerator, optimizer) == 4000
+    assert memory.still_to_come(accelerator, optimizer, TrainConfig()) == 4000
 
 
 def test_a_stated_size_counts_what_is_used_already_and_a_container_has_its_own_limit(tmp_path: Path) -> None:

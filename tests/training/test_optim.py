@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
@@ -115,6 +116,35 @@ def test_a_resumed_optimizer_takes_groups_and_rates_of_this_start_and_keeps_mome
     assert {names: group["peak"] for names, group in groups.items()} == {(lora,): 0.4, (fcs,): 0.2, (bias,): 0.2}
     assert {names: group["weight_decay"] for names, group in groups.items()} == {(lora,): 0.3, (fcs,): 0.3, (bias,): 0}
     assert {group["betas"] for group in second.param_groups} == {(0.7, 0.95)}
+
+
+def test_moments_in_eight_bits_are_resumed_bit_for_bit() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra quantize)")
+    config = TrainConfig(optimizer="adamw8bit", learning_rate=0.01)
+    start = {"large": torch.randn(80, 80), "small": torch.randn(3)}
+
+    def steps(optimizer: torch.optim.Optimizer, own: dict[str, torch.nn.Parameter], numbers: range) -> None:
+        for number in numbers:
+            for parameter in own.values():
+                parameter.grad = parameter.detach() * 0.1 + torch.sin(torch.arange(parameter.numel()) + number).view_as(
+                    parameter
+                )
+            optimizer.step()
+
+    straight = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+    optimizer = build_optimizer(straight, config)
+    steps(optimizer, straight, range(3))
+    state = {name: parameter.detach().clone() for name, parameter in straight.items()}
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    steps(optimizer, straight, range(3, 6))
+    resumed = {name: torch.nn.Parameter(value) for name, value in state.items()}
+    second = build_optimizer(resumed, config)
+    load_optimizer(second, torch.load(file, weights_only=True), resumed)
+    assert second.state[resumed["large"]]["state1"].dtype == torch.uint8
+    steps(second, resumed, range(3, 6))
+    assert all(torch.equal(straight[name], resumed[name]) for name in start)
 
 
 def test_finite_values_pass() -> None:
