@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -207,7 +208,11 @@ class WidenedLinear(nn.Linear):
 
 
 def _frozen_linears(model: nn.Module, dtypes: Collection[torch.dtype]) -> list[nn.Linear]:
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    # DoRA looks at the matrix that it adapts in every forward pass.
+    read = {
+        module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer) and module.lora_variant
+    }
+    layers = [module for module in model.modules() if type(module) is nn.Linear and module not in read]
     return [layer for layer in layers if layer.weight.dtype in dtypes and not layer.weight.requires_grad]
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +39,7 @@ from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.iteration import progress_bar
-from dual_loop.model.adapters import LORA_TARGETS
+from dual_loop.model.adapters import lora_config, lora_scale
 from dual_loop.model.sa2va import Sa2VA
 
 if TYPE_CHECKING:
@@ -90,8 +89,7 @@ def export_weights(
     if file_format in ("original-trimmed", "adapter"):
         state = {name: state[name] for part in TRIMMED_ORDER for name in state if part in name}
     is_merged = merge_lora or file_format in MERGED
-    scale = config.model.lora_alpha / config.model.lora_r
-    tensors = _cast(merged(state, scale) if is_merged else state.items(), dtype)
+    tensors = _cast(merged(state, lora_scale(config.model)) if is_merged else state.items(), dtype)
     if file_format == "adapter":
         return _write_adapter(model, dict(tensors), out, config)
     if file_format == "hf-native":
@@ -132,14 +130,21 @@ def check_target(out: Path, file_format: str, merge_lora: bool) -> None:
 
 
 def merged(state: Mapping[str, Tensor], scale: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield the native tensors with ``W + scale * B A`` in place of base and adapters, one at a time, in W's dtype."""
+    """Yield the native tensors with ``W + scale * B A`` in place of base and adapters, one at a time, in W's dtype.
+
+    DoRA's magnitudes are the norms of its rows.
+    """
     for name, tensor in state.items():
-        if LORA_A in name or LORA_B in name:
+        if ".lora_" in name:
             continue
         down = state.get(name.replace(BASE, LORA_A)) if BASE in name else None
         if down is not None:
             up = state[name.replace(BASE, LORA_B)]
-            tensor = (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
+            whole = tensor.float() + scale * (up.float() @ down.float())
+            magnitude = state.get(name.replace(BASE, ".lora_magnitude_vector.default."))
+            if magnitude is not None:
+                whole *= (magnitude.float() / whole.norm(dim=1))[:, None]
+            tensor = whole.to(tensor.dtype)
         yield name, tensor
 
 
@@ -237,20 +242,17 @@ def _write_native(
 
 def _write_adapter(model: Sa2VA, state: Mapping[str, Tensor], out: Path, config: Config) -> int:
     settings = config.model
-    lora = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(LORA_TARGETS),
+    lora = lora_config(
+        settings,
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.train.pretrained_pth or config.train.model_path or settings.name,
     )
     lora.save_pretrained(str(out))
-    adapters = {
-        f"{PEFT_WRAPPER}model.{name.removeprefix(LANGUAGE).replace('.default.', '.')}": _own(tensor)
-        for name, tensor in state.items()
-        if ".lora_" in name
-    }
+    adapters = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            key = name.removeprefix(LANGUAGE).replace(".default.", ".").replace("_vector.weight", "_vector")
+            adapters[f"{PEFT_WRAPPER}model.{key}"] = _own(tensor)
     # Rows of the vocabulary tables are needed only where they trained.
     tables_train = model.new_token_rows is not None or model.mllm.lm_head.weight.requires_grad
     left_out = (".lora_",) if tables_train else (".lora_", *TABLES)

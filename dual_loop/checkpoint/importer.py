@@ -35,7 +35,7 @@ from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_che
 from dual_loop.config import Config
 from dual_loop.errors import CheckpointError, explain, listed
 from dual_loop.iteration import progress_bar
-from dual_loop.model.adapters import trainable_parameters
+from dual_loop.model.adapters import GROUPS, reset_magnitudes, trainable_parameters
 from dual_loop.model.build import TINY_WEIGHTS, build_model, build_tokenizer
 from dual_loop.model.prompts import NEW_TOKENS
 from dual_loop.model.sa2va import Sa2VA
@@ -44,7 +44,8 @@ from dual_loop.model.sa2va_api import VideoLLaVASAMModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LORA = (".lora_A.", ".lora_B.")
+LORA = GROUPS["lora"]
+MAGNITUDE = ".lora_magnitude_vector"
 NEW_ROWS = "new_token_rows."
 OWN_MODULE = "text_hidden_fcs."
 TABLES = ("mllm.model.language_model.embed_tokens.weight", "mllm.lm_head.weight")
@@ -123,6 +124,7 @@ class _Source:
             found = place(name, self.layout)
             if found is None or (own is not None and any(p.target not in own for p in found[0])):
                 near = self._nearest(name, own or {}) if len(self.problems) < SHOWN else ""
+                near = " (DoRA adapters: set --use_dora on)" if MAGNITUDE in name else near
                 self.problems.append(f"unknown key {name}{near}")
                 continue
             self.places[name], dropped = found
@@ -285,6 +287,8 @@ def load_weights(
             _draw_rows(own, num_new)
         if model.new_token_rows is not None and not any(target.startswith(NEW_ROWS) for target in filled):
             model.new_token_rows.read_tables(model.mllm.get_input_embeddings(), model.mllm.lm_head)
+        if not any(MAGNITUDE in target for target in filled):
+            reset_magnitudes(model)
     return ImportReport([source.report(hash_files) for source in sources], len(filled), fresh, missing, num_new)
 
 
@@ -306,6 +310,9 @@ def read_trained(
     own: Mapping[str, Tensor] = model.state_dict()
     sources, problems = _open_all(paths, own, tokenizer)
     values = {name: torch.zeros_like(parameter) for name, parameter in trainable_parameters(model).items()}
+    for name, value in values.items():
+        if MAGNITUDE in name:  # 0 would be no matrix at all
+            value.copy_(own[name.replace(f"{MAGNITUDE}.default", ".base_layer")].float().norm(dim=1))
     brought = {target for source in sources for target in source.targets}
     has_lora = any(part in target for target in brought for part in LORA)
     needed = [name for name in values if has_lora or not any(part in name for part in LORA)]

@@ -95,6 +95,7 @@ COPIES = {
         layers.{i}.{norm}.weight
         layers.{i}.{linear}.base_layer.{w}
         layers.{i}.{linear}.lora_{ab}.default.weight
+        layers.{i}.{linear}.lora_magnitude_vector.default.weight
     """,
     (SAM, "grounding_encoder."): """
         no_mem_embed                           no_memory_embedding
@@ -205,7 +206,12 @@ def _canonical_rules() -> Iterator[Rule]:
     yield from _copies(COPIES)
     # Merged or never adapted, and adapters as older peft versions and its adapter files write them.
     layers, native = "language_model.model.layers.{i}.{linear}.", "mllm.model.language_model.layers.{i}.{linear}."
-    for before, name in (("{w}", "base_layer.{w}"), ("lora_{ab}.weight", "lora_{ab}.default.weight")):
+    magnitude = "lora_magnitude_vector"
+    for before, name in (
+        ("{w}", "base_layer.{w}"),
+        ("lora_{ab}.weight", "lora_{ab}.default.weight"),
+        (magnitude, f"{magnitude}.default.weight"),
+    ):
         yield Rule(layers + before, (Placement(native + name),), alias=True)
     attention = "mllm.model.vision_tower.encoder.layer.{i}.attention."
     parts = tuple(Placement(f"{attention}{name}_proj.{{w}}", (k, 3)) for k, name in enumerate("qkv"))
@@ -282,7 +288,6 @@ REFUSED = {
         r"language_model\.(base_model\.model\.)?model\.(tok_embeddings|layers\.\d+\.attention\.wqkv)"
     ),
     "a Qwen-VL model (Sa2VA-Qwen2.5-VL, Sa2VA-Qwen3-VL)": r"(^|\.)visual\.(blocks|patch_embed|merger)",
-    "DoRA adapters (peft's merge_and_unload() makes plain weights of them)": r"\.lora_magnitude_vector",
 }
 """Architectures that share prefixes with ours and would load in part, by a pattern of their keys."""
 
@@ -301,7 +306,7 @@ def find_refused(names: Iterable[str]) -> tuple[str, str] | None:
 
 def canonical_name(name: str, layout: Layout) -> str:
     """Rewrite a file's key to the canonical name; an adapter may have any name there."""
-    name = re.sub(r"(\.lora_[AB]\.)\w+(\.weight)$", r"\1default\2", name)
+    name = re.sub(r"(\.lora_(?:[AB]|magnitude_vector)\.)\w+(\.weight)$", r"\1default\2", name)
     for before, after in layout.renames:
         name = name.replace(before, after)
     for before, after in layout.prefixes:

@@ -62,6 +62,8 @@ class ModelConfig:
         128, "rank of LoRA, on every linear layer of the language model but the head", "RANK", at_least=1, at_most=2**16
     )
     lora_alpha: int = flag(256, "LoRA is scaled by alpha / rank", at_least=1)
+    use_rslora: bool = flag(False, "scale LoRA by alpha / the root of the rank (2312.03732)", "on|off")
+    use_dora: bool = flag(False, "train a magnitude of each row of W + BA beside LoRA (2402.09353); slower", "on|off")
     lora_dropout: float = setting(0.05, "dropout before LoRA", "FRACTION", **SHARE)
     gradient_checkpointing: bool = setting(True, "recompute activations where speed.checkpoint_layers says so")
     initial_weights: str | None = setting(None, "without --pretrained_pth; tiny: those in the package, none: random")

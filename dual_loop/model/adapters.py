@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dual_loop.config import ModelConfig
 from dual_loop.errors import ConfigError, explain
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "lora": (".lora_A.", ".lora_B."),
+    "lora": (".lora_A.", ".lora_B.", ".lora_magnitude_vector."),
     "mlp1": ("mllm.model.multi_modal_projector.",),
     "mask_decoder": ("grounding_encoder.mask_decoder.",),
     "text_hidden_fcs": ("text_hidden_fcs.",),
@@ -40,13 +44,41 @@ def without_mask_gradient(single_mask: bool) -> tuple[str, ...]:
     return (*IOU_HEADS, *(f"mask_decoder.output_hypernetworks_mlps.{index}." for index in unused))
 
 
-def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
+def lora_config(settings: ModelConfig, **further: Any) -> LoraConfig:
+    """Return what peft calls the adapters of these settings."""
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        target_modules=list(LORA_TARGETS),
+        bias="none",
+        **further,
+    )
+
+
+def lora_scale(settings: ModelConfig) -> float:
+    """Return what the product B A is multiplied with."""
+    return settings.lora_alpha / (math.sqrt(settings.lora_r) if settings.use_rslora else settings.lora_r)
+
+
+def add_lora(language_model: nn.Module, settings: ModelConfig) -> None:
     """Wrap every linear layer of the language model with LoRA, in place (the head is outside and stays plain).
 
     Names become ``...q_proj.base_layer.weight`` and ``...q_proj.lora_A.default.weight``, as in Sa2VA's checkpoints.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none")
-    inject_adapter_in_model(config, language_model)
+    inject_adapter_in_model(lora_config(settings), language_model)
+
+
+@torch.no_grad()
+def reset_magnitudes(model: nn.Module) -> None:
+    """Give DoRA's magnitudes the norms of the rows as they are now, so that they change nothing yet."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and layer.lora_variant:
+            base = cast(nn.Linear, layer.get_base_layer())
+            row = base.weight.float() + layer.get_delta_weight("default").float()
+            layer.lora_magnitude_vector["default"].get_parameter("weight").copy_(row.norm(dim=1))
 
 
 @contextmanager

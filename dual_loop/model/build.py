@@ -116,7 +116,7 @@ def build_model(
         with empty():
             mllm = InternVLForConditionalGeneration(internvl_config(settings, tokenizer))
             mllm.tie_weights()  # part of the drawing
-        add_lora(mllm.model.language_model, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
+        add_lora(mllm.model.language_model, settings)
     with torch.device(device), local_torch_dtype(torch.float32), empty():
         sam = Sam2Model(sam2_config(settings.sam2))
         # One random matrix encodes positions of prompts and of the image; transformers draws it twice.

@@ -14,7 +14,8 @@ WEIGHT_PATHS = ("train.pretrained_pth", "train.model_path", "train.sam2_path", "
 """The files may move; what is in them is compared by a hash."""
 
 REFUSED = (
-    *("model.lora_r", "model.lora_alpha", "model.trainable", "model.train_embeddings", "model.tokenizer"),
+    *("model.lora_r", "model.lora_alpha", "model.use_rslora", "model.use_dora"),
+    *("model.trainable", "model.train_embeddings", "model.tokenizer"),
     *("model.vision", "model.text", "model.sam2", "model.downsample_ratio", "model.text_hidden_dim"),
 )
 """What a checkpoint's tensors mean; with another value they would be another model."""

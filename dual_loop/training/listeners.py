@@ -22,7 +22,7 @@ from dual_loop.training.run_folder import find_run, is_run
 
 SHARED = (
     *("vision", "text", "downsample_ratio", "sam2", "text_hidden_dim"),
-    *("template", "single_mask", "lora_r", "lora_alpha"),
+    *("template", "single_mask", "lora_r", "lora_alpha", "use_rslora", "use_dora"),
 )
 """Settings of ``model`` that a run must have in common with one whose listener it is to be."""
 Listeners = Mapping[str, Mapping[str, Tensor]]

@@ -14,6 +14,7 @@ from dual_loop.accelerate import qwen2
 from dual_loop.accelerate.cpu import WIDE, pack_frozen_linears
 from dual_loop.accelerate.lora import fuse_adapters
 from dual_loop.accelerate.qwen2 import make_trimmable
+from dual_loop.config import ModelConfig
 from dual_loop.model.adapters import add_lora
 from dual_loop.model.decode import merged_adapters
 
@@ -26,7 +27,7 @@ def language_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     model = Qwen2Model(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
     for layer in model.layers:
         torch.nn.init.normal_(layer.input_layernorm.weight)
-    add_lora(model, 4, 8, 0.0)
+    add_lora(model, ModelConfig(lora_r=4, lora_alpha=8, lora_dropout=0.0))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

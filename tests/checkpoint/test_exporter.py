@@ -12,9 +12,10 @@ from transformers import InternVLForConditionalGeneration, Sam2Model
 
 from dual_loop.checkpoint import FORMATS
 from dual_loop.checkpoint.exporter import collect_video, export_weights, merged
-from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights
+from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights, read_trained
 from dual_loop.checkpoint.key_rules import place
 from dual_loop.errors import CheckpointError
+from dual_loop.model.adapters import trainable_parameters
 
 from small_model import small_config, small_model
 
@@ -121,11 +122,16 @@ def test_native_folders_load_through_transformers_without_a_missing_key(tmp_path
     assert_same(other, twin, skip=(".lora_",))
 
 
-def test_adapter_loads_through_peft_and_over_the_base(tmp_path):
-    model, _, out, _ = exported(tmp_path, "adapter")
+KINDS = [{}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_loads_through_peft_and_over_the_base(tmp_path, kind):
+    model, _, out, _ = exported(tmp_path, "adapter", model_changes=kind)
     hidden = torch.randn(1, 6, 32)
     expected = model.run_language(hidden, torch.ones(1, 6), None)
-    plain, _, _ = small_model(seed=1)
+    plain, _, _ = small_model()
+    plain.load_state_dict(model.state_dict(), strict=not kind.get("use_dora"))
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             if ".lora_B." in name:
@@ -149,11 +155,62 @@ def test_adapter_loads_through_peft_and_over_the_base(tmp_path):
     wrapped = PeftModel.from_pretrained(Language(), out)
     found = wrapped.base_model.model.model(inputs_embeds=hidden, attention_mask=torch.ones(1, 6), use_cache=False)
     torch.testing.assert_close(found.last_hidden_state, expected, atol=1e-6, rtol=1e-5)
-    _, _, base, _ = exported(tmp_path, "original", "base", seed=1)
-    other, _, _ = small_model(seed=2)
+    _, _, base, _ = exported(tmp_path, "original", "base", seed=1, model_changes=kind)
+    other, _, _ = small_model(small_config(**kind), seed=2)
     load_weights(other, [base, out])
     assert_same(other, model)
     assert not any("embed_tokens" in name for name in load_file(out / "trained.safetensors"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_export_computes_what_the_adapters_do(tmp_path, kind):
+    model, _, out, _ = exported(tmp_path, "original", merge_lora=True, model_changes=kind)
+    twin, _, _ = small_model(seed=2)
+    load_weights(twin, out)
+    hidden, mask = torch.randn(1, 6, 32), torch.ones(1, 6)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if ".lora_B." in name:
+                parameter.zero_()
+        expected = model.run_language(hidden, mask, None)
+        torch.testing.assert_close(twin.run_language(hidden, mask, None), expected, atol=1e-5, rtol=1e-4)
+        other, _, _ = small_model(small_config(), seed=1)
+        assert (other.run_language(hidden, mask, None) - expected).norm() > 0.01 * expected.norm() or not kind
+
+
+@pytest.mark.usefixtures("precision")
+def test_magnitudes_start_at_the_norms_of_the_rows_and_learn(tmp_path):
+    """Over weights that bring none, fresh adapters change nothing, as a model or as a listener's values."""
+    _, _, base, _ = exported(tmp_path, "original", merge_lora=True)
+    plain, _, _ = small_model(seed=2)
+    dora, _, _ = small_model(small_config(use_dora=True), seed=3)
+    with torch.no_grad():
+        for model in (plain, dora):
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.zero_()
+    assert load_weights(dora, base).fresh["LoRA"] == 3 * 7 * 2  # layers x matrices
+    load_weights(plain, base)
+    hidden, mask = torch.randn(1, 6, 32), torch.ones(1, 6)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if torch.is_autocast_enabled("cpu") else {"atol": 1e-5, "rtol": 1e-4}
+    found = dora.run_language(hidden, mask, None)
+    torch.testing.assert_close(found, plain.run_language(hidden, mask, None), **tolerance)
+    trained = trainable_parameters(dora)
+    magnitudes = {name for name in trained if "lora_magnitude_vector" in name}
+    found.float().square().sum().backward()
+    assert all(trained[name].grad.abs().sum() > 0 for name in magnitudes)
+    values = read_trained(dora, [base])
+    assert len(magnitudes) == 7 * 2
+    assert all(torch.equal(values[name], trained[name]) for name in magnitudes)
+
+
+def test_adapters_of_another_kind_are_refused_with_the_flag(tmp_path):
+    _, _, out, _ = exported(tmp_path, "original", model_changes={"use_dora": True})
+    with pytest.raises(CheckpointError, match=r"lora_magnitude_vector.*--use_dora on"):
+        load_weights(small_model()[0], out)
+    _, _, plain, _ = exported(tmp_path, "original", "plain")
+    with pytest.raises(CheckpointError, match=r"missing .*lora_magnitude_vector"):
+        load_weights(small_model(small_config(use_dora=True))[0], plain)
 
 
 def test_trained_rows_of_new_tokens_reach_the_files(tmp_path):

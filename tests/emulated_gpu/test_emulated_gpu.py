@@ -31,7 +31,8 @@ TRAINING = {
     "--cfg-options loss.num_points=0 train.audit_interval=1",
     "distill": "--distill_weight 0.5 --align_weight 0.5 --reward_listener frozen --caption_gradient scst "
     "--train_embeddings all",
-    "fit": "--effective_batch 4 --cfg-options speed.images_at_once=fit model.gradient_checkpointing=True "
+    "fit": "--effective_batch 4 --use_dora on --use_rslora on "
+    "--cfg-options speed.images_at_once=fit model.gradient_checkpointing=True "
     "train.deterministic=True speed.tf32=True loss.num_points=50",
 }
 TRAINING["watched"] = (
