@@ -50,6 +50,8 @@ NEW_ROWS = "new_token_rows."
 OWN_MODULE = "text_hidden_fcs."
 TABLES = ("mllm.model.language_model.embed_tokens.weight", "mllm.lm_head.weight")
 VISION, GROUNDING = "mllm.model.vision_tower.", "grounding_encoder.vision_encoder."
+MOST_PADDING = 1023
+"""Rows that a table may have behind the tokenizer's tokens: Qwen2.5's have up to 400, so that their number is round."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 SHOWN = 10
 
@@ -106,14 +108,15 @@ class _Source:
     """One opened set of weights with the places of every key, and all ``targets`` of these.
 
     ``dropped`` counts keys without a place, ``vocabulary`` rows of the table of token embeddings (0 without one), and
-    ``problems`` are what does not fit ``own``, the model's tensors; None asks nothing of a model.
+    ``problems`` are what does not fit ``own``, the model's tensors; None asks nothing of a model. ``may_pad``: a
+    tokenizer vouches that rows beyond the model's tables are no tokens.
 
     Raises:
         CheckpointError: the keys are of no known layout, or of an architecture that is not supported.
     """
 
-    def __init__(self, checkpoint: Checkpoint, own: Mapping[str, Tensor] | None = None) -> None:
-        self.checkpoint, self.layout = checkpoint, _layout_of(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, own: Mapping[str, Tensor] | None = None, may_pad: bool = False) -> None:
+        self.checkpoint, self.layout, self.may_pad = checkpoint, _layout_of(checkpoint), may_pad
         self.places: dict[str, list[Placement]] = {}
         self.targets: set[str] = set()
         self.dropped: Counter[str] = Counter()
@@ -136,7 +139,9 @@ class _Source:
                 taken[slot] = name
                 self.targets.add(placement.target)
                 if placement.target == TABLES[0]:
-                    self.vocabulary = info.shape[0]
+                    # Rows that a base has where the new tokens go are padding.
+                    most = len(own[TABLES[0]]) if own is not None else info.shape[0]
+                    self.vocabulary = min(info.shape[0], most - len(NEW_TOKENS) if self.layout.is_base else most)
                 if own is not None:
                     self._compare_shapes(name, info.shape, placement, own[placement.target])
 
@@ -152,6 +157,10 @@ class _Source:
         if placement.source_part is not None:
             expected[0] *= placement.source_part[1]
         is_table = placement.target in TABLES
+        more = shape[0] - expected[0] if shape else 0
+        if self.may_pad and is_table and 0 < more <= MOST_PADDING and list(shape[1:]) == expected[1:]:
+            self.dropped["rows of padding behind the vocabulary"] += more
+            return
         if list(shape) == expected or (is_table and self.layout.is_base and shape[0] == expected[0] - len(NEW_TOKENS)):
             return
         hint = ""
@@ -218,7 +227,8 @@ def tokenizer_folder(config: Config) -> str | None:
 
 def brings_new_tokens(paths: Sequence[str | Path], vocab_size: int) -> bool:
     """Tell whether the sources hold trained rows of the five new tokens; else these rows have to train."""
-    return any(_Source(part).vocabulary >= vocab_size for path in paths for _, part in open_parts(path))
+    sources = [_Source(part) for path in paths for _, part in open_parts(path)]
+    return any(source.vocabulary >= vocab_size for source in sources if not source.layout.is_base)
 
 
 def build_to_load(
@@ -280,8 +290,10 @@ def load_weights(
                 for placement in source.places[name]:
                     target = rows(own[placement.target], placement.target_part)
                     values = rows(tensor, placement.source_part)
-                    is_shorter = num_new and placement.target in TABLES and len(values) < len(target)
-                    (target[: len(values)] if is_shorter else target).copy_(values)
+                    if placement.target in TABLES:  # a file may have fewer rows, and more
+                        count = min(len(values), num_rows - num_new)
+                        target, values = target[:count], values[:count]
+                    target.copy_(values)
         _refuse_not_finite(broken, paths)
         if num_new:
             _draw_rows(own, num_new)
@@ -324,7 +336,8 @@ def read_trained(
             for placement in source.places[name]:
                 target = rows(values.get(placement.target, own[placement.target]), placement.target_part)
                 read = rows(tensor, placement.source_part)
-                target = target[: len(read)] if placement.target in TABLES else target
+                if placement.target in TABLES:
+                    target, read = target[: len(read)], read[: len(target)]
                 slot = (placement.target, placement.target_part)
                 if placement.target in values:
                     target.copy_(read)
@@ -349,7 +362,7 @@ def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[lis
     """
     own: Mapping[str, Tensor] = model.state_dict()
     infos = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
-    source = _Source(Checkpoint(Path("keys"), tensors=infos), own)
+    source = _Source(Checkpoint(Path("keys"), tensors=infos), own, may_pad=True)
     _, _, absent = _missing(model, [source], own, ())
     return source.problems + absent, dict(source.dropped), len(source.targets & own.keys())
 
@@ -357,7 +370,7 @@ def match_keys(model: Sa2VA, shapes: Mapping[str, tuple[int, ...]]) -> tuple[lis
 def _open_all(
     paths: Sequence[str | Path], own: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[_Source], list[str]]:
-    sources = [_Source(part, own) for path in paths for _, part in open_parts(path)]
+    sources = [_Source(part, own, tokenizer is not None) for path in paths for _, part in open_parts(path)]
     problems = [problem for source in sources for problem in source.problems]
     if tokenizer is not None:
         problems += [problem for path in paths for problem in _tokenizer_problems(Path(path), tokenizer)]
@@ -368,8 +381,8 @@ def _layout_of(checkpoint: Checkpoint) -> Layout:
     names, where = list(checkpoint.tensors), str(checkpoint.path)
     if refused := find_refused(names):
         what, seen = f"the weights are of {refused[0]}, which is not supported", f"key {refused[1]}"
-        expected = "InternVL2.5 with a Qwen2 language model (Sa2VA-1B, -4B) and SAM 2"
-        raise CheckpointError(explain(what, where, seen, expected, "choose a checkpoint of Sa2VA-4B or Sa2VA-1B"))
+        expected = "InternVL2.5 or 3 with a Qwen2 language model (Sa2VA-1B, -4B, -InternVL3-2B, -8B, -14B), SAM 2"
+        raise CheckpointError(explain(what, where, seen, expected, "choose one of these checkpoints"))
     layout = detect_layout(names)
     if layout is None:
         seen = ", ".join(names[:3]) or "no tensors"

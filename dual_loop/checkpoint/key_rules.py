@@ -67,6 +67,7 @@ class Layout:
 
 SAM = "grounding_encoder.sam2_model."
 VIDEO = "video memory: single images do not use it"
+KEPT_ASIDE = "kept aside by peft: modules_to_save stands in for it"
 COUNTS = "positions and counts: computed, not stored"
 
 COPIES = {
@@ -224,6 +225,7 @@ def _canonical_rules() -> Iterator[Rule]:
     yield Rule(f"{prompts}pe_layer.positional_encoding_gaussian_matrix", places)
     rotary = "rotary frequencies: computed, not stored"
     yield Rule("language_model.model.{rest}rotary_emb.inv_freq", dropped=rotary)
+    yield Rule("{rest}.original_module.{w}", dropped=KEPT_ASIDE)
     yield from (Rule("{rest}." + name, dropped=COUNTS) for name in ("position_ids", "num_batches_tracked"))
     yield from (Rule(SAM + part, dropped=VIDEO) for part in VIDEO_PARTS)
 
@@ -305,7 +307,8 @@ def find_refused(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def canonical_name(name: str, layout: Layout) -> str:
-    """Rewrite a file's key to the canonical name; an adapter may have any name there."""
+    """Rewrite a file's key to the canonical name; an adapter, or a part that peft trains whole, may have any name."""
+    name = re.sub(r"\.modules_to_save\.\w+(\.weight)$", r"\1", name)
     name = re.sub(r"(\.lora_(?:[AB]|magnitude_vector)\.)\w+(\.weight)$", r"\1default\2", name)
     for before, after in layout.renames:
         name = name.replace(before, after)

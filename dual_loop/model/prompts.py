@@ -31,7 +31,9 @@ class ChatTemplate:
         answer_end: closes an answer; it carries loss.
         stop_texts: generation ends where one of these appears.
         system_turn: around a system message, before the first turn; Sa2VA sends none.
-        turn_separator: between the turns of a stock conversation, without loss; Sa2VA's segmentation turns have none.
+        turn_separator: between the turns of a stock conversation, without loss.
+        segment_separator: behind every answer of a segmentation turn, without loss. Sa2VA's code on InternVL2.5 writes
+            none; its newer code, on InternVL3, does.
     """
 
     segment_turn: str
@@ -40,11 +42,13 @@ class ChatTemplate:
     stop_texts: tuple[str, ...]
     system_turn: str
     turn_separator: str = "\n"
+    segment_separator: str = ""
 
 
-def _chat_ml(stop_texts: tuple[str, ...] = ("<|im_end|>",)) -> ChatTemplate:
+def _chat_ml(stop_texts: tuple[str, ...] = ("<|im_end|>",), segment_separator: str = "") -> ChatTemplate:
     turn = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    return ChatTemplate(turn, turn, "<|im_end|>", stop_texts, "<|im_start|>system\n{system}<|im_end|>\n")
+    system = "<|im_start|>system\n{system}<|im_end|>\n"
+    return ChatTemplate(turn, turn, "<|im_end|>", stop_texts, system, segment_separator=segment_separator)
 
 
 TEMPLATES: Mapping[str, ChatTemplate] = {
@@ -58,7 +62,7 @@ TEMPLATES: Mapping[str, ChatTemplate] = {
     ),
     "internlm2_chat": _chat_ml(),
     "internvl2_5": _chat_ml(),
-    "qwen_chat": _chat_ml(("<|im_end|>", "<|endoftext|>")),
+    "qwen_chat": _chat_ml(("<|im_end|>", "<|endoftext|>"), "\n"),
 }
 """Stock forms after xtuner's templates of these names; ``internvl2_5`` is InternVL2.5's, without its system text."""
 
@@ -214,7 +218,7 @@ class Prompter:
         self._refuse_markers(caption)
         before, after = self.segment_parts
         text = choose(SEGMENT_QUESTIONS, question, seed).format(caption=read_expression(caption))
-        start = "\n" if is_first else before
+        start = "\n" if is_first else self.template.segment_separator + before
         return self.encode(f"{start}{text}{after}")
 
     def conversation(
@@ -226,7 +230,8 @@ class Prompter:
             turns: (question, answer) pairs in plain text; answers may hold [SEG]. Each answer and its end carry loss.
             num_tiles: image tiles.
             num_cells: grid cells of the regions listed before the first question.
-            stock: the template's stock form between turns, with its separator; else Sa2VA's segmentation form.
+            stock: the template's stock form, with its separator between turns; else Sa2VA's segmentation form, with its
+                own behind every turn.
         """
         template = self.template
         before, after = self.caption_parts if stock else self.segment_parts
@@ -235,8 +240,9 @@ class Prompter:
         for number, (question, answer) in enumerate(turns):
             start = f"\n{listing}" if number == 0 else (template.turn_separator if stock else "") + before
             turn = self.answered(self.encode(start + question + after), answer)
-            ids += turn.input_ids
-            labels += turn.labels
+            end = [] if stock else self.encode(template.segment_separator)
+            ids += [*turn.input_ids, *end]
+            labels += [*turn.labels, *[-100] * len(end)]
         return Turn(tuple(ids), tuple(labels))
 
     def answer_length(self, token_ids: Sequence[int], looked_at: int = 0, is_caption: bool = False) -> int | None:

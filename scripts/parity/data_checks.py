@@ -132,7 +132,8 @@ def conversation(prompter: Prompter, text: str, num_tiles: int, stock: bool) -> 
     """Take a conversation apart and let the prompter write it; None where it has another form than ours."""
     template = prompter.template
     before, after = (template.caption_turn if stock else template.segment_turn).split("{question}")
-    end, separator = template.answer_end, template.turn_separator if stock else ""
+    end, separator = template.answer_end, "" if stock else template.segment_separator
+    between = f"{template.turn_separator}{before}" if stock else before
     head = f"{before}{IMAGE_START}{IMAGE_CONTEXT * (num_tiles * prompter.image_tokens_per_tile)}{IMAGE_END}\n"
     if not text.startswith(head):
         return None
@@ -148,7 +149,8 @@ def conversation(prompter: Prompter, text: str, num_tiles: int, stock: bool) -> 
         answer, closed, rest = rest.partition(end)
         if not found or not closed:
             return None
-        turns.append((question.removeprefix(separator + before) if turns else question, answer))
+        rest = rest.removeprefix(separator)
+        turns.append((question.removeprefix(between) if turns else question, answer))
     return prompter.conversation(turns, num_tiles, cells, stock)
 
 

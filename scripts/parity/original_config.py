@@ -11,7 +11,8 @@ Formats: InternVL2.5 and Sa2VA configuration files; SAM 2's ``sam2.1_hiera_l.yam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from dual_loop.config import Config, DataConfig, LossConfig, ModelConfig, load_config, resolve_config_path
@@ -82,6 +83,14 @@ KNOWN = {
     "": ("architectures:", ("InternVLChatModel", "Sa2VAChatModel", "internvl_chat", "sa2va_chat")),
 }
 """What ``architectures`` and ``model_type`` may say, by group."""
+REFUSED = {
+    "InternLM2 (Sa2VA-8B and -26B)": r"internlm",
+    "Qwen-VL (Sa2VA-Qwen2.5-VL, Sa2VA-Qwen3-VL)": r"qwen[\d._]*vl",
+}
+"""Language models that are not supported, by a pattern of what a file calls them."""
+QWEN_CHAT_WIDTHS = (1536, 3584, 5120)
+"""Widths of the language models of InternVL3-2B, -8B and -14B, over which Sa2VA trained ``qwen_chat``; InternVL2.5's
+with Qwen2 are 896 (1B) and 2,048 (4B) wide, and have ``phi3_chat``."""
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 """Of the vision tower and of the language model, under the names of the native classes."""
 
@@ -164,6 +173,10 @@ def config_from_original(original: Tree) -> Config:
     """
     released = dict(original.get("mllm") or {})
     reader = _Reader({**released, **original})
+    for what, pattern in REFUSED.items():
+        if found := [name for name in _names_of(reader) if re.search(pattern, name, re.IGNORECASE)]:
+            expected = "InternVL2.5 or InternVL3 with Qwen2 (Sa2VA-1B, -4B, -InternVL3-2B, -8B, -14B)"
+            raise CheckpointError(explain(f"{what} is not supported", "config.json", found[0], expected))
     for group, (what, known) in KNOWN.items():
         for name in (*(reader.get(group + "architectures", None) or ()), reader.get(group + "model_type", None)):
             if name is not None and name not in known:
@@ -176,10 +189,18 @@ def config_from_original(original: Tree) -> Config:
     if reader.problems:
         listing = "".join(f"\n  - {problem}" for problem in reader.problems)
         what = f"{len(reader.problems)} problem(s) in the original's configuration:{listing}\n"
-        expected = "InternVL2.5 with Qwen2 and SAM 2, as in Sa2VA-1B and Sa2VA-4B"
+        expected = "InternVL2.5 or InternVL3 with Qwen2, and SAM 2, as in Sa2VA-4B"
         fix = "choose such a checkpoint, or mend config.json where it is wrong"
         raise CheckpointError(explain(what, expected=expected, fix=fix))
     return config
+
+
+def _names_of(reader: _Reader) -> Iterator[str]:
+    """Yield what the file calls the model and its parts."""
+    for group in ("", "llm_config.", "text_config.", "vision_config."):
+        for key in ("model_type", "arch_type", "architectures"):
+            value = reader.get(group + key, None)
+            yield from (name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
 
 
 def _model(reader: _Reader) -> ModelConfig:
@@ -192,8 +213,8 @@ def _model(reader: _Reader) -> ModelConfig:
     reader.agree("lora.target_modules", targets, sorted(LORA_TARGETS), "this package")
     template = str(reader.get("template", ModelConfig.template))
     if template.startswith("internvl2_5"):
-        # The base model's own, over which Sa2VA trained phi3_chat.
-        template = ModelConfig.template
+        # The base model's own, over which Sa2VA trained another.
+        template = "qwen_chat" if text["hidden_size"] in QWEN_CHAT_WIDTHS else ModelConfig.template
     if template not in TEMPLATES:
         reader.problems.append(f"template: seen {template!r}, supported are {', '.join(TEMPLATES)}")
     # Whether a prompt without points takes the arg-max of three candidates, as SAM 2 decides it.
@@ -201,8 +222,8 @@ def _model(reader: _Reader) -> ModelConfig:
     best_of_three = reader.get("sam2.multimask_output_in_sam", True) and least <= 0 <= most
     is_frozen = reader.get("frozen_sam2_decoder", False)
     dtype = str(reader.get("dtype", reader.get("torch_dtype", "float32")))
-    if dtype not in ("float32", "bfloat16"):
-        reader.problems.append(f"dtype: seen {dtype!r}, supported are float32 and bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        reader.problems.append(f"dtype: seen {dtype!r}, supported are float32, bfloat16 and float16")
     return ModelConfig(
         name="original",
         vision=vision,

@@ -20,7 +20,7 @@ from dual_loop.training.memory import GIB, estimate_memory  # noqa: E402
 
 NAMES = (
     *("sa2va_4b_full", "sa2va_4b_smoke", *(f"sa2va_4b_{size}gb" for size in (12, 16, 24, 48, 80))),
-    *("tiny_cpu", "tiny_demo"),
+    *("sa2va_1b", "sa2va_internvl3_2b", "sa2va_internvl3_8b", "sa2va_internvl3_14b", "tiny_cpu", "tiny_demo"),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dual_loop.data.captions import MARKERS
 from dual_loop.errors import PromptError
-from dual_loop.model.prompts import NEW_TOKENS, SEGMENT_QUESTIONS, TEMPLATES
+from dual_loop.model.prompts import NEW_TOKENS, SEGMENT_QUESTIONS, TEMPLATES, Prompter
 
 from small_model import small_model
 
@@ -99,7 +99,6 @@ def test_conversations_equal_the_reference_in_text_ids_and_labels(golden):
     from safetensors.torch import load_file
 
     from dual_loop.model.build import load_tokenizer_file
-    from dual_loop.model.prompts import Prompter
 
     folder = golden / "sa2va_tiny"
     prompter = Prompter(load_tokenizer_file(folder / "tokenizer.json"), "phi3_chat", 256)
@@ -130,6 +129,19 @@ def test_conversation_strings_of_both_forms():
         "<|user|>\nQ2?<|end|>\n<|assistant|>\nB.<|end|>"
     )
     assert prompter.tokenizer.decode([i for i in stock.labels if i != -100]) == "A [SEG].<|end|>B.<|end|>"
+
+
+def test_the_newer_code_ends_every_turn_with_a_line_break_without_loss():
+    _, prompter, _ = small_model()
+    newer = Prompter(prompter.tokenizer, "qwen_chat", 64)
+    picture, end = "<img>" + "<IMG_CONTEXT>" * 64 + "</img>", "<|im_end|>\n"
+    turn = newer.conversation([("Q1?", "A [SEG]."), ("Q2?", "B.")], 1)
+    user, assistant = "<|im_start|>user\n", "<|im_start|>assistant\n"
+    decoded = [prompter.tokenizer.decode(list(ids)) for ids in (turn.input_ids, [i for i in turn.labels if i != -100])]
+    expected = f"{user}{picture}\nQ1?{end}{assistant}A [SEG].{end}{user}Q2?{end}{assistant}B.{end}"
+    assert decoded == [expected, "A [SEG].<|im_end|>B.<|im_end|>"]
+    later = newer.segment_turn("a cat", "segment", is_first=False)
+    assert prompter.tokenizer.decode(list(later.input_ids)).startswith(f"\n{user}")
 
 
 @pytest.mark.parametrize("template", ["internlm2_chat", "internvl2_5", "qwen_chat"])

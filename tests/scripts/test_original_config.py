@@ -116,7 +116,11 @@ def test_a_released_folder_describes_the_4b_configuration():
         ("mllm.ps_version", "v1", "ps_version: seen 'v1', supported is 'v2'"),
         ("mllm.select_layer", -4, "select_layer"),
         ("mllm.template", "vicuna", "template: seen 'vicuna'"),
-        ("llm_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM, supported is Qwen2ForCausalLM"),
+        (
+            "llm_config.architectures",
+            ["InternLM2ForCausalLM"],
+            "InternLM2 .*is not supported.*seen: InternLM2ForCausalLM",
+        ),
         ("llm_config.hidden_size", None, r"llm_config\.hidden_size: missing"),
         ("llm_config.rope_scaling", {"type": "yarn", "factor": 4.0}, "yarn"),
         ("llm_config.vocab_size", "many", "vocab_size: seen 'many', expected a number"),
@@ -147,6 +151,25 @@ def test_all_problems_are_listed_at_once():
     tree["sam2"]["image_encoder"]["scalp"] = 2
     with pytest.raises(CheckpointError, match=r"2 problem\(s\)(.|\n)*ps_version(.|\n)*scalp"):
         config_from_original(tree)
+
+
+@pytest.mark.parametrize(
+    ("width", "template"), [(896, "phi3_chat"), (2048, "phi3_chat"), (1536, "qwen_chat"), (3584, "qwen_chat")]
+)
+def test_a_base_folder_has_the_template_that_sa2va_trained_over_it(width: int, template: str):
+    folder = released_4b() | {"template": "internvl2_5"}
+    folder["llm_config"] |= {"hidden_size": width, "num_attention_heads": width // 64}
+    assert config_from_original(folder).model.template == template
+
+
+def test_a_qwen_vl_model_is_refused_in_one_sentence():
+    tree = {"architectures": ["Sa2VAChatModelQwen2_5_VL"], "model_type": "sa2va_chat", "text_config": {}}
+    with pytest.raises(CheckpointError) as caught:
+        config_from_original(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Qwen-VL" in message
+    assert "expected: InternVL2.5 or InternVL3" in message
 
 
 def test_options_that_are_choices_here():

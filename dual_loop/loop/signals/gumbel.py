@@ -197,7 +197,8 @@ def straight_through_turn(
     """
     before, after = prompter.segment_parts
     start, end = choose(SEGMENT_QUESTIONS, question, seed).split("{caption}")
-    head = prompter.encode(("\n" if is_first else before) + start.removesuffix(" "))
+    opening = "\n" if is_first else prompter.template.segment_separator + before
+    head = prompter.encode(opening + start.removesuffix(" "))
     ids = [*head, *caption_ids, *prompter.encode(end + after)]
     return prompter.answered(ids, choose(SEGMENT_ANSWERS, answer, seed + 1)), len(head)
 
