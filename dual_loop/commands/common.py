@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from dual_loop import __version__
 from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, load_config, overrides_from
 from dual_loop.config.derived import has_held_out_masks
-from dual_loop.data.names import DEFAULT_SPLIT_BY, EVAL_SETS, SETTING_PREFIX, check_name
+from dual_loop.data.names import DEFAULT_SPLIT_BY, EVAL_SETS, SETTING_PREFIX, VIDEO_SETS, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
 from dual_loop.iteration import QUIET
 
@@ -254,6 +254,7 @@ def measure(
         DualLoopError: the checkpoint, the data or the folder cannot be used.
     """
     from dual_loop.evaluation import runner
+    from dual_loop.evaluation.clips import ClipMeter, build_tracker
     from dual_loop.evaluation.measure import RegionMeter
     from dual_loop.model.adapters import trainable_parameters
     from dual_loop.model.stored_weights import StoredWeights, weights
@@ -300,13 +301,13 @@ def measure(
         if is_main or not args.overwrite:
             runner.start(folder, header, is_main, args.overwrite)
         accelerator.wait_for_everyone()
-        autocast = loaded.autocast()
-        meter = RegionMeter(
-            *(loaded.model, loaded.prompter, config, protocol, tasks, autocast),
-            independent_listener=listener,
-            best_of=best_of,
-        )
-        runner.measure_chunks(folder, data, meter.measure, config.train.seed, rank, world_size, name)
+        parts, autocast = (loaded.model, loaded.prompter, config, protocol), loaded.autocast()
+        if "video" in tasks:
+            tracker = build_tracker(loaded.model, config, found.sources, is_silent=not is_main)
+            own: Callable[..., list[MeasuredRegion]] = ClipMeter(*parts, tracker, folder, autocast).measure
+        else:
+            own = RegionMeter(*parts, tasks, autocast, independent_listener=listener, best_of=best_of).measure
+        runner.measure_chunks(folder, data, own, config.train.seed, rank, world_size, name)
         accelerator.wait_for_everyone()
         # From here on rank 0 works alone, on files.
         end_processes(accelerator)
@@ -337,6 +338,7 @@ def open_measured(
     from dual_loop.data.eval_sets import EvalSetReader
     from dual_loop.data.limits import use_limits
     from dual_loop.data.ref_parquet import RefParquet
+    from dual_loop.data.ref_video import RefVideos
     from dual_loop.data.refcoco import RefCoco
     from dual_loop.evaluation.runner import MeasuredData, held_out_masks
 
@@ -351,6 +353,8 @@ def open_measured(
         if dataset in EVAL_SETS:
             if data.eval_dir is None:
                 raise ConfigError(explain("the folder of a data set is not given", name, fix="set --eval_dir"))
+            if dataset in VIDEO_SETS:
+                return RefVideos(dataset, data.eval_dir, split or EVAL_SETS[dataset][0])
             return RefParquet(data.eval_dir) if dataset == "refcoco-m" else EvalSetReader(dataset, data.eval_dir, split)
         if dataset in DEFAULT_SPLIT_BY:
             root = data.refcoco_dir or data.eval_dir

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dual_loop.commands import common
 from dual_loop.config import DEFAULT_CONFIG, load_config, resolve_config_path
+from dual_loop.data.names import VIDEO_SETS
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.protocols import CHOICES, PRESETS, Protocol, choose_protocol
 
@@ -40,6 +41,8 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         protocol.add_argument(f"--{name}", metavar="|".join(choices) if len(choices) < 4 else "NAME", default=None)
     text = "move masks back by the half cell that weights trained with data.target_pooling=nearest move them by"
     protocol.add_argument("--undo_target_shift", action="store_true", help=text)
+    text = "first frames of a video that the language model reads, and on which it prompts SAM 2"
+    protocol.add_argument("--frames", type=int, choices=range(1, 65), metavar="N", default=5, help=text)
     common.add_measuring_arguments(parser, "evaluation")
 
 
@@ -47,6 +50,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Write ``evaluation.json`` and print the figures, the protocol and what was skipped."""
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in (*CHOICES, "undo_target_shift")})
     tasks = ["referring"] if args.predictions else args.tasks
+    videos = [name for name in args.data if name.partition(":")[0] in VIDEO_SETS]
+    if videos and (len(videos) < len(args.data) or args.predictions or args.listener):
+        what, fix = "videos are measured alone", "give --data of videos and no others, no --predictions, no --listener"
+        raise ConfigError(explain(what, "--data", " ".join(args.data), fix=fix))
+    if videos:
+        tasks, protocol = ["video"], protocol.of_video(args.frames)
     if args.predictions:
         measured = _count_again(args, protocol)
     else:
@@ -54,6 +63,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         if found is None:
             return 0
         measured = found
+    from dual_loop.evaluation.clips import SUBMISSION
     from dual_loop.evaluation.figures import markdown_table
 
     figures, submissions = measured.figures(tasks), _write_submissions(measured, tasks)
@@ -69,6 +79,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     for name, written in submissions.get("submissions", {}).items():
         print(f"{name}: {written['captions']} captions in {written['file']} for {written['judge']}")
         print("  The judge is not run here: it needs a language model.")
+    if any("video" in own and not own["video"]["scored"] for own in figures.values()):  # type: ignore[call-overload,index]
+        print(f"masks that are not public are to be sent in: {measured.folder / SUBMISSION}/VIDEO/EXPRESSION/FRAME.png")
     print(f"weights: {measured.weights}")
     print(f"{len(measured.skipped)} entries or regions skipped; written to {measured.folder}")
     return 0

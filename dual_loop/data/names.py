@@ -9,8 +9,11 @@ DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "gre
 EVAL_SETS: dict[str, tuple[str, ...]] = {
     "reasonseg": ("val", "test", "train"),
     **dict.fromkeys(("refcoco-m", "gseval", "dlc-bench", "paradlc-bench"), ()),
+    "mevis": ("valid_u", "valid", "test", "train"),
+    "refdavis17": ("valid", "train"),
 }
 """Of each evaluation set of the field (below ``eval_dir``), its splits, the default first."""
+VIDEO_SETS = ("mevis", "refdavis17")
 
 
 def check_name(name: str) -> str:

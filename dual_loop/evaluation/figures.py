@@ -203,11 +203,27 @@ def _no_target_accuracy(
     return figures
 
 
+def video_figures(regions: Sequence[MeasuredRegion]) -> TaskFigures:
+    """J, F and J&F over the expressions of videos, where masks are public; ``without_mask`` as for ``referring``."""
+    videos = [region.image for region in regions]
+    is_empty = [answer.num_masks == 0 for region in regions for answer in region.sentences]
+    scored = [(region.image, region.jaccard, region.boundary) for region in regions if region.jaccard is not None]
+    figures: TaskFigures = {"expressions": len(regions), "scored": len(scored)}
+    if scored:
+        images, *values = zip(*scored, strict=True)
+        both = np.array(values, float)
+        figures |= {
+            name: _figure(own, images) for name, own in zip(("J&F", "J", "F"), (both.mean(0), *both), strict=True)
+        }
+    return {**figures, "without_mask": _figure(is_empty, videos)}
+
+
 MAKERS: Mapping[str, Callable[[Sequence[MeasuredRegion]], TaskFigures]] = {
     "referring": referring_figures,
     "captioning": captioning_figures,
     "loop": loop_figures,
     "no_target": no_target_figures,
+    "video": video_figures,
 }
 
 
@@ -243,7 +259,8 @@ def markdown_table(results: Mapping[str, DataFigures]) -> str:
     """Return the figures of all data sets as Markdown, as :func:`figure_rows` gives them."""
     lines = []
     for data, tasks in results.items():
-        lines += [f"**{data}**: {tasks['regions']} regions, {tasks['images']} images", ""]
+        kinds = ("expressions", "videos") if "video" in tasks else ("regions", "images")
+        lines += [f"**{data}**: {tasks['regions']} {kinds[0]}, {tasks['images']} {kinds[1]}", ""]
         lines += ["| figure | value | 95 % interval |", "| --- | --- | --- |"]
         lines += [f"| {' | '.join(row)} |" for row in figure_rows(tasks)]
         lines.append("")

@@ -101,6 +101,7 @@ class MeasuredRegion:
             where it was not asked.
         greedy: the model's own caption, where ``caption`` is a better sample.
         group: part of the data set that has figures of its own; empty where there is none.
+        jaccard, boundary: J and F of an expression about a video (:mod:`dual_loop.metrics`), the means over its frames.
     """
 
     name: str
@@ -122,6 +123,8 @@ class MeasuredRegion:
     trust: float | None = None
     greedy: str | None = None
     group: str = ""
+    jaccard: float | None = None
+    boundary: float | None = None
 
     @property
     def answers(self) -> list[SegmentedSentence]:
@@ -161,7 +164,9 @@ class MeasuredRegion:
         """Return the line of ``regions.jsonl``; what was not asked for is left out."""
         line = dataclasses.asdict(self)
         absent = {"cycle", "own"} if self.cycle is None else set[str]()
-        absent |= {name for name in (*OTHER_LOOPS, "no_target", "trust", "greedy") if line[name] is None}
+        absent |= {
+            name for name in (*OTHER_LOOPS, "no_target", "trust", "greedy", "jaccard", "boundary") if line[name] is None
+        }
         absent |= {name for name in ("without_target", "group") if not line[name]}
         if not self.caption and self.rejected is None:
             absent |= {"caption", "rejected"}

@@ -12,6 +12,11 @@ from typing import Any
 from dual_loop.errors import ConfigError, explain
 from dual_loop.model.prompts import SEGMENT_QUESTIONS
 
+VIDEO_CONVENTIONS = {
+    "memory": "SAM 2's, with this model's mask decoder; masks stay where the object score is not positive",
+    "J, F": "mean over all frames of a video, then over expressions; F within 0.008 of the diagonal",
+}
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -30,6 +35,7 @@ class Protocol:
         max_tiles: most tiles of an image (``data.max_tiles``); None leaves it to the checkpoint's configuration.
         undo_target_shift: move masks back by the half cell that weights have learnt to move them by whose targets were
             taken at the corners of cells (``data.target_pooling = nearest``, as Sa2VA trains).
+        frames: of a video, the first ones, which the language model reads and whose masks it prompts; None of images.
     """
 
     name: str = "dual_loop"
@@ -40,6 +46,7 @@ class Protocol:
     question: str = "segment"
     max_tiles: int | None = None
     undo_target_shift: bool = False
+    frames: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return the switches with the conventions that have none, as printed in every result."""
@@ -47,9 +54,13 @@ class Protocol:
             "threshold": "logit > 0 at the image's own size",
             "empty_against_empty": "IoU 1",
             "unit": "one sample a sentence",
-            "precision": "IoU >= threshold",
+            **({"precision": "IoU >= threshold"} if self.frames is None else VIDEO_CONVENTIONS),
         }
         return {key: value for key, value in {**asdict(self), **fixed}.items() if value is not None}
+
+    def of_video(self, frames: int) -> Protocol:
+        """Return the protocol for videos: as many first frames, each one tile, as Sa2VA reads them."""
+        return replace(self, frames=frames, max_tiles=1)
 
     def with_tiles(self, number: int) -> Protocol:
         """Return the protocol with the tiles that are really taken; ``*`` behind the name where it wants others."""

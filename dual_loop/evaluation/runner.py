@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from dual_loop.config import DataConfig
 from dual_loop.config.derived import has_held_out_masks
@@ -28,11 +28,12 @@ from dual_loop.data.index_file import replacing
 from dual_loop.data.limits import open_file, parse_json, read_lines, use_limits
 from dual_loop.data.prepare import sample_rng
 from dual_loop.data.reader import Reader
+from dual_loop.data.ref_video import RefVideos
 from dual_loop.data.refcoco import RefCoco
 from dual_loop.errors import ConfigError, SampleError, explain, shorten
 from dual_loop.evaluation.measure import CHUNK, MeasuredRegion
 from dual_loop.iteration import progress_bar
-from dual_loop.types import RegionSample, SkippedRegion
+from dual_loop.types import SkippedRegion
 
 PARTS, HEADER, REGIONS = "parts", "header.json", "regions.jsonl"
 
@@ -65,9 +66,17 @@ class MeasuredData:
     def __len__(self) -> int:
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
-    def load(self, index: int, seed: int) -> RegionSample:
-        """Read an entry: all its regions where the reader offers that, else those that the entry's own name draws."""
-        load_all: Callable[[int], RegionSample] | None = getattr(self.source, "load_all", None)
+    @property
+    def chunk(self) -> int:
+        """Entries that are measured together: a video alone."""
+        return 1 if isinstance(self.source, RefVideos) else CHUNK
+
+    def load(self, index: int, seed: int) -> Any:
+        """Read an entry: all its regions where the reader offers that, else those that the entry's own name draws.
+
+        It is a ``RegionSample``, or a ``Clip`` of :class:`RefVideos`.
+        """
+        load_all: Callable[[int], Any] | None = getattr(self.source, "load_all", None)
         if load_all is not None:
             return load_all(index)
         return self.source.load(index, sample_rng(seed, f"{self.name}/{self.source.entry_id(index)}"))
@@ -148,7 +157,7 @@ def start(folder: Path, header: Mapping[str, object], writes: bool, overwrite: b
 def measure_chunks(
     folder: Path,
     data: Sequence[MeasuredData],
-    measure: Callable[[Sequence[RegionSample], str], list[MeasuredRegion]],
+    measure: Callable[[Sequence[Any], str], list[MeasuredRegion]],
     seed: int,
     rank: int = 0,
     world_size: int = 1,
@@ -157,7 +166,8 @@ def measure_chunks(
     """Measure this rank's chunks that are not there yet, in a folder that :func:`start` prepared.
 
     Args:
-        measure: samples and the name of their data set to regions.
+        measure: samples and the name of their data set to regions; of a video, whose frames it reads, it may raise
+            SampleError.
         progress: name of the bar.
     """
     done = _read_parts(folder)
@@ -170,10 +180,10 @@ def measure_chunks(
             bar.update(1)
             if (one.name, chunk) in done:
                 continue
-            samples: list[RegionSample] = []
+            samples: list[Any] = []
             entries: dict[str, int] = {}
             skipped: list[SkippedEntry] = []
-            for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(one))):
+            for index in range(chunk * one.chunk, min((chunk + 1) * one.chunk, len(one))):
                 try:
                     sample = one.load(index, seed)
                 except SampleError as error:
@@ -182,7 +192,13 @@ def measure_chunks(
                     samples.append(sample)
                     skipped += [one.skipped(index, region) for region in sample.passed_over]
                     entries[f"{sample.source}/{sample.sample_id}"] = index
-            regions = measure(samples, one.name) if samples else []
+            regions: list[MeasuredRegion] = []
+            try:
+                regions = measure(samples, one.name) if samples else []
+            except SampleError as error:
+                if one.chunk > 1:
+                    raise
+                skipped.append(one.skipped(chunk, error))
             records = [{**region.to_json(), "entry": entries[region.image]} for region in regions]
             line = {"data": one.name, "chunk": chunk, "records": records, "skipped": skipped}
             stream.write(json.dumps(line) + "\n")
@@ -235,7 +251,7 @@ def read_predictions(path: Path) -> dict[str, list[object]]:
 
 
 def _pieces(data: Sequence[MeasuredData]) -> list[tuple[MeasuredData, int]]:
-    return [(one, chunk) for one in data for chunk in range(-(-len(one) // CHUNK))]
+    return [(one, chunk) for one in data for chunk in range(-(-len(one) // one.chunk))]
 
 
 def _read_parts(folder: Path) -> dict[tuple[str, int], tuple[list[MeasuredRegion], list[SkippedEntry]]]:

@@ -34,7 +34,7 @@ class Scorer:
 
     @torch.no_grad()
     def segment(
-        self, batch: Batch, seen: Seen, texts: Sequence[RegionText], *, generated: bool = False
+        self, batch: Batch, seen: Seen, texts: Sequence[RegionText], *, generated: bool = False, prompts: bool = False
     ) -> list[Tensor]:
         """Return for each text the mask logits (n, Q, Q) of the n [SEG] in its answer; n is 0 for None.
 
@@ -43,23 +43,27 @@ class Scorer:
             seen: what the image encoders made of it.
             texts: in any order; a text that is asked twice of a region is segmented once.
             generated: let the model write the answers, greedily; else the answer of ``segment_answer`` is given.
+            prompts: return the embeddings (n, C) that prompt the masks.
 
         Raises:
             PromptError: a text holds a special token.
         """
         asked = sorted({(region, text) for region, text in texts if text is not None})
         side = self.model.mask_size
+        size = (int(self.model.grounding_encoder.prompt_encoder.hidden_size),) if prompts else (side, side)
+        nothing = torch.zeros(0, *size, device=self.model.device)
         masks: dict[RegionText, Tensor] = {}
         if asked:
             with evaluating(self.model):
                 turns = self._answers(batch, seen, asked, generated)
                 counts = [turn.turn.input_ids.count(self.prompter.seg_id) for turn in turns]
-                logits = torch.zeros(0, side, side, device=self.model.device)
+                found: Tensor | None = nothing
                 if sum(counts):
                     packed = pack_turns(batch, [], turns, self.prompter, vision=seen.vision, levels=seen.levels)
-                    logits = self.model.predict(packed).mask_logits
-            masks = dict(zip(asked, logits.split(counts), strict=True))
-        nothing = torch.zeros(0, side, side, device=self.model.device)
+                    answer = self.model.predict(packed)
+                    found = answer.seg_embeds if prompts else answer.mask_logits
+                assert found is not None
+            masks = dict(zip(asked, found.split(counts), strict=True))
         return [masks.get(text, nothing) for text in texts]
 
     def score(self, batch: Batch, seen: Seen, texts: Sequence[RegionText], soft: bool = False) -> Tensor:
@@ -83,11 +87,15 @@ class Scorer:
             own = [self.prompter.segment_turn(text, question, answer, seeds[region]) for region, text in texts]
             return [RegionTurn(region, silent(turn.input_ids)) for (region, _), turn in zip(texts, own, strict=True)]
         questions = [self.prompter.segment_question(text, question, seeds[region]) for region, text in texts]
-        views = sorted({batch.target_view[owners[region]] for region, _ in texts})
-        images = [views.index(batch.target_view[owners[region]]) for region, _ in texts]
-        prompts = [Prompt(asked, image) for asked, image in zip(questions, images, strict=True)]
+        images = sorted({owners[region] for region, _ in texts})
+        prompts = [
+            Prompt(asked, images.index(owners[region])) for asked, (region, _) in zip(questions, texts, strict=True)
+        ]
         of_view = self.model.project_vision(seen.vision).split(batch.tiles_per_view)
-        decoder = Decoder(self.model, self.prompter, prompts, [of_view[view] for view in views], ANSWER_TOKENS)
+        shown = [[of_view[view] for view in batch.views_read[image]] for image in images]
+        frames = [[len(tiles) for tiles in own] for own in shown]
+        parts = (self.model, self.prompter, prompts, [torch.cat(own) for own in shown], ANSWER_TOKENS)
+        decoder = Decoder(*parts, frames=frames)
         turns = []
         for (region, _), asked, written in zip(texts, questions, decoder.write(range(len(questions))), strict=True):
             # A written placeholder would ask for image features that nobody gave.

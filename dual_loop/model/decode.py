@@ -140,6 +140,7 @@ class Decoder:
         prompts: all of them.
         images: the projected features of each of the I images, (tiles, M, D); the last tile shows the whole image.
         max_new_tokens: longest continuation.
+        frames: of each image that is a clip, the tiles of each of its frames; None where all are single images.
     """
 
     def __init__(
@@ -149,8 +150,10 @@ class Decoder:
         prompts: Sequence[Prompt],
         images: Sequence[Tensor],
         max_new_tokens: int,
+        frames: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.prompter, self.prompts = model, prompter, prompts
+        self.frames = [(len(tiles),) for tiles in images] if frames is None else frames
         self.images, self.max_new_tokens = list(images), max_new_tokens
         self.device = model.device
         self.pad_id = prompter.tokenizer.pad_token_id or 0
@@ -244,7 +247,7 @@ class Decoder:
 
         A few images are read at a time.
         """
-        prefixes = [self.prompter.image_prefix(len(tiles)) for tiles in self.images]
+        prefixes = [self.prompter.image_prefix(*tiles) for tiles in self.frames]
         length = round_columns(max(map(len, prefixes)), self.device)
         ids, valid = left_pad(prefixes, self.pad_id, length)
         layers, size = [], prefixes_at_once(length, self.device.type)
