@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dual_loop.commands import common
 from dual_loop.config import GATES
+from dual_loop.data.names import is_video
 from dual_loop.errors import ConfigError, explain
 from dual_loop.evaluation.protocols import PRESETS
 from dual_loop.loop.gates import CaptionGates
@@ -40,6 +41,9 @@ def _audit(args: argparse.Namespace) -> int:
     if args.best_of > 0 and args.listener is None:
         what, seen = "captions are chosen by a listener that was trained apart", f"{args.best_of}, and no --listener"
         raise ConfigError(explain(what, "--best_of", seen, fix="give --listener, or leave --best_of out"))
+    if videos := [name for name in args.data if is_video(name)]:
+        fix = "give images; `evaluate` measures videos"
+        raise ConfigError(explain("captions of videos are not audited", "--data", " ".join(videos), fix=fix))
     from dual_loop.evaluation.measure import BestOf
 
     best_of = BestOf(args.best_of, args.margin, args.likelihood_floor)

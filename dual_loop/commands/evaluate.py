@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dual_loop.commands import common
 from dual_loop.config import DEFAULT_CONFIG, load_config, resolve_config_path
-from dual_loop.data.names import VIDEO_SETS
+from dual_loop.data.names import is_video
 from dual_loop.errors import ConfigError, SampleError, explain
 from dual_loop.evaluation.protocols import CHOICES, PRESETS, Protocol, choose_protocol
 
@@ -50,9 +50,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Write ``evaluation.json`` and print the figures, the protocol and what was skipped."""
     protocol = choose_protocol(args.protocol, {name: getattr(args, name) for name in (*CHOICES, "undo_target_shift")})
     tasks = ["referring"] if args.predictions else args.tasks
-    videos = [name for name in args.data if name.partition(":")[0] in VIDEO_SETS]
-    if videos and (len(videos) < len(args.data) or args.predictions or args.listener):
-        what, fix = "videos are measured alone", "give --data of videos and no others, no --predictions, no --listener"
+    videos = [name for name in args.data if is_video(name)]
+    if videos and (len(videos) < len(args.data) or args.predictions or args.listener or args.tasks != list(TASKS)):
+        what, fix = "videos are measured alone", "give no other --data, no --predictions, --listener or --tasks"
         raise ConfigError(explain(what, "--data", " ".join(args.data), fix=fix))
     if videos:
         tasks, protocol = ["video"], protocol.of_video(args.frames)

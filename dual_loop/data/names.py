@@ -16,6 +16,11 @@ EVAL_SETS: dict[str, tuple[str, ...]] = {
 VIDEO_SETS = ("mevis", "refdavis17")
 
 
+def is_video(name: str) -> bool:
+    """Tell whether a data set, with or without its split, is one of videos."""
+    return name.partition(":")[0] in VIDEO_SETS
+
+
 def check_name(name: str) -> str:
     """Return ``name`` if it is a data set that can be measured: a known one, a folder's, a parquet file.
 

@@ -78,5 +78,7 @@ def test_a_broken_frame_skips_its_video(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_cannot_be_combined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--data", "mevis", "gseval", "--eval_dir", str(tmp_path)]) == 2
     assert "videos are measured alone" in capsys.readouterr().err
+    assert main(["audit", "--data", "mevis", "--eval_dir", str(tmp_path)]) == 2
+    assert "captions of videos are not audited" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--data", "mevis", "--frames", "0"])

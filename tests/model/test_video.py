@@ -168,3 +168,16 @@ def test_names_of_other_layouts() -> None:
     assert memory_name(fuser, SAM2_NATIVE) == fuser
     assert memory_name("obj_ptr_tpos_proj.weight", SAM2) == video.TIME + "weight"
     assert memory_name("sam_mask_decoder.iou_token.weight", SAM2) is None
+
+
+@pytest.mark.parametrize("occlusion", [False, True], ids=["sam2", "sam2.1"])
+def test_in_bf16_autocast_masks_are_the_same_to_rounding(model: Any, occlusion: bool) -> None:
+    _, memory = drawn(model, occlusion)
+    tracker, generator = Tracker(model, memory), torch.Generator().manual_seed(6)
+    frames = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    prompts = torch.randn(2, WIDTH, generator=generator)
+    exact = torch.stack(list(tracker.track(frames, 5, prompts, PROMPTED)))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = torch.stack(list(tracker.track(frames, 5, prompts, PROMPTED)))
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.05 * exact.std()
