@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from dual_loop.config import CONFIG_DIR, load_config  # noqa: E402
 from dual_loop.model.build import build_model  # noqa: E402
+from dual_loop.model.sa2va import Sa2VA  # noqa: E402
 from dual_loop.preflight.dry_run import meta_tokenizer  # noqa: E402
 from dual_loop.training.memory import GIB, estimate_memory  # noqa: E402
 
@@ -25,10 +27,16 @@ NAMES = (
 
 
 def preset_gib(name: str, options: Mapping[str, object] | None = None) -> float:
-    """Return the estimate of one process in GiB, built without memory; ``options`` are dotted settings."""
+    """Return the estimate of one process in GiB, built without memory; ``options`` are dotted settings, of no model."""
     config = load_config(CONFIG_DIR / f"{name}.py", options or {})
-    model = build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
-    return estimate_memory(config, model)[0].total / GIB
+    return estimate_memory(config, hollow_model(name))[0].total / GIB
+
+
+@cache
+def hollow_model(name: str) -> Sa2VA:
+    """Return the model of a config on the meta device."""
+    config = load_config(CONFIG_DIR / f"{name}.py")
+    return build_model(config, meta_tokenizer(config), device="meta", weights_imported=True)
 
 
 def table_row(name: str) -> str:

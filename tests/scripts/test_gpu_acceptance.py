@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_gpu.emulated_build import build_device
 from gpu_acceptance import SECTIONS, WORKER, main
 
 from dual_loop.model import decode, stored_weights
@@ -126,7 +127,9 @@ def test_swapped_weights_that_autocast_does_not_see_are_found(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_the_run_rehearses_on_a_cpu(tmp_path):
-    sections = "machine,step,decoding,presets,plain,resume,ranks"
+    # The emulated GPU rehearses the others, where it can be built.
+    others = "" if build_device()[0] else "machine,step,decoding,presets,"
+    sections = f"{others}plain,resume,ranks"
     status = main(
         ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--sections", sections], (warm_python(), *WORKER[1:])
     )
@@ -135,4 +138,4 @@ def test_the_run_rehearses_on_a_cpu(tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert {one["status"] for one in results.values()} == {"done"}, report
     assert all(SECTIONS[name][0] in report for name in sections.split(","))
-    assert sum(len(one["checks"]) for one in results.values()) >= 12
+    assert sum(len(one["checks"]) for one in results.values()) >= (12 if others else 6)
