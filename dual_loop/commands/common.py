@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dual_loop import __version__
-from dual_loop.config import Config, DataConfig, add_data_flags, add_trust_flag, load_config, overrides_from
+from dual_loop.config import (
+    SETTINGS,
+    Config,
+    DataConfig,
+    add_data_flags,
+    add_trust_flag,
+    load_config,
+    overrides_from,
+)
 from dual_loop.config.derived import has_held_out_masks
 from dual_loop.data.names import DEFAULT_SPLIT_BY, EVAL_SETS, SETTING_PREFIX, VIDEO_SETS, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
@@ -173,7 +181,13 @@ def overrides_of(args: argparse.Namespace, max_tiles: int | None = None) -> dict
     settings: dict[str, object] = {"data.regions_per_image": REGIONS_PER_IMAGE, **overrides_from(args)}
     if settings.get("data.max_tiles", "auto") == "auto":
         settings["data.max_tiles"] = max_tiles
-    return {key: value for key, value in settings.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
+    for prefix in SETTING_PREFIX.values():
+        if f"data.{prefix}_dir" in given:
+            # What a run took of its folder, and where its images lay, says nothing of another folder.
+            others = (f"data.{prefix}_{part}" for part in ("max_samples", "images"))
+            given |= {key: None for key in others if key in SETTINGS and key not in given}
+    return given
 
 
 def describe_origin(origin: Mapping[str, str]) -> str:

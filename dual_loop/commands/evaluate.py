@@ -109,6 +109,10 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
     data = common.open_measured(args.data, config.data, limit=args.max_samples, polygons=protocol.polygons)
     if not args.predictions.is_file():
         raise ConfigError(explain("no such file", "--predictions", str(args.predictions)))
+    folder = args.output_dir or Path("outputs/evaluation")
+    if (folder / "evaluation.json").exists() and not args.overwrite:
+        fix = "choose another --output_dir, or replace what is there by --overwrite"
+        raise ConfigError(explain("the folder holds a finished evaluation", str(folder), "evaluation.json", fix=fix))
     saved = read_predictions(args.predictions)
     regions: dict[str, list[MeasuredRegion]] = {one.name: [] for one in data}
     skipped: list[SkippedEntry] = []
@@ -126,7 +130,6 @@ def _count_again(args: argparse.Namespace, protocol: Protocol) -> common.Measure
     if faults:
         seen = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         print(f"{len(faults)} masks count as misses: {seen}; the first: {faults[0].message}", file=sys.stderr)
-    folder = args.output_dir or Path("outputs/evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     header = {
         "predictions": str(args.predictions),

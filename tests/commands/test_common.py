@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -85,6 +86,24 @@ def test_flags_become_settings() -> None:
     assert settings["train.model_path"] == "base"
     assert int(settings["data.regions_per_image"]) == 3
     assert int(settings["train.seed"]) == 2
+
+
+def test_another_folder_is_not_cut_as_the_runs_was(tmp_path: Path) -> None:
+    """A run on 60 of its images is measured on all of others; its own folder keeps its cap."""
+    trained = {"masks_dir": "a", "masks_max_samples": 60, "masks_images": "i", "sa1b_dir": "b", "sa1b_max_samples": 5}
+    (tmp_path / "config.json").write_text(json.dumps({"data": trained}))
+    parser = argparse.ArgumentParser()
+    add_measuring_arguments(parser, "evaluate")
+    given = overrides_of(parser.parse_args(["run", "--masks_dir", "other"]))
+    data = load_config(tmp_path / "config.json", given).data
+    assert (data.masks_dir, data.masks_max_samples, data.masks_images, data.sa1b_max_samples) == (
+        "other",
+        None,
+        None,
+        5,
+    )
+    capped = overrides_of(parser.parse_args(["run", "--masks_dir", "other", "--masks_max_samples", "7"]))
+    assert load_config(tmp_path / "config.json", capped).data.masks_max_samples == 7
 
 
 def empty_data() -> DataConfig:

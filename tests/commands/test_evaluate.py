@@ -125,11 +125,16 @@ def test_another_evaluation_in_the_folder_is_refused(
     assert "tasks: ['loop']" in message
 
 
-def test_saved_predictions_give_the_same_figures(demo: Path, evaluated: Path) -> None:
+def test_saved_predictions_give_the_same_figures(
+    demo: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = demo.parent / "predictions"
     arguments = ["--predictions", str(evaluated / REGIONS), "--output_dir", str(out)]
     base = [a for a in evaluate_arguments(demo, out) if a not in ("--output_dir", str(out))]
     run(*base, *arguments)
+    assert main([*base, *arguments]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    run(*base, *arguments, "--overwrite")
     own, again = figures(evaluated)["referring"], figures(out)["referring"]
     assert again["gIoU"] == own["gIoU"]
     assert again["cIoU"] == own["cIoU"]
