@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before the imports below, so that --help answers w
 
 from dual_loop.checkpoint.store import capture_rng, restore_rng
 from dual_loop.commands.train import main as main
-from dual_loop.config import FIGURES, LISTENERS, Config, has_held_out
+from dual_loop.config import FIGURES, LISTENERS, Config, has_held_out, how_to_get
 from dual_loop.config import load_config as load_config
 from dual_loop.config import resolve_config_path as resolve_config_path
 from dual_loop.data.dataset_builder import missing_roots
@@ -117,8 +117,11 @@ def check_paths(config: Config) -> None:
     files["train.audit_listener"] = train.audit_listener
     if config.reward.listener not in LISTENERS:
         files[f"reward.listener ({', '.join(LISTENERS)} or a path)"] = config.reward.listener
-    problems += [f"{key}: no such folder: {path}" for key, path in folders.items() if path and not Path(path).is_dir()]
-    problems += [f"{key}: no such file: {path}" for key, path in files.items() if path and not Path(path).exists()]
+    lost = [(key, "folder", path) for key, path in folders.items() if path and not Path(path).is_dir()]
+    lost += [(key, "file", path) for key, path in files.items() if path and not Path(path).exists()]
+    for key, kind, path in lost:
+        fix = "" if key.startswith("data.") else f"; {how_to_get(path)}"
+        problems.append(f"{key}: no such {kind}: {path}{fix}")
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) with paths:\n{listing}")

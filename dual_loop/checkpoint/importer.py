@@ -32,7 +32,7 @@ from dual_loop.checkpoint.key_rules import (
 )
 from dual_loop.checkpoint.sources import Checkpoint, TensorInfo, has_weights, open_parts
 from dual_loop.checkpoint.sources import guess_load_checkpoint as guess_load_checkpoint  # the mission's place for it
-from dual_loop.config import Config
+from dual_loop.config import Config, hub_name
 from dual_loop.errors import CheckpointError, explain, listed
 from dual_loop.iteration import progress_bar
 from dual_loop.model.adapters import GROUPS, reset_magnitudes, trainable_parameters
@@ -61,7 +61,8 @@ class SourceReport:
     """What one file or folder was, and what became of its tensors.
 
     ``extent`` is ``full`` (all parts of Sa2VA), ``trimmed`` (what trains) or ``base`` (a model that it was made from).
-    ``dropped`` and ``dtypes`` count tensors by reason and by dtype in the files; ``sha256`` is by file, if asked for.
+    ``dropped`` and ``dtypes`` count tensors by reason and by dtype in the files; ``sha256`` is by file, if asked for;
+    ``hub`` is ``owner/name@commit`` of what lies in the cache of a hub.
     """
 
     path: str
@@ -72,13 +73,14 @@ class SourceReport:
     dropped: Mapping[str, int]
     dtypes: Mapping[str, int]
     sha256: Mapping[str, str]
+    hub: str | None = None
 
     def __str__(self) -> str:
         dropped = "".join(f"; {count} dropped ({why})" for why, count in self.dropped.items())
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         hashes = "".join(f"\n    sha256 {digest}  {name}" for name, digest in self.sha256.items())
-        head = f"{self.path}: {self.layout}, {self.extent}, {self.num_tensors:,} tensors, {self.num_values:,} values"
-        return f"{head} ({dtypes}){dropped}{hashes}"
+        head = f"{self.hub or self.path}: {self.layout}, {self.extent}, {self.num_tensors:,} tensors"
+        return f"{head}, {self.num_values:,} values ({dtypes}){dropped}{hashes}"
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class _Source:
             dropped=dict(self.dropped),
             dtypes=dict(dtypes),
             sha256=self.checkpoint.hashes() if hash_files else {},
+            hub=hub_name(self.checkpoint.path),
         )
 
 

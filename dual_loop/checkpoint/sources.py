@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dual_loop.checkpoint.manifest import hash_file
-from dual_loop.config import TRUST_VARIABLE
+from dual_loop.config import TRUST_VARIABLE, how_to_get, in_cache
 from dual_loop.errors import CheckpointError, explain, listed
 
 WRAPPERS = ("state_dict", "model", "module")
@@ -83,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         what = "weights not found"
-        raise CheckpointError(explain(what, str(path), expected="a file or a folder", fix="check the path"))
+        raise CheckpointError(explain(what, str(path), expected="a file or a folder", fix=how_to_get(path)))
     if is_zero_folder(path):
         if not os.environ.get(TRUST_VARIABLE):
             what = "a DeepSpeed folder is made of pickles, which can run code, and is refused"
@@ -96,7 +96,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names = sorted(item.name for item in path.iterdir())
         several = [name for name in names if name.endswith(SUFFIXES)]
         what = "several files of weights in this folder" if several else "no weights in this folder"
-        fix = f"give the file itself, such as {path / several[-1]}" if several else "check the path"
+        fix = f"give the file itself, such as {path / several[-1]}" if several else how_to_get(path)
         raise CheckpointError(explain(what, str(path), listed(names) or "an empty folder", expected, fix))
     origin: dict[str, str] = {}
     for file in checkpoint.files:
@@ -114,7 +114,7 @@ def open_parts(path: str | Path) -> list[tuple[str, Checkpoint]]:
     Raises:
         CheckpointError: as :func:`open_checkpoint`.
     """
-    path = Path(path)
+    path = Path(in_cache(str(path)))
     parts = [("", path)]
     if all((path / part).is_dir() for part in PARTS):
         parts = [*((f"{part}.", path / part) for part in PARTS), *(("", f) for f in sorted(path.glob("*.safetensors")))]

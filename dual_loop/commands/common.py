@@ -25,10 +25,12 @@ from dual_loop.config import (
     DataConfig,
     add_data_flags,
     add_trust_flag,
+    in_cache,
     load_config,
     overrides_from,
 )
 from dual_loop.config.derived import has_held_out_masks
+from dual_loop.config.words import HUB
 from dual_loop.data.names import DEFAULT_SPLIT_BY, EVAL_SETS, SETTING_PREFIX, VIDEO_SETS, check_name
 from dual_loop.errors import ConfigError, DualLoopError, did_you_mean, explain, writing
 from dual_loop.iteration import QUIET
@@ -136,7 +138,7 @@ def _speaking(quiet: bool) -> Iterator[None]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names the model that is to answer."""
     group = _add_how_it_is_loaded(parser)
-    group.add_argument("--checkpoint", metavar="PATH", help=DEFAULT_CHECKPOINT)
+    group.add_argument("--checkpoint", metavar=f"PATH|{HUB}", help=DEFAULT_CHECKPOINT)
     group.add_argument("--max_new_tokens", type=int, metavar="TOKENS", help="longest caption (default: the config's)")
     group.add_argument("--max_tiles", type=int, metavar="TILES", help="most tiles of an image (default: the config's)")
 
@@ -156,7 +158,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier one has left there")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     text = "a run or weights that were trained apart from the same start: captions are also heard by these"
-    _add_how_it_is_loaded(parser).add_argument("--listener", metavar="PATH", help=text)
+    _add_how_it_is_loaded(parser).add_argument("--listener", type=in_cache, metavar=f"PATH|{HUB}", help=text)
     add_data_flags(parser)
 
 
@@ -167,8 +169,9 @@ def _add_how_it_is_loaded(parser: argparse.ArgumentParser) -> argparse._Argument
     group.add_argument("--config", metavar="FILE|NAME", help=text)
     add_trust_flag(group)
     text = "base model: its tokenizer, and its weights under an adapter or a trimmed checkpoint"
-    group.add_argument("--model_path", metavar="DIR", help=text)
-    group.add_argument("--sam2_path", metavar="PATH", help="SAM 2 weights under a checkpoint that lacks them")
+    group.add_argument("--model_path", metavar=f"DIR|{HUB}", help=text)
+    text = "SAM 2 weights under a checkpoint that lacks them"
+    group.add_argument("--sam2_path", metavar=f"PATH|{HUB}", help=text)
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return group
 
@@ -192,7 +195,7 @@ def overrides_of(args: argparse.Namespace, max_tiles: int | None = None) -> dict
 
 def describe_origin(origin: Mapping[str, str]) -> str:
     """Return which weights were measured, on one line."""
-    parts = [origin[key] for key in ("path", "checkpoint", "weights") if key in origin]
+    parts = [origin[key] for key in ("path", "hub", "checkpoint", "weights") if key in origin]
     return " ".join([*parts, *([f"sha256 {origin['sha256'][:16]}"] if "sha256" in origin else [])])
 
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
-from dual_loop.config import Config, add_trust_flag, load_config
+from dual_loop.config import Config, add_trust_flag, in_cache, load_config
+from dual_loop.config.words import HUB
 from dual_loop.errors import CheckpointError, explain, listed, writing
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     parser.add_argument("--merge_lora", action="store_true", help="fold LoRA into its base (always so for hf-*)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: as trained")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a shard in 10^9 bytes (default: 5)")
-    parser.add_argument("--video_weights", type=Path, help="checkpoint to take the video-memory tensors from")
+    text = "checkpoint to take the video-memory tensors from"
+    parser.add_argument("--video_weights", type=in_cache, metavar=f"PATH|{HUB}", help=text)
     add_trust_flag(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
 
@@ -152,7 +154,7 @@ def check_replaceable(path: Path) -> None:
         raise CheckpointError(explain(what, str(path), foreign, "an earlier export alone", fix))
 
 
-def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dict[str, Tensor]:
+def find_video(folder: Path, sources: Sequence[Path], given: str | None) -> dict[str, Tensor]:
     """Return the video-memory tensors from ``--video_weights``, else from the sources of the run.
 
     Raises:
@@ -160,7 +162,7 @@ def find_video(folder: Path, sources: Sequence[Path], given: Path | None) -> dic
     """
     from dual_loop.checkpoint.exporter import collect_video
 
-    paths = [given] if given is not None else [path for path in sources if path.exists()]
+    paths: list[str | Path] = [given] if given is not None else [path for path in sources if path.exists()]
     found = collect_video(paths)
     if found:
         return found

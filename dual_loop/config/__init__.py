@@ -4,6 +4,9 @@ from dual_loop.config.derived import caption_gradient as caption_gradient
 from dual_loop.config.derived import has_held_out as has_held_out
 from dual_loop.config.derived import listener_paths as listener_paths
 from dual_loop.config.derived import precision as precision
+from dual_loop.config.hub import how_to_get as how_to_get
+from dual_loop.config.hub import hub_name as hub_name
+from dual_loop.config.hub import in_cache as in_cache
 from dual_loop.config.load import CONFIG_DIR as CONFIG_DIR
 from dual_loop.config.load import DEFAULT_CONFIG as DEFAULT_CONFIG
 from dual_loop.config.load import TRUST_VARIABLE as TRUST_VARIABLE

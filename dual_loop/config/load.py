@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from dual_loop.config.derived import has_held_out, precision
+from dual_loop.config.hub import in_cache
 from dual_loop.config.retired import REMOVED, RENAMED
 from dual_loop.config.schema import MOST, SETTINGS, Config
 from dual_loop.config.setting import Setting
+from dual_loop.config.words import HUB
 from dual_loop.errors import ConfigError, did_you_mean, explain, shorten
 
 DEFAULT_CONFIG = "tiny_cpu"
@@ -79,6 +81,11 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         _set_dotted(tree, RENAMED.get(old, "") + key[len(old) :], value)
     if notes:
         logger.warning("old settings in %s: %s", origin, "; ".join(dict.fromkeys(notes)))
+    for key in (key for key, about in SETTINGS.items() if about.unit.endswith(HUB)):
+        group, _, name = key.partition(".")
+        holder = tree.get(group)
+        if isinstance(holder, Mapping) and isinstance(holder.get(name), (str, Path)):
+            tree[group] = {**holder, name: in_cache(str(holder[name]))}
     problems: list[str] = []
     config: Config = _build(Config, tree, "", problems)
     # What is of a wrong type has its default here, which keeps every limit.
@@ -125,7 +132,7 @@ def _follow_paths(tree: Tree, versions: Path) -> None:
     for key, about in SETTINGS.items():
         group, _, name = key.partition(".")
         holder = tree.get(group)
-        if about.unit not in PATHS or not isinstance(holder, dict):
+        if about.unit.partition("|")[0] not in PATHS or not isinstance(holder, dict):
             continue
         path = holder.get(name)
         if isinstance(path, str) and not os.path.exists(path) and os.path.exists(started_in / path):

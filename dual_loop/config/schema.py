@@ -23,6 +23,7 @@ from dual_loop.config.words import (
     EVALUATION,
     GATES,
     GROUPS,
+    HUB,
     SEGMENT_ANSWERS,
     SEGMENT_QUESTIONS,
     SEGMENTER,
@@ -37,7 +38,7 @@ class ModelConfig:
     """Architecture, precision, adapters and freeze policy."""
 
     name: str = setting("sa2va_4b", "shown in tables and reports")
-    tokenizer: str | None = setting(None, "tiny (in the package) or a folder; none: --model_path", "DIR")
+    tokenizer: str | None = setting(None, "tiny (in the package) or a folder; none: --model_path", f"DIR|{HUB}")
     vision: Mapping[str, Any] = setting({}, "keyword arguments of transformers' InternVLVisionConfig")
     text: Mapping[str, Any] = setting({}, "keyword arguments of transformers' Qwen2Config")
     downsample_ratio: float = setting(0.5, "of pixels, from patches to image tokens", at_least=0.01, at_most=1)
@@ -280,7 +281,7 @@ class RewardConfig:
         "own",
         "whose masks earn rewards and weigh the cycle filter: the live model's, the average's, those of the starting "
         "weights, or of a run or weights trained apart from the same start",
-        "own|average|frozen|PATH",
+        f"own|average|frozen|PATH|{HUB}",
         name="reward_listener",
     )
     iou: str = flag(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dual_loop.config.setting import SHARE, flag, setting
-from dual_loop.config.words import EVALUATION, FIGURES, RUN_FOLDER, TRACKERS, WEIGHTS
+from dual_loop.config.words import EVALUATION, FIGURES, HUB, RUN_FOLDER, TRACKERS, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class TrainConfig:
     """The optimiser step, its schedule, and what a run writes."""
 
     output_dir: str = flag("outputs/run", "run folder", "DIR", title=RUN_FOLDER)
-    pretrained_pth: str | None = flag(None, "pretrained weights; none: those the config names", "PATH", title=WEIGHTS)
-    model_path: str | None = flag(None, "base model: its tokenizer, and its weights if needed", "DIR", title=WEIGHTS)
-    sam2_path: str | None = flag(None, "SAM 2 weights under a checkpoint that lacks them", "PATH", title=WEIGHTS)
+    pretrained_pth: str | None = flag(None, "weights to start from; none: the config's", f"PATH|{HUB}", title=WEIGHTS)
+    model_path: str | None = flag(None, "base model: tokenizer, and weights if needed", f"DIR|{HUB}", title=WEIGHTS)
+    sam2_path: str | None = flag(None, "SAM 2 weights under a checkpoint that lacks them", f"PATH|{HUB}", title=WEIGHTS)
     allow_missing: tuple[str, ...] = flag((), "names that may stay initial, comma-separated", "PATTERNS", title=WEIGHTS)
     num_epochs: int = flag(1, "passes over the data", "EPOCHS", at_least=1)
     max_steps: int | None = flag(None, "optimiser steps; wins over --num_epochs", "STEPS", at_least=1)
@@ -73,7 +73,7 @@ class TrainConfig:
     audit_listener: str | None = flag(
         None,
         "a run or weights trained apart from the same start: also hear captions in audits",
-        "PATH",
+        f"PATH|{HUB}",
         title=RUN_FOLDER,
     )
     audit_interval: int = flag(50, "between two audits (frozen listener, KL)", "STEPS", title=RUN_FOLDER, at_least=1)

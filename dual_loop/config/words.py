@@ -24,6 +24,8 @@ FIGURES = ("gIoU", "cIoU", "cycle_gIoU", "caption_exact")
 """Of an evaluation, what is printed and what a best checkpoint can be named by."""
 
 # Titles of --help.
+HUB = "OWNER/NAME"
+"""Ends the unit of settings of weights, which may be in huggingface_hub's cache."""
 WEIGHTS, EVALUATION, RUN_FOLDER = "weights", "evaluation", "run folder"
 CAPTIONER = "captioner (what the loop teaches step 1)"
 SEGMENTER = "segmenter (what else the loop teaches step 2)"

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
-from dual_loop.config import Config, ModelConfig
+from dual_loop.config import Config, ModelConfig, how_to_get
 from dual_loop.data.prepare import IMAGENET_MEAN, IMAGENET_STD, Geometry
 from dual_loop.errors import CheckpointError, ConfigError, explain
 from dual_loop.model.adapters import NewTokenRows, add_lora, apply_freeze_policy
@@ -58,7 +58,8 @@ def build_tokenizer(config: ModelConfig, model_path: str | None = None) -> Any:
         return load_tokenizer_file(TINY_ASSETS / "tokenizer.json")
     folder = config.tokenizer or model_path
     if folder is None or not Path(folder).is_dir():
-        expected, fix = "a folder with tokenizer files (InternVL2_5-4B/)", "set --model_path (MODEL_PATH for scripts)"
+        expected = "a folder with tokenizer files (InternVL2_5-4B/)"
+        fix = how_to_get(folder) if folder else "set --model_path (MODEL_PATH for scripts)"
         raise CheckpointError(explain("no tokenizer", str(folder), None, expected, fix))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -12,7 +12,7 @@ import torch
 from dual_loop.checkpoint.importer import build_to_load, load_weights, weights_sources
 from dual_loop.checkpoint.manifest import EMA_NAME, MODEL_NAME, hash_file, read_manifest
 from dual_loop.checkpoint.store import load_tensors
-from dual_loop.config import DEFAULT_CONFIG, Config, load_config, resolve_config_path
+from dual_loop.config import DEFAULT_CONFIG, Config, how_to_get, hub_name, in_cache, load_config, resolve_config_path
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.model.adapters import trainable_parameters
 from dual_loop.model.build import build_prompter
@@ -97,9 +97,9 @@ def find_trained(
         CheckpointError: nothing usable is there.
         ConfigError: a setting is wrong.
     """
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else Path(in_cache(str(checkpoint)))
     if path is not None and not path.exists():
-        fix = "check the path; a run folder is what --output_dir named"
+        fix = f"{how_to_get(path)}; a run folder is what --output_dir named"
         raise CheckpointError(explain("no such run or weights", str(path), "nothing there", fix=fix))
     settings = dict(overrides or {})
     if path and is_run(path):
@@ -114,6 +114,8 @@ def find_trained(
     if not sources:
         raise CheckpointError(explain("no weights are given", own.model.name, fix="give --checkpoint"))
     origin = {"path": str(sources[-1]) if path else "the tiny checkpoint in the package"}
+    if name := hub_name(sources[-1]):
+        origin["hub"] = name
     return Trained(own, sources, None, weights, origin)
 
 
