@@ -36,7 +36,7 @@ from dual_loop.checkpoint.key_rules import (
 )
 from dual_loop.checkpoint.manifest import writing_tensors
 from dual_loop.checkpoint.sources import ADAPTER_EXTRA, open_parts
-from dual_loop.config import Config
+from dual_loop.config import Config, hub_name
 from dual_loop.errors import CheckpointError, explain
 from dual_loop.iteration import progress_bar
 from dual_loop.model.adapters import lora_config, lora_scale
@@ -242,10 +242,13 @@ def _write_native(
 
 def _write_adapter(model: Sa2VA, state: Mapping[str, Tensor], out: Path, config: Config) -> int:
     settings = config.model
+    base = config.train.pretrained_pth or config.train.model_path or settings.name
+    name, _, commit = (hub_name(base) or "").partition("@")
     lora = lora_config(
         settings,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=config.train.pretrained_pth or config.train.model_path or settings.name,
+        base_model_name_or_path=name or base,
+        revision=commit or None,
     )
     lora.save_pretrained(str(out))
     adapters = {}

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ from dual_loop.checkpoint import FORMATS
 from dual_loop.commands.common import Command
 from dual_loop.config import Config, add_trust_flag, in_cache, load_config
 from dual_loop.config.words import HUB
-from dual_loop.errors import CheckpointError, explain, listed, writing
+from dual_loop.errors import CheckpointError, DualLoopError, EnvironmentProblem, explain, listed, shorten, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,9 @@ def _add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
     text = "checkpoint to take the video-memory tensors from"
     parser.add_argument("--video_weights", type=in_cache, metavar=f"PATH|{HUB}", help=text)
     add_trust_flag(parser)
+    text = "upload the folder to huggingface.co, private unless --public is given; says first what, and how large it is"
+    parser.add_argument("--push_to_hub", metavar=HUB, help=text)
+    parser.add_argument("--public", action="store_true", help="whoever finds it can read what --push_to_hub uploads")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
 
 
@@ -72,10 +76,17 @@ def _export(args: argparse.Namespace) -> int:
 
     from dual_loop.checkpoint.exporter import MERGED, check_target, export_weights
     from dual_loop.checkpoint.importer import weights_sources
+    from dual_loop.evaluation.model_card import model_card
+    from dual_loop.evaluation.report import RunRecord, read_run
+    from dual_loop.model.adapters import trainable_table
     from dual_loop.serve.loading import fill, find_run, rebuild
 
     out: Path = args.out
     check_target(out, args.file_format, args.merge_lora)
+    if args.public and not args.push_to_hub:
+        raise CheckpointError(explain("nothing is published", "--public", expected=f"--push_to_hub {HUB} beside it"))
+    if args.push_to_hub:
+        check_push(args.push_to_hub, out)
     if os.path.lexists(out) and not args.overwrite:
         raise CheckpointError(explain("the target exists", str(out), fix="choose another name or give --overwrite"))
     failed = out.with_name(f"{out.name}.failed")
@@ -104,6 +115,14 @@ def _export(args: argparse.Namespace) -> int:
             max_shard_bytes=int(args.max_shard_gb * 1e9),
         )
         if temporary.is_dir():
+            try:
+                run = read_run(folder)
+            except CheckpointError as error:
+                print(f"note: the model card lacks what the run says of itself: {error}")
+                run = RunRecord(folder, config=config.to_dict())
+            which = f"{checkpoint.name}, {'averaged' if args.weights == 'ema' else 'last'} weights"
+            card = model_card(run, config, sources, trainable_table(model), args.file_format, which)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             files = [str(file.relative_to(temporary)) for file in sorted(temporary.rglob("*")) if file.is_file()]
             (temporary / MARK).write_text(json.dumps({"format": args.file_format, "files": files}, indent=1))
         source = f"{args.file_format} from {checkpoint.name} ({args.weights})"
@@ -124,7 +143,59 @@ def _export(args: argparse.Namespace) -> int:
     if args.file_format == "hf-sa2va":
         print("note: the release's own .py files belong beside config.json; copy them from its folder")
     print(f"exported to {out}")
+    if args.push_to_hub:
+        push(out, args.push_to_hub, args.public)
     return 0
+
+
+def check_push(name: str, out: Path) -> None:
+    """Look at what can be known before an export that is to be uploaded; the hub is not asked.
+
+    Raises:
+        CheckpointError: a file, or a name that no hub gives.
+        EnvironmentProblem: nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    from dual_loop.checkpoint.exporter import FILE_SUFFIXES
+
+    if out.suffix in FILE_SUFFIXES:
+        raise CheckpointError(explain("a file is not uploaded", str(out), expected="a folder, with its model card"))
+    try:
+        validate_repo_id(name if "/" in name else "")
+    except HFValidationError as error:
+        raise CheckpointError(explain("no name of a hub", "--push_to_hub", name, HUB)) from error
+    if get_token() is None:
+        raise EnvironmentProblem(explain("nobody is logged in at the hub", "--push_to_hub", fix="hf auth login"))
+
+
+def push(folder: Path, name: str, is_public: bool) -> None:
+    """Upload an exported folder, after a line that says what and how large it is.
+
+    Raises:
+        EnvironmentProblem: it failed, or the model is public there and ``is_public`` is false; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    size, kind = sum(file.stat().st_size for file in files) / 1e6, "public" if is_public else "private"
+    shown = listed([file.relative_to(folder) for file in files])
+    print(f"uploading {len(files)} files, {size:,.1f} MB, to {name} ({kind}): {shown}", flush=True)
+    api, flag = HfApi(), "" if is_public else " --private"
+    fix = f"hf upload {name} {shlex.quote(str(folder))}{flag}"
+    try:
+        api.create_repo(name, private=not is_public, exist_ok=True)
+        if not is_public and not api.model_info(name).private:  # it was there before
+            raise EnvironmentProblem(explain("the model is public", name, fix="give --public, or another name"))
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an export of dual_loop")
+    except DualLoopError:
+        raise
+    except Exception as error:  # of the network, the hub, the disk
+        what = "the upload failed; the export is whole"
+        raise EnvironmentProblem(explain(what, str(folder), shorten(error), fix=fix)) from error
+    print(f"uploaded to {done.commit_url}")
 
 
 def check_replaceable(path: Path) -> None:

@@ -7,7 +7,7 @@ evaluate`` left; whatever is missing is left out and said so. With several runs,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,27 +120,41 @@ def report_page(runs: Sequence[RunRecord]) -> str:
 
 def _headline(page: Page, summary: Document) -> None:
     tiles = {"optimiser steps": f"{summary.get('steps', 0):,}", "seconds": f"{summary.get('seconds', 0):,.0f}"}
-    gain = summary.get("gain", {}).get("gIoU")
-    if gain:
-        mean, low, high = (100 * gain[key] for key in ("mean", "ci95_low", "ci95_high"))
-        tiles["gain in gIoU (95 % interval)"] = f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+    if gain := summary.get("gain", {}).get("gIoU"):
+        tiles["gain in gIoU (95 % interval)"] = interval(gain)
     tiles["peak memory"] = f"{summary.get('peak_memory_mb', 0) / 1024:.1f} GiB"
     tiles["bad samples"] = f"{summary.get('counters', {}).get('data/bad_samples', 0):,}"
     page.tiles(tiles)
+
+
+def interval(gain: Mapping[str, float]) -> str:
+    """Return a gain and its 95 % interval, in points."""
+    mean, low, high = (100 * gain[key] for key in ("mean", "ci95_low", "ci95_high"))
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+
+
+def held_out_rows(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
+    """Yield each figure that was measured: its key, and its value before and after every run."""
+    for key in FIGURE_NAMES:
+        scale = 1 if key in ("caption_words", "vocabulary") else 100
+        values = [run.summary.get(when, {}).get(key) for run in runs for when in ("before", "after")]
+        if any(value is not None for value in values):
+            yield [key, *("-" if value is None else f"{scale * value:.1f}" for value in values)]
+
+
+def changed_settings(config: Document) -> list[tuple[str, object, object]]:
+    """Return key, value and default of a run's settings that are not the package's default; no sizes of the model."""
+    usual = _flat(json.loads(json.dumps(Config().to_dict())))
+    own = sorted(_flat(config).items())
+    return [(key, value, usual.get(key)) for key, value in own if key.count(".") == 1 and value != usual.get(key)]
 
 
 def _figures(page: Page, measured: Sequence[RunRecord]) -> None:
     if not measured:
         return
     page.heading("Held-out figures", "before and after training; per cent, but for words")
-    columns = [(run, when) for run in measured for when in ("before", "after")]
-    rows = []
-    for key, text in FIGURE_NAMES.items():
-        scale = 1 if key in ("caption_words", "vocabulary") else 100
-        values = [run.summary.get(when, {}).get(key) for run, when in columns]
-        if any(value is not None for value in values):
-            rows.append([text, *("-" if value is None else f"{scale * value:.1f}" for value in values)])
-    head = ["figure", *(f"{run.name}, {when}" for run, when in columns)]
+    rows = [[FIGURE_NAMES[key], *values] for key, *values in held_out_rows(measured)]
+    head = ["figure", *(f"{run.name}, {when}" for run in measured for when in ("before", "after"))]
     if len(measured) > 2:  # a line a run
         head, *rows = [list(column) for column in zip(head, *rows, strict=True)]
     page.table(head, rows)
@@ -222,10 +236,8 @@ def _what_was_run(page: Page, runs: Sequence[RunRecord]) -> None:
         page.heading("Settings that differ")
         page.table(["setting", *(run.name for run in runs)], [[k, *(str(one.get(k)) for one in flat)] for k in keys])
         return
-    usual = _flat(json.loads(json.dumps(Config().to_dict())))
-    changed = [key for key in keys if key.count(".") == 1 and flat[0][key] != usual.get(key)]
     page.heading("Settings", "that are not the package's default; sizes of the model are among the others")
-    page.table(("setting", "this run", "default"), [(key, flat[0][key], usual.get(key)) for key in changed])
+    page.table(("setting", "this run", "default"), changed_settings(runs[0].config))
     page.table(("setting", "this run"), [(key, flat[0][key]) for key in keys], folded=f"all {len(keys)} settings")
 
 

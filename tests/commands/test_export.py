@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from dual_loop.checkpoint import exporter
 from dual_loop.checkpoint.importer import guess_load_checkpoint
 from dual_loop.cli import main as cli
+from dual_loop.commands import export
+from dual_loop.errors import EnvironmentProblem
 from dual_loop.testing.demo_data import write_demo_data
 from dual_loop.train_dual_loop import main as train
 
@@ -75,6 +80,7 @@ def test_every_format_is_read_back(trained, tmp_path, capsys, file_format, name,
     assert "caption identical" in printed
     assert tolerance in printed
     assert (tmp_path / name).exists()
+    assert (tmp_path / name / "README.md").is_file() == (tmp_path / name).is_dir()
     assert not list(tmp_path.glob(".writing-*"))
     assert ("no video memory" in printed) == (file_format in ("original", "hf-sa2va"))
 
@@ -140,6 +146,108 @@ def test_video_weights_that_are_gone_are_asked_for(trained, tmp_path, capsys):
     assert cli(arguments) == 0
     found = guess_load_checkpoint(tmp_path / "o.pth")["grounding_encoder.sam2_model.no_obj_ptr"]
     assert torch.equal(found, torch.full((1, 4), 7.0))
+
+
+class FakeHub:
+    """Stands for ``HfApi``: what it is asked is kept; ``fails`` is raised at the upload."""
+
+    asked, fails, is_private = [], None, True
+
+    def create_repo(self, name, **how):
+        self.asked.append(("create", name, how))
+
+    def model_info(self, name):
+        return SimpleNamespace(private=self.is_private)
+
+    def upload_folder(self, repo_id, folder_path, **_):
+        if self.fails:
+            raise self.fails
+        self.asked.append(("upload", repo_id, {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")}))
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fake = type("Hub", (FakeHub,), {"asked": []})
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
+    return fake
+
+
+@pytest.fixture
+def exported(tmp_path):
+    folder = tmp_path / "an export"
+    (folder / "mllm").mkdir(parents=True)
+    (folder / "mllm" / "model.safetensors").write_bytes(b"0" * 1_500_000)
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+def test_a_push_says_what_it_uploads_and_is_private_unless_asked(hub, exported, capsys):
+    export.push(exported, "me/model", False)
+    said = capsys.readouterr().out
+    assert "uploading 2 files, 1.5 MB, to me/model (private): README.md, mllm/model.safetensors" in said
+    assert "uploaded to https://hub/commit/1" in said
+    assert hub.asked[0] == ("create", "me/model", {"private": True, "exist_ok": True})
+    assert hub.asked[1] == ("upload", "me/model", {"README.md", "mllm", "mllm/model.safetensors"})
+    hub.is_private = False
+    export.push(exported, "me/model", True)
+    assert hub.asked[2][2]["private"] is False
+
+
+def test_nothing_goes_to_a_public_model_unless_asked(hub, exported):
+    hub.is_private = False
+    with pytest.raises(EnvironmentProblem, match=r"the model is public.*--public"):
+        export.push(exported, "me/model", False)
+    assert [what for what, *_ in hub.asked] == ["create"]
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), ValueError("x"), RuntimeError("500")])
+def test_a_failed_push_says_how_to_go_on(hub, exported, error):
+    hub.fails = error
+    with pytest.raises(EnvironmentProblem, match="the export is whole") as caught:
+        export.push(exported, "me/model", False)
+    assert f"hf upload me/model '{exported}' --private" in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+    assert (exported / "README.md").is_file()
+
+
+def test_what_cannot_be_pushed_is_refused_before_anything_is_read(hub, tmp_path, capsys, monkeypatch):
+    cases = [("out", "no/such/name"), ("out", "../x"), ("out", "name"), ("out", "a/b--c"), ("o.pth", "me/model")]
+    for out, name in cases:
+        assert cli(["export", "nowhere", str(tmp_path / out), "--format", "original", "--push_to_hub", name]) == 2
+        assert "hub" in (text := capsys.readouterr().err) or "not uploaded" in text
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert cli(["export", "nowhere", str(tmp_path / "o"), "--format", "original", "--push_to_hub", "me/model"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert cli(["export", "nowhere", str(tmp_path / "o"), "--format", "original", "--public"]) == 2
+    assert "--push_to_hub" in capsys.readouterr().err
+    assert hub.asked == []
+
+
+def test_an_export_whose_push_fails_is_there_with_its_card(trained, hub, tmp_path, capsys):
+    hub.fails, out = OSError("no route"), tmp_path / "out"
+    command = ["export", str(trained), str(out), "--format", "adapter"]
+    assert cli([*command, "--push_to_hub", "me/model"]) == 2
+    assert f"hf upload me/model {out} --private" in capsys.readouterr().err
+    card = (out / "README.md").read_text()
+    assert "2 optimiser steps" in card
+    assert "base_model" not in card
+    assert str(trained.parent) not in card
+    assert "README.md" in json.loads((out / "export.json").read_text())["files"]
+    hub.fails = None
+    assert cli([*command, "--push_to_hub", "me/model", "--overwrite"]) == 0
+    assert "export.json" in hub.asked[-1][2]
+
+
+def test_a_run_whose_records_are_damaged_is_exported_with_a_card_that_lacks_them(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "summary.json").write_text("{")
+    assert cli(["export", str(run), str(tmp_path / "out"), "--format", "adapter"]) == 0
+    assert "note: the model card lacks" in capsys.readouterr().out
+    assert "no summary" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_overwrite_replaces_exports_and_nothing_else(trained, tmp_path, capsys):
