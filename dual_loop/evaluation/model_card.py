@@ -148,7 +148,7 @@ def _limits(run: RunRecord, config: Config) -> Iterator[str]:
         yield "- The tiny model knows generated symbols only: what it says of a photograph means nothing."
     yield "- Captions are generated: they can be wrong, and a mask that comes back from one does not prove it right."
     yield "- It repeats what its data shows and leaves out, and the bias of its base; neither was measured."
-    if str(run.versions.get("device", "cpu")).startswith("cpu"):
+    if str(run.versions.get("device")).startswith("cpu"):
         yield "- No figure here is from a GPU."
     if run.summary.get("after"):
         which = f"{config.train.eval_weights} weights at step {run.summary['steps']}"
