@@ -44,6 +44,20 @@ def _assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
         assert torch.equal(tensor, right[name]), name
 
 
+def break_at(trainer: Trainer, step: int) -> None:
+    """Train until a step is logged, and be interrupted there."""
+    original = trainer.log.write
+
+    def write(record: StepRecord) -> None:
+        original(record)
+        if record.step == step:
+            raise KeyboardInterrupt
+
+    trainer.log.write = write  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
 def test_a_run_moves_what_trains_and_leaves_a_whole_folder(tmp_path: Path) -> None:
     lines: list[str] = []
     trainer = make_trainer(tmp_path / "run", lines=lines, max_steps=5)
@@ -160,16 +174,7 @@ def test_resume_is_bitwise_a_straight_run(tmp_path: Path, rates: dict[str, Any])
     straight = make_trainer(tmp_path / "straight", HollowTask(noise=0.1), max_steps=6, **rates)
     straight.fit()
     broken = make_trainer(tmp_path / "broken", HollowTask(noise=0.1), max_steps=6, save_interval=3, **rates)
-    original = broken.log.write
-
-    def stop_at_five(record: StepRecord) -> None:
-        original(record)
-        if record.step == 5:
-            raise KeyboardInterrupt
-
-    broken.log.write = stop_at_five  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit()
+    break_at(broken, 5)
     assert len(_records(tmp_path / "broken")) == 5
     torch.manual_seed(99)
     lines: list[str] = []
@@ -252,16 +257,7 @@ def test_a_loss_scale_is_resumed(tmp_path: Path) -> None:
     straight.fit()
     broken = scaled(tmp_path / "broken", save_interval=3)
     overflow_once(broken, 2)
-    original = broken.log.write
-
-    def stop_at_four(record: StepRecord) -> None:
-        original(record)
-        if record.step == 4:
-            raise KeyboardInterrupt
-
-    broken.log.write = stop_at_four  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.fit()
+    break_at(broken, 4)
     resumed = scaled(tmp_path / "broken", resume="auto")
     assert resumed.restore()
     resumed.fit()
