@@ -119,6 +119,9 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, own: Mapping[str, Tensor] | None = None, may_pad: bool = False) -> None:
         self.checkpoint, self.layout, self.may_pad = checkpoint, _layout_of(checkpoint), may_pad
+        beside = [file for name in TOKENIZER_FILES if (file := checkpoint.path / name).is_file()]
+        known = f'"{NEW_TOKENS[0]}"'.encode()
+        self.knows_new_tokens = not self.layout.is_base or any(known in file.read_bytes() for file in beside)
         self.places: dict[str, list[Placement]] = {}
         self.targets: set[str] = set()
         self.dropped: Counter[str] = Counter()
@@ -141,9 +144,9 @@ class _Source:
                 taken[slot] = name
                 self.targets.add(placement.target)
                 if placement.target == TABLES[0]:
-                    # Rows that a base has where the new tokens go are padding.
+                    # Rows that a base has where the new tokens go are padding, unless its own tokenizer knows these.
                     most = len(own[TABLES[0]]) if own is not None else info.shape[0]
-                    self.vocabulary = min(info.shape[0], most - len(NEW_TOKENS) if self.layout.is_base else most)
+                    self.vocabulary = min(info.shape[0], most if self.knows_new_tokens else most - len(NEW_TOKENS))
                 if own is not None:
                     self._compare_shapes(name, info.shape, placement, own[placement.target])
 
@@ -231,7 +234,7 @@ def tokenizer_folder(config: Config) -> str | None:
 def brings_new_tokens(paths: Sequence[str | Path], vocab_size: int) -> bool:
     """Tell whether the sources hold trained rows of the five new tokens; else these rows have to train."""
     sources = [_Source(part) for path in paths for _, part in open_parts(path)]
-    return any(source.vocabulary >= vocab_size for source in sources if not source.layout.is_base)
+    return any(source.vocabulary >= vocab_size for source in sources if source.knows_new_tokens)
 
 
 def build_to_load(

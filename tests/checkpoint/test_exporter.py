@@ -12,7 +12,7 @@ from transformers import InternVLForConditionalGeneration, Sam2Model
 
 from dual_loop.checkpoint import FORMATS
 from dual_loop.checkpoint.exporter import collect_video, export_weights, merged
-from dual_loop.checkpoint.importer import guess_load_checkpoint, load_weights, read_trained
+from dual_loop.checkpoint.importer import TABLES, brings_new_tokens, guess_load_checkpoint, load_weights, read_trained
 from dual_loop.checkpoint.key_rules import place
 from dual_loop.errors import CheckpointError
 from dual_loop.model.adapters import trainable_parameters
@@ -211,6 +211,19 @@ def test_adapters_of_another_kind_are_refused_with_the_flag(tmp_path):
     _, _, plain, _ = exported(tmp_path, "original", "plain")
     with pytest.raises(CheckpointError, match=r"missing .*lora_magnitude_vector"):
         load_weights(small_model(small_config(use_dora=True))[0], plain)
+
+
+def test_native_folders_bring_the_rows_of_the_new_tokens_back(tmp_path):
+    """They look like a base model's, whose last rows are padding; the tokenizer beside them says that they are not."""
+    model, prompter, out, _ = exported(tmp_path, "hf-native")
+    other, _, _ = small_model(seed=2)
+    assert load_weights(other, out, tokenizer=prompter.tokenizer).num_new_rows == 0
+    for table in TABLES:
+        assert torch.equal(other.state_dict()[table], model.state_dict()[table])
+    assert brings_new_tokens([out], len(prompter.tokenizer))
+    for file in (out / "mllm").glob("*token*"):
+        file.unlink()
+    assert not brings_new_tokens([out], len(prompter.tokenizer))
 
 
 def test_trained_rows_of_new_tokens_reach_the_files(tmp_path):
