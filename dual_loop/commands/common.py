@@ -271,7 +271,7 @@ def measure(
         DualLoopError: the checkpoint, the data or the folder cannot be used.
     """
     from dual_loop.evaluation import runner
-    from dual_loop.evaluation.clips import ClipMeter, build_tracker
+    from dual_loop.evaluation.clip_meter import ClipMeter, build_tracker
     from dual_loop.evaluation.measure import RegionMeter
     from dual_loop.model.adapters import trainable_parameters
     from dual_loop.model.stored_weights import StoredWeights, weights

@@ -63,7 +63,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         if found is None:
             return 0
         measured = found
-    from dual_loop.evaluation.clips import SUBMISSION
+    from dual_loop.evaluation.clip_meter import SUBMISSION
     from dual_loop.evaluation.figures import markdown_table
 
     figures, submissions = measured.figures(tasks), _write_submissions(measured, tasks)

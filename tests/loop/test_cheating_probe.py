@@ -158,7 +158,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
 
     tuning = True
     writes(speak)
-    tune(model, task, batch, steps=100)
+    tune(model, task, batch, steps=160)
     tuning = False
     coded = meter.measure(samples, "val")
     before, after = summarise(honest), summarise(coded)
@@ -174,7 +174,7 @@ def test_a_private_code_is_caught_by_the_frozen_listener(pretrained, monkeypatch
 def tune(model, task, batch, steps: int) -> None:
     """Train step 2 alone on whatever step 1 writes."""
     parameters = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     (packed,) = task.prepare([batch])
     for _ in range(steps):
         terms = task(packed).terms

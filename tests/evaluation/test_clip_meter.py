@@ -16,7 +16,7 @@ from dual_loop.checkpoint.exporter import export_weights
 from dual_loop.checkpoint.key_rules import ORIGINAL, memory_name
 from dual_loop.data.ref_video import Clip, RefVideos
 from dual_loop.errors import CheckpointError
-from dual_loop.evaluation.clips import ClipMeter, build_tracker
+from dual_loop.evaluation.clip_meter import ClipMeter, build_tracker
 from dual_loop.evaluation.figures import video_figures
 from dual_loop.evaluation.measure import MeasuredRegion
 from dual_loop.evaluation.protocols import PRESETS
