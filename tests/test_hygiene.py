@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,3 +226,9 @@ def test_the_citation_has_the_version() -> None:
     from dual_loop import __version__
 
     assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their bare name, and leaves the second out with an error."""
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
