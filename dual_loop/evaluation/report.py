@@ -100,7 +100,7 @@ def report_page(runs: Sequence[RunRecord]) -> str:
     """Return the page of one run, or of several compared; the first one is the subject."""
     first = runs[0]
     title = f"Run {first.name}" if len(runs) == 1 else f"Run {first.name} against {', '.join(r.name for r in runs[1:])}"
-    commit = str(first.versions.get("git_commit") or "unknown commit")[:12]
+    commit = str(first.versions.get("git_commit") or "unknown")[:12]
     device = f"{first.versions.get('device', '?')} x {first.versions.get('world_size', '?')}"
     page = Page(title, f"{first.path}, commit {commit}, {device}, Python {first.versions.get('python', '?')}")
     if first.summary:
