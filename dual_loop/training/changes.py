@@ -15,10 +15,10 @@ WEIGHT_PATHS = ("train.pretrained_pth", "train.model_path", "train.sam2_path", "
 
 REFUSED = (
     *("model.lora_r", "model.lora_alpha", "model.use_rslora", "model.use_dora"),
-    *("model.trainable", "model.train_embeddings", "model.tokenizer"),
+    *("model.trainable", "model.train_embeddings", "model.tokenizer", "train.optimizer"),
     *("model.vision", "model.text", "model.sam2", "model.downsample_ratio", "model.text_hidden_dim"),
 )
-"""What a checkpoint's tensors mean; with another value they would be another model."""
+"""What a checkpoint's tensors mean; with another value they would be another model, or other moments."""
 
 HARMLESS = (
     *("data.num_workers", "data.index_dir", "model.name", "model.gradient_checkpointing", "train.device"),

@@ -52,6 +52,8 @@ def test_every_other_setting_is_listed_as_applied_or_harmless(checkpoint: Path) 
     ("settings", "named"),
     [
         ({"model__lora_r": 16}, "model.lora_r: 8 -> 16"),
+        ({"train__optimizer": "adamw8bit"}, "train.optimizer: 'adamw' -> 'adamw8bit'"),
+        ({"model__use_dora": True}, "model.use_dora: False -> True"),
         ({"model__lora_alpha": 16}, "model.lora_alpha: 256 -> 16"),
         ({"model__text": {"hidden_size": 8}}, "model.text"),
         ({"weights": ["12 bytes, hash cd"]}, "frozen weights: 12 bytes, hash ab -> 12 bytes, hash cd"),
